@@ -1,0 +1,1 @@
+"""FLOOR 1: what a model costs. Standard library only; integers of bytes in and out."""

@@ -1,0 +1,247 @@
+"""Activations: what is alive beside weights and cache at each moment of a step, tensor by tensor.
+
+A step feeds `q` tokens of each of `b` sequences, so T = b x q rows. In the frames of `transformers`' dense Qwen models
+these tensors stay alive through a decoder layer, each T x hidden_size: the embeddings (held by the model), the layer's
+input (held by its caller), the sum after attention, and the normed input of the MLP. Names follow the modules.
+
+Source of what is alive when: transformers 5.17 and 5.23, modeling_qwen2.py and modeling_qwen3.py, sdpa_attention.py;
+bitsandbytes 0.50.2, gemm_4bit and int8 kernels; torch 2.11, `softmax` and the memory-efficient attention kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+from qwen_vram.arithmetic.architecture import Architecture, Weight
+from qwen_vram.arithmetic.kv_cache import kv_cache_bytes
+from qwen_vram.arithmetic.profile import Profile
+from qwen_vram.arithmetic.storage import ALLOCATION_STEP, FORMATS
+from qwen_vram.arithmetic.weights import format_of
+from qwen_vram.arithmetic.workload import Workload
+
+Phase = Literal["prefill", "decode"]
+
+_INT64 = 8
+_FP32 = 4
+_FP16 = 2
+# input_ids as given and as generate keeps them, attention_mask and position_ids: one int64 each.
+_ID_TENSORS = 4
+# generate's per-sequence flags: three tensors of at most one allocation step each.
+_FLAG_BYTES = 3 * ALLOCATION_STEP
+# bitsandbytes multiplies up to this many rows without dequantizing on every GPU; above, kernels differ by GPU and the
+# dequantizing one is counted. Source: bitsandbytes 0.50.2, backends/cuda/ops.py, _GEMM_4BIT_CUSTOM_FLOOR_M.
+_FUSED_ROWS = 4
+
+
+class Moment(NamedTuple):
+    """What is alive on the device at one moment beside weights and workspace, in bytes."""
+
+    phase: Phase
+    name: str
+    kv_cache: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """Cache and activations together."""
+        return self.kv_cache + self.activations
+
+
+class _Step(NamedTuple):
+    """`queries` new tokens of each sequence, after which `cached` are in the cache."""
+
+    phase: Phase
+    queries: int
+    cached: int
+
+
+def moments(architecture: Architecture, profile: Profile, workload: Workload) -> Iterator[Moment]:
+    """The moments at which the peak can fall, over the steps that can hold it.
+
+    Prefill: the last full chunk and the shorter one after it. Decode: the last step. Each is the last layer's, when
+    the cache is fullest. Exact up to the allocator's split rule (at most 1 MiB a tensor); the error against measured
+    peaks is in docs/accuracy.md.
+    """
+    for step in _steps(profile, workload):
+        rows = _Rows(architecture, profile, workload, step)
+        cache = 0
+        if workload.logits == "last":
+            cache = kv_cache_bytes(
+                architecture,
+                profile,
+                tokens=step.cached,
+                batch_size=workload.batch_size,
+                context_len=workload.context_len,
+            )
+        for name, live in rows.moments():
+            yield Moment(step.phase, name, cache, live)
+
+
+def _steps(profile: Profile, workload: Workload) -> list[_Step]:
+    prompt = workload.prompt_len
+    if workload.logits == "all":
+        return [_Step("prefill", prompt, prompt)]
+    chunk = min(profile.prefill_chunk_size or prompt, prompt)
+    full, rest = divmod(prompt, chunk)
+    steps = [_Step("prefill", chunk, full * chunk)]
+    if rest:
+        steps.append(_Step("prefill", rest, prompt))
+    if workload.max_new_tokens > 1:
+        # The last token is never fed back.
+        steps.append(_Step("decode", 1, workload.context_len - 1))
+    return steps
+
+
+class _Rows:
+    """The live sets of one step; widths are bytes of one row of T."""
+
+    def __init__(self, architecture: Architecture, profile: Profile, workload: Workload, step: _Step) -> None:
+        self.architecture = architecture
+        self.profile = profile
+        self.workload = workload
+        self.step = step
+        self.rows = workload.batch_size * step.queries
+        self.element = profile.element_bytes
+        self.hidden = architecture.hidden_size * self.element
+        self.inner = architecture.intermediate_size * self.element
+        self.queries = architecture.attention_width * self.element
+        self.keys = architecture.key_value_width * self.element
+        # Keys that attention sees: a static cache is attended to in its whole length.
+        self.seen = workload.context_len if profile.cache == "static" else step.cached
+        self.linears = {weight.name.split(".")[-2]: weight for weight in architecture.block if weight.is_linear}
+
+    def moments(self) -> Iterator[tuple[str, int]]:
+        """Name and live bytes of each moment of this step."""
+        held = self._ids() + self._rotary() + self._mask()
+        yield "embedding", self._ids() + self.rows * self.hidden
+        norm = self.rows * self.architecture.hidden_size * 2 * _FP32  # the float32 copy and its product
+        yield "attention norm", held + 2 * self.rows * self.hidden + norm
+        yield from ((name, held + live) for name, live in self._attention())
+        yield "mlp norm", held + 3 * self.rows * self.hidden + norm
+        yield from ((name, held + live) for name, live in self._mlp())
+        yield "last norm", held + 2 * self.rows * self.hidden + norm
+        yield "head", self._ids() + self._head()
+
+    def _ids(self) -> int:
+        tokens = self.workload.batch_size * self.workload.prompt_len
+        if self.workload.logits == "all":
+            return tokens * _INT64
+        if self.step.phase == "decode":
+            tokens = self.workload.batch_size * self.step.cached
+        return tokens * _INT64 * _ID_TENSORS + _FLAG_BYTES
+
+    def _rotary(self) -> int:
+        """Cosines and sines, one row each of head_dim."""
+        return 2 * self.rows * self.architecture.head_dim * self.element
+
+    def _masked(self) -> bool:
+        """Whether attention gets an explicit mask: padding, an unfinished cache before the chunk, or a static cache."""
+        if self.profile.attention in ("fused", "flash_attention_2"):
+            return self.workload.padded and self.profile.attention == "fused"
+        if self.profile.attention == "eager" or self.workload.padded:
+            return True
+        if self.profile.cache == "static":
+            return self.step.cached > self.step.queries
+        return self.step.queries > 1 and self.step.cached > self.step.queries
+
+    def _mask_elements(self) -> int:
+        return self.rows * self.seen if self._masked() else 0
+
+    def _mask(self) -> int:
+        """The mask that the model holds through all layers: booleans for sdpa, the model's dtype for eager."""
+        return self._mask_elements() * (self.element if self.profile.attention == "eager" else 1)
+
+    def _attention(self) -> Iterator[tuple[str, int]]:
+        rows = self.rows
+        # Alive all through: embeddings, the layer's input, its normed copy.
+        held = 3 * rows * self.hidden
+        for name in ("q_proj", "k_proj", "v_proj"):
+            before = {"q_proj": 0, "k_proj": self.queries, "v_proj": self.queries + self.keys}[name]
+            yield f"attention {name}", held + rows * before + self._linear(name)
+        if "self_attn.q_norm.weight" in {weight.name for weight in self.architecture.block}:
+            # The norm's float32 copy and product, its input, and the rounded result before it is scaled.
+            yield "attention q_norm", held + rows * (self.queries + self.queries // self.element * 2 * _FP32)
+        # q, q x cos, the rotated half, and their product or sum.
+        yield "attention rotary", held + rows * (4 * self.queries + 2 * self.keys)
+        yield "attention cache", held + rows * (self.queries + 2 * self.keys) + self._concatenation()
+        yield "attention kernel", held + self._kernel() + self._dequantized_cache()
+        yield "attention o_proj", held + rows * self.queries + self._linear("o_proj")
+
+    def _kernel(self) -> int:
+        """Queries, result, and what the attention function makes of keys, values and mask."""
+        batch, seen = self.workload.batch_size, self.seen
+        heads = self.architecture.num_attention_heads
+        live = 2 * self.rows * self.queries
+        grouped = heads > self.architecture.num_key_value_heads
+        expanded = 2 * batch * seen * self.queries if grouped else 0
+        if self.profile.attention == "eager":
+            # Scores in the model's dtype, their float32 copy and the float32 softmax; without a cast, two of scores.
+            scores = heads * self.rows * seen
+            live += scores * (self.element + 2 * _FP32 if self.element != _FP32 else 2 * _FP32)
+            return live - self.rows * self.queries + expanded
+        live += heads * self.rows * _FP32  # log-sum-exp
+        if self._masked():
+            # The mask as an additive bias in the model's dtype; a mask also rules grouped heads out.
+            live += expanded + self._mask_elements() * self.element
+        return live
+
+    def _dequantized_cache(self) -> int:
+        """One layer's keys and values in the model's dtype: made of a quantized cache, or held where there is none."""
+        if self.workload.logits == "all":
+            return 2 * self.rows * self.keys
+        if self.profile.kv_cache != "bf16":
+            return 2 * self.workload.batch_size * self.seen * self.keys
+        return 0
+
+    def _concatenation(self) -> int:
+        """One layer's old values, alive beside the new ones while a dynamic cache grows."""
+        if self.profile.cache != "dynamic" or self.workload.logits == "all":
+            return 0
+        return self.workload.batch_size * (self.step.cached - self.step.queries) * self.keys
+
+    def _mlp(self) -> Iterator[tuple[str, int]]:
+        rows = self.rows
+        held = 4 * rows * self.hidden
+        yield "mlp gate_proj", held + self._linear("gate_proj")
+        yield "mlp up_proj", held + rows * self.inner + self._linear("up_proj")
+        yield "mlp product", held + 3 * rows * self.inner
+        yield "mlp down_proj", held + rows * self.inner + self._linear("down_proj")
+
+    def _linear(self, name: str) -> int:
+        """A matrix product's result and what its format needs to make it."""
+        return linear_bytes(self.linears[name], self.profile, self.rows)
+
+    def _head(self) -> int:
+        """The last hidden states, the logits, and generate's float32 copy of them."""
+        every = self.workload.logits == "all"
+        rows = self.rows if every else self.workload.batch_size
+        hidden = self.rows * self.hidden
+        logits = linear_bytes(self.architecture.head, self.profile, rows)
+        if every:
+            return hidden + logits
+        sampled = rows * self.architecture.vocab_size * (self.element + _FP32)
+        return max(hidden + logits, sampled)
+
+
+def linear_bytes(weight: Weight, profile: Profile, rows: int) -> int:
+    """Bytes alive inside `x @ weight.T` for `rows` rows of x: the result, and buffers of the weight's format.
+
+    4-bit formats of bitsandbytes dequantize the whole matrix (and, where double quantization is used, make the block
+    maxima twice in float32); int8 makes the product in int32, then fp16, then the model's dtype, and quantizes x.
+    Exact for those; for formats of other libraries the dequantized matrix is counted.
+    """
+    out_features, in_features = weight.shape
+    element = profile.element_bytes
+    result = rows * out_features * element
+    storage = FORMATS[format_of(weight, profile)]
+    if storage.is_dense or storage.library == "tinygemm":
+        return result
+    if storage.name == "int8":
+        product = rows * out_features * (_FP32 + _FP16)
+        quantized = rows * (in_features + _FP32)
+        return product + quantized + result
+    if storage.library == "bitsandbytes" and rows <= _FUSED_ROWS:
+        return result
+    maxima = 2 * _FP32 * -(-weight.numel // 64) if storage.name in ("nf4", "fp4") else 0
+    return result + weight.numel * element + maxima

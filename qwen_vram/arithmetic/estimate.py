@@ -1,0 +1,241 @@
+"""Estimate: the predicted peak, part by part, and `estimate_vram()`, which makes it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from qwen_vram.arithmetic import render
+from qwen_vram.arithmetic.activations import Moment, moments
+from qwen_vram.arithmetic.architecture import Architecture
+from qwen_vram.arithmetic.kv_cache import host_kv_bytes, kv_cache_bytes
+from qwen_vram.arithmetic.model import ModelLike, resolve_model
+from qwen_vram.arithmetic.overhead import load_peak_bytes, process_bytes, reserved_bytes, workspace_bytes
+from qwen_vram.arithmetic.profile import Profile, resolve_profile
+from qwen_vram.arithmetic.storage import FORMATS
+from qwen_vram.arithmetic.weights import weight_bytes
+from qwen_vram.arithmetic.workload import Logits, Workload
+from qwen_vram.errors import WorkloadError
+from qwen_vram.units import parse_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Predicted peak device memory by cause, in bytes. Knows nothing about budgets.
+
+    The first four parts sum to `peak_allocated`. Weights are exact. `kv_cache` is the full cache at the end of the
+    workload, and `activations` what the peak takes beyond it: where a growing cache peaks during prefill, the room
+    of the tokens to come serves activations first. `moments` has the live bytes of every moment unmixed.
+
+    Attributes:
+        model: What was estimated.
+        architecture: Its shape; `None` for a bare number of parameters.
+        profile: The knobs counted.
+        workload: The tokens counted.
+        weights: Weights on the device, quantization state included.
+        kv_cache: Keys and values on the device once the context is full.
+        activations: What else the peak moment holds.
+        workspace: cuBLAS's workspace, rotary buffers, and the allocator's rounding of each weight to 512 bytes.
+        peak_reserved: What torch reserves, fragments included.
+        process_total: What nvidia-smi shows for the process, CUDA context and loaded kernels included.
+        load_peak: The most that is allocated while loading.
+        host: Host memory for streamed layers, a host embedding and a host cache.
+        moments: Cache and activations at each moment of the steps that can hold the peak.
+    """
+
+    model: str
+    architecture: Architecture | None
+    profile: Profile
+    workload: Workload
+    weights: int
+    kv_cache: int
+    activations: int
+    workspace: int
+    peak_reserved: int
+    process_total: int
+    load_peak: int
+    host: int
+    moments: tuple[Moment, ...]
+
+    @property
+    def peak_allocated(self) -> int:
+        """The most that torch has allocated at once (`torch.cuda.max_memory_allocated`)."""
+        return self.weights + self.kv_cache + self.activations + self.workspace
+
+    @property
+    def peak_moment(self) -> Moment | None:
+        """The moment that holds the peak; `None` for a bare number of parameters."""
+        return max(self.moments, key=lambda moment: moment.total, default=None)
+
+    def parts(self) -> dict[str, int]:
+        """The four parts of `peak_allocated`, by name."""
+        return {name: getattr(self, name) for name in ("weights", "kv_cache", "activations", "workspace")}
+
+    def shares(self) -> dict[str, float]:
+        """Each part's share of `peak_allocated`; they sum to 1."""
+        return {name: size / self.peak_allocated for name, size in self.parts().items()}
+
+    def fits(self, budget: str | int) -> bool:
+        """Whether the whole process, and loading it, stay within `budget` (`"8GiB"`, or an `int` of bytes).
+
+        Raises:
+            UnitError: `budget` has no unit.
+        """
+        return self.needed_bytes <= parse_bytes(budget, name="budget")
+
+    @property
+    def needed_bytes(self) -> int:
+        """The smallest budget that holds the process: while it runs, and while it loads."""
+        return max(self.process_total, process_bytes(self.load_peak))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data that `json.dumps` takes; sizes in bytes."""
+        return {
+            "model": self.model,
+            "num_parameters": self.architecture.num_parameters if self.architecture else None,
+            "profile": asdict(self.profile),
+            "workload": asdict(self.workload),
+            **self.parts(),
+            "peak_allocated": self.peak_allocated,
+            "peak_reserved": self.peak_reserved,
+            "process_total": self.process_total,
+            "load_peak": self.load_peak,
+            "host": self.host,
+            "shares": self.shares(),
+            "moments": [moment._asdict() for moment in self.moments],
+        }
+
+    def __str__(self) -> str:
+        """A table of the parts."""
+        return render.text(self)
+
+    def _repr_html_(self) -> str:
+        return render.html(self)
+
+    def plot(self) -> Axes:
+        """One bar of the four parts, as a matplotlib `Axes`.
+
+        Raises:
+            BackendUnavailableError: matplotlib is not installed.
+        """
+        return render.plot(self)
+
+
+def estimate_vram(
+    model: ModelLike | None,
+    profile: str | Profile = "default",
+    *,
+    prompt_len: int = 512,
+    max_new_tokens: int = 512,
+    batch_size: int = 1,
+    params: float | None = None,
+    logits: Logits = "last",
+    padded: bool = False,
+    **knobs: object,
+) -> Estimate:
+    """What a model will take on one GPU, before anything is loaded. Pure arithmetic; the defaults are the article's.
+
+    Weights and cache are exact; docs/accuracy.md holds the rest against measurements.
+
+    Args:
+        model: A catalog name, checkpoint folder, hub id (its config.json alone is read), config `dict` or
+            `Architecture`; or `None` with `params`.
+        profile: A name from `PROFILES`, or a `Profile`.
+        params: With `model=None`: a number of parameters, for the rule of thumb parameters x bytes (weights alone).
+        logits: `"last"` for generation, `"all"` for one plain forward that makes logits for the whole prompt.
+        padded: The batch carries padding, so that attention needs a mask.
+        **knobs: Fields of `Profile` to replace, such as `weights="nf4"`.
+
+    Raises:
+        UnknownNameError: a model, profile, format or knob that nobody has heard of.
+        WorkloadError: a length that is not positive, or a context past the model's positions.
+        ConfigError: a configuration that cannot be counted.
+        HubError: the hub does not give the config.json.
+
+    Example:
+        >>> estimate_vram("Qwen2.5-7B-Instruct").weights
+        15231233024
+        >>> estimate_vram(None, params=7.62e9).weights
+        15240000000
+    """
+    chosen = resolve_profile(profile, **knobs)
+    workload = Workload(
+        prompt_len=prompt_len, max_new_tokens=max_new_tokens, batch_size=batch_size, logits=logits, padded=padded
+    )
+    if model is None:
+        return _rule_of_thumb(params, chosen, workload)
+    if params is not None:
+        raise WorkloadError("params is for model=None only, got both; drop one", name="params", got=params)
+    label, architecture = resolve_model(model)
+    return estimate(label, architecture, chosen, workload)
+
+
+def estimate(label: str, architecture: Architecture, profile: Profile, workload: Workload) -> Estimate:
+    """`estimate_vram` for what is resolved already.
+
+    Raises:
+        WorkloadError: a context past the model's positions, or more streamed layers than there are.
+    """
+    workload.check(architecture)
+    if profile.streamed_layers > architecture.num_hidden_layers:
+        raise WorkloadError(
+            f"streamed_layers {profile.streamed_layers} is more than the model's num_hidden_layers "
+            f"{architecture.num_hidden_layers}; stream at most that many",
+            name="streamed_layers",
+            got=profile.streamed_layers,
+        )
+    stored = weight_bytes(architecture, profile)
+    workspace = workspace_bytes(architecture, profile)
+    every = tuple(moments(architecture, profile, workload))
+    peak = max(moment.total for moment in every)
+    context, batch = workload.context_len, workload.batch_size
+    cache = 0
+    if workload.logits == "last":
+        cache = kv_cache_bytes(architecture, profile, tokens=context, batch_size=batch, context_len=context)
+    # A workload whose last decode step holds one token less than its context must not count below the full cache.
+    peak = max(peak, cache)
+    reserved = reserved_bytes(stored.device + workspace + peak, max(moment.activations for moment in every))
+    return Estimate(
+        model=label,
+        architecture=architecture,
+        profile=profile,
+        workload=workload,
+        weights=stored.device,
+        kv_cache=cache,
+        activations=peak - cache,
+        workspace=workspace,
+        peak_reserved=reserved,
+        process_total=process_bytes(reserved),
+        load_peak=load_peak_bytes(architecture, profile),
+        host=stored.host + host_kv_bytes(architecture, profile, batch_size=batch, context_len=context),
+        moments=every,
+    )
+
+
+def _rule_of_thumb(params: float | None, profile: Profile, workload: Workload) -> Estimate:
+    """Parameters times bytes: the weights alone, as articles count them."""
+    if params is None or isinstance(params, bool) or not isinstance(params, (int, float)) or not 0 < params < 1e15:
+        raise WorkloadError(
+            f"model=None needs params, a positive number of parameters such as 7.62e9, got {params!r}",
+            name="params",
+            got=params,
+        )
+    weights = FORMATS[profile.weights].nbytes((int(params),))
+    return Estimate(
+        model=f"{params:,.0f} parameters (rule of thumb: weights alone)",
+        architecture=None,
+        profile=profile,
+        workload=workload,
+        weights=weights,
+        kv_cache=0,
+        activations=0,
+        workspace=0,
+        peak_reserved=weights,
+        process_total=weights,
+        load_peak=weights,
+        host=0,
+        moments=(),
+    )

@@ -1,0 +1,50 @@
+"""What a caller may call a model, brought to one `Architecture`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from qwen_vram.arithmetic.architecture import Architecture
+from qwen_vram.arithmetic.catalog import catalog_row, row_architecture, unknown_model
+from qwen_vram.errors import ConfigError
+from qwen_vram.files.hub import hub_config
+from qwen_vram.files.local import read_config
+
+ModelLike = str | Path | Mapping[str, object] | Architecture
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def resolve_model(model: ModelLike) -> tuple[str, Architecture]:
+    """A label for `model` and its architecture.
+
+    Args:
+        model: An `Architecture`, a config `dict`, a checkpoint folder, a catalog name with or without its
+            organisation, or a hub id, whose config.json alone is fetched. A folder wins over a name.
+
+    Raises:
+        UnknownNameError: a name that is none of these.
+        ConfigError: a config that is missing, broken or of another architecture.
+        HubError: the hub does not give the config.json.
+    """
+    if isinstance(model, Architecture):
+        return f"{model.model_type}, {model.num_parameters:,} parameters", model
+    if isinstance(model, Mapping):
+        architecture = Architecture.from_config(model)
+        return str(model.get("_name_or_path") or resolve_model(architecture)[0]), architecture
+    if not isinstance(model, (str, Path)):
+        raise ConfigError(f"a model is a name, a folder, a config dict or an Architecture, got {type(model).__name__}")
+    folder = Path(model)
+    if folder.is_dir():
+        return folder.name, Architecture.from_config(read_config(folder), source=str(folder / "config.json"))
+    name = str(model)
+    row = catalog_row(name)
+    if row is not None:
+        return row.repo_id, row_architecture(row)
+    if folder.exists() or len(folder.parts) > 2 or name.startswith((".", "/", "~")):
+        raise ConfigError(f"no checkpoint folder {name!r}; point to the folder that holds config.json", source=name)
+    if not _HUB_ID.fullmatch(name):
+        raise unknown_model(name)
+    return name, Architecture.from_config(hub_config(name), source=f"{name}/config.json")

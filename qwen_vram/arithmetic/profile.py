@@ -1,0 +1,183 @@
+"""Profile: every knob that changes what a model takes, in one frozen object that estimator and loader share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Literal, get_args
+
+from qwen_vram.arithmetic.storage import FORMAT_NAMES, FORMATS, FormatName
+from qwen_vram.errors import UnknownNameError, WorkloadError
+
+Device = Literal["device", "host"]
+KvFormat = Literal["bf16", "int8", "int4"]
+CacheKind = Literal["preallocated", "dynamic", "static"]
+Attention = Literal["fused", "sdpa", "flash_attention_2", "eager"]
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "weights": FORMAT_NAMES,
+    "embeddings": get_args(Device),
+    "kv_cache": get_args(KvFormat),
+    "kv_device": get_args(Device),
+    "cache": get_args(CacheKind),
+    "attention": get_args(Attention),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """What is stored how and where, and how attention and prefill run. Knows no model, workload or budget.
+
+    Attributes:
+        name: Its name in `PROFILES`, or `"custom"`.
+        weights: Storage format of the matrices of attention and MLP.
+        lm_head: Storage format of the head; `None` is the model's own dtype. With tied embeddings a head of another
+            format is a copy of its own.
+        embeddings: Where the token table lives. On the host, rows are gathered there.
+        kv_cache: Element format of keys and values; `"bf16"` is the model's own dtype.
+        kv_device: Where the cache lives. On the host, one layer ahead is brought to the device.
+        cache: `"dynamic"` grows by concatenation, `"preallocated"` and `"static"` take the whole context at once.
+        attention: The attention function; `"fused"` expands no heads and builds no mask.
+        prefill_chunk_size: Prompt tokens a sequence feeds at once; `None` is the whole prompt.
+        streamed_layers: Decoder layers that stay on the host and pass through two slots on the device.
+        compiled: Decode steps are compiled.
+    """
+
+    name: str = "custom"
+    weights: FormatName = "bf16"
+    lm_head: FormatName | None = None
+    embeddings: Device = "device"
+    kv_cache: KvFormat = "bf16"
+    kv_device: Device = "device"
+    cache: CacheKind = "dynamic"
+    attention: Attention = "sdpa"
+    prefill_chunk_size: int | None = None
+    streamed_layers: int = 0
+    compiled: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse every value that no part of the library knows."""
+        for knob, allowed in _CHOICES.items():
+            value = getattr(self, knob)
+            if value not in allowed:
+                raise UnknownNameError(f"{knob} in profile", value, allowed)
+        if self.lm_head is not None and self.lm_head not in FORMAT_NAMES:
+            raise UnknownNameError("lm_head in profile", self.lm_head, FORMAT_NAMES)
+        chunk = self.prefill_chunk_size
+        if chunk is not None and not _is_count(chunk, 1):
+            raise WorkloadError(
+                f"prefill_chunk_size must be a positive number of tokens or None, got {chunk!r}",
+                name="prefill_chunk_size",
+                got=chunk,
+            )
+        if not _is_count(self.streamed_layers, 0):
+            raise WorkloadError(
+                f"streamed_layers must be a number of layers from 0, got {self.streamed_layers!r}",
+                name="streamed_layers",
+                got=self.streamed_layers,
+            )
+        if not isinstance(self.compiled, bool):
+            raise UnknownNameError("compiled in profile", self.compiled, ("True", "False"))
+        if self.kv_cache != "bf16" and self.cache != "preallocated":
+            raise WorkloadError(
+                f"kv_cache={self.kv_cache!r} needs cache='preallocated', got cache={self.cache!r}; set both",
+                name="kv_cache",
+                got=self.kv_cache,
+            )
+        if self.compiled and self.cache == "dynamic":
+            raise WorkloadError(
+                "compiled=True needs a cache of fixed size, got cache='dynamic'; set cache='static'",
+                name="compiled",
+                got=True,
+            )
+
+    @property
+    def dtype(self) -> FormatName:
+        """The model's own dtype: activations, norms, biases, and whatever is not quantized."""
+        return self.weights if FORMATS[self.weights].is_dense else "bf16"
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of one element of the model's own dtype."""
+        return FORMATS[self.dtype].bits // 8
+
+    @property
+    def head_format(self) -> FormatName:
+        """Storage format of the head."""
+        return self.lm_head or self.dtype
+
+    def replace(self, **knobs: object) -> Profile:
+        """This profile with some knobs changed.
+
+        Raises:
+            UnknownNameError: a knob or its value is not known.
+            WorkloadError: a number is out of range, or two knobs exclude each other.
+        """
+        for knob in knobs:
+            if knob not in KNOBS:
+                raise UnknownNameError("knob", knob, KNOBS)
+        return replace(self, name="custom", **knobs) if knobs else self  # type: ignore[arg-type]
+
+
+def _is_count(value: object, smallest: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= smallest
+
+
+KNOBS = tuple(field.name for field in fields(Profile) if field.name != "name")
+
+PROFILES: dict[str, Profile] = {
+    row.name: row
+    for row in (
+        # The article's row 1: what a plain from_pretrained and generate do.
+        Profile(name="default"),
+        # Its row 2: NF4 with double quantization; torch's flash kernel stands in for the flash-attn package.
+        Profile(name="int4-flash", weights="nf4", attention="fused", cache="preallocated"),
+        # Its row 3: three layers on the host.
+        Profile(name="cpu-offload", attention="fused", cache="preallocated", streamed_layers=3),
+        # Its advice for 12 to 16 GB: layer split and a tuned KV cache.
+        Profile(
+            name="split-kv",
+            attention="fused",
+            cache="preallocated",
+            kv_cache="int8",
+            streamed_layers=12,
+            prefill_chunk_size=2048,
+        ),
+        Profile(
+            name="compact",
+            weights="nf4",
+            lm_head="nf4",
+            embeddings="host",
+            attention="fused",
+            cache="preallocated",
+            prefill_chunk_size=2048,
+        ),
+        Profile(name="speed", weights="int4", lm_head="int4", attention="fused", cache="static", compiled=True),
+        Profile(
+            name="tiny",
+            weights="nf4",
+            lm_head="nf4",
+            embeddings="host",
+            attention="fused",
+            cache="preallocated",
+            kv_cache="int8",
+            streamed_layers=20,
+            prefill_chunk_size=512,
+        ),
+    )
+}
+
+
+def resolve_profile(profile: str | Profile, **knobs: object) -> Profile:
+    """The profile called `profile`, or `profile` itself, with `knobs` changed.
+
+    Raises:
+        UnknownNameError: no such profile, knob or value.
+        WorkloadError: a number is out of range, or two knobs exclude each other.
+    """
+    if isinstance(profile, str):
+        if profile not in PROFILES:
+            allowed = (*PROFILES, "auto")
+            hint = "'auto' is for plan() and load(), which know a budget" if profile == "auto" else ""
+            raise UnknownNameError("profile", profile, allowed, hint=hint)
+        profile = PROFILES[profile]
+    return profile.replace(**knobs)

@@ -1,0 +1,144 @@
+"""Storage formats: the bytes that a weight takes, as sums that a reviewer checks by eye.
+
+Knows nothing of torch or of the library that writes a format; `runtime.backends` joins the two by the format's name,
+and a test holds every sum against the storages that the real library makes.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from qwen_vram.errors import UnknownNameError
+
+FormatName = Literal[
+    "fp32", "bf16", "fp16", "int8", "nf4", "nf4-plain", "fp4", "gptq-int4", "gptq-int8", "int4", "int8-wo", "fp8"
+]
+Of = Literal["weights", "rows", "columns", "row_groups", "tensor"]
+
+# torch's caching allocator hands out multiples of this. Source: c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize.
+ALLOCATION_STEP = 512
+
+
+class Part(NamedTuple):
+    """One stored tensor of a format: `nbytes` for every `per` of what it counts, the last one rounded up."""
+
+    name: str
+    nbytes: int
+    per: int
+    of: Of
+
+
+class StorageFormat(NamedTuple):
+    """How a matrix of shape `(rows, columns)` is stored.
+
+    Attributes:
+        parts: What is stored, in storage order.
+        bits: Code bits per weight, scales not counted.
+        group_size: Weights that share a scale, where they do so along a row; 0 otherwise.
+        library: The extra dependency that writes and runs it; empty for plain dtypes.
+    """
+
+    name: str
+    parts: tuple[Part, ...]
+    bits: int
+    group_size: int = 0
+    library: str = ""
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it is a plain dtype that needs no dequantization."""
+        return not self.library
+
+    def part_sizes(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Bytes of each part for a tensor of `shape`, `(rows, columns)` or one dimension. Exact."""
+        rows, columns = (shape[0], shape[1]) if len(shape) == 2 else (1, shape[0])
+        group = self.group_size or columns
+        counts = {
+            "weights": rows * columns,
+            "rows": rows,
+            "columns": columns,
+            "row_groups": rows * -(-columns // group),
+            "tensor": 1,
+        }
+        return tuple(-(-counts[part.of] // part.per) * part.nbytes for part in self.parts)
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of all parts together. Exact.
+
+        >>> FORMATS["nf4"].nbytes((18944, 3584))
+        35026500
+        """
+        return sum(self.part_sizes(shape))
+
+    def allocated(self, shape: tuple[int, ...]) -> int:
+        """Bytes that torch's allocator counts for it: every part rounded up to 512."""
+        return sum(-(-size // ALLOCATION_STEP) * ALLOCATION_STEP for size in self.part_sizes(shape))
+
+
+_CODES4 = Part("weight", 1, 2, "weights")  # two 4-bit codes a byte
+# bitsandbytes, block of 64 weights; double quantization stores the block maxima in 8 bits, 256 to a block of their own.
+# Source: bitsandbytes 0.50.2 functional.py, quantize_4bit (blocksize=64) and QuantState.
+_CODE = Part("code", 64, 1, "tensor")  # 16 x fp32
+_DOUBLE = (
+    _CODES4,
+    Part("absmax", 1, 64, "weights"),
+    Part("state2.absmax", 4, 64 * 256, "weights"),
+    Part("state2.code", 1024, 1, "tensor"),  # 256 x fp32
+    Part("offset", 4, 1, "tensor"),
+    _CODE,
+)
+_SINGLE = (_CODES4, Part("absmax", 4, 64, "weights"), _CODE)
+
+FORMATS: dict[str, StorageFormat] = {
+    row.name: row
+    for row in (
+        StorageFormat("fp32", (Part("weight", 4, 1, "weights"),), 32),
+        StorageFormat("bf16", (Part("weight", 2, 1, "weights"),), 16),
+        StorageFormat("fp16", (Part("weight", 2, 1, "weights"),), 16),
+        StorageFormat("int8", (Part("weight", 1, 1, "weights"), Part("SCB", 4, 1, "rows")), 8, 0, "bitsandbytes"),
+        StorageFormat("nf4", _DOUBLE, 4, 0, "bitsandbytes"),
+        StorageFormat("nf4-plain", _SINGLE, 4, 0, "bitsandbytes"),
+        StorageFormat("fp4", _DOUBLE, 4, 0, "bitsandbytes"),
+        # AutoGPTQ's layout, which GPTQModel writes too: int32 words, fp16 scales, one int32 a column for the order.
+        StorageFormat(
+            "gptq-int4",
+            (
+                Part("qweight", 1, 2, "weights"),
+                Part("qzeros", 1, 2, "row_groups"),
+                Part("scales", 2, 1, "row_groups"),
+                Part("g_idx", 4, 1, "columns"),
+            ),
+            4,
+            128,
+            "gptqmodel",
+        ),
+        StorageFormat(
+            "gptq-int8",
+            (
+                Part("qweight", 1, 1, "weights"),
+                Part("qzeros", 1, 1, "row_groups"),
+                Part("scales", 2, 1, "row_groups"),
+                Part("g_idx", 4, 1, "columns"),
+            ),
+            8,
+            128,
+            "gptqmodel",
+        ),
+        # tinygemm: scale and zero in bf16 side by side. Source: torch's _weight_int4pack_mm.
+        StorageFormat("int4", (_CODES4, Part("scales_and_zeros", 4, 1, "row_groups")), 4, 128, "tinygemm"),
+        StorageFormat("int8-wo", (Part("weight", 1, 1, "weights"), Part("scale", 2, 1, "rows")), 8, 0, "torchao"),
+        StorageFormat("fp8", (Part("weight", 1, 1, "weights"), Part("scale", 4, 1, "rows")), 8, 0, "torchao"),
+    )
+}
+FORMAT_NAMES = tuple(FORMATS)
+
+
+def storage_format(name: str) -> StorageFormat:
+    """The storage format called `name`.
+
+    Raises:
+        UnknownNameError: there is none.
+    """
+    if name not in FORMATS:
+        raise UnknownNameError("storage format", name, FORMAT_NAMES)
+    return FORMATS[name]

@@ -1,0 +1,55 @@
+"""Timing: the floor under milliseconds per token, bytes that must move over the rate at which they can."""
+
+from __future__ import annotations
+
+from qwen_vram.arithmetic.architecture import Architecture
+from qwen_vram.arithmetic.kv_cache import layer_kv_bytes
+from qwen_vram.arithmetic.profile import Profile
+from qwen_vram.arithmetic.storage import FORMATS
+from qwen_vram.arithmetic.weights import block_bytes
+from qwen_vram.arithmetic.workload import Workload
+
+# measured: NVIDIA H200 (device-to-device copy, bytes read plus written), torch 2.11, 2026-10-28.
+DEVICE_BANDWIDTH = 4_300_000_000_000
+# measured: NVIDIA H200, pinned host memory to the device, torch 2.11, 2026-11-22.
+PINNED_COPY_RATE = 55_200_000_000
+
+
+def decode_bytes(architecture: Architecture, profile: Profile, workload: Workload) -> int:
+    """Bytes read from device memory for one decode step at the end of the workload: weights once, the cache once.
+
+    The embedding is not read, only one row of it.
+    """
+    blocks = architecture.num_hidden_layers * block_bytes(architecture, profile)
+    head = FORMATS[profile.head_format].nbytes(architecture.head.shape)
+    cache = architecture.num_hidden_layers * layer_kv_bytes(
+        architecture, profile, tokens=workload.context_len, batch_size=workload.batch_size
+    )
+    return blocks + head + cache
+
+
+def link_bytes(architecture: Architecture, profile: Profile, workload: Workload) -> int:
+    """Bytes that cross from host to device for one decode step: streamed layers, and the cache where it lives there."""
+    streamed = min(profile.streamed_layers, architecture.num_hidden_layers) * block_bytes(architecture, profile)
+    if profile.kv_device == "device":
+        return streamed
+    layer = layer_kv_bytes(architecture, profile, tokens=workload.context_len, batch_size=workload.batch_size)
+    return streamed + architecture.num_hidden_layers * layer
+
+
+def decode_floor_ms(
+    architecture: Architecture,
+    profile: Profile,
+    workload: Workload,
+    *,
+    device_bandwidth: int = DEVICE_BANDWIDTH,
+    link_rate: int = PINNED_COPY_RATE,
+) -> float:
+    """The least milliseconds that one decode step can take: a floor, not an estimate.
+
+    The larger of bytes over device bandwidth and bytes over the link, which can overlap. Rates are bytes a second and
+    default to an H200's.
+    """
+    device = decode_bytes(architecture, profile, workload) / device_bandwidth
+    link = link_bytes(architecture, profile, workload) / link_rate
+    return 1000 * max(device, link)

@@ -1,0 +1,230 @@
+"""The command line: `qwen-vram estimate`, `plan`, `chat`, `demo`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import qwen_vram as qv
+from qwen_vram.arithmetic import render
+
+app = typer.Typer(
+    help="Run Qwen models in as little GPU memory as possible, and know the peak before you load.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+errors = Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(help="Catalog name, checkpoint folder or hub id.")]
+PromptLen = Annotated[int, typer.Option(help="Prompt tokens of one sequence.")]
+NewTokens = Annotated[int, typer.Option(help="Tokens generated after it.")]
+BatchSize = Annotated[int, typer.Option(help="Sequences at once.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Vram = Annotated[
+    str | None, typer.Option(help="Most that nvidia-smi may show, such as 8GiB; default: what is free.")
+]
+Ram = Annotated[str | None, typer.Option(help="Most host memory; default: what is free.")]
+Prefer = Annotated[str, typer.Option(help="quality, speed or memory.")]
+Knobs = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KNOB=VALUE", help="Replace a knob of the profile, such as --set weights=nf4."),
+]
+
+
+def main() -> None:
+    """Run the command line; a refusal is one line and exit status 2."""
+    as_json = "--json" in sys.argv
+    try:
+        app()
+    except qv.QwenVramError as error:
+        if as_json:
+            facts = {name: value for name, value in vars(error).items() if isinstance(value, (str, int, tuple))}
+            print(json.dumps({"error": type(error).__name__, "message": str(error), **facts}))
+        else:
+            errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise SystemExit(2) from None
+
+
+def _knobs(pairs: list[str] | None) -> dict[str, Any]:
+    """`["weights=nf4", "prefill_chunk_size=512"]` as keyword arguments, numbers and flags read as such."""
+    words = {"true": True, "false": False, "none": None}
+    knobs: dict[str, Any] = {}
+    for pair in pairs or []:
+        name, separator, value = pair.partition("=")
+        if not separator or not name:
+            raise qv.UnknownNameError("--set", pair, ("KNOB=VALUE",))
+        lowered = value.lower()
+        knobs[name] = int(value) if value.isdigit() else words.get(lowered, value)
+    return knobs
+
+
+@app.command()
+def estimate(
+    model: Annotated[str | None, typer.Argument(help="Catalog name, checkpoint folder or hub id.")] = None,
+    profile: Annotated[str, typer.Option(help=", ".join(qv.PROFILES))] = "default",
+    prompt_len: PromptLen = 512,
+    max_new_tokens: NewTokens = 512,
+    batch_size: BatchSize = 1,
+    params: Annotated[
+        float | None, typer.Option(help="Instead of a model: parameters, for the rule of thumb.")
+    ] = None,
+    knobs: Knobs = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a model will take, part by part, without loading it."""
+    result = qv.estimate_vram(
+        model,
+        profile,
+        params=params,
+        prompt_len=prompt_len,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        **_knobs(knobs),
+    )
+    if as_json:
+        print(json.dumps(result.to_dict()))
+    else:
+        console.print(estimate_table(result))
+
+
+@app.command()
+def plan(
+    model: Model,
+    vram: Vram = None,
+    ram: Ram = None,
+    profile: Annotated[str, typer.Option(help="auto, " + ", ".join(qv.PROFILES))] = "auto",
+    prefer: Prefer = "quality",
+    prompt_len: PromptLen = 512,
+    max_new_tokens: NewTokens = 512,
+    batch_size: BatchSize = 1,
+    knobs: Knobs = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find the least lossy way to run a model within a budget."""
+    result = qv.plan(
+        model,
+        profile=profile,
+        vram=vram,
+        ram=ram,
+        prefer=prefer,  # type: ignore[arg-type]
+        prompt_len=prompt_len,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        **_knobs(knobs),
+    )
+    if as_json:
+        print(json.dumps(result.to_dict()))
+        return
+    console.print(steps_table(result))
+    console.print(estimate_table(result.estimate))
+
+
+@app.command()
+def chat(
+    model: Model,
+    message: Annotated[str | None, typer.Option("--message", "-m", help="Ask this and leave.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    vram: Vram = None,
+    ram: Ram = None,
+    profile: Annotated[str, typer.Option(help="auto, " + ", ".join(qv.PROFILES))] = "auto",
+    prefer: Prefer = "quality",
+    prompt_len: PromptLen = 2048,
+    max_new_tokens: NewTokens = 512,
+    knobs: Knobs = None,
+) -> None:
+    """Talk to a model; Ctrl-C stops an answer, Ctrl-D leaves, /report compares memory with the prediction."""
+    with qv.load(
+        model,
+        profile=profile,
+        vram=vram,
+        ram=ram,
+        prefer=prefer,  # type: ignore[arg-type]
+        prompt_len=prompt_len,
+        max_new_tokens=max_new_tokens,
+        **_knobs(knobs),
+    ) as llm:
+        history = [{"role": "system", "content": system}] if system else []
+        if message is not None:
+            _say(llm, [*history, {"role": "user", "content": message}])
+            return
+        _converse(llm, history)
+
+
+def _converse(llm: qv.LoadedModel, history: list[dict[str, str]]) -> None:
+    """Questions and answers until the input ends."""
+    console.print(f"{llm!r}; Ctrl-C stops an answer, Ctrl-D leaves, /report compares memory", markup=False)
+    while True:
+        try:
+            question = console.input("\n> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            console.print()
+            return
+        if question == "/report":
+            print(llm.report())
+        elif question:
+            history.append({"role": "user", "content": question})
+            try:
+                history.append({"role": "assistant", "content": _say(llm, history)})
+            except qv.QwenVramError as error:
+                history.pop()
+                errors.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+
+
+def _say(llm: qv.LoadedModel, history: list[dict[str, str]]) -> str:
+    """Print an answer as it is made; Ctrl-C keeps what was said so far."""
+    pieces: list[str] = []
+    try:
+        for piece in llm.stream(history):
+            pieces.append(piece)
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        pass
+    print()
+    return "".join(pieces)
+
+
+@app.command()
+def demo() -> None:
+    """Show the whole job offline: the article's numbers, the bundled model estimated, loaded, asked and measured."""
+    from qwen_vram.demo.walkthrough import walk_through
+
+    walk_through(console)
+
+
+def estimate_table(result: qv.Estimate) -> Table:
+    """An estimate as a rich table."""
+    table = Table(title=render.headline(result), title_justify="left", title_style="bold")
+    table.add_column("")
+    for name in ("bytes", "GB (10^9)", "GiB (2^30)", "share"):
+        table.add_column(name, justify="right")
+    for label, size, share in render.rows(result):
+        percent = "" if share is None else f"{share:.1%}"
+        table.add_row(label, f"{size:,}", f"{size / 10**9:.2f}", f"{size / 2**30:.2f}", percent)
+        if label == "workspace":
+            table.add_section()
+    return table
+
+
+def steps_table(result: qv.Plan) -> Table:
+    """A plan's search as a rich table, the chosen step last."""
+    table = Table(title=f"plan for {result.estimate.model}", title_justify="left", title_style="bold")
+    table.add_column("step")
+    table.add_column("needs (GiB)", justify="right")
+    table.add_column("saves (GiB)", justify="right")
+    table.add_column("cost")
+    for step in result.steps:
+        saves = f"{step.saved_bytes / 2**30:.2f}" if step.saved_bytes else ""
+        table.add_row(step.change, f"{step.needed_bytes / 2**30:.2f}", saves, step.cost)
+    return table
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""`qwen-vram demo`: the whole job offline, on the bundled checkpoint."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+import qwen_vram as qv
+from qwen_vram.demo import CHECKPOINT
+from qwen_vram.demo.tasks import CATEGORIES, examples
+
+_QUESTION_SEED = 2026
+_ARTICLE_MODEL = "Qwen/Qwen2.5-7B-Instruct"
+
+
+def walk_through(console: Console) -> None:
+    """Print the article's numbers, then estimate, load, ask and measure the bundled model in bf16 and in nf4."""
+    console.print(_article())
+    console.print(_split())
+    for weights in ("bf16", "nf4"):
+        _load_and_ask(console, weights)
+
+
+def _article() -> Table:
+    """The article's headline figures beside the exact ones."""
+    ours = qv.estimate_vram(_ARTICLE_MODEL)
+    thumb = qv.estimate_vram(None, params=7.62e9)
+    table = Table(title=f"{_ARTICLE_MODEL}: 512 + 512 tokens, batch 1", title_justify="left", title_style="bold")
+    table.add_column("")
+    table.add_column("article", justify="right")
+    table.add_column("bytes", justify="right")
+    table.add_column("GB (10^9)", justify="right")
+    for label, claim, size in (
+        ("weights, 7.62e9 x 2 bytes", "15.24 GB", thumb.weights),
+        ("weights, every tensor", "15.2 GB", ours.weights),
+        ("KV cache, 1,024 tokens", "~4.8 GB", ours.kv_cache),
+        ("whole process", "~19.5 GB", ours.process_total),
+    ):
+        table.add_row(label, claim, f"{size:,}", f"{size / 10**9:.2f}")
+    return table
+
+
+def _split() -> Table:
+    """The 65-25-10 split, for the workload that has it."""
+    full = qv.estimate_vram(_ARTICLE_MODEL, "default", **qv.FULL_CARD_WORKLOAD)  # type: ignore[arg-type]
+    title = "The article's 65-25-10 split: batch 4, 25,600 tokens each, prefill in chunks of 4,096"
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for name in ("part", "GB (10^9)", "share"):
+        table.add_column(name, justify="left" if name == "part" else "right")
+    for part, share in full.shares().items():
+        table.add_row(part, f"{full.parts()[part] / 10**9:.2f}", f"{share:.1%}")
+    return table
+
+
+def _load_and_ask(console: Console, weights: str) -> None:
+    """Load the bundled model, ask one held-out question of each category, and print predicted beside measured."""
+    console.print(f"\n[bold]bundled model, {weights} weights[/bold]")
+    with qv.load(CHECKPOINT, profile="default", weights=weights, prompt_len=1024, progress=False) as llm:
+        for category in CATEGORIES:
+            (example,) = examples(category, "held_out", seed=_QUESTION_SEED, count=1)
+            answer = llm.chat(example.prompt, max_new_tokens=256, do_sample=False)
+            mark = "[green]right[/green]" if answer == example.answer else "[red]wrong[/red]"
+            console.print(f"  {category:8} {mark}", highlight=False)
+            console.print(f"    Q: {_short(example.prompt)}", markup=False, highlight=False)
+            console.print(f"    A: {_short(answer)}", markup=False, highlight=False)
+        console.print(f"\n{llm.report()}", markup=False, highlight=False)
+
+
+def _short(text: str, width: int = 88) -> str:
+    """One line of a text: its end where it is long, because that is where the question stands."""
+    line = " / ".join(part for part in text.splitlines() if part.strip())
+    return line if len(line) <= width else "... " + line[-width:]

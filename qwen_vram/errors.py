@@ -1,0 +1,124 @@
+"""Everything the library raises on purpose.
+
+QwenVramError
+├── UnitError (ValueError)                 a size without a unit, or not a size
+├── UnknownNameError (ValueError)          a model, profile, format, knob or device nobody has heard of
+├── WorkloadError (ValueError)             a length or batch that cannot be run
+├── ConfigError (ValueError)               a config.json that is missing, broken or of another architecture
+├── CheckpointError                        safetensors that are missing, truncated, corrupt or somewhere else
+├── HubError                               a hub that cannot be reached, or does not hold what was asked for
+├── NotSupportedError                      a knob or combination that is counted but cannot be run
+├── BackendUnavailableError (ImportError)  a library or device that is not on this machine
+└── DoesNotFitError                        a budget that nothing fits
+
+A message says what failed, what was got, what is allowed and what to do next. The same facts are attributes, so that
+no program has to read the text.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qwen_vram.arithmetic.estimate import Estimate
+    from qwen_vram.arithmetic.workload import Workload
+
+
+class QwenVramError(Exception):
+    """Base of every error that this library raises on purpose."""
+
+
+class UnitError(QwenVramError, ValueError):
+    """A size has no unit or is not a size. `got` is what was passed."""
+
+    def __init__(self, message: str, *, got: object) -> None:
+        super().__init__(message)
+        self.got = got
+
+
+class UnknownNameError(QwenVramError, ValueError):
+    """A name is not known. `kind`, `got` and `allowed` say which, what and instead of what."""
+
+    def __init__(self, kind: str, got: object, allowed: tuple[str, ...], *, hint: str = "") -> None:
+        choices = ", ".join(allowed)
+        super().__init__(f"unknown {kind} {got!r}; choose from {choices}" + (f"; {hint}" if hint else ""))
+        self.kind = kind
+        self.got = got
+        self.allowed = allowed
+
+
+class WorkloadError(QwenVramError, ValueError):
+    """A workload cannot be run. `name` and `got` are the quantity and its value."""
+
+    def __init__(self, message: str, *, name: str, got: object) -> None:
+        super().__init__(message)
+        self.name = name
+        self.got = got
+
+
+class ConfigError(QwenVramError, ValueError):
+    """A model configuration cannot be used. `source` says where it came from."""
+
+    def __init__(self, message: str, *, source: str = "") -> None:
+        super().__init__(message)
+        self.source = source
+
+
+class CheckpointError(QwenVramError):
+    """A checkpoint's files cannot be used. `path` is the file or folder at fault."""
+
+    def __init__(self, message: str, *, path: str) -> None:
+        super().__init__(message)
+        self.path = path
+
+
+class HubError(QwenVramError):
+    """The hub did not give what was asked for. `repo_id` is what was asked."""
+
+    def __init__(self, message: str, *, repo_id: str) -> None:
+        super().__init__(message)
+        self.repo_id = repo_id
+
+
+class NotSupportedError(QwenVramError):
+    """A knob or a combination is counted by the estimator but cannot be run. `knob` and `value` name it."""
+
+    def __init__(self, message: str, *, knob: str, value: object) -> None:
+        super().__init__(message)
+        self.knob = knob
+        self.value = value
+
+
+class BackendUnavailableError(QwenVramError, ImportError):
+    """A backend, library or device is not available here. `backend` names it, `install` is the command that helps."""
+
+    def __init__(self, message: str, *, backend: str, install: str = "") -> None:
+        super().__init__(message)
+        self.backend = backend
+        self.install = install
+
+
+class DoesNotFitError(QwenVramError):
+    """No plan, or not the plan asked for, fits the budget.
+
+    Attributes:
+        needed_bytes: What the smallest plan tried needs on the device that is short.
+        budget_bytes: What that device offers.
+        estimate: The estimate of that plan.
+        nearest: A workload that would fit, or `None` where even one token does not.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        needed_bytes: int,
+        budget_bytes: int,
+        estimate: Estimate,
+        nearest: Workload | None,
+    ) -> None:
+        super().__init__(message)
+        self.needed_bytes = needed_bytes
+        self.budget_bytes = budget_bytes
+        self.estimate = estimate
+        self.nearest = nearest

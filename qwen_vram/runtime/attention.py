@@ -1,0 +1,118 @@
+"""`attention="fused"`: torch's own flash kernel with grouped heads and no mask, registered with `transformers`.
+
+transformers' sdpa builds an explicit mask as soon as a chunk follows a filled cache, and copies keys and values to
+every query head for it. A causal chunk needs neither: the flash kernel aligns its causal mask at the bottom right and
+reads grouped heads as they are. Padding, and every device but CUDA, take the plain sdpa path.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+NAME = "qwen_vram_fused"
+
+# The flash kernel's own limit. Source: torch, aten/src/ATen/native/transformers/cuda/sdp_utils.cpp.
+_LARGEST_HEAD = 256
+
+
+def register() -> None:
+    """Make `NAME` known to `transformers`; calling it again changes nothing."""
+    AttentionInterface.register(NAME, fused_attention)
+    AttentionMaskInterface.register(NAME, fused_mask)
+
+
+def fused_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of `query` (batch, heads, q, head_dim) over `key` and `value` (batch, kv_heads, c, head_dim).
+
+    Without a mask the last query sees all c keys and each one before it one key less. Returns (batch, q, heads,
+    head_dim) and no weights.
+    """
+    queries, keys = query.shape[2], key.shape[2]
+    if attention_mask is not None:
+        result, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return result, None
+    if queries == 1 or queries == keys:
+        output = functional.scaled_dot_product_attention(
+            query, key, value, is_causal=queries > 1, scale=scaling, enable_gqa=True
+        )
+        return output.transpose(1, 2).contiguous(), None
+    output = torch.ops.aten._flash_attention_forward(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        None,
+        None,
+        queries,
+        keys,
+        0.0,
+        True,
+        False,
+        scale=scaling,
+    )[0]
+    return output, None
+
+
+def fused_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    *,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> Tensor | None:
+    """No mask where the kernel's causal one says the same; sdpa's mask, (batch, 1, q, c), everywhere else.
+
+    The kernel's mask is aligned at the bottom right, so the keys must end with the newest query: a static cache, whose
+    keys run on, and packed sequences, for which `transformers` forbids the skip, get sdpa's mask.
+    """
+    ends_with_query = isinstance(q_offset, int) and kv_offset == 0 and q_offset + q_length == kv_length
+    if torch.device(device).type == "cuda" and allow_is_causal_skip and ends_with_query:
+        if attention_mask is None or bool(attention_mask.all()):
+            return None
+    result: Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](
+        batch_size,
+        q_length,
+        kv_length,
+        q_offset,
+        kv_offset,
+        attention_mask=attention_mask,
+        allow_is_causal_skip=allow_is_causal_skip,
+        device=device,
+        **kwargs,
+    )
+    return result
+
+
+def kernel_runs(dtype: torch.dtype, head_dim: int, device: torch.device) -> str:
+    """Why the flash kernel cannot run here; empty where it can, and off CUDA, where the plain path is taken."""
+    if device.type != "cuda":
+        return ""
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "the GPU is older than Ampere (compute capability 8.0)"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"the kernel takes bf16 and fp16, not {dtype}"
+    if head_dim > _LARGEST_HEAD or head_dim % 8:
+        return f"head_dim {head_dim} is not a multiple of 8 of at most {_LARGEST_HEAD}"
+    return ""

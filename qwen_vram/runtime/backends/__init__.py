@@ -1,0 +1,44 @@
+"""Backends by storage format. A backend's module is imported when one of its formats is first asked for."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import entry_points
+
+from qwen_vram.arithmetic.storage import FORMAT_NAMES
+from qwen_vram.errors import BackendUnavailableError, UnknownNameError
+from qwen_vram.runtime.backends.base import Backend
+
+_DENSE = "qwen_vram.runtime.backends.dense:DenseBackend"
+_BNB = "qwen_vram.runtime.backends.bnb:BnbBackend"
+
+# Storage format -> "module:class".
+TARGETS: dict[str, str] = {
+    **dict.fromkeys(("fp32", "bf16", "fp16"), _DENSE),
+    **dict.fromkeys(("int8", "nf4", "nf4-plain", "fp4"), _BNB),
+}
+
+ENTRY_POINTS = "qwen_vram.backends"
+
+
+def get_backend(storage_format: str) -> Backend:
+    """The backend that loads `storage_format`: the library's own, or one that another package registers.
+
+    Raises:
+        UnknownNameError: no such storage format.
+        BackendUnavailableError: the format is known, and nothing here loads it.
+    """
+    if storage_format not in FORMAT_NAMES:
+        raise UnknownNameError("storage format", storage_format, FORMAT_NAMES)
+    if storage_format in TARGETS:
+        module, _, name = TARGETS[storage_format].partition(":")
+        backend: Backend = getattr(import_module(module), name)()
+        return backend
+    for entry in entry_points(group=ENTRY_POINTS, name=storage_format):
+        plugged: Backend = entry.load()()
+        return plugged
+    raise BackendUnavailableError(
+        f"no backend loads {storage_format!r} yet: its bytes are counted by estimate_vram() only; load() takes "
+        f"{', '.join(TARGETS)}",
+        backend=storage_format,
+    )

@@ -1,0 +1,60 @@
+"""The strategy interface: what a quantization backend must do. Bytes are not its business; see `arithmetic.storage`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from qwen_vram.arithmetic.profile import Profile
+
+
+class Request(NamedTuple):
+    """What a backend is asked to load."""
+
+    folder: str
+    profile: Profile
+    device: torch.device
+    dtype: torch.dtype
+    device_map: Mapping[str, int | str]
+    attention: str
+
+
+class Backend(Protocol):
+    """Loads checkpoints in the storage formats that it is registered for."""
+
+    name: str
+
+    def check(self, profile: Profile, device: torch.device) -> None:
+        """Refuse what cannot run here, before anything is allocated.
+
+        Raises:
+            BackendUnavailableError: a library or a GPU that is not here.
+            NotSupportedError: a combination of knobs that this backend cannot make.
+        """
+
+    def load(self, request: Request) -> nn.Module:
+        """A plain `transformers` model with its weights in the profile's formats, on the request's devices."""
+
+    def storages(self, module: nn.Module) -> list[torch.Tensor]:
+        """Tensors that `module` holds beside its parameters for the sake of its format (scales, code tables)."""
+
+
+def from_pretrained(request: Request, **options: Any) -> nn.Module:
+    """`AutoModelForCausalLM.from_pretrained` with what every backend passes: local safetensors, no remote code."""
+    from transformers import AutoModelForCausalLM
+
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(
+        request.folder,
+        dtype=request.dtype,
+        device_map=dict(request.device_map),
+        attn_implementation=request.attention,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+        **options,
+    )
+    return model

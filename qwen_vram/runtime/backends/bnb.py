@@ -1,0 +1,98 @@
+"""nf4, nf4-plain, fp4 and int8 by bitsandbytes, quantized tensor by tensor while they load."""
+
+from __future__ import annotations
+
+import logging
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+
+from qwen_vram.arithmetic.profile import Profile
+from qwen_vram.errors import BackendUnavailableError, NotSupportedError
+from qwen_vram.runtime.backends.base import Request, from_pretrained
+
+_INSTALL = 'pip install "bitsandbytes>=0.50"'
+
+# LLM.int8 multiplies with int8 tensor cores from Turing on, the 4-bit kernels run from Pascal on.
+# Source: bitsandbytes 0.50.2, its documentation's hardware table.
+_OLDEST = {"int8": (7, 5), "nf4": (6, 0), "nf4-plain": (6, 0), "fp4": (6, 0)}
+
+
+class _Once(logging.Filter):
+    """Lets each message of a logger through once: bitsandbytes repeats one for every int8 product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        known = record.getMessage() in self.seen
+        self.seen.add(record.getMessage())
+        return not known
+
+
+_ONCE = _Once()
+
+
+class BnbBackend:
+    """bitsandbytes through `transformers`' own quantizer, with its surprising defaults all set."""
+
+    name = "bnb"
+
+    def check(self, profile: Profile, device: torch.device) -> None:
+        """Refuse a missing library, a GPU that is too old, and a head in a third format."""
+        if find_spec("bitsandbytes") is None:
+            raise BackendUnavailableError(
+                f"weights={profile.weights!r} needs bitsandbytes, which is not installed; run: {_INSTALL}",
+                backend="bnb",
+                install=_INSTALL,
+            )
+        oldest = _OLDEST[profile.weights]
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) < oldest:
+            raise BackendUnavailableError(
+                f"weights={profile.weights!r} needs a GPU of compute capability {oldest[0]}.{oldest[1]}, got "
+                f"{torch.cuda.get_device_capability(device)}; use weights='fp16'",
+                backend="bnb",
+            )
+        if profile.head_format not in (profile.dtype, profile.weights):
+            raise NotSupportedError(
+                f"lm_head={profile.head_format!r} with weights={profile.weights!r}: bitsandbytes takes one format for "
+                f"a model; use lm_head={profile.weights!r}, or leave it out",
+                knob="lm_head",
+                value=profile.head_format,
+            )
+
+    def load(self, request: Request) -> nn.Module:
+        """The model with its matrices quantized; embeddings, norms and biases keep the model's dtype."""
+        from transformers import BitsAndBytesConfig
+
+        logging.getLogger("bitsandbytes.autograd._functions").addFilter(_ONCE)
+        profile = request.profile
+        # transformers skips the head unless it is given a list; an empty one skips nothing.
+        skipped = [] if profile.head_format == profile.weights else ["lm_head"]
+        options: dict[str, Any] = {"llm_int8_skip_modules": skipped}
+        if profile.weights == "int8":
+            options["load_in_8bit"] = True
+        else:
+            options |= {
+                "load_in_4bit": True,
+                "bnb_4bit_quant_type": "fp4" if profile.weights == "fp4" else "nf4",
+                "bnb_4bit_use_double_quant": profile.weights != "nf4-plain",
+                "bnb_4bit_compute_dtype": request.dtype,
+            }
+        if "cpu" in request.device_map.values() and request.device.type != "cpu":
+            # Only the embedding is on the host, which is not quantized anyway.
+            options["llm_int8_enable_fp32_cpu_offload"] = True
+        return from_pretrained(request, quantization_config=BitsAndBytesConfig(**options))
+
+    def storages(self, module: nn.Module) -> list[torch.Tensor]:
+        """Block maxima, code tables and offset of a 4-bit matrix, row scales of an int8 one."""
+        weight = getattr(module, "weight", None)
+        state = getattr(weight, "quant_state", None)
+        if state is not None:
+            nested = [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
+            return [state.absmax, state.code, *nested]
+        scales = getattr(weight, "SCB", None)
+        return [scales] if isinstance(scales, torch.Tensor) else []

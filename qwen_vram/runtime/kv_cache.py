@@ -1,0 +1,99 @@
+"""A KV cache that takes its whole context once: nothing is copied as it grows, and nothing fragments the allocator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+
+class PreallocatedLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One layer's keys and values, (batch, kv_heads, max_length, head_dim) each, filled from the front.
+
+    Attention sees the filled part as a view.
+    """
+
+    is_croppable = True
+
+    def __init__(self, max_length: int) -> None:
+        super().__init__()
+        self.max_length = max_length
+        self.length = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take the memory, in the dtype and on the device of the first keys and values."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        shape = (*key_states.shape[:2], self.max_length)
+        self.keys = key_states.new_empty((*shape, key_states.shape[-1]))
+        self.values = value_states.new_empty((*shape, value_states.shape[-1]))
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append (batch, kv_heads, q, head_dim) keys and values, and return all that are filled.
+
+        Raises:
+            ValueError: more tokens than `max_length`.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        end = self.length + key_states.shape[-2]
+        if end > self.max_length:
+            raise ValueError(
+                f"the cache holds {self.max_length} tokens and was given {end}; make it longer: "
+                "PreallocatedCache(config, max_length=...)"
+            )
+        self.keys[:, :, self.length : end] = key_states
+        self.values[:, :, self.length : end] = value_states
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Keys that `query_length` more queries will see, and the first one's position."""
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens held."""
+        return self.length
+
+    def get_max_length(self) -> int:
+        """Tokens that can be held."""
+        return self.max_length
+
+    def reset(self) -> None:
+        """Forget all tokens and keep the memory."""
+        self.length = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens; the count may be negative, as `transformers` passes it."""
+        self.length = max(0, self.length - abs(tokens_to_remove))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence `repeats` times."""
+        if self.is_initialized:
+            self.keys = self.keys.repeat_interleave(repeats, dim=0)
+            self.values = self.values.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences at `indices`."""
+        if self.is_initialized:
+            self.keys = self.keys[indices]
+            self.values = self.values[indices]
+
+
+class PreallocatedCache(Cache):  # type: ignore[misc]
+    """A cache for `model.generate(past_key_values=...)` that never grows: `max_length` tokens in every layer.
+
+    Memory is taken at the first token: exactly `arithmetic.kv_cache` predicts it.
+    """
+
+    def __init__(self, num_hidden_layers: int, *, max_length: int) -> None:
+        super().__init__(layers=[PreallocatedLayer(max_length) for _ in range(num_hidden_layers)])
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of the tensors that a cache holds."""
+    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))

@@ -1,0 +1,289 @@
+"""LoadedModel: a model, its tokenizer and its plan; it answers, and reports what it took beside what was promised."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from threading import Event, Thread
+from types import TracebackType
+from typing import Any, cast
+
+import torch
+from transformers import (
+    Cache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
+
+from qwen_vram.arithmetic.estimate import Estimate, estimate
+from qwen_vram.arithmetic.workload import Workload
+from qwen_vram.errors import QwenVramError, WorkloadError
+from qwen_vram.planning.planner import Plan, plan
+from qwen_vram.runtime.kv_cache import PreallocatedCache, cache_bytes
+from qwen_vram.runtime.measure import PeakMeter, Report
+
+Message = Mapping[str, str]
+
+
+class LoadedModel:
+    """A plain `transformers` model with the plan that it was loaded by.
+
+    `model, tokenizer = loaded` unpacks, and `with load(...) as loaded:` gives the memory back at the end. `model` works
+    in pipelines, with PEFT and with its own `generate`; `generate`, `chat` and `stream` here also obey the plan's cache
+    and chunk size, and refuse, before anything is allocated, a workload that would not fit the plan's budget.
+
+    Attributes:
+        model: The `transformers` model.
+        tokenizer: Its tokenizer.
+        plan: What was promised.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: torch.nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        plan: Plan,
+        device: torch.device,
+        measured: dict[str, int],
+    ) -> None:
+        self._model: PreTrainedModel | None = cast("PreTrainedModel", model)
+        self.tokenizer = tokenizer
+        self.plan = plan
+        self.device = device
+        self._loaded = measured
+        self._last: Workload | None = None
+        self._run: dict[str, int] = {}
+        if plan.profile.prefill_chunk_size is not None:
+            self.model.generation_config.prefill_chunk_size = plan.profile.prefill_chunk_size
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The `transformers` model.
+
+        Raises:
+            QwenVramError: after `close()`.
+        """
+        if self._model is None:
+            raise QwenVramError("this model is closed; load it again")
+        return self._model
+
+    def __iter__(self) -> Iterator[Any]:
+        yield self.model
+        yield self.tokenizer
+
+    def __enter__(self) -> LoadedModel:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._model is None else f"on {self.device}"
+        return f"<LoadedModel {self.plan.estimate.model}, {self.plan.profile.weights} weights, {state}>"
+
+    def close(self) -> None:
+        """Give the memory back; calling it again changes nothing."""
+        self._model = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def chat(
+        self,
+        message: str | Sequence[Message],
+        *,
+        system: str | None = None,
+        max_new_tokens: int | None = None,
+        **options: Any,
+    ) -> str:
+        """The answer to a question, or to a conversation of `{"role": ..., "content": ...}` messages.
+
+        Args:
+            max_new_tokens: `None` is what was planned for.
+            **options: Passed to `transformers`' `generate`, such as `do_sample=False`.
+
+        Raises:
+            DoesNotFitError: the conversation is longer than planned, and does not fit the budget.
+            WorkloadError: it does not fit the model's positions.
+        """
+        inputs = self._conversation(message, system)
+        return self._answer(inputs, max_new_tokens, options)[0]
+
+    def generate(
+        self, prompt: str | Sequence[str], *, max_new_tokens: int | None = None, **options: Any
+    ) -> str | list[str]:
+        """The text that continues a prompt, or a list of them as one batch; without the prompt itself.
+
+        Raises:
+            DoesNotFitError, WorkloadError: as for `chat`.
+        """
+        single = isinstance(prompt, str)
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts or not all(isinstance(text, str) and text for text in prompts):
+            raise WorkloadError("prompt must be a text, or a list of texts, none empty", name="prompt", got=prompt)
+        inputs = self.tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+        answers = self._answer(dict(inputs), max_new_tokens, options)
+        return answers[0] if single else answers
+
+    def stream(
+        self,
+        message: str | Sequence[Message],
+        *,
+        system: str | None = None,
+        max_new_tokens: int | None = None,
+        **options: Any,
+    ) -> Iterator[str]:
+        """The answer to a question or a conversation, piece by piece as it is made.
+
+        Leaving the loop early stops the generation.
+
+        Raises:
+            DoesNotFitError, WorkloadError: as for `chat`, before the first piece.
+        """
+        inputs = self._conversation(message, system)
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        stop = _StopWhen(Event())
+        failures: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                extra = {**options, "streamer": streamer, "stopping_criteria": StoppingCriteriaList([stop])}
+                self._generate(inputs, max_new_tokens, extra)
+            except BaseException as error:  # handed to the reader below
+                failures.append(error)
+                streamer.end()
+
+        thread = Thread(target=work, daemon=True)
+        thread.start()
+        try:
+            yield from (piece for piece in streamer if piece)
+        finally:
+            stop.event.set()
+            thread.join()
+        if failures:
+            raise failures[0]
+
+    def new_cache(self, *, max_length: int) -> Cache:
+        """A preallocated cache of `max_length` tokens for `model.generate(past_key_values=...)`."""
+        return PreallocatedCache(self.model.config.num_hidden_layers, max_length=max_length)
+
+    def report(self) -> Report:
+        """Predicted beside measured, part by part: the load, and the last generation where there was one."""
+        return Report(estimate=self._prediction(), measured={**self._loaded, **self._run})
+
+    def _prediction(self) -> Estimate:
+        known = self.plan.estimate
+        if self._last is None or known.architecture is None:
+            return known
+        return estimate(known.model, known.architecture, known.profile, self._last)
+
+    def _conversation(self, message: str | Sequence[Message], system: str | None) -> dict[str, torch.Tensor]:
+        messages = [{"role": "user", "content": message}] if isinstance(message, str) else [dict(m) for m in message]
+        if not messages or not all("role" in one and "content" in one for one in messages):
+            raise WorkloadError(
+                'message must be a text, or a list of {"role": ..., "content": ...}', name="message", got=message
+            )
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+        inputs = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        return dict(cast("Mapping[str, torch.Tensor]", inputs))
+
+    def _answer(
+        self, inputs: dict[str, torch.Tensor], max_new_tokens: int | None, options: dict[str, Any]
+    ) -> list[str]:
+        produced = self._generate(inputs, max_new_tokens, options)
+        new = produced[:, inputs["input_ids"].shape[1] :]
+        return cast("list[str]", self.tokenizer.batch_decode(new, skip_special_tokens=True))
+
+    @torch.inference_mode()
+    def _generate(
+        self, inputs: dict[str, torch.Tensor], max_new_tokens: int | None, options: dict[str, Any]
+    ) -> torch.Tensor:
+        model = self.model
+        batch_size, prompt_len = inputs["input_ids"].shape
+        new = self.plan.workload.max_new_tokens if max_new_tokens is None else max_new_tokens
+        workload = Workload(
+            prompt_len=prompt_len,
+            max_new_tokens=new,
+            batch_size=batch_size,
+            padded=not bool(inputs["attention_mask"].all()),
+        )
+        self._check_room(workload)
+        meter = PeakMeter(self.device)
+        meter.start()
+        on_device = {name: tensor.to(self.device) for name, tensor in inputs.items()}
+        cache = self._cache(workload)
+        output = model.generate(
+            **on_device,
+            max_new_tokens=new,
+            return_dict_in_generate=True,
+            **({"past_key_values": cache} if cache is not None else {"cache_implementation": self._cache_name()}),
+            **({"disable_compile": True} if self.plan.profile.cache == "static" else {}),
+            **options,
+        )
+        self._note(workload, output, meter)
+        return cast("torch.Tensor", output.sequences)
+
+    def _cache(self, workload: Workload) -> Cache | None:
+        if self.plan.profile.cache != "preallocated":
+            return None
+        return self.new_cache(max_length=workload.context_len)
+
+    def _cache_name(self) -> str:
+        return "static" if self.plan.profile.cache == "static" else "dynamic"
+
+    def _check_room(self, workload: Workload) -> None:
+        """Refuse what is longer than planned and does not fit the budget."""
+        known, planned = self.plan.estimate, self.plan.workload
+        assert known.architecture is not None
+        workload.check(known.architecture)
+        if workload.context_len <= planned.context_len and workload.prompt_len <= planned.prompt_len:
+            if workload.batch_size <= planned.batch_size:
+                return
+        plan(
+            known.architecture,
+            profile=known.profile,
+            vram={} if self.plan.budget.vram is None else self.plan.budget.vram,
+            ram=self.plan.budget.ram,
+            prompt_len=workload.prompt_len,
+            max_new_tokens=workload.max_new_tokens,
+            batch_size=workload.batch_size,
+        )
+
+    def _note(self, workload: Workload, output: Any, meter: PeakMeter) -> None:
+        """Keep what the generation took, under the names of the estimate's parts."""
+        if self.plan.profile.cache == "dynamic":
+            # A growing cache holds what was really made, which an early end keeps short.
+            made = output.sequences.shape[1] - workload.prompt_len
+            workload = replace(workload, max_new_tokens=made)
+        self._last = workload
+        held = cache_bytes(output.past_key_values)
+        measured = meter.stop()
+        self._run = {"kv_cache": held, **measured}
+        if measured:
+            weights = self._loaded["weights"]
+            # What stays allocated at rest beside the weights: workspace, rounding, buffers.
+            resting = meter.allocated() - held - output.sequences.nbytes
+            self._run["workspace"] = max(0, resting - weights)
+            self._run["activations"] = measured["peak_allocated"] - weights - held - self._run["workspace"]
+
+
+class _StopWhen(StoppingCriteria):  # type: ignore[misc]
+    """Stops a generation when its event is set."""
+
+    def __init__(self, event: Event) -> None:
+        self.event = event
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device, dtype=torch.bool)

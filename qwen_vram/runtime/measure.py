@@ -1,0 +1,142 @@
+"""Measuring: what a loaded model really takes, part by part, beside what was predicted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from qwen_vram.arithmetic.estimate import Estimate
+from qwen_vram.runtime.backends.base import Backend
+from qwen_vram.runtime.host_embedding import HostEmbedding
+from qwen_vram.units import format_gb
+
+PARTS = (
+    "weights",
+    "kv_cache",
+    "activations",
+    "workspace",
+    "peak_allocated",
+    "peak_reserved",
+    "process_total",
+    "load_peak",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """Predicted beside measured, part by part, for the last generation (or for the load alone before the first).
+
+    Attributes:
+        estimate: The prediction for the workload that ran.
+        measured: Bytes by part; a part that cannot be measured here (peaks on the CPU) is absent.
+    """
+
+    estimate: Estimate
+    measured: dict[str, int]
+
+    def lines(self) -> Iterator[tuple[str, int, int | None]]:
+        """Part, predicted bytes, measured bytes or `None`."""
+        for part in PARTS:
+            yield part, getattr(self.estimate, part), self.measured.get(part)
+
+    def to_dict(self) -> dict[str, dict[str, int | None]]:
+        """Predicted and measured bytes by part, as plain data."""
+        return {part: {"predicted": predicted, "measured": measured} for part, predicted, measured in self.lines()}
+
+    def __str__(self) -> str:
+        """A table with the error of each prediction."""
+        rows = [f"{'':18}{'predicted':>16}{'measured':>16}{'':>10}{'error':>10}"]
+        for part, predicted, measured in self.lines():
+            if measured is None:
+                rows.append(f"{part:18}{predicted:>16,}{'-':>16}{format_gb(predicted):>10}")
+            else:
+                error = f"{(predicted - measured) / measured:+.2%}" if measured else "-"
+                rows.append(f"{part:18}{predicted:>16,}{measured:>16,}{format_gb(measured):>10}{error:>10}")
+        return "\n".join(rows)
+
+
+def weight_storages(model: nn.Module, backend: Backend) -> dict[str, int]:
+    """Bytes of every weight's real storages by its name in the checkpoint, quantization state included.
+
+    A tensor that two modules share is counted under its first name. Tables on the host are left out; buffers that are
+    no weights (rotary frequencies) too.
+    """
+    seen: set[int] = set()
+    sizes: dict[str, int] = {}
+    for module_name, module in model.named_modules(remove_duplicate=False):
+        for name, parameter in module.named_parameters(recurse=False):
+            extra = backend.storages(module) if name == "weight" else []
+            size = 0
+            for tensor in (parameter.data, *extra):
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in seen:
+                    seen.add(storage.data_ptr())
+                    size += storage.nbytes()
+            if size:
+                sizes[f"{module_name}.{name}"] = size
+    return sizes
+
+
+def host_bytes(model: nn.Module) -> int:
+    """Bytes of embedding tables that stay on the host."""
+    return sum(module.weight.nbytes for module in model.modules() if isinstance(module, HostEmbedding))
+
+
+class PeakMeter:
+    """Device memory of this process between `start()` and `stop()`; all zeros off CUDA."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.cuda = device.type == "cuda"
+        self.before = 0
+
+    def start(self) -> None:
+        """Begin: forget earlier peaks and note what is allocated."""
+        if self.cuda:
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.before = torch.cuda.memory_allocated(self.device)
+
+    def stop(self) -> dict[str, int]:
+        """End: peak allocated and reserved, and what nvidia-smi shows where the driver tells; empty off CUDA."""
+        if not self.cuda:
+            return {}
+        torch.cuda.synchronize(self.device)
+        found = {
+            "peak_allocated": torch.cuda.max_memory_allocated(self.device),
+            "peak_reserved": torch.cuda.max_memory_reserved(self.device),
+        }
+        process = process_bytes(self.device)
+        return found if process is None else {**found, "process_total": process}
+
+    def allocated(self) -> int:
+        """Bytes allocated now."""
+        return torch.cuda.memory_allocated(self.device) if self.cuda else 0
+
+
+def process_bytes(device: torch.device) -> int | None:
+    """What nvidia-smi shows for this process on `device`; `None` where the driver does not tell.
+
+    Where process numbers are hidden (containers), the whole card's figure is taken if one process alone is on it.
+    """
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # no library, no driver: nothing to measure with
+        return None
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+        for process in processes:
+            if process.pid == os.getpid() and process.usedGpuMemory:
+                return int(process.usedGpuMemory)
+        return int(pynvml.nvmlDeviceGetMemoryInfo(handle).used) if len(processes) <= 1 else None
+    except pynvml.NVMLError:
+        return None
+    finally:
+        pynvml.nvmlShutdown()

@@ -1,0 +1,77 @@
+"""Checkpoints that the tests load: small, of random weights, made once; and the bundled one."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from qwen_vram.demo import CHECKPOINT
+
+SHAPE = {
+    "vocab_size": 3072,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+}
+
+
+def make_checkpoint(folder: Path, *, kind: str = "qwen2", tied: bool = False, max_shard_size: str = "5GB") -> Path:
+    """A checkpoint of random weights with the bundled tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
+
+    torch.manual_seed(0)
+    config = Qwen2Config(**SHAPE, tie_word_embeddings=tied)
+    if kind == "qwen3":
+        # Heads wider than hidden_size / num_attention_heads, as the small Qwen3 have them.
+        config = Qwen3Config(**SHAPE, tie_word_embeddings=tied, head_dim=96)
+    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.02)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    for file in CHECKPOINT.iterdir():
+        if "token" in file.name or file.suffix == ".jinja":
+            shutil.copy(file, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("untied"))
+
+
+@pytest.fixture(scope="session")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("tied"), tied=True)
+
+
+@pytest.fixture(scope="session")
+def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("qwen3"), kind="qwen3", tied=True)
+
+
+@pytest.fixture(scope="session")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("sharded"), max_shard_size="2MB")
+
+
+@pytest.fixture(scope="session")
+def demo() -> Path:
+    return CHECKPOINT
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
