@@ -28,9 +28,7 @@ PromptLen = Annotated[int, typer.Option(help="Prompt tokens of one sequence.")]
 NewTokens = Annotated[int, typer.Option(help="Tokens generated after it.")]
 BatchSize = Annotated[int, typer.Option(help="Sequences at once.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-Vram = Annotated[
-    str | None, typer.Option(help="Most that nvidia-smi may show, such as 8GiB; default: what is free.")
-]
+Vram = Annotated[str | None, typer.Option(help="Most that nvidia-smi may show, such as 8GiB; default: what is free.")]
 Ram = Annotated[str | None, typer.Option(help="Most host memory; default: what is free.")]
 Prefer = Annotated[str, typer.Option(help="quality, speed or memory.")]
 Knobs = Annotated[
@@ -73,9 +71,7 @@ def estimate(
     prompt_len: PromptLen = 512,
     max_new_tokens: NewTokens = 512,
     batch_size: BatchSize = 1,
-    params: Annotated[
-        float | None, typer.Option(help="Instead of a model: parameters, for the rule of thumb.")
-    ] = None,
+    params: Annotated[float | None, typer.Option(help="Instead of a model: parameters, for the rule of thumb.")] = None,
     knobs: Knobs = None,
     as_json: AsJson = False,
 ) -> None:

@@ -111,7 +111,9 @@ def test_all_is_sorted_and_complete():
     modules_too = {"annotations", "TYPE_CHECKING", "arithmetic", "planning", "runtime", "files", "errors", "units"}
     modules_too |= {"demo", "tools", "cli"}
     assert set(public) - modules_too <= set(qwen_vram.__all__)
-    assert qwen_vram.__all__ == sorted(qwen_vram.__all__, key=lambda name: (not name.isupper(), name[0].islower(), name))
+    assert qwen_vram.__all__ == sorted(
+        qwen_vram.__all__, key=lambda name: (not name.isupper(), name[0].islower(), name)
+    )
     for name in qwen_vram.__all__:
         assert getattr(qwen_vram, name) is not None
 

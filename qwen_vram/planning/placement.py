@@ -49,7 +49,7 @@ def spread(streamed: int, layers: int) -> frozenset[int]:
     """`streamed` of `layers` indices, as evenly as they go, so that each has resident layers to hide behind.
 
     >>> sorted(spread(3, 28))
-    [9, 18, 27]
+    [8, 17, 27]
     """
     return frozenset((index + 1) * layers // streamed - 1 for index in range(streamed))
 
@@ -94,7 +94,7 @@ def offload_map(
     Example:
         >>> where = offload_map("Qwen2.5-7B-Instruct", layers_on_cpu=3)
         >>> [name for name, device in where.items() if device == "cpu"]
-        ['model.layers.9', 'model.layers.18', 'model.layers.27']
+        ['model.layers.8', 'model.layers.17', 'model.layers.27']
     """
     label, architecture = resolve_model(model)
     chosen = resolve_profile(profile, **knobs)

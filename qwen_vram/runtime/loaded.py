@@ -127,7 +127,7 @@ class LoadedModel:
             DoesNotFitError, WorkloadError: as for `chat`.
         """
         single = isinstance(prompt, str)
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, Sequence) else []
         if not prompts or not all(isinstance(text, str) and text for text in prompts):
             raise WorkloadError("prompt must be a text, or a list of texts, none empty", name="prompt", got=prompt)
         inputs = self.tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")

@@ -1,0 +1,67 @@
+"""Seeded questions in five categories: what the demo checkpoint learned and is examined on.
+
+Standard library only. The split of a prompt follows from its text alone (`split_of`), so a
+held-out prompt can not be trained on by a different seed.
+
+Example:
+    >>> [example] = examples("math", "held_out", seed=7, count=1)
+    >>> example.split
+    'held_out'
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from random import Random
+
+from qwen_vram.demo.tasks import arithmetic, chinese, program, recall, table
+from qwen_vram.demo.tasks.base import Example, Split, split_of
+from qwen_vram.errors import UnknownNameError
+
+__all__ = ["CATEGORIES", "Example", "Split", "examples", "situations", "split_of"]
+
+_SITUATIONS: dict[str, Callable[[Random], list[Example]]] = {
+    chinese.CATEGORY: chinese.situation,
+    arithmetic.CATEGORY: arithmetic.situation,
+    program.CATEGORY: program.situation,
+    table.CATEGORY: table.situation,
+    recall.CATEGORY: recall.situation,
+}
+
+CATEGORIES: tuple[str, ...] = tuple(_SITUATIONS)
+"""`chinese`, `math`, `code`, `table`, `recall`: the order every report uses."""
+
+
+def situations(category: str, split: Split, rng: Random) -> Iterator[list[Example]]:
+    """Draw without end: each item holds the examples of `split` about one drawn situation.
+
+    Examples of one item share their context; the next item has a fresh one.
+
+    Raises:
+        UnknownNameError: `category` is not in `CATEGORIES`.
+    """
+    if category not in _SITUATIONS:
+        raise UnknownNameError("category", category, CATEGORIES)
+    draw = _SITUATIONS[category]
+    while True:
+        drawn = [example for example in draw(rng) if example.split == split]
+        if drawn:
+            yield drawn
+
+
+def examples(category: str, split: Split, seed: int, count: int) -> list[Example]:
+    """Draw `count` examples with distinct prompts, no two about the same context.
+
+    The same arguments give the same list on every machine and Python version that draws
+    `random.Random` alike (3.10 to 3.14 do); a longer list starts with the shorter one.
+
+    Raises:
+        UnknownNameError: `category` is not in `CATEGORIES`.
+    """
+    rng = Random(f"{category}/{split}/{seed}")
+    chosen: dict[str, Example] = {}
+    for drawn in situations(category, split, rng):
+        if len(chosen) >= count:
+            break
+        chosen.setdefault(drawn[0].prompt, drawn[0])
+    return list(chosen.values())

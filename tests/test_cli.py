@@ -1,0 +1,85 @@
+"""The command line, run as a user runs it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+
+def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "qwen_vram", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, input=stdin, timeout=300)
+
+
+def test_estimate_prints_a_table():
+    result = run("estimate", "Qwen2.5-7B-Instruct")
+    assert result.returncode == 0
+    assert "15,231,233,024" in result.stdout
+
+
+def test_estimate_takes_a_number_of_parameters():
+    assert json.loads(run("estimate", "--params", "7.62e9", "--json").stdout)["weights"] == 15_240_000_000
+
+
+def test_estimate_prints_json_and_nothing_else():
+    knobs = ["--set", "weights=nf4", "--set", "prefill_chunk_size=256", "--set", "compiled=false"]
+    data = json.loads(run("estimate", "Qwen2.5-7B", "--prompt-len", "8000", *knobs, "--json").stdout)
+    assert data["profile"]["prefill_chunk_size"] == 256
+    assert data["workload"]["prompt_len"] == 8000
+    assert data["weights"] == 5_547_065_104
+
+
+def test_plan_prints_its_steps():
+    result = run("plan", "Qwen2.5-7B-Instruct", "--vram", "8GiB", "--ram", "32GiB", "--prompt-len", "32000")
+    assert result.returncode == 0
+    assert "weights='nf4'" in result.stdout
+
+
+def test_plan_prints_json_and_nothing_else():
+    data = json.loads(run("plan", "Qwen2.5-7B-Instruct", "--vram", "80GiB", "--ram", "32GiB", "--json").stdout)
+    assert data["profile"]["weights"] == "bf16"
+    assert data["device_map"]["lm_head"] == 0
+
+
+def test_a_refusal_is_one_line_and_status_2():
+    result = run("plan", "Qwen2.5-7B-Instruct", "--vram", "8")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: vram is a bare number: got '8'")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_refusal_is_json_where_json_was_asked_for():
+    result = run("plan", "Qwen2.5-72B", "--vram", "8GiB", "--ram", "32GiB", "--json")
+    data = json.loads(result.stdout)
+    assert result.returncode == 2
+    assert data["error"] == "DoesNotFitError"
+    assert data["needed_bytes"] > data["budget_bytes"] == 8 * 2**30
+
+
+def test_a_knob_without_a_value_is_refused():
+    assert "unknown --set 'weights'; choose from KNOB=VALUE" in run("estimate", "Qwen2.5-7B", "--set", "weights").stderr
+
+
+def test_chat_answers_one_message(demo):
+    result = run("chat", str(demo), "-m", "What is 12 + 30?")
+    assert result.returncode == 0
+    assert "42" in result.stdout
+
+
+def test_chat_talks_until_the_input_ends(demo):
+    result = run("chat", str(demo), stdin="What is 12 + 30?\n/report\n")
+    assert result.returncode == 0
+    assert "42" in result.stdout
+    assert "kv_cache" in result.stdout
+
+
+@pytest.mark.slow
+def test_demo_answers_and_measures():
+    result = run("demo")
+    assert result.returncode == 0, result.stderr
+    assert "15,240,000,000" in result.stdout
+    assert result.stdout.count("right") >= 8
+    assert result.stdout.count("weights ") >= 2
+    assert "+0.00%" in result.stdout

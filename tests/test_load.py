@@ -1,0 +1,198 @@
+"""Loading on the CPU, with the real libraries: bytes, answers, reports, and what `transformers` does with the model."""
+
+import pytest
+import torch
+
+import qwen_vram as qv
+from qwen_vram.arithmetic.weights import stored_weights
+from qwen_vram.runtime.backends import get_backend
+from qwen_vram.runtime.measure import weight_storages
+
+FORMATS = ("bf16", "fp32", "fp16", "nf4", "nf4-plain", "fp4", "int8")
+QUANTIZED = ("nf4", "nf4-plain", "fp4", "int8")
+
+
+def load(model, **knobs):
+    return qv.load(model, profile=knobs.pop("profile", "default"), progress=False, **knobs)
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+@pytest.mark.parametrize("model", ["untied", "tied", "qwen3", "demo"])
+def test_every_weight_takes_the_bytes_that_were_predicted(request, model, weights):
+    with load(request.getfixturevalue(model), weights=weights) as llm:
+        plan = llm.plan
+        real = weight_storages(llm.model, get_backend(weights))
+        predicted = {
+            stored.weight.name: stored.nbytes for stored in stored_weights(plan.estimate.architecture, plan.profile)
+        }
+        assert real == predicted
+        assert sum(real.values()) == plan.estimate.weights == llm.report().measured["weights"]
+
+
+@pytest.mark.parametrize("weights", QUANTIZED)
+def test_a_quantized_head_takes_the_bytes_that_were_predicted(demo, weights):
+    with load(demo, weights=weights, lm_head=weights) as llm:
+        assert sum(weight_storages(llm.model, get_backend(weights)).values()) == llm.plan.estimate.weights
+        assert type(llm.model.lm_head).__module__.startswith("bitsandbytes")
+
+
+@pytest.mark.parametrize("weights", ["nf4", "nf4-plain", "fp4"])
+def test_4_bit_weights_compute_in_the_models_own_dtype(demo, weights):
+    with load(demo, weights=weights) as llm:
+        projection = llm.model.model.layers[0].mlp.up_proj
+        assert projection.compute_dtype is torch.bfloat16
+        assert projection.weight.quant_state.quant_type == ("fp4" if weights == "fp4" else "nf4")
+        assert projection.weight.quant_state.nested is (weights != "nf4-plain")
+
+
+PROMPT = "The quick brown fox jumps over the lazy dog. " * 8
+SAVERS = [
+    {"cache": "preallocated"},
+    {"cache": "static"},
+    {"attention": "eager"},
+    {"attention": "fused"},
+    {"prefill_chunk_size": 16},
+    {"embeddings": "host"},
+    {"attention": "fused", "cache": "preallocated", "prefill_chunk_size": 7, "embeddings": "host"},
+]
+
+
+@pytest.mark.parametrize("knobs", SAVERS, ids=str)
+def test_lossless_knobs_give_the_same_tokens_as_plain_transformers(untied, knobs):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(untied)
+    plain = AutoModelForCausalLM.from_pretrained(untied, dtype=torch.float32)
+    inputs = tokenizer([PROMPT, "short"], return_tensors="pt", padding=True, padding_side="left")
+    expected = plain.generate(**inputs, max_new_tokens=24, do_sample=False)
+    texts = tokenizer.batch_decode(expected[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    with load(untied, weights="fp32", **knobs) as llm:
+        assert llm.generate([PROMPT, "short"], max_new_tokens=24, do_sample=False) == texts
+
+
+def test_a_model_unpacks_into_model_and_tokenizer(untied):
+    model, tokenizer = load(untied)
+    inputs = tokenizer("hello", return_tensors="pt")
+    assert model.generate(**inputs, max_new_tokens=4).shape == (1, inputs["input_ids"].shape[1] + 4)
+
+
+def test_chat_generate_and_stream_agree(demo):
+    with load(demo) as llm:
+        question = "What is 12 + 30?"
+        answer = llm.chat(question, max_new_tokens=24, do_sample=False)
+        assert answer
+        assert "".join(llm.stream(question, max_new_tokens=24, do_sample=False)) == answer
+        prompt = llm.tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
+        )
+        assert llm.generate(prompt, max_new_tokens=24, do_sample=False) == answer
+
+
+def test_leaving_a_stream_stops_the_generation(untied):
+    with load(untied, max_new_tokens=2000) as llm:
+        stream = llm.stream("hello", max_new_tokens=2000, do_sample=False, eos_token_id=None)
+        next(stream)
+        stream.close()
+        assert llm.report().estimate.workload.max_new_tokens < 2000
+
+
+def test_an_error_inside_a_stream_reaches_the_reader(untied):
+    with load(untied) as llm, pytest.raises(ValueError, match="num_beams"):
+        list(llm.stream("hello", max_new_tokens=4, num_beams=4))
+
+
+def test_a_report_holds_the_cache_against_the_prediction(untied):
+    with load(untied, cache="preallocated", attention="fused") as llm:
+        llm.generate(PROMPT, max_new_tokens=16, do_sample=False)
+        report = llm.report()
+        assert report.measured["kv_cache"] == report.estimate.kv_cache
+        assert report.measured["weights"] == report.estimate.weights
+        assert "+0.00%" in str(report)
+        assert report.to_dict()["peak_allocated"]["measured"] is None  # nothing measures peaks on the CPU
+
+
+def test_a_dynamic_cache_ends_one_token_short_of_the_context(untied):
+    with load(untied) as llm:
+        llm.generate(PROMPT, max_new_tokens=16, do_sample=False, eos_token_id=None)
+        report = llm.report()
+        per_token = report.estimate.kv_cache // report.estimate.workload.context_len
+        assert report.measured["kv_cache"] == report.estimate.kv_cache - per_token
+
+
+def test_a_closed_model_says_so(untied):
+    llm = load(untied)
+    llm.close()
+    llm.close()
+    with pytest.raises(qv.QwenVramError, match="this model is closed; load it again"):
+        llm.chat("hello")
+    assert "closed" in repr(llm)
+
+
+def test_a_conversation_longer_than_planned_is_refused_before_it_runs(untied):
+    need = qv.plan(untied, profile="default", vram={}, prompt_len=64, max_new_tokens=8).estimate
+    ram = need.weights + need.kv_cache + need.activations + 2**18
+    with load(untied, prompt_len=64, max_new_tokens=8, ram=ram) as llm:
+        llm.generate("hello", max_new_tokens=8)
+        with pytest.raises(qv.DoesNotFitError, match="would fit") as caught:
+            llm.generate(PROMPT * 20, max_new_tokens=8)
+        assert caught.value.needed_bytes > caught.value.budget_bytes
+        assert caught.value.nearest.prompt_len < 2000
+
+
+def test_a_host_embedding_is_no_parameter_and_is_saved_all_the_same(untied, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    with load(untied, embeddings="host") as llm:
+        names = {name for name, _ in llm.model.named_parameters()}
+        assert "model.embed_tokens.weight" not in names
+        llm.model.save_pretrained(tmp_path)
+        kept = llm.model.get_input_embeddings().weight.clone()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again.get_input_embeddings().weight, kept)
+
+
+def test_a_pipeline_takes_the_model(untied):
+    from transformers import pipeline
+
+    model, tokenizer = load(untied, weights="fp32")
+    generated = pipeline("text-generation", model=model, tokenizer=tokenizer)(
+        "hello", max_new_tokens=4, return_full_text=False
+    )
+    assert isinstance(generated[0]["generated_text"], str)
+
+
+@pytest.mark.parametrize("weights", ["fp32", "nf4"])
+def test_peft_trains_an_adapter_on_the_model(untied, weights):
+    peft = pytest.importorskip("peft")
+    model, tokenizer = load(untied, weights=weights)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    inputs = tokenizer("hello world", return_tensors="pt")
+    loss = adapted(**inputs, labels=inputs["input_ids"]).loss
+    loss.backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in adapted.parameters() if p.requires_grad)
+
+
+def test_a_preallocated_cache_works_with_the_models_own_generate(untied):
+    with load(untied, weights="fp32") as llm:
+        inputs = llm.tokenizer(PROMPT, return_tensors="pt")
+        length = inputs["input_ids"].shape[1] + 8
+        plain = llm.model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        ours = llm.model.generate(
+            **inputs, max_new_tokens=8, do_sample=False, past_key_values=llm.new_cache(max_length=length)
+        )
+        assert torch.equal(plain, ours)
+
+
+def test_beam_search_reorders_the_preallocated_cache(untied):
+    with load(untied, weights="fp32") as llm:
+        inputs = llm.tokenizer(PROMPT, return_tensors="pt")
+        length = inputs["input_ids"].shape[1] + 8
+        options = {"max_new_tokens": 8, "do_sample": False, "num_beams": 3, "eos_token_id": None}
+        plain = llm.model.generate(**inputs, **options)
+        ours = llm.model.generate(**inputs, **options, past_key_values=llm.new_cache(max_length=length))
+        assert torch.equal(plain, ours)
+
+
+def test_a_sharded_checkpoint_loads(sharded):
+    with load(sharded) as llm:
+        assert llm.report().measured["weights"] == llm.plan.estimate.weights

@@ -1,0 +1,181 @@
+"""Plans and placements, by arithmetic alone."""
+
+import json
+
+import pytest
+
+import qwen_vram as qv
+from qwen_vram.planning import budget as budget_module
+from qwen_vram.planning.devices import DeviceMemory, available_ram
+from qwen_vram.planning.placement import place, spread
+
+SEVEN = "Qwen/Qwen2.5-7B-Instruct"
+RAM = {"ram": "64GiB"}
+
+
+def plan(vram, **kwargs):
+    return qv.plan(SEVEN, vram=vram, **RAM, **kwargs)
+
+
+def test_a_large_card_loses_nothing():
+    chosen = plan("80GiB")
+    assert (chosen.profile.weights, chosen.profile.embeddings, chosen.profile.prefill_chunk_size) == (
+        "bf16",
+        "device",
+        None,
+    )
+    assert len(chosen.steps) == 1
+
+
+def test_what_costs_nothing_comes_before_precision():
+    changes = [step.change for step in plan("8GiB", prompt_len=32_000).steps]
+    assert changes[1:] == [
+        "prefill_chunk_size=4096",
+        "prefill_chunk_size=2048",
+        "prefill_chunk_size=1024",
+        "embeddings='host'",
+        "prefill_chunk_size=512",
+        "weights='int8'",
+        "weights='nf4'",
+    ]
+
+
+@pytest.mark.parametrize("vram", ["24GiB", "20GiB", "16GiB", "14GiB", "12GiB", "10GiB", "8GiB", "7GiB"])
+@pytest.mark.parametrize("prompt_len", [512, 8_000])
+def test_a_plan_stays_within_its_budget_and_takes_the_first_step_that_does(vram, prompt_len):
+    chosen = plan(vram, prompt_len=prompt_len)
+    assert chosen.estimate.fits(vram)
+    assert chosen.steps[-1].needed_bytes == chosen.estimate.needed_bytes
+    assert all(step.needed_bytes > chosen.budget.vram for step in chosen.steps[:-1])
+    for before, after in zip(chosen.steps, chosen.steps[1:]):
+        assert before.needed_bytes - after.needed_bytes == after.saved_bytes > 0
+
+
+def test_context_and_batch_are_never_shortened():
+    chosen = plan("8GiB", prompt_len=16_000, batch_size=2)
+    assert (chosen.workload.prompt_len, chosen.workload.batch_size) == (16_000, 2)
+
+
+def test_what_the_caller_set_is_not_touched():
+    chosen = plan("8GiB", weights="nf4", embeddings="device", prefill_chunk_size=777, prompt_len=8_000)
+    assert chosen.profile.prefill_chunk_size == 777
+    assert chosen.profile.embeddings == "device"
+
+
+def test_a_profile_that_was_asked_for_is_not_searched():
+    with pytest.raises(qv.DoesNotFitError, match="with bf16 weights"):
+        plan("8GiB", profile="default")
+    assert plan("80GiB", profile="default").profile == qv.PROFILES["default"]
+
+
+def test_preferences_pick_among_what_fits():
+    small, fast = plan("80GiB", prefer="memory"), plan("80GiB", prefer="speed")
+    assert small.profile.lm_head == "nf4"
+    assert small.estimate.needed_bytes < plan("80GiB").estimate.needed_bytes
+    assert fast.profile.weights == "nf4"
+
+
+def test_a_tied_model_keeps_its_table_and_head():
+    chosen = qv.plan("Qwen2.5-3B", vram="3.6GiB", **RAM)
+    assert chosen.profile.embeddings == "device"
+    assert chosen.profile.lm_head is None
+    assert set(chosen.device_map.values()) == {0}
+
+
+def test_without_a_gpu_the_plan_is_for_the_host():
+    chosen = qv.plan(SEVEN, vram={}, **RAM)
+    assert chosen.on_cpu
+    assert set(chosen.device_map.values()) == {"cpu"}
+    assert "fits in 64.00 GiB of the host" in str(chosen)
+
+
+def test_a_dict_of_one_device_is_a_budget():
+    assert plan({0: "8GiB"}).budget.vram == 8 * 2**30
+
+
+def test_no_budget_is_what_is_free_now(monkeypatch):
+    card = DeviceMemory("a card", 24 * 2**30, free=10 * 2**30, used_here=2**30)
+    monkeypatch.setattr(budget_module, "visible_gpus", lambda: [card])
+    assert qv.plan(SEVEN, **RAM).budget.vram == 11 * 2**30 - budget_module.FREE_RESERVE
+
+
+def test_available_ram_is_no_more_than_there_is():
+    assert 2**28 < available_ram() < 2**44
+
+
+def test_a_plan_is_plain_data_and_a_text():
+    chosen = plan("8GiB", prompt_len=8_000)
+    data = json.loads(json.dumps(chosen.to_dict()))
+    assert data["profile"]["weights"] == "int8" or data["profile"]["weights"] == "nf4"
+    assert data["steps"][0]["change"].startswith("bf16 weights")
+    assert "fits in 8.00 GiB of the GPU" in str(chosen)
+
+
+# offload_map
+
+
+def test_the_articles_third_row():
+    where = qv.offload_map(SEVEN, layers_on_cpu=3)
+    assert [name for name, device in where.items() if device == "cpu"] == [f"model.layers.{n}" for n in (8, 17, 27)]
+
+
+def test_the_table_goes_first_and_then_layers():
+    roomy, tight = (qv.offload_map(SEVEN, vram=vram, **RAM) for vram in ("15GiB", "10GiB"))
+    assert [name for name, where in roomy.items() if where == "cpu"] == ["model.embed_tokens"]
+    on_host = [name for name, where in tight.items() if where == "cpu"]
+    assert on_host[0] == "model.embed_tokens"
+    assert 5 < len(on_host) < 20
+
+
+def test_a_card_that_holds_everything_keeps_everything():
+    assert set(qv.offload_map(SEVEN, vram="24GiB", **RAM).values()) == {0}
+
+
+@pytest.mark.parametrize("vram", ["14GiB", "10GiB", "7GiB", "5GiB"])
+def test_a_map_leaves_room_and_takes_no_layer_too_many(vram):
+    where = qv.offload_map(SEVEN, vram=vram, prompt_len=2_000, **RAM)
+    streamed = sum(device == "cpu" for name, device in where.items() if "layers" in name)
+
+    def needs(layers):
+        knobs = {"embeddings": "host", "streamed_layers": layers, "prompt_len": 2_000}
+        return qv.estimate_vram(SEVEN, **knobs)
+
+    assert needs(streamed).fits(vram)
+    assert not needs(streamed - 1).fits(vram)
+
+
+def test_streamed_layers_are_spread_evenly():
+    for layers in (24, 28, 36):
+        for count in range(1, layers + 1):
+            chosen = sorted(spread(count, layers))
+            assert len(chosen) == count
+            gaps = [b - a for a, b in zip([-1, *chosen], chosen)]
+            assert max(gaps) - min(gaps) <= 1
+
+
+@pytest.mark.parametrize("name", ["untied", "tied", "qwen3"])
+def test_a_map_names_the_modules_that_the_model_has(request, name):
+    from transformers import AutoModelForCausalLM
+
+    folder = request.getfixturevalue(name)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    where = qv.offload_map(folder, layers_on_cpu=1)
+    parameters = [parameter for parameter, _ in model.named_parameters()]
+    for module in where:
+        model.get_submodule(module)
+    assert all(any(parameter.startswith(module + ".") for module in where) for parameter in parameters)
+
+
+def test_accelerate_takes_the_map(untied):
+    from accelerate import dispatch_model
+    from transformers import AutoModelForCausalLM
+
+    where = {name: "cpu" for name in qv.offload_map(untied, layers_on_cpu=1)}
+    dispatch_model(AutoModelForCausalLM.from_pretrained(untied), where, force_hooks=True)
+
+
+def test_a_host_embedding_is_in_the_placement():
+    architecture = qv.Architecture.from_config({**qv.CATALOG[SEVEN].shape._asdict(), "max_position_embeddings": 4096})
+    placement = place(architecture, qv.PROFILES["compact"])
+    assert placement.device_map["model.embed_tokens"] == "cpu"
+    assert placement.device_map["lm_head"] == 0
