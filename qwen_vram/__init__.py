@@ -7,36 +7,60 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qwen_vram.arithmetic.architecture import Architecture
-from qwen_vram.arithmetic.catalog import CATALOG
-from qwen_vram.arithmetic.estimate import Estimate, estimate_vram
-from qwen_vram.arithmetic.profile import PROFILES, Profile
-from qwen_vram.arithmetic.storage import FORMATS
-from qwen_vram.arithmetic.workload import FULL_CARD_WORKLOAD, Workload
-from qwen_vram.errors import (
-    BackendUnavailableError,
-    CheckpointError,
-    ConfigError,
-    DoesNotFitError,
-    HubError,
-    NotSupportedError,
-    QwenVramError,
-    UnitError,
-    UnknownNameError,
-    WorkloadError,
-)
-from qwen_vram.planning.budget import Budget
-from qwen_vram.planning.placement import offload_map
-from qwen_vram.planning.planner import Plan, plan
-
 if TYPE_CHECKING:
+    from qwen_vram.arithmetic.architecture import Architecture
+    from qwen_vram.arithmetic.catalog import CATALOG
+    from qwen_vram.arithmetic.estimate import Estimate, estimate_vram
+    from qwen_vram.arithmetic.profile import PROFILES, Profile
+    from qwen_vram.arithmetic.storage import FORMATS
+    from qwen_vram.arithmetic.workload import FULL_CARD_WORKLOAD, Workload
+    from qwen_vram.errors import (
+        BackendUnavailableError,
+        CheckpointError,
+        ConfigError,
+        DoesNotFitError,
+        HubError,
+        NotSupportedError,
+        QwenVramError,
+        UnitError,
+        UnknownNameError,
+        WorkloadError,
+    )
+    from qwen_vram.planning.budget import Budget
+    from qwen_vram.planning.placement import offload_map
+    from qwen_vram.planning.planner import Plan, plan
     from qwen_vram.runtime.loaded import LoadedModel
     from qwen_vram.runtime.loader import load
 
 __version__ = "0.1.0"
 
-# What needs torch, by the module that has it; imported on first use.
-_RUNTIME = {"LoadedModel": "qwen_vram.runtime.loaded", "load": "qwen_vram.runtime.loader"}
+# Every public name by the module that has it, imported on first use; a test holds it against the imports above.
+_MODULES = {
+    "arithmetic.architecture": ("Architecture",),
+    "arithmetic.catalog": ("CATALOG",),
+    "arithmetic.estimate": ("Estimate", "estimate_vram"),
+    "arithmetic.profile": ("PROFILES", "Profile"),
+    "arithmetic.storage": ("FORMATS",),
+    "arithmetic.workload": ("FULL_CARD_WORKLOAD", "Workload"),
+    "errors": (
+        "BackendUnavailableError",
+        "CheckpointError",
+        "ConfigError",
+        "DoesNotFitError",
+        "HubError",
+        "NotSupportedError",
+        "QwenVramError",
+        "UnitError",
+        "UnknownNameError",
+        "WorkloadError",
+    ),
+    "planning.budget": ("Budget",),
+    "planning.placement": ("offload_map",),
+    "planning.planner": ("Plan", "plan"),
+    "runtime.loaded": ("LoadedModel",),
+    "runtime.loader": ("load",),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "CATALOG",
@@ -68,11 +92,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name not in _RUNTIME:
+    if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    value = globals()[name] = getattr(import_module(_RUNTIME[name]), name)
+    value = globals()[name] = getattr(import_module(f"qwen_vram.{_HOME[name]}"), name)
     return value
 
 

@@ -88,7 +88,7 @@ def estimate(
     if as_json:
         print(json.dumps(result.to_dict()))
     else:
-        console.print(estimate_table(result))
+        show_estimate(result)
 
 
 @app.command()
@@ -119,8 +119,8 @@ def plan(
     if as_json:
         print(json.dumps(result.to_dict()))
         return
-    console.print(steps_table(result))
-    console.print(estimate_table(result.estimate))
+    show_steps(result)
+    show_estimate(result.estimate)
 
 
 @app.command()
@@ -195,9 +195,9 @@ def demo() -> None:
     walk_through(console)
 
 
-def estimate_table(result: qv.Estimate) -> Table:
-    """An estimate as a rich table."""
-    table = Table(title=render.headline(result), title_justify="left", title_style="bold")
+def show_estimate(result: qv.Estimate) -> None:
+    """Print an estimate as a table."""
+    table = Table()
     table.add_column("")
     for name in ("bytes", "GB (10^9)", "GiB (2^30)", "share"):
         table.add_column(name, justify="right")
@@ -206,12 +206,13 @@ def estimate_table(result: qv.Estimate) -> Table:
         table.add_row(label, f"{size:,}", f"{size / 10**9:.2f}", f"{size / 2**30:.2f}", percent)
         if label == "workspace":
             table.add_section()
-    return table
+    console.print(render.headline(result), style="bold", soft_wrap=True, highlight=False)
+    console.print(table)
 
 
-def steps_table(result: qv.Plan) -> Table:
-    """A plan's search as a rich table, the chosen step last."""
-    table = Table(title=f"plan for {result.estimate.model}", title_justify="left", title_style="bold")
+def show_steps(result: qv.Plan) -> None:
+    """Print a plan's search as a table, the chosen step last."""
+    table = Table()
     table.add_column("step")
     table.add_column("needs (GiB)", justify="right")
     table.add_column("saves (GiB)", justify="right")
@@ -219,7 +220,8 @@ def steps_table(result: qv.Plan) -> Table:
     for step in result.steps:
         saves = f"{step.saved_bytes / 2**30:.2f}" if step.saved_bytes else ""
         table.add_row(step.change, f"{step.needed_bytes / 2**30:.2f}", saves, step.cost)
-    return table
+    console.print(f"plan for {result.estimate.model}, {result.room}", style="bold", soft_wrap=True, highlight=False)
+    console.print(table)
 
 
 if __name__ == "__main__":

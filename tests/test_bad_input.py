@@ -178,7 +178,8 @@ def test_an_unknown_preference():
 def test_a_budget_nothing_fits_says_what_would():
     text = (
         r"Qwen/Qwen2.5-7B-Instruct with nf4 weights at 32000 \+ 512 tokens, batch 4, needs \d+\.\d\d GiB on the GPU, "
-        r"CUDA context included; 8\.00 GiB are allowed; prompt_len=\d+ with max_new_tokens=512 and batch_size=4 would fit"
+        r"CUDA context included; 8\.00 GiB are allowed; prompt_len=\d+ with max_new_tokens=512 and batch_size=4 "
+        "would fit"
     )
     with pytest.raises(qv.DoesNotFitError, match=text) as caught:
         qv.plan(SEVEN, vram="8GiB", prompt_len=32_000, batch_size=4)

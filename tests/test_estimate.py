@@ -105,7 +105,8 @@ def test_an_estimate_can_be_drawn():
     pyplot = pytest.importorskip("matplotlib.pyplot")
     pyplot.switch_backend("agg")
     axes = qv.estimate_vram(SEVEN).plot()
-    assert [patch.get_width() for patch in axes.patches] == [15.231233024, 0.058720256, 0.043795968, 0.034604032]
+    widths = [float(patch.get_width()) for patch in axes.patches]
+    assert widths == pytest.approx([15.231233024, 0.058720256, 0.043795968, 0.034604032])
     pyplot.close("all")
 
 

@@ -12,11 +12,12 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
@@ -30,6 +31,28 @@ WARMUP_STEPS = 200
 WEIGHT_DECAY = 0.1
 BETAS = (0.9, 0.95)
 MAX_GRAD_NORM = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """What changes over a run, as functions of the share of its time that is over (0 to 1).
+
+    `minutes` is training time, compilation not counted. `noise` is in units of `perturbed`'s `fraction` and is
+    reached when `noise_ramp` of the run is over.
+    """
+
+    minutes: float
+    learning_rate: float
+    noise: float
+    noise_ramp: float
+
+    def rate_at(self, step: int, done: float) -> float:
+        """Learning rate: linear up over the first steps, linear down to zero at the end."""
+        return self.learning_rate * min(1, (step + 1) / WARMUP_STEPS) * (1 - done)
+
+    def noise_at(self, done: float) -> float:
+        """Weight noise: linear up, then constant."""
+        return self.noise * min(1, done / self.noise_ramp)
 
 
 def build_model() -> Qwen2ForCausalLM:
@@ -56,7 +79,7 @@ def build_model() -> Qwen2ForCausalLM:
 
 
 @contextmanager
-def perturbed(weights: list[nn.Parameter], fraction: float) -> Iterator[None]:
+def perturbed(weights: list[Tensor], fraction: float) -> Iterator[None]:
     """Add noise of `fraction` of each output row's root mean square, and take it away again.
 
     A 4-bit format moves weights by about 0.1 of that. A model trained to answer in spite of it
@@ -76,7 +99,7 @@ def batch_loss(model: Qwen2ForCausalLM, batch: Batch) -> Tensor:
     """Summed cross entropy over the answer tokens of one batch."""
     hidden = model.model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
     logits = model.lm_head(hidden.flatten(0, 1)[batch.positions])
-    return F.cross_entropy(logits.float(), batch.targets, reduction="sum")
+    return cross_entropy(logits.float(), batch.targets, reduction="sum")
 
 
 def make_optimizer(model: nn.Module, learning_rate: float) -> torch.optim.AdamW:
@@ -91,26 +114,26 @@ def make_optimizer(model: nn.Module, learning_rate: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, fused=on_gpu)
 
 
-def train(model: Qwen2ForCausalLM, steps: Iterator[list[Batch]], args: argparse.Namespace) -> None:
-    """Train until `args.minutes` have passed since the first step, which compiles, was done."""
+def train(model: Qwen2ForCausalLM, steps: Iterator[list[Batch]], schedule: Schedule, log_every: int) -> None:
+    """Train until the schedule's minutes have passed since the first step, which compiles, was done."""
     device = model.device
-    optimizer = make_optimizer(model, args.learning_rate)
+    optimizer = make_optimizer(model, schedule.learning_rate)
     weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
     started = time.monotonic()
     for number, step in enumerate(steps):
         if number == 1:
             started = time.monotonic()
-        done = (time.monotonic() - started) / (60 * args.minutes) if number else 0.0
+        done = (time.monotonic() - started) / (60 * schedule.minutes) if number else 0.0
         if done >= 1:
             break
-        rate = args.learning_rate * min(1, (number + 1) / WARMUP_STEPS) * (1 - done)
+        rate = schedule.rate_at(number, done)
         for group in optimizer.param_groups:
             group["lr"] = rate
 
         batches = [Batch(*(tensor.to(device, non_blocking=True) for tensor in batch)) for batch in step]
         num_targets = sum(len(batch.targets) for batch in batches)
         losses = []
-        with perturbed(weights, args.noise * min(1, done / args.noise_ramp)):
+        with perturbed(weights, schedule.noise_at(done)):
             for batch in batches:
                 with torch.autocast(device.type, torch.bfloat16):
                     loss = batch_loss(model, batch)
@@ -120,7 +143,7 @@ def train(model: Qwen2ForCausalLM, steps: Iterator[list[Batch]], args: argparse.
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        if number % args.log_every == 0:
+        if number % log_every == 0:
             seconds = time.monotonic() - started
             values = " ".join(f"{loss:.4f}" for loss in torch.stack(losses).tolist())
             print(f"step {number:5d}  {seconds:6.1f} s  lr {rate:.2e}  loss by row length {values}", flush=True)
@@ -155,11 +178,16 @@ def main() -> None:
     # Workers fork here, before this process touches the GPU.
     steps = iter(loader)
 
-    model = Qwen2ForCausalLM.from_pretrained(args.start_from, dtype=torch.float32) if args.start_from else build_model()
+    model = build_model()
+    if args.start_from:
+        model = Qwen2ForCausalLM.from_pretrained(args.start_from, dtype=torch.float32)
     model.to("cuda" if torch.cuda.is_available() else "cpu").train()
     for layer in model.model.layers:
         layer.compile(dynamic=False)
-    train(model, steps, args)
+    schedule = Schedule(
+        minutes=args.minutes, learning_rate=args.learning_rate, noise=args.noise, noise_ramp=args.noise_ramp
+    )
+    train(model, steps, schedule, args.log_every)
     save(model, args.tokenizer, args.out)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from html import escape
 from typing import TYPE_CHECKING
 
 from qwen_vram.errors import BackendUnavailableError
@@ -52,6 +51,8 @@ def text(estimate: Estimate) -> str:
 
 def html(estimate: Estimate) -> str:
     """The same table for a notebook."""
+    from html import escape  # slow to import, and only needed here
+
     head = "".join(f"<th>{name}</th>" for name in ("", "bytes", "GB", "GiB", "share"))
     body = []
     for label, size, share in rows(estimate):
@@ -72,6 +73,7 @@ def plot(estimate: Estimate) -> Axes:
         raise BackendUnavailableError(
             f"plot() needs matplotlib, which is not installed; run: {install}", backend="matplotlib", install=install
         ) from error
+    axes: Axes
     _, axes = pyplot.subplots(figsize=(9, 2.2), layout="constrained")
     left = 0.0
     for name, size in estimate.parts().items():

@@ -15,17 +15,23 @@ _ARTICLE_MODEL = "Qwen/Qwen2.5-7B-Instruct"
 
 def walk_through(console: Console) -> None:
     """Print the article's numbers, then estimate, load, ask and measure the bundled model in bf16 and in nf4."""
-    console.print(_article())
-    console.print(_split())
+    _titled(console, f"{_ARTICLE_MODEL}: 512 + 512 tokens, batch 1", _article())
+    _titled(console, "65-25-10, as the article says: batch 4, 25,600 tokens each, prefill in chunks of 4,096", _split())
     for weights in ("bf16", "nf4"):
         _load_and_ask(console, weights)
+
+
+def _titled(console: Console, title: str, table: Table) -> None:
+    """A table under a title that is not squeezed to its width."""
+    console.print(f"\n{title}", style="bold", soft_wrap=True, highlight=False)
+    console.print(table)
 
 
 def _article() -> Table:
     """The article's headline figures beside the exact ones."""
     ours = qv.estimate_vram(_ARTICLE_MODEL)
     thumb = qv.estimate_vram(None, params=7.62e9)
-    table = Table(title=f"{_ARTICLE_MODEL}: 512 + 512 tokens, batch 1", title_justify="left", title_style="bold")
+    table = Table()
     table.add_column("")
     table.add_column("article", justify="right")
     table.add_column("bytes", justify="right")
@@ -43,8 +49,7 @@ def _article() -> Table:
 def _split() -> Table:
     """The 65-25-10 split, for the workload that has it."""
     full = qv.estimate_vram(_ARTICLE_MODEL, "default", **qv.FULL_CARD_WORKLOAD)  # type: ignore[arg-type]
-    title = "The article's 65-25-10 split: batch 4, 25,600 tokens each, prefill in chunks of 4,096"
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table()
     for name in ("part", "GB (10^9)", "share"):
         table.add_column(name, justify="left" if name == "part" else "right")
     for part, share in full.shares().items():
@@ -54,16 +59,19 @@ def _split() -> Table:
 
 def _load_and_ask(console: Console, weights: str) -> None:
     """Load the bundled model, ask one held-out question of each category, and print predicted beside measured."""
-    console.print(f"\n[bold]bundled model, {weights} weights[/bold]")
+    console.print(f"\nbundled model, {weights} weights", style="bold")
+    before = qv.estimate_vram(CHECKPOINT, weights=weights, prompt_len=1024)
+    parts = ", ".join(f"{part} {size:,}" for part, size in before.parts().items())
+    console.print(f"  predicted bytes at 1,024 + 512 tokens: {parts}", markup=False, highlight=False, soft_wrap=True)
     with qv.load(CHECKPOINT, profile="default", weights=weights, prompt_len=1024, progress=False) as llm:
         for category in CATEGORIES:
             (example,) = examples(category, "held_out", seed=_QUESTION_SEED, count=1)
             answer = llm.chat(example.prompt, max_new_tokens=256, do_sample=False)
             mark = "[green]right[/green]" if answer == example.answer else "[red]wrong[/red]"
             console.print(f"  {category:8} {mark}", highlight=False)
-            console.print(f"    Q: {_short(example.prompt)}", markup=False, highlight=False)
-            console.print(f"    A: {_short(answer)}", markup=False, highlight=False)
-        console.print(f"\n{llm.report()}", markup=False, highlight=False)
+            console.print(f"    Q: {_short(example.prompt)}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"    A: {_short(answer)}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"\n{llm.report()}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _short(text: str, width: int = 88) -> str:

@@ -17,7 +17,7 @@ FREE_RESERVE = 256 * 2**20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """What may be used: `vram` bytes of one GPU as nvidia-smi counts them, `None` for no GPU; `ram` bytes of the host."""
+    """What may be used: `vram` bytes of one GPU as nvidia-smi counts them (`None`: no GPU), `ram` bytes of the host."""
 
     vram: int | None
     ram: int
@@ -28,7 +28,8 @@ class Budget:
 
         Args:
             vram: `"8GiB"`, an `int` of bytes, or a dict of one device (`{0: "8GiB"}`). `None`: what the first visible
-                GPU has free, plus what this process holds already, less 256 MiB; no GPU where there is none, and none for `{}`.
+                GPU has free, plus what this process holds already, less 256 MiB. No GPU where there is none, and
+                none for `{}`.
             ram: Likewise for the host; `None` is what is available now.
 
         Raises:

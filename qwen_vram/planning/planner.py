@@ -88,6 +88,13 @@ class Plan:
         """Whether everything runs on the host, because there is no GPU or the caller chose so."""
         return self.placement.rest == "cpu"
 
+    @property
+    def room(self) -> str:
+        """The budget in words, such as `8.00 GiB of the GPU`."""
+        if self.budget.vram is None or self.on_cpu:
+            return f"{format_gib(self.budget.ram)} of the host"
+        return f"{format_gib(self.budget.vram)} of the GPU"
+
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data that `json.dumps` takes; sizes in bytes."""
         return {
@@ -105,9 +112,7 @@ class Plan:
         for step in self.steps:
             saved = f", saves {format_bytes(step.saved_bytes)}" if step.saved_bytes > 0 else ""
             lines.append(f"  {step.change}: needs {format_gib(step.needed_bytes)}{saved} ({step.cost})")
-        room = self.budget.ram if self.on_cpu else self.budget.vram or 0
-        place = "the host" if self.on_cpu else "the GPU"
-        lines.append(f"  fits in {format_gib(room)} of {place}")
+        lines.append(f"  fits in {self.room}")
         return "\n".join([*lines, str(self.estimate)])
 
 
@@ -241,7 +246,7 @@ class Search:
         return decode_floor_ms(self.architecture, result.profile, self.workload)
 
     def _refusal(self, smallest: Estimate) -> DoesNotFitError:
-        """The error for a search that found nothing, with the largest context that the smallest profile would hold."""
+        """The error for a search that found nothing, with the longest prompt that the smallest profile holds."""
         nearest = self._nearest(smallest.profile)
         room = self.budget.ram if self.budget.vram is None else self.budget.vram
         where = "of host memory" if self.budget.vram is None else "on the GPU, CUDA context included"
@@ -254,8 +259,8 @@ class Search:
         )
         return DoesNotFitError(
             f"{self.label} with {smallest.profile.weights} weights at {work.prompt_len} + {work.max_new_tokens} "
-            f"tokens, batch {work.batch_size}, needs {format_gib(self.needed(smallest))} {where}; {format_gib(room)} are "
-            f"allowed; {advice}",
+            f"tokens, batch {work.batch_size}, needs {format_gib(self.needed(smallest))} {where}; "
+            f"{format_gib(room)} are allowed; {advice}",
             needed_bytes=self.needed(smallest),
             budget_bytes=room,
             estimate=smallest,

@@ -12,7 +12,7 @@ from torch import nn
 from qwen_vram.arithmetic.estimate import Estimate
 from qwen_vram.runtime.backends.base import Backend
 from qwen_vram.runtime.host_embedding import HostEmbedding
-from qwen_vram.units import format_gb
+from qwen_vram.units import format_bytes
 
 PARTS = (
     "weights",
@@ -48,14 +48,17 @@ class Report:
         return {part: {"predicted": predicted, "measured": measured} for part, predicted, measured in self.lines()}
 
     def __str__(self) -> str:
-        """A table with the error of each prediction."""
-        rows = [f"{'':18}{'predicted':>16}{'measured':>16}{'':>10}{'error':>10}"]
+        """A table with the error of each prediction; parts that were not measured are left out."""
+        rows = [f"{'':15}{'predicted':>16}{'measured':>16}{'':>12}{'error':>9}"]
+        unmeasured = []
         for part, predicted, measured in self.lines():
             if measured is None:
-                rows.append(f"{part:18}{predicted:>16,}{'-':>16}{format_gb(predicted):>10}")
-            else:
-                error = f"{(predicted - measured) / measured:+.2%}" if measured else "-"
-                rows.append(f"{part:18}{predicted:>16,}{measured:>16,}{format_gb(measured):>10}{error:>10}")
+                unmeasured.append(part)
+                continue
+            error = f"{(predicted - measured) / measured:+.2%}" if measured else "-"
+            rows.append(f"{part:15}{predicted:>16,}{measured:>16,}{format_bytes(measured):>12}{error:>9}")
+        if unmeasured:
+            rows.append(f"not measured (peaks need a GPU and a generation): {', '.join(unmeasured)}")
         return "\n".join(rows)
 
 

@@ -24,23 +24,8 @@ _SOLVE = (
     "What is {unknown} if {equation}?",
 )
 
-_GOODS = (
-    "apples",
-    "books",
-    "bottles",
-    "boxes",
-    "candles",
-    "coins",
-    "cups",
-    "eggs",
-    "flowers",
-    "lemons",
-    "letters",
-    "pencils",
-    "plates",
-    "shells",
-    "stamps",
-    "stones",
+_GOODS = words.split_words(
+    "apples books bottles boxes candles coins cups eggs flowers lemons letters pencils plates shells stamps stones"
 )
 
 
@@ -67,11 +52,8 @@ def _product(rng: Random) -> tuple[str, str]:
     a, b = rng.randint(2, 99), rng.randint(2, 9)
     expression = f"{a} * {b}"
     tens, ones = a // 10 * 10, a % 10
-    if tens and ones:
-        worked = f"{tens} * {b} + {ones} * {b} = {tens * b} + {ones * b} = {a * b}"
-    else:
-        worked = str(a * b)
-    return rng.choice(_ASK).format(expression), f"{expression} = {worked}"
+    step = f"{tens} * {b} + {ones} * {b} = {tens * b} + {ones * b} = " if tens and ones else ""
+    return rng.choice(_ASK).format(expression), f"{expression} = {step}{a * b}"
 
 
 def _equation(rng: Random) -> tuple[str, str]:

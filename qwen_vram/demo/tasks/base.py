@@ -14,12 +14,12 @@ HELD_OUT_SHARE = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """One question and the only answer that counts as right.
+    r"""One question and the only answer that counts as right.
 
     It does not know about chat markup or tokens: `prompt` is the text of the user's turn and
     `answer` the text of the assistant's.
 
-    A prompt about a given text or table is `"<context>\\n\\n<question>"`, and the question itself
+    A prompt about a given text or table is `"<context>\n\n<question>"`, and the question itself
     never holds an empty line.
     """
 

@@ -28,8 +28,8 @@ def situation(rng: Random) -> list[Example]:
             _habitat,
             _counting,
             _next_in_order,
-            _who_where,
-            _who_likes,
+            _whereabouts,
+            _liking,
             _possession,
         )
     )
@@ -127,35 +127,27 @@ def _next_in_order(rng: Random) -> tuple[str, str]:
     return question.format(later), f"{later}前面是{earlier}。"
 
 
-def _who_where(rng: Random) -> tuple[str, str]:
+def _whereabouts(rng: Random) -> tuple[str, str]:
     people = rng.sample(words.NAMES, rng.randint(2, 4))
     places = rng.sample(tuple(words.ACTIVITIES), len(people))
-    doing = {place: rng.choice(words.ACTIVITIES[place]) for place in places}
-    story = "，".join(f"{person}在{place}{doing[place]}" for person, place in zip(people, places, strict=True))
+    doing = [rng.choice(words.ACTIVITIES[place]) for place in places]
+    story = "，".join(f"{who}在{where}{what}" for who, where, what in zip(people, places, doing, strict=True))
     at = rng.randrange(len(people))
-    person, place = people[at], places[at]
-    match rng.randrange(3):
-        case 0:
-            question = rng.choice((f"{person}在哪里？", f"{person}在什么地方？"))
-            return f"{story}。{question}", f"{person}在{place}。"
-        case 1:
-            question = rng.choice((f"谁在{place}？", f"在{place}的人是谁？"))
-            return f"{story}。{question}", f"在{place}的是{person}。"
-        case _:
-            question = rng.choice((f"{person}在做什么？", f"{person}正在干什么？"))
-            return f"{story}。{question}", f"{person}在{doing[place]}。"
+    person = people[at]
+    if rng.random() < 0.5:
+        question = rng.choice((f"{person}在哪里？", f"{person}在什么地方？"))
+        return f"{story}。{question}", f"{person}在{places[at]}。"
+    question = rng.choice((f"{person}在做什么？", f"{person}正在干什么？"))
+    return f"{story}。{question}", f"{person}在{doing[at]}。"
 
 
-def _who_likes(rng: Random) -> tuple[str, str]:
+def _liking(rng: Random) -> tuple[str, str]:
     people = rng.sample(words.NAMES, rng.randint(2, 4))
     kind = rng.choice(tuple(words.KINDS))
     liked = rng.sample(words.KINDS[kind], len(people))
     story = "，".join(f"{person}喜欢{thing}" for person, thing in zip(people, liked, strict=True))
     at = rng.randrange(len(people))
-    if rng.random() < 0.5:
-        question = rng.choice((f"{people[at]}喜欢什么？", f"{people[at]}喜欢的是什么？"))
-        return f"{story}。{question}", f"{people[at]}喜欢{liked[at]}。"
-    question = rng.choice((f"谁喜欢{liked[at]}？", f"喜欢{liked[at]}的是谁？"))
+    question = rng.choice((f"{people[at]}喜欢什么？", f"{people[at]}喜欢的是什么？"))
     return f"{story}。{question}", f"{people[at]}喜欢{liked[at]}。"
 
 

@@ -5,75 +5,26 @@ from __future__ import annotations
 from random import Random
 
 from qwen_vram.demo.tasks.base import Example
+from qwen_vram.demo.tasks.words import split_words
 
 CATEGORY = "code"
 
-_VERBS = tuple(
-    [
-        "adjust",
-        "apply",
-        "build",
-        "change",
-        "compute",
-        "convert",
-        "derive",
-        "edit",
-        "find",
-        "fix",
-        "get",
-        "make",
-        "measure",
-        "modify",
-        "pick",
-        "prepare",
-        "process",
-        "run",
-        "shape",
-        "transform",
-        "tune",
-        "update",
-    ]
+_VERBS = split_words(
+    """
+    adjust apply build change compute convert derive edit find fix get make measure modify pick
+    prepare process run shape transform tune update
+    """
 )
-_NOUNS = tuple(
-    [
-        "amount",
-        "answer",
-        "balance",
-        "count",
-        "data",
-        "entry",
-        "figure",
-        "grade",
-        "height",
-        "label",
-        "level",
-        "line",
-        "list",
-        "length",
-        "mark",
-        "message",
-        "number",
-        "output",
-        "point",
-        "price",
-        "rate",
-        "result",
-        "score",
-        "size",
-        "speed",
-        "step",
-        "sum",
-        "text",
-        "total",
-        "value",
-        "weight",
-        "width",
-        "word",
-    ]
+_NOUNS = split_words(
+    """
+    amount answer balance count data entry figure grade height label level line list length mark
+    message number output point price rate result score size speed step sum text total value
+    weight width word
+    """
 )
-_NUMBER_NAMES = tuple(["a", "b", "count", "k", "m", "n", "number", "size", "total", "value", "x", "y"])
-_LIST_NAMES = tuple(["data", "entries", "items", "numbers", "row", "scores", "values"])
-_TEXT_NAMES = tuple(["label", "line", "message", "name", "s", "text", "title", "word"])
+_NUMBER_NAMES = split_words("a b count k m n number size total value x y")
+_LIST_NAMES = split_words("data entries items numbers row scores values")
+_TEXT_NAMES = split_words("label line message name s text title word")
 
 _ASK = (
     "Write a Python function {name} that {task}.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from random import Random
 
 from qwen_vram.demo.tasks import words
@@ -10,45 +10,37 @@ from qwen_vram.demo.tasks.base import Example
 
 CATEGORY = "table"
 
-_KEYS: dict[str, Sequence[str]] = {
-    "Name": words.NAMES,
-    "Item": words.ITEMS,
+_KEYS = {"Name": words.NAMES, "Item": words.ITEMS}
+"""The two kinds of table, by their first column."""
+
+_WORD_COLUMNS = {
+    "Name": {
+        "City": words.CITIES,
+        "Colour": words.COLOURS,
+        "Day": words.DAYS,
+        "Fruit": words.FRUITS,
+        "Job": words.PEOPLE,
+        "Pet": words.PETS,
+        "Sport": words.SPORTS,
+    },
+    "Item": {
+        "City": words.CITIES,
+        "Colour": words.COLOURS,
+        "Day": words.DAYS,
+        "Owner": words.NAMES,
+    },
 }
 
-
-def _one_of(values: Sequence[str]) -> Callable[[Random], str]:
-    return lambda rng: rng.choice(values)
-
-
-def _number(low: int, high: int) -> Callable[[Random], str]:
-    return lambda rng: str(rng.randint(low, high))
-
-
-_PERSON_COLUMNS: dict[str, Callable[[Random], str]] = {
-    "Age": _number(10, 99),
-    "City": _one_of(words.CITIES),
-    "Colour": _one_of(words.COLOURS),
-    "Day": _one_of(words.DAYS),
-    "Fruit": _one_of(words.FRUITS),
-    "Job": _one_of(words.JOBS),
-    "Pet": _one_of(words.PETS),
-    "Room": _number(100, 999),
-    "Score": _number(10, 99),
-    "Sport": _one_of(words.SPORTS),
+_NUMBER_COLUMNS = {
+    "Name": {"Age": range(10, 100), "Room": range(100, 1000), "Score": range(10, 100)},
+    "Item": {
+        "Price": range(10, 1000),
+        "Room": range(100, 1000),
+        "Stock": range(10, 100),
+        "Weight": range(10, 100),
+    },
 }
-
-_ITEM_COLUMNS: dict[str, Callable[[Random], str]] = {
-    "City": _one_of(words.CITIES),
-    "Colour": _one_of(words.COLOURS),
-    "Day": _one_of(words.DAYS),
-    "Owner": _one_of(words.NAMES),
-    "Price": _number(10, 999),
-    "Room": _number(100, 999),
-    "Stock": _number(10, 99),
-    "Weight": _number(10, 99),
-}
-
-_COLUMNS = {"Name": _PERSON_COLUMNS, "Item": _ITEM_COLUMNS}
+"""At most one of these stands in a table: the values of a column are then of a kind of their own."""
 
 _OPENINGS = (
     "Here is a table.",
@@ -68,12 +60,14 @@ _MOST_QUESTIONS = 6
 
 def situation(rng: Random) -> list[Example]:
     """Draw one table of 3 to 8 rows and 2 to 5 columns, and up to six questions about it."""
-    key_column = rng.choice(tuple(_KEYS))
-    columns = rng.sample(tuple(_COLUMNS[key_column]), rng.randint(1, 4))
-    keys = rng.sample(_KEYS[key_column], rng.randint(3, 8))
-    cells = {(key, column): _COLUMNS[key_column][column](rng) for key in keys for column in columns}
+    kind = rng.choice(tuple(_KEYS))
+    number, values = rng.choice(tuple(_NUMBER_COLUMNS[kind].items()))
+    possible: dict[str, Sequence[object]] = {**_WORD_COLUMNS[kind], number: values}
+    columns = rng.sample(tuple(possible), rng.randint(1, 4))
+    keys = rng.sample(_KEYS[kind], rng.randint(3, 8))
+    cells = {(key, column): str(rng.choice(possible[column])) for key in keys for column in columns}
 
-    rows = [[key_column, *columns], ["---"] * (1 + len(columns))]
+    rows = [[kind, *columns], ["---"] * (1 + len(columns))]
     rows += [[key, *(cells[key, column] for column in columns)] for key in keys]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     context = f"{rng.choice(_OPENINGS)}\n\n{table}"

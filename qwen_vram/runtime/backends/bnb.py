@@ -36,6 +36,17 @@ class _Once(logging.Filter):
 _ONCE = _Once()
 
 
+def _import_quietly() -> None:
+    """Import bitsandbytes without the line that it logs on CPUs with AVX512-BF16, which asks for a kernel hub."""
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        import bitsandbytes  # noqa: F401
+    finally:
+        logger.setLevel(level)
+
+
 class BnbBackend:
     """bitsandbytes through `transformers`' own quantizer, with its surprising defaults all set."""
 
@@ -68,6 +79,7 @@ class BnbBackend:
         """The model with its matrices quantized; embeddings, norms and biases keep the model's dtype."""
         from transformers import BitsAndBytesConfig
 
+        _import_quietly()
         logging.getLogger("bitsandbytes.autograd._functions").addFilter(_ONCE)
         profile = request.profile
         # transformers skips the head unless it is given a list; an empty one skips nothing.

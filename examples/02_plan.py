@@ -1,0 +1,14 @@
+"""The least lossy way onto a card, and what happens where there is none."""
+
+import qwen_vram as qv
+
+MODEL = "Qwen/Qwen2.5-7B-Instruct"
+
+for vram in ("24GiB", "12GiB", "8GiB"):
+    print(qv.plan(MODEL, vram=vram, ram="32GiB", prompt_len=16_000), end="\n\n")
+
+try:
+    qv.plan(MODEL, vram="8GiB", ram="32GiB", prompt_len=16_000, batch_size=8)
+except qv.DoesNotFitError as error:
+    print(error)
+    print("nearest workload:", error.nearest)

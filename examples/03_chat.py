@@ -1,0 +1,10 @@
+"""Load the bundled model, talk to it, and hold what it took against the prediction. Runs offline, without a GPU."""
+
+import qwen_vram as qv
+from qwen_vram.demo import CHECKPOINT
+
+with qv.load(CHECKPOINT, profile="int4-flash", progress=False) as llm:
+    print(llm.chat("What is 12 + 30?"))
+    for piece in llm.stream("Write a Python function add_three(x) that returns x plus 3."):
+        print(piece, end="", flush=True)
+    print(f"\n\n{llm.report()}")
