@@ -226,3 +226,9 @@ def test_recall_prompts_spread_from_100_to_3000_tokens() -> None:
     assert min(lengths) < 200
     thirds = [sum(low < length <= low + 1000 for length in lengths[len(longest) :]) for low in (0, 1000, 2000)]
     assert min(thirds) > COUNT // 5
+
+
+def test_tables_hold_at_most_one_column_of_numbers() -> None:
+    for example in examples("table", "held_out", seed=17, count=COUNT):
+        first_row = example.prompt.split("\n| --- |")[1].splitlines()[1]
+        assert sum(cell.isdigit() for cell in first_row.strip("| ").split(" | ")) <= 1

@@ -119,7 +119,9 @@ def test_all_is_sorted_and_complete():
     }
     assert typed == {name: f"qwen_vram.{module}" for name, module in qwen_vram._HOME.items()}
     assert set(qwen_vram.__all__) == set(typed)
-    assert qwen_vram.__all__ == sorted(qwen_vram.__all__, key=lambda name: (not name.isupper(), name[0].islower(), name))
+    assert qwen_vram.__all__ == sorted(
+        qwen_vram.__all__, key=lambda name: (not name.isupper(), name[0].islower(), name)
+    )
     for name in qwen_vram.__all__:
         assert getattr(qwen_vram, name) is not None
 

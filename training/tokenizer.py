@@ -1,6 +1,6 @@
 """Train the demo checkpoint's byte-level BPE and write its tokenizer files.
 
-    python -m training.tokenizer qwen_vram/demo/checkpoint
+    python -m training.tokenizer build/tokenizer
 
 Normalizer, pre-tokenizer and chat format are those of Qwen2.5, so that `Qwen2Tokenizer` reads the
 result and digits stand alone; the merges are learned here, from prompts of the train split only.

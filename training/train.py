@@ -1,6 +1,6 @@
 """Train the demo checkpoint: minutes on one GPU, stopped by the clock.
 
-    python -m training.train --tokenizer qwen_vram/demo/checkpoint --out checkpoint --minutes 6
+    python -m training.train --tokenizer build/tokenizer --out build/checkpoint --minutes 6
 
 The learning rate follows elapsed time, so the run always ends at zero and inside its limit.
 """
@@ -137,7 +137,7 @@ def train(model: Qwen2ForCausalLM, steps: Iterator[list[Batch]], schedule: Sched
             for batch in batches:
                 with torch.autocast(device.type, torch.bfloat16):
                     loss = batch_loss(model, batch)
-                (loss / num_targets).backward()
+                torch.autograd.backward(loss / num_targets)
                 losses.append(loss.detach() / len(batch.targets))
         nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
         optimizer.step()
@@ -161,7 +161,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder with the tokenizer's files")
     parser.add_argument("--out", type=Path, required=True, help="checkpoint folder to write")
-    parser.add_argument("--start-from", type=Path, help="checkpoint folder to go on from")
     parser.add_argument("--minutes", type=float, default=6.0, help="training time after compilation")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak")
     parser.add_argument("--noise", type=float, default=0.08, help="weight noise, share of a row's RMS")
@@ -179,8 +178,6 @@ def main() -> None:
     steps = iter(loader)
 
     model = build_model()
-    if args.start_from:
-        model = Qwen2ForCausalLM.from_pretrained(args.start_from, dtype=torch.float32)
     model.to("cuda" if torch.cuda.is_available() else "cpu").train()
     for layer in model.model.layers:
         layer.compile(dynamic=False)
