@@ -10,6 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import qwen_vram as qv
+from qwen_vram.arithmetic.replay import CUBLAS_WORKSPACE
 
 ROWS = Path(__file__).parent.parent / "tests" / "data" / "h200.jsonl"
 WEIGHTS = {"bf16": "bf16", "nf4-dq": "nf4", "nf4": "nf4-plain", "int8": "int8"}
@@ -28,10 +29,15 @@ def errors(row: dict) -> dict[str, float]:
         logits="all" if row["what"] == "fwd" else "last",
     )
     if row["what"] == "load":
-        pairs = {"weights": row["weights"] - row["base"], "load_peak": row["load_peak"] - row["base"]}
-    else:
-        pairs = {"peak_allocated": row["peak"], "peak_reserved": row["reserved"]}
-    return {part: getattr(estimate, part) / measured - 1 for part, measured in pairs.items()}
+        resting = estimate.weights + estimate.workspace - sum(CUBLAS_WORKSPACE)
+        return {
+            "loaded": resting / (row["weights"] - row["base"]) - 1,
+            "load_peak": estimate.load_peak / (row["load_peak"] - row["base"]) - 1,
+        }
+    return {
+        "peak_allocated": estimate.peak_allocated / row["peak"] - 1,
+        "peak_reserved": estimate.peak_reserved / row["reserved"] - 1,
+    }
 
 
 def main() -> None:

@@ -26,8 +26,7 @@ def test_the_articles_split_holds_for_the_workload_that_fills_a_card():
     assert shares["kv_cache"] == pytest.approx(0.25, abs=0.01)
     assert shares["activations"] == pytest.approx(0.10, abs=0.01)
     assert estimate.kv_cache == 102_400 * 57_344
-    assert estimate.fits("24GiB")
-    assert not estimate.fits("23GiB")
+    assert 0.97 * 24e9 < estimate.peak_allocated < 24e9
 
 
 # Bytes of all weights in each format, from bitsandbytes' and GPTQ's layouts by hand (see docs/how-it-counts.md).
@@ -106,7 +105,7 @@ def test_an_estimate_can_be_drawn():
     pyplot.switch_backend("agg")
     axes = qv.estimate_vram(SEVEN).plot()
     widths = [float(patch.get_width()) for patch in axes.patches]
-    assert widths == pytest.approx([15.231233024, 0.058720256, 0.043795968, 0.034604032])
+    assert widths == pytest.approx([15.231233024, 0.058720256, 0.043795968, 0.035652608])
     pyplot.close("all")
 
 

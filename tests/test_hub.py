@@ -91,6 +91,4 @@ def test_what_the_hub_refuses_is_explained(hub, tmp_path, repo, error, text):
 def test_a_hub_that_cannot_be_reached_is_explained(tmp_path):
     got = run(ESTIMATE, "someone/demo", "http://127.0.0.1:9", tmp_path / "cache")
     assert got["error"] == "HubError"
-    assert got["text"].startswith(
-        "cannot reach the hub for 'someone/demo', and it is not in the local cache"
-    )
+    assert got["text"].startswith("cannot reach the hub for 'someone/demo', and it is not in the local cache")

@@ -6,20 +6,25 @@ from pathlib import Path
 import pytest
 
 import qwen_vram as qv
+from qwen_vram.arithmetic.replay import CUBLAS_WORKSPACE
 
 ROWS = [json.loads(line) for line in (Path(__file__).parent / "data" / "h200.jsonl").read_text().splitlines()]
-SIXTEEN_BIT = [row for row in ROWS if row.get("quant") == "bf16" and not row.get("cache_implementation")]
-RUNS = [row for row in SIXTEEN_BIT if row["what"] in ("gen", "fwd") and "error" not in row]
-LOADS = [row for row in SIXTEEN_BIT if row["what"] == "load"]
+WEIGHTS = {"bf16": "bf16", "nf4-dq": "nf4", "nf4": "nf4-plain", "int8": "int8"}
+PLAIN = [row for row in ROWS if "quant" in row and not row.get("cache_implementation") and "error" not in row]
+SIXTEEN_BIT = [row for row in PLAIN if row["what"] in ("gen", "fwd") and row["quant"] == "bf16"]
+FOUR_BIT = [row for row in PLAIN if row["what"] in ("gen", "fwd") and row["quant"].startswith("nf4")]
+LOADS = [row for row in PLAIN if row["what"] == "load"]
 
 
 def label(row):
-    return "-".join(str(row.get(key, "")) for key in ("what", "size", "attn", "b", "s", "prefill_chunk_size"))
+    keys = ("what", "size", "quant", "attn", "b", "s", "new", "prefill_chunk_size")
+    return "-".join(str(row[key]) for key in keys if key in row)
 
 
 def predict(row):
     return qv.estimate_vram(
         f"Qwen2.5-{row['size']}",
+        weights=WEIGHTS[row["quant"]],
         attention=row["attn"],
         prompt_len=row.get("s", 512),
         max_new_tokens=row.get("new", 1),
@@ -30,17 +35,23 @@ def predict(row):
 
 
 def test_there_are_rows():
-    assert len(RUNS) > 40
+    assert (len(SIXTEEN_BIT), len(FOUR_BIT), len(LOADS)) == (45, 55, 21)
 
 
-@pytest.mark.parametrize("row", RUNS, ids=label)
+@pytest.mark.parametrize("row", SIXTEEN_BIT, ids=label)
 def test_the_peak_of_16_bit_weights(row):
-    error = predict(row).peak_allocated / row["peak"] - 1
-    assert -0.003 <= error <= 0.005
+    assert -0.003 <= predict(row).peak_allocated / row["peak"] - 1 <= 0.005
+
+
+@pytest.mark.parametrize("row", FOUR_BIT, ids=label)
+def test_the_peak_of_4_bit_weights(row):
+    # The lower bound for 16-bit weights, -0.3 %, is missed by 0.02 % in four rows of the smallest model.
+    assert -0.005 <= predict(row).peak_allocated / row["peak"] - 1 <= 0.005
 
 
 @pytest.mark.parametrize("row", LOADS, ids=label)
-def test_16_bit_weights_and_their_load_peak(row):
+def test_loading(row):
     estimate = predict(row)
-    assert estimate.weights / (row["weights"] - row["base"]) - 1 == pytest.approx(0, abs=0.003)
-    assert estimate.load_peak / (row["load_peak"] - row["base"]) - 1 == pytest.approx(0, abs=0.003)
+    resting = estimate.weights + estimate.workspace - sum(CUBLAS_WORKSPACE)
+    assert resting / (row["weights"] - row["base"]) - 1 == pytest.approx(0, abs=0.001)
+    assert estimate.load_peak / (row["load_peak"] - row["base"]) - 1 == pytest.approx(0, abs=0.001)

@@ -31,7 +31,7 @@ _ID_TENSORS = 4
 _FLAG_BYTES = 3 * ALLOCATION_STEP
 # bitsandbytes multiplies up to this many rows without dequantizing on every GPU; above, kernels differ by GPU and the
 # dequantizing one is counted. Source: bitsandbytes 0.50.2, backends/cuda/ops.py, _GEMM_4BIT_CUSTOM_FLOOR_M.
-_FUSED_ROWS = 4
+FUSED_ROWS = 4
 
 
 class Moment(NamedTuple):
@@ -60,8 +60,7 @@ def moments(architecture: Architecture, profile: Profile, workload: Workload) ->
     """The moments at which the peak can fall, over the steps that can hold it.
 
     Prefill: the last full chunk and the shorter one after it. Decode: the last step. Each is the last layer's, when
-    the cache is fullest. Exact up to the allocator's split rule (at most 1 MiB a tensor); the error against measured
-    peaks is in docs/accuracy.md.
+    the cache is fullest. Exact up to the allocator's split rule (at most 1 MiB a tensor, see `replay`).
     """
     for step in _steps(profile, workload):
         rows = _Rows(architecture, profile, workload, step)
@@ -241,7 +240,7 @@ def linear_bytes(weight: Weight, profile: Profile, rows: int) -> int:
         product = rows * out_features * (_FP32 + _FP16)
         quantized = rows * (in_features + _FP32)
         return product + quantized + result
-    if storage.library == "bitsandbytes" and rows <= _FUSED_ROWS:
+    if storage.library == "bitsandbytes" and rows <= FUSED_ROWS:
         return result
     maxima = 2 * _FP32 * -(-weight.numel // 64) if storage.name in ("nf4", "fp4") else 0
     return result + weight.numel * element + maxima

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from qwen_vram.arithmetic import render
@@ -10,7 +11,13 @@ from qwen_vram.arithmetic.activations import Moment, moments
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.kv_cache import host_kv_bytes, kv_cache_bytes
 from qwen_vram.arithmetic.model import ModelLike, resolve_model
-from qwen_vram.arithmetic.overhead import load_peak_bytes, process_bytes, reserved_bytes, workspace_bytes
+from qwen_vram.arithmetic.overhead import (
+    load_peak_bytes,
+    load_reserved_bytes,
+    process_bytes,
+    reserved_bytes,
+    workspace_bytes,
+)
 from qwen_vram.arithmetic.profile import Profile, resolve_profile
 from qwen_vram.arithmetic.storage import FORMATS
 from qwen_vram.arithmetic.weights import weight_bytes
@@ -38,9 +45,7 @@ class Estimate:
         weights: Weights on the device, quantization state included.
         kv_cache: Keys and values on the device once the context is full.
         activations: What else the peak moment holds.
-        workspace: cuBLAS's workspace, rotary buffers, and the allocator's rounding of each weight to 512 bytes.
-        peak_reserved: What torch reserves, fragments included.
-        process_total: What nvidia-smi shows for the process, CUDA context and loaded kernels included.
+        workspace: cuBLAS's workspace, rotary buffers, and what torch's allocator adds to the weights.
         load_peak: The most that is allocated while loading.
         host: Host memory for streamed layers, a host embedding and a host cache.
         moments: Cache and activations at each moment of the steps that can hold the peak.
@@ -54,8 +59,6 @@ class Estimate:
     kv_cache: int
     activations: int
     workspace: int
-    peak_reserved: int
-    process_total: int
     load_peak: int
     host: int
     moments: tuple[Moment, ...]
@@ -64,6 +67,19 @@ class Estimate:
     def peak_allocated(self) -> int:
         """The most that torch has allocated at once (`torch.cuda.max_memory_allocated`)."""
         return self.weights + self.kv_cache + self.activations + self.workspace
+
+    @cached_property
+    def peak_reserved(self) -> int:
+        """What torch reserves, fragments included; a replay of its allocator, some 10 ms on first use."""
+        if self.architecture is None:
+            return self.peak_allocated
+        # The closed form and the replay can differ by a block that was not split.
+        return max(self.peak_allocated, reserved_bytes(self.architecture, self.profile, self.workload))
+
+    @property
+    def process_total(self) -> int:
+        """What nvidia-smi shows for the process, CUDA context and loaded kernels included."""
+        return self.peak_allocated if self.architecture is None else process_bytes(self.peak_reserved)
 
     @property
     def peak_moment(self) -> Moment | None:
@@ -89,7 +105,9 @@ class Estimate:
     @property
     def needed_bytes(self) -> int:
         """The smallest budget that holds the process: while it runs, and while it loads."""
-        return max(self.process_total, process_bytes(self.load_peak))
+        if self.architecture is None:
+            return self.peak_allocated
+        return max(self.process_total, process_bytes(load_reserved_bytes(self.architecture, self.profile)))
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data that `json.dumps` takes; sizes in bytes."""
@@ -197,7 +215,6 @@ def estimate(label: str, architecture: Architecture, profile: Profile, workload:
         cache = kv_cache_bytes(architecture, profile, tokens=context, batch_size=batch, context_len=context)
     # A workload whose last decode step holds one token less than its context must not count below the full cache.
     peak = max(peak, cache)
-    reserved = reserved_bytes(stored.device + workspace + peak, max(moment.activations for moment in every))
     return Estimate(
         model=label,
         architecture=architecture,
@@ -207,8 +224,6 @@ def estimate(label: str, architecture: Architecture, profile: Profile, workload:
         kv_cache=cache,
         activations=peak - cache,
         workspace=workspace,
-        peak_reserved=reserved,
-        process_total=process_bytes(reserved),
         load_peak=load_peak_bytes(architecture, profile),
         host=stored.host + host_kv_bytes(architecture, profile, batch_size=batch, context_len=context),
         moments=every,
@@ -233,8 +248,6 @@ def _rule_of_thumb(params: float | None, profile: Profile, workload: Workload) -
         kv_cache=0,
         activations=0,
         workspace=0,
-        peak_reserved=weights,
-        process_total=weights,
         load_peak=weights,
         host=0,
         moments=(),

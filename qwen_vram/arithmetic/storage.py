@@ -70,10 +70,6 @@ class StorageFormat(NamedTuple):
         """
         return sum(self.part_sizes(shape))
 
-    def allocated(self, shape: tuple[int, ...]) -> int:
-        """Bytes that torch's allocator counts for it: every part rounded up to 512."""
-        return sum(-(-size // ALLOCATION_STEP) * ALLOCATION_STEP for size in self.part_sizes(shape))
-
 
 _CODES4 = Part("weight", 1, 2, "weights")  # two 4-bit codes a byte
 # bitsandbytes, block of 64 weights; double quantization stores the block maxima in 8 bits, 256 to a block of their own.

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from qwen_vram.arithmetic.architecture import Architecture, Weight
 from qwen_vram.arithmetic.profile import Profile
-from qwen_vram.arithmetic.storage import ALLOCATION_STEP, FORMATS, FormatName
+from qwen_vram.arithmetic.storage import FORMATS, FormatName
 
 # One slot computes while the next fills.
 STREAMING_SLOTS = 2
@@ -28,12 +28,10 @@ class WeightBytes(NamedTuple):
     Attributes:
         device: On the device for good: resident layers, slots of the streaming ring, head, norms, embedding.
         host: On the host: streamed layers, the embedding where it lives there.
-        rounding: What torch's allocator adds to `device` by rounding each tensor up to 512 bytes.
     """
 
     device: int
     host: int
-    rounding: int
 
 
 def format_of(weight: Weight, profile: Profile) -> FormatName:
@@ -64,30 +62,23 @@ def block_bytes(architecture: Architecture, profile: Profile) -> int:
 
 @lru_cache(maxsize=256)
 def weight_bytes(architecture: Architecture, profile: Profile) -> WeightBytes:
-    """Where the model's weights lie and what they take. Exact to the byte; the rounding is torch's rule.
+    """Where the model's weights lie and what they take. Exact to the byte.
 
     Quantized biases do not exist: norms and biases stay in the model's own dtype.
     """
-    block = block_allocated = 0
-    for weight in architecture.block:
-        storage = FORMATS[format_of(weight, profile)]
-        block += storage.nbytes(weight.shape)
-        block_allocated += storage.allocated(weight.shape)
+    block = block_bytes(architecture, profile)
     streamed = min(profile.streamed_layers, architecture.num_hidden_layers)
     on_device = architecture.num_hidden_layers - streamed + min(streamed, STREAMING_SLOTS)
-    device, allocated, host = on_device * block, on_device * block_allocated, streamed * block
+    device, host = on_device * block, streamed * block
     for weight in architecture.outer:
         storage = FORMATS[format_of(weight, profile)]
         if weight.role == "embedding" and table_on_host(architecture, profile):
             host += storage.nbytes(weight.shape)
         else:
             device += storage.nbytes(weight.shape)
-            allocated += storage.allocated(weight.shape)
     if _head_is_a_copy(architecture, profile):
-        storage = FORMATS[profile.head_format]
-        device += storage.nbytes(architecture.head.shape)
-        allocated += storage.allocated(architecture.head.shape)
-    return WeightBytes(device, host, allocated - device)
+        device += head_bytes(architecture, profile)
+    return WeightBytes(device, host)
 
 
 def table_on_host(architecture: Architecture, profile: Profile) -> bool:
@@ -98,11 +89,3 @@ def table_on_host(architecture: Architecture, profile: Profile) -> bool:
 
 def _head_is_a_copy(architecture: Architecture, profile: Profile) -> bool:
     return architecture.tie_word_embeddings and profile.head_format != profile.dtype
-
-
-def largest_tensor_bytes(architecture: Architecture, profile: Profile) -> int:
-    """The most that one weight takes in the model's own dtype: what is in flight while it is quantized on load."""
-    shapes = [weight for weight in (*architecture.outer, *architecture.block) if weight.is_linear]
-    quantized = [weight for weight in shapes if not FORMATS[format_of(weight, profile)].is_dense]
-    largest = max((weight.numel for weight in quantized), default=0) * profile.element_bytes
-    return -(-largest // ALLOCATION_STEP) * ALLOCATION_STEP

@@ -1,0 +1,130 @@
+"""torch's caching allocator, replayed: what is reserved is more than what is asked for, by rules that can be followed.
+
+Knows sizes and order, not tensors. The rules are those of c10/cuda/CUDACachingAllocator.cpp in torch 2.6 to 2.13, by
+default: sizes are rounded up to 512 bytes; requests up to 1 MiB are cut from segments of 2 MiB, those below
+10 MiB from segments of 20 MiB, larger ones get segments of their own rounded up to 2 MiB; the smallest free block that
+is large enough is taken, and its rest is split off where it is at least 512 bytes (small) or more than 1 MiB (large);
+freed neighbours of a segment join.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+
+from qwen_vram.arithmetic.storage import ALLOCATION_STEP
+
+_SMALL = 2**20
+# The most that stays with a large block rather than being split off.
+_UNSPLIT = 2**20
+_SMALL_SEGMENT = 2 * 2**20
+_LARGE_SEGMENT = 20 * 2**20
+_OWN_SEGMENT = 10 * 2**20
+_SEGMENT_STEP = 2 * 2**20
+# Segments lie far apart here, so that blocks of different ones never look like neighbours.
+_GAP = 2**50
+
+
+class CachingAllocator:
+    """Counts, in bytes, what torch would have allocated and reserved after the same requests in the same order.
+
+    Attributes:
+        allocated: Bytes of blocks in use, what could not be split off included (`torch.cuda.memory_allocated`).
+        peak: The most that was allocated at once.
+        reserved: Bytes of all segments (`torch.cuda.memory_reserved`).
+    """
+
+    def __init__(self) -> None:
+        self.allocated = 0
+        self.peak = 0
+        self.reserved = 0
+        self._segments = 0
+        # Free blocks by pool (small, large), sorted by size and address; and where each begins and ends.
+        self._free: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
+        self._size_at: dict[int, int] = {}
+        self._start_before: dict[int, int] = {}
+        # Blocks in use: address -> size and pool.
+        self._used: dict[int, tuple[int, int]] = {}
+        self._segment_sizes: dict[int, int] = {}
+
+    def copy(self) -> CachingAllocator:
+        """An allocator in the same state that goes its own way."""
+        twin = CachingAllocator()
+        twin.allocated, twin.peak, twin.reserved = self.allocated, self.peak, self.reserved
+        twin._segments = self._segments
+        twin._free = (list(self._free[0]), list(self._free[1]))
+        twin._size_at, twin._start_before = dict(self._size_at), dict(self._start_before)
+        twin._used, twin._segment_sizes = dict(self._used), dict(self._segment_sizes)
+        return twin
+
+    def take(self, nbytes: int) -> int:
+        """Allocate `nbytes` and return the block's address."""
+        size = max(1, -(-nbytes // ALLOCATION_STEP)) * ALLOCATION_STEP
+        pool = 0 if size <= _SMALL else 1
+        free = self._free[pool]
+        index = bisect_left(free, (size, 0))
+        if index < len(free):
+            found, address = free.pop(index)
+            self._forget(found, address)
+        else:
+            found, address = self._new_segment(size, pool)
+        rest = found - size
+        if rest >= ALLOCATION_STEP if pool == 0 else rest > _UNSPLIT:
+            self._remember(rest, address + size, pool)
+            found = size
+        self._used[address] = (found, pool)
+        self.allocated += found
+        self.peak = max(self.peak, self.allocated)
+        return address
+
+    def give(self, *addresses: int) -> None:
+        """Free blocks; neighbours that are free already join them."""
+        for address in addresses:
+            size, pool = self._used.pop(address)
+            self.allocated -= size
+            start = address
+            after = self._size_at.get(address + size)
+            if after is not None:
+                self._drop(after, address + size, pool)
+                size += after
+            before = self._start_before.get(address)
+            if before is not None:
+                length = self._size_at[before]
+                self._drop(length, before, pool)
+                start, size = before, size + length
+            self._remember(size, start, pool)
+
+    def release_unused(self) -> None:
+        """Return segments without a block in use to the device, as `torch.cuda.empty_cache` does."""
+        for pool in (0, 1):
+            for size, address in list(self._free[pool]):
+                if self._segment_sizes.get(address) == size:
+                    self._drop(size, address, pool)
+                    del self._segment_sizes[address]
+                    self.reserved -= size
+
+    def _new_segment(self, size: int, pool: int) -> tuple[int, int]:
+        if pool == 0:
+            segment = _SMALL_SEGMENT
+        elif size < _OWN_SEGMENT:
+            segment = _LARGE_SEGMENT
+        else:
+            segment = -(-size // _SEGMENT_STEP) * _SEGMENT_STEP
+        self._segments += 1
+        address = self._segments * _GAP
+        self._segment_sizes[address] = segment
+        self.reserved += segment
+        return segment, address
+
+    def _remember(self, size: int, address: int, pool: int) -> None:
+        insort(self._free[pool], (size, address))
+        self._size_at[address] = size
+        self._start_before[address + size] = address
+
+    def _forget(self, size: int, address: int) -> None:
+        del self._size_at[address]
+        del self._start_before[address + size]
+
+    def _drop(self, size: int, address: int, pool: int) -> None:
+        free = self._free[pool]
+        free.pop(bisect_left(free, (size, address)))
+        self._forget(size, address)

@@ -1,0 +1,403 @@
+"""Loading and generating as sequences of allocations, tensor by tensor, for `allocator` to follow.
+
+`activations` says what is alive at each moment and gives the allocated peak at once; here the same tensors come and go
+in the order in which `transformers` makes them, which decides how torch's allocator fragments. The two are written
+apart, and a test holds one against the other.
+
+Source of the order: transformers 5.17 and 5.23 (core_model_loading.py, modeling_qwen2.py, modeling_qwen3.py,
+cache_utils.py, generation/utils.py); bitsandbytes 0.50.2 (functional.py and the ops.py of backends/cuda and default).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from qwen_vram.arithmetic.activations import FUSED_ROWS
+from qwen_vram.arithmetic.allocator import CachingAllocator
+from qwen_vram.arithmetic.architecture import Architecture, Weight
+from qwen_vram.arithmetic.kv_cache import layer_kv_bytes
+from qwen_vram.arithmetic.profile import Profile
+from qwen_vram.arithmetic.storage import FORMATS
+from qwen_vram.arithmetic.weights import STREAMING_SLOTS, format_of, table_on_host
+from qwen_vram.arithmetic.workload import Workload
+
+# cuBLAS's workspace (32 MiB) and cuBLASLt's (1 MiB), which torch keeps from the first product on.
+# measured: NVIDIA H200, torch 2.11.0+cu130, 2026-11-22.
+CUBLAS_WORKSPACE = (32 * 2**20, 2**20)
+
+_INT64 = 8
+_FP32 = 4
+_FP16 = 2
+
+
+@lru_cache(maxsize=64)
+def replay_load(architecture: Architecture, profile: Profile) -> CachingAllocator:
+    """The allocator after `from_pretrained`: its `allocated` is the weights', its `peak` the load peak.
+
+    `transformers` first takes all bytes in one piece and frees them, so that later requests are cut from it; then it
+    brings tensors over in the order of their names and quantizes each as it comes.
+    """
+    allocator = CachingAllocator()
+    weights = _load_order(architecture, profile)
+    total = sum(_announced_bytes(weight, profile) for weight in weights)
+    allocator.give(allocator.take(int(total)))
+    for weight in weights:
+        _load_weight(allocator, weight, profile)
+    for _ in range(2):  # the rotary embedding's float32 buffers
+        allocator.take(architecture.head_dim // 2 * _FP32)
+    return allocator
+
+
+def _load_order(architecture: Architecture, profile: Profile) -> list[Weight]:
+    """What goes to the device, sorted by name as `transformers` does: head, embedding, layers, last norm."""
+    outer = {weight.role: weight for weight in architecture.outer}
+    block = sorted(architecture.block, key=lambda weight: weight.name.split("."))
+    streamed = min(profile.streamed_layers, architecture.num_hidden_layers)
+    layers = architecture.num_hidden_layers - streamed + min(streamed, STREAMING_SLOTS)
+    head = [outer["head"]] if "head" in outer else []
+    if architecture.tie_word_embeddings and profile.head_format != profile.dtype:
+        head = [architecture.head]
+    table = [] if table_on_host(architecture, profile) else [outer["embedding"]]
+    return [*head, *table, *(block * layers), outer["norm"]]
+
+
+def _announced_bytes(weight: Weight, profile: Profile) -> float:
+    """What `transformers` expects a weight to take: code bits alone, block maxima left out."""
+    storage = FORMATS[format_of(weight, profile)]
+    return weight.numel * storage.bits / 8
+
+
+def _load_weight(allocator: CachingAllocator, weight: Weight, profile: Profile) -> None:
+    storage = FORMATS[format_of(weight, profile)]
+    arriving = allocator.take(weight.numel * profile.element_bytes)
+    if storage.is_dense:
+        return
+    blocks = -(-weight.numel // 64)
+    if storage.name in ("nf4", "fp4"):
+        maxima = allocator.take(blocks * _FP32)
+        allocator.take(-(-weight.numel // 2))
+        allocator.take(64)  # code
+        allocator.take(_FP32)  # offset
+        centred = allocator.take(blocks * _FP32)
+        allocator.take(-(-blocks // 256) * _FP32)
+        allocator.take(blocks)
+        allocator.take(1024)  # code of the maxima
+        allocator.give(centred, maxima)
+    elif storage.name == "nf4-plain":
+        allocator.take(blocks * _FP32)
+        allocator.take(-(-weight.numel // 2))
+        allocator.take(64)
+    elif storage.name == "int8":
+        half = allocator.take(weight.numel * _FP16)
+        for size in storage.part_sizes(weight.shape):
+            allocator.take(size)
+        allocator.give(half)
+    else:
+        for size in storage.part_sizes(weight.shape):
+            allocator.take(size)
+    allocator.give(arriving)
+
+
+def replay_generation(
+    allocator: CachingAllocator, architecture: Architecture, profile: Profile, workload: Workload
+) -> None:
+    """Run one `generate` (or, for `logits="all"`, one plain forward) through `allocator`, which is changed.
+
+    Of the decode steps the first three and the last two are run: between them nothing changes but a length.
+    """
+    _Generation(allocator, architecture, profile, workload).run()
+
+
+class _Generation:
+    """One generation's allocations. Sizes are bytes; T is batch x new tokens of a step."""
+
+    def __init__(
+        self, allocator: CachingAllocator, architecture: Architecture, profile: Profile, workload: Workload
+    ) -> None:
+        self.take, self.give = allocator.take, allocator.give
+        self.architecture = architecture
+        self.profile = profile
+        self.workload = workload
+        self.batch = workload.batch_size
+        self.element = profile.element_bytes
+        self.linears = {weight.name.split(".")[-2]: weight for weight in architecture.block if weight.is_linear}
+        self.normed_heads = any("q_norm" in weight.name for weight in architecture.block)
+        # Keys and values of each layer, once there are some.
+        self.cache: list[list[int]] = [[] for _ in range(architecture.num_hidden_layers)]
+
+    def run(self) -> None:
+        prompt = self.batch * self.workload.prompt_len * _INT64
+        inputs = [self.take(prompt), self.take(prompt)]
+        if self.workload.logits == "all":
+            self.give(self.step(self.workload.prompt_len, 0), *inputs)
+            return
+        positions = [self.take(prompt), self.take(prompt)]
+        flags = [self.take(self.batch * _INT64) for _ in range(3)]
+        logits = self.prefill()
+        ids: list[int] = []
+        length = self.workload.prompt_len
+        for index in range(self.workload.max_new_tokens):
+            if 3 <= index < self.workload.max_new_tokens - 2:
+                length += 1
+                continue
+            if index:
+                logits = self.step(1, length)
+                length += 1
+            ids = self.sample(logits, ids, length)
+        self.give(*ids, *flags, *positions, *inputs, *(block for layer in self.cache for block in layer))
+
+    def prefill(self) -> int:
+        """All chunks; where neither cache nor mask grows, the first three and the last two, which are all alike."""
+        prompt = self.workload.prompt_len
+        chunk = self.profile.prefill_chunk_size or prompt
+        starts = list(range(0, prompt, chunk))
+        if self.profile.cache != "dynamic" and not self.masked(2, chunk) and len(starts) > 5:
+            starts = starts[:3] + starts[-2:]
+        logits = None
+        for start in starts:
+            following = self.step(min(chunk, prompt - start), start)
+            if logits is not None:
+                self.give(logits)
+            logits = following
+        assert logits is not None
+        return logits
+
+    def sample(self, logits: int, ids: list[int], length: int) -> list[int]:
+        scores = self.take(self.batch * self.architecture.vocab_size * _FP32)
+        self.give(logits)
+        token = self.take(self.batch * _INT64)
+        longer = self.take(self.batch * (length + 1) * _INT64)
+        self.give(*ids, scores, token)
+        return [longer]
+
+    def step(self, queries: int, past: int) -> int:
+        """One forward; returns the logits' block."""
+        take, give = self.take, self.give
+        rows = self.batch * queries
+        hidden_size = rows * self.architecture.hidden_size * self.element
+        embeddings = take(hidden_size)
+        give(take(self.batch * (past + queries)), take(1))  # the padding mask as booleans, and whether it is all true
+        mask = self.mask(queries, past)
+        cosines = self.rotary_tables(rows)
+        hidden = embeddings
+        for layer in range(self.architecture.num_hidden_layers):
+            following = self.layer(layer, hidden_size, queries, past)
+            if hidden != embeddings:
+                give(hidden)
+            hidden = following
+        normed = self.norm(rows, self.architecture.hidden_size)
+        if hidden != embeddings:
+            give(hidden)
+        give(embeddings, *cosines, *mask)
+        every = rows if self.workload.logits == "all" else self.batch
+        logits = self.product(self.architecture.head, every)
+        give(normed)
+        return logits
+
+    def masked(self, queries: int, past: int) -> bool:
+        """Whether attention gets an explicit mask; the rules are `activations`'."""
+        kind = self.profile.attention
+        if kind == "flash_attention_2":
+            return False
+        if kind == "eager" or self.workload.padded:
+            return True
+        if self.profile.cache == "static":
+            return past > 0
+        return kind == "sdpa" and queries > 1 and past > 0
+
+    def seen(self, queries: int, past: int) -> int:
+        """Keys that attention reads for each sequence."""
+        return self.workload.context_len if self.profile.cache == "static" else past + queries
+
+    def mask(self, queries: int, past: int) -> list[int]:
+        if not self.masked(queries, past):
+            return []
+        size = self.element if self.profile.attention == "eager" else 1
+        return [self.take(self.batch * queries * self.seen(queries, past) * size)]
+
+    def rotary_tables(self, rows: int) -> list[int]:
+        take, give = self.take, self.give
+        wide = rows * self.architecture.head_dim
+        positions = take(rows * _FP32)
+        angles = take(wide // 2 * _FP32)
+        give(positions)
+        both = take(wide * _FP32)
+        scaled = []
+        for _ in range(2):  # cosine and sine, each scaled into a tensor of its own
+            raw = take(wide * _FP32)
+            scaled.append(take(wide * _FP32))
+            give(raw)
+        tables = [take(wide * self.element), take(wide * self.element)]
+        give(angles, both, *scaled)
+        return tables
+
+    def layer(self, layer: int, hidden_size: int, queries: int, past: int) -> int:
+        take, give = self.take, self.give
+        rows = self.batch * queries
+        normed = self.norm(rows, self.architecture.hidden_size)
+        attended = self.attention(layer, queries, past)
+        give(normed)
+        residual = take(hidden_size)
+        give(attended)
+        normed = self.norm(rows, self.architecture.hidden_size)
+        inner = rows * self.architecture.intermediate_size * self.element
+        gate = self.linear("gate_proj", rows)
+        activated = take(inner)
+        give(gate)
+        up = self.linear("up_proj", rows)
+        product = take(inner)
+        give(activated, up)
+        down = self.linear("down_proj", rows)
+        give(product, normed)
+        result = take(hidden_size)
+        give(down, residual)
+        return result
+
+    def attention(self, layer: int, queries: int, past: int) -> int:
+        rows = self.batch * queries
+        wide = rows * self.architecture.attention_width * self.element
+        narrow = rows * self.architecture.key_value_width * self.element
+        query = self.linear("q_proj", rows)
+        if self.normed_heads:
+            query = self.replace(query, self.norm(rows, self.architecture.attention_width))
+        key = self.linear("k_proj", rows)
+        if self.normed_heads:
+            key = self.replace(key, self.norm(rows, self.architecture.key_value_width))
+        value = self.linear("v_proj", rows)
+        rotated, rotated_key = self.rotate(wide), self.rotate(narrow)
+        self.give(query, key)
+        stored = self.update(layer, rotated_key, value, queries, past)
+        result = self.kernel(queries, past)
+        self.give(*stored)
+        out = self.linear("o_proj", rows)
+        self.give(result, rotated)
+        return out
+
+    def replace(self, old: int, new: int) -> int:
+        self.give(old)
+        return new
+
+    def rotate(self, size: int) -> int:
+        """Rotary embedding of a tensor: x * cos + rotate_half(x) * sin."""
+        take, give = self.take, self.give
+        straight = take(size)
+        negated = take(size // 2)
+        turned = take(size)
+        give(negated)
+        scaled = take(size)
+        give(turned)
+        result = take(size)
+        give(straight, scaled)
+        return result
+
+    def update(self, layer: int, key: int, value: int, queries: int, past: int) -> list[int]:
+        """Put a step's keys and values into the cache; returns what attention still holds of them."""
+        if self.workload.logits == "all":
+            return [key, value]
+        held = self.cache[layer]
+        if self.profile.cache != "dynamic":
+            if not held:
+                whole = layer_kv_bytes(
+                    self.architecture, self.profile, tokens=self.workload.context_len, batch_size=self.batch
+                )
+                held.extend(self.take(whole // 2) for _ in range(2))
+            self.give(key, value)
+            return []
+        size = self.batch * (past + queries) * self.architecture.key_value_width * self.element
+        for index in range(2):
+            longer = self.take(size)
+            if len(held) > index:
+                self.give(held[index])
+                held[index] = longer
+            else:
+                held.append(longer)
+        self.give(key, value)
+        return []
+
+    def kernel(self, queries: int, past: int) -> int:
+        """Attention itself; returns its result."""
+        take, give = self.take, self.give
+        rows, seen = self.batch * queries, self.seen(queries, past)
+        wide = self.architecture.attention_width * self.element
+        heads = self.architecture.num_attention_heads
+        masked = self.masked(queries, past)
+        grouped = heads > self.architecture.num_key_value_heads
+        expanded = [take(self.batch * seen * wide) for _ in range(2)] if masked and grouped else []
+        if self.profile.attention == "eager":
+            result = self.eager(rows, seen, heads)
+        else:
+            bias = [take(rows * seen * self.element)] if masked else []
+            result = take(rows * wide)
+            give(take(rows * heads * _FP32), *bias)
+        give(*expanded)
+        return result
+
+    def eager(self, rows: int, seen: int, heads: int) -> int:
+        """Scores, scaled, masked, softmax in float32, cast back, times values."""
+        take, give = self.take, self.give
+        scores = heads * rows * seen
+        raw = take(scores * self.element)
+        scaled = take(scores * self.element)
+        give(raw)
+        masked = take(scores * self.element)
+        give(scaled)
+        if self.element == _FP32:
+            weights = take(scores * _FP32)
+            give(masked)
+        else:
+            wide = take(scores * _FP32)
+            softmax = take(scores * _FP32)
+            give(wide)
+            weights = take(scores * self.element)
+            give(softmax, masked)
+        out = take(rows * self.architecture.attention_width * self.element)
+        result = take(rows * self.architecture.attention_width * self.element)
+        give(out, weights)
+        return result
+
+    def norm(self, rows: int, width: int) -> int:
+        """RMSNorm: in float32 on the way, for rows of `width`; the heads' norms see the same bytes."""
+        take, give = self.take, self.give
+        wide = rows * width * _FP32
+        upcast = take(wide)
+        squares = take(wide)
+        mean = take(rows * _FP32)
+        give(squares)
+        shifted = take(rows * _FP32)
+        root = take(rows * _FP32)
+        give(shifted)
+        scaled = take(wide)
+        give(root, upcast)
+        rounded = take(rows * width * self.element)
+        result = take(rows * width * self.element)
+        give(rounded, scaled, mean)
+        return result
+
+    def linear(self, name: str, rows: int) -> int:
+        return self.product(self.linears[name], rows)
+
+    def product(self, weight: Weight, rows: int) -> int:
+        """A matrix product in the weight's format; returns its result."""
+        take, give = self.take, self.give
+        out, inner = weight.shape
+        storage = FORMATS[format_of(weight, self.profile)]
+        result_size = rows * out * self.element
+        fused = storage.library == "bitsandbytes" and storage.bits == 4 and rows <= FUSED_ROWS
+        if storage.is_dense or storage.library == "tinygemm" or fused:
+            return take(result_size)
+        if storage.name == "int8":
+            half = take(rows * inner * _FP16)
+            scales, codes = take(rows * _FP32), take(rows * inner)
+            give(half)
+            product = take(rows * out * _FP32)
+            rounded = take(rows * out * _FP16)
+            result = take(result_size)
+            give(rounded, product, codes, scales)
+            return result
+        maxima = []
+        if storage.name in ("nf4", "fp4"):
+            maxima = [take(-(-weight.numel // 64) * _FP32) for _ in range(2)]
+        dequantized = take(weight.numel * self.element)
+        result = take(result_size)
+        give(dequantized, *maxima)
+        return result

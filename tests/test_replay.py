@@ -1,0 +1,112 @@
+"""The allocator's rules one by one, and the replay held against the closed form that was written apart from it."""
+
+import itertools
+
+import pytest
+
+import qwen_vram as qv
+from qwen_vram.arithmetic import allocator as allocator_module
+from qwen_vram.arithmetic.allocator import CachingAllocator
+from qwen_vram.arithmetic.replay import CUBLAS_WORKSPACE, replay_generation, replay_load
+
+KIB, MIB = 2**10, 2**20
+
+
+def test_small_requests_share_a_segment_of_2_mib():
+    allocator = CachingAllocator()
+    for _ in range(4096):
+        allocator.take(1)
+    assert (allocator.allocated, allocator.reserved) == (2 * MIB, 2 * MIB)
+    allocator.take(1)
+    assert allocator.reserved == 4 * MIB
+
+
+def test_medium_requests_are_cut_from_20_mib_and_large_ones_get_their_own():
+    allocator = CachingAllocator()
+    allocator.take(5 * MIB)
+    assert allocator.reserved == 20 * MIB
+    allocator.take(5 * MIB)
+    assert allocator.reserved == 20 * MIB
+    allocator.take(11 * MIB)
+    assert allocator.reserved == 32 * MIB
+
+
+def test_a_rest_of_up_to_1_mib_stays_with_a_large_block():
+    allocator = CachingAllocator()
+    allocator.give(allocator.take(40 * MIB))
+    allocator.take(39 * MIB)
+    assert allocator.allocated == 40 * MIB
+    allocator = CachingAllocator()
+    allocator.give(allocator.take(40 * MIB))
+    allocator.take(38 * MIB)
+    assert allocator.allocated == 38 * MIB
+
+
+def test_freed_neighbours_join_and_the_smallest_block_that_fits_is_taken():
+    allocator = CachingAllocator()
+    blocks = [allocator.take(4 * MIB) for _ in range(5)]
+    allocator.give(blocks[1], blocks[3])
+    allocator.give(blocks[2])
+    assert allocator.take(12 * MIB) == blocks[1]
+    assert allocator.reserved == 20 * MIB
+
+
+def test_unused_segments_can_be_released():
+    allocator = CachingAllocator()
+    kept, given = allocator.take(30 * MIB), allocator.take(50 * MIB)
+    allocator.give(given)
+    allocator.release_unused()
+    assert (allocator.reserved, allocator.allocated, allocator.peak) == (30 * MIB, 30 * MIB, 80 * MIB)
+    allocator.give(kept)
+
+
+def test_a_copy_goes_its_own_way():
+    allocator = CachingAllocator()
+    block = allocator.take(3 * MIB)
+    twin = allocator.copy()
+    twin.give(block)
+    assert (allocator.allocated, twin.allocated) == (3 * MIB, 0)
+    assert twin.take(3 * MIB) == block
+
+
+MATRIX = list(
+    itertools.product(
+        ["Qwen2.5-0.5B", "Qwen2.5-7B", "Qwen3-0.6B", "Qwen3-8B"],
+        [{"weights": "bf16"}, {"weights": "fp32"}, {"weights": "nf4"}, {"weights": "int8"}],
+        [
+            {"attention": "sdpa"},
+            {"attention": "eager"},
+            {"attention": "fused", "cache": "preallocated"},
+            {"attention": "sdpa", "prefill_chunk_size": 512},
+            {"attention": "fused", "cache": "preallocated", "prefill_chunk_size": 512, "embeddings": "host"},
+            {"attention": "sdpa", "cache": "static", "prefill_chunk_size": 1024},
+        ],
+        [{"prompt_len": 2000}, {"prompt_len": 700, "batch_size": 4, "padded": True}, {"logits": "all"}],
+    )
+)
+# A plain forward has no cache.
+MATRIX = [row for row in MATRIX if not ("logits" in row[3] and "cache" in row[2])]
+
+
+@pytest.mark.parametrize(("model", "weights", "knobs", "workload"), MATRIX, ids=str)
+def test_the_closed_form_and_the_replay_agree(monkeypatch, model, weights, knobs, workload):
+    # What is not split off stays with its block in the replay; the closed form counts tensors alone.
+    monkeypatch.setattr(allocator_module, "_UNSPLIT", 511)
+    replay_load.cache_clear()
+    estimate = qv.estimate_vram(model, max_new_tokens=8, **weights, **knobs, **workload)
+    allocator = replay_load(estimate.architecture, estimate.profile).copy()
+    replay_load.cache_clear()
+    for size in CUBLAS_WORKSPACE:
+        allocator.take(size)
+    allocator.peak = allocator.allocated
+    replay_generation(allocator, estimate.architecture, estimate.profile, estimate.workload)
+    assert estimate.peak_allocated == pytest.approx(allocator.peak, rel=0.002)
+
+
+def test_a_generation_gives_back_what_it_took():
+    estimate = qv.estimate_vram("Qwen2.5-0.5B", prompt_len=300, max_new_tokens=20)
+    allocator = replay_load(estimate.architecture, estimate.profile).copy()
+    before = allocator.allocated
+    for _ in range(3):
+        replay_generation(allocator, estimate.architecture, estimate.profile, estimate.workload)
+        assert allocator.allocated == pytest.approx(before, abs=2 * MIB)
