@@ -257,7 +257,14 @@ def test_impossible_sizes(value):
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings must be true or false, got 'no'"),
         ({"use_sliding_window": True}, "sliding-window attention is switched on, which this library does not count"),
         ({"layer_types": ["sliding_attention"]}, "sliding-window attention is switched on"),
-        ({"quantization_config": {"quant_method": "gptq"}}, r"the checkpoint is already quantized \(gptq\)"),
+        (
+            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            "already quantized by 'gptq', which is not counted",
+        ),
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes"}},
+            "already quantized by 'bitsandbytes', which is not",
+        ),
     ],
 )
 def test_a_config_that_does_not_add_up(change, text):

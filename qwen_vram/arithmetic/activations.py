@@ -108,7 +108,7 @@ class _Rows:
         self.keys = architecture.key_value_width * self.element
         # Keys that attention sees: a static cache is attended to in its whole length.
         self.seen = workload.context_len if profile.cache == "static" else step.cached
-        self.linears = {weight.name.split(".")[-2]: weight for weight in architecture.block if weight.is_linear}
+        self.linears = {weight.module: weight for weight in architecture.block if weight.is_linear}
 
     def moments(self) -> Iterator[tuple[str, int]]:
         """Name and live bytes of each moment of this step."""
@@ -209,27 +209,36 @@ class _Rows:
 
     def _linear(self, name: str) -> int:
         """A matrix product's result and what its format needs to make it."""
-        return linear_bytes(self.linears[name], self.profile, self.rows)
+        return linear_bytes(self.linears[name], self.profile, self.rows, adapted=name in self.architecture.adapted)
 
     def _head(self) -> int:
         """The last hidden states, the logits, and generate's float32 copy of them."""
         every = self.workload.logits == "all"
         rows = self.rows if every else self.workload.batch_size
         hidden = self.rows * self.hidden
-        logits = linear_bytes(self.architecture.head, self.profile, rows)
+        adapted = "lm_head" in self.architecture.adapted
+        logits = linear_bytes(self.architecture.head, self.profile, rows, adapted=adapted)
         if every:
             return hidden + logits
         sampled = rows * self.architecture.vocab_size * (self.element + _FP32)
         return max(hidden + logits, sampled)
 
 
-def linear_bytes(weight: Weight, profile: Profile, rows: int) -> int:
+def linear_bytes(weight: Weight, profile: Profile, rows: int, *, adapted: bool = False) -> int:
     """Bytes alive inside `x @ weight.T` for `rows` rows of x: the result, and buffers of the weight's format.
 
     4-bit formats of bitsandbytes dequantize the whole matrix (and, where double quantization is used, make the block
     maxima twice in float32); int8 makes the product in int32, then fp16, then the model's dtype, and quantizes x.
-    Exact for those; for formats of other libraries the dequantized matrix is counted.
+    Exact for those; for formats of other libraries the dequantized matrix is counted. A LoRA adapter adds its scaled
+    update and the sum to the result, once the format's own buffers are gone.
     """
+    out_features, _ = weight.shape
+    result = rows * out_features * profile.element_bytes
+    base = _base_linear_bytes(weight, profile, rows)
+    return max(base, 3 * result) if adapted else base
+
+
+def _base_linear_bytes(weight: Weight, profile: Profile, rows: int) -> int:
     out_features, in_features = weight.shape
     element = profile.element_bytes
     result = rows * out_features * element

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from qwen_vram.errors import ConfigError
 
-Role = Literal["embedding", "attention", "mlp", "norm", "head"]
+Role = Literal["embedding", "attention", "mlp", "norm", "head", "adapter"]
 
 SUPPORTED = ("qwen2", "qwen3")
 
@@ -38,8 +38,13 @@ class Weight(NamedTuple):
 
     @property
     def is_linear(self) -> bool:
-        """Whether a storage format applies: the matrices of attention, MLP and head, not biases, norms, embeddings."""
-        return len(self.shape) == 2 and self.role != "embedding"
+        """Whether a storage format applies: the matrices of attention, MLP and head, nothing else."""
+        return len(self.shape) == 2 and self.role not in ("embedding", "adapter")
+
+    @property
+    def module(self) -> str:
+        """The module's own name, such as `q_proj`."""
+        return self.name.split(".")[-2]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +58,9 @@ class Architecture:
         max_position_embeddings: Positions the model may be used with, YaRN's factor included where config.json sets it.
         tie_word_embeddings: The head is the embedding's own tensor, so it is neither stored nor counted twice.
         attention_bias: q, k and v carry biases. (o does too on a Qwen3 whose config.json sets `attention_bias`.)
+        stored_format: The storage format of a checkpoint that is quantized already; `None` for plain dtypes.
+        stored_head: Whether its head is quantized too.
+        adapter_weights: The tensors of a LoRA adapter that runs beside the base.
     """
 
     model_type: str
@@ -66,6 +74,9 @@ class Architecture:
     max_position_embeddings: int
     tie_word_embeddings: bool
     attention_bias: bool
+    stored_format: str | None = None
+    stored_head: bool = False
+    adapter_weights: tuple[Weight, ...] = ()
 
     @classmethod
     def from_config(cls, config: Mapping[str, object], *, source: str = "config") -> Architecture:
@@ -73,7 +84,7 @@ class Architecture:
 
         Raises:
             ConfigError: another architecture, a missing key, an impossible size, or a feature that would be
-                counted wrong (sliding windows, weights that are already quantized).
+                counted wrong (sliding windows, a quantization other than bitsandbytes').
         """
         reader = _Reader(config, source)
         model_type = reader.model_type()
@@ -102,6 +113,7 @@ class Architecture:
             max_position_embeddings=reader.positions(),
             tie_word_embeddings=reader.flag("tie_word_embeddings"),
             attention_bias=model_type == "qwen2" or reader.flag("attention_bias"),
+            **reader.stored(),
         )
 
     @property
@@ -156,6 +168,11 @@ class Architecture:
         """The head's matrix, whether or not it is the embedding's tensor."""
         return Weight("lm_head.weight", (self.vocab_size, self.hidden_size), "head")
 
+    @cached_property
+    def adapted(self) -> frozenset[str]:
+        """The modules that an adapter works on, by their own names."""
+        return frozenset(weight.name.partition(".lora_")[0].split(".")[-1] for weight in self.adapter_weights)
+
     def weights(self) -> Iterator[Weight]:
         """Every weight of the model by the name it has in the checkpoint; a tied head is not listed twice."""
         yield self.outer[0]
@@ -198,15 +215,33 @@ class _Reader:
                 "set use_sliding_window to false",
                 source=self.source,
             )
+        return str(got)
+
+    def stored(self) -> dict[str, Any]:
+        """`stored_format` and `stored_head` of a checkpoint that bitsandbytes quantized; empty for plain dtypes."""
         quantization = self.config.get("quantization_config")
-        if quantization is not None:
-            method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+        if quantization is None:
+            return {}
+        settings = quantization if isinstance(quantization, Mapping) else {}
+        if settings.get("load_in_8bit"):
+            name = "int8"
+        elif settings.get("load_in_4bit"):
+            kind = f"{settings.get('bnb_4bit_quant_type')}, double {bool(settings.get('bnb_4bit_use_double_quant'))}"
+            name = {"nf4, double True": "nf4", "nf4, double False": "nf4-plain", "fp4, double True": "fp4"}.get(
+                kind, ""
+            )
+        else:
+            name = ""
+        if settings.get("quant_method") != "bitsandbytes" or not name:
+            method = settings.get("quant_method") or quantization
             raise ConfigError(
-                f"{self.source}: the checkpoint is already quantized ({method}); use the 16-bit checkpoint, "
-                "which is quantized while it loads",
+                f"{self.source}: the checkpoint is already quantized by {method!r}, which is not counted yet; use the "
+                "16-bit checkpoint, which is quantized while it loads, or one in bitsandbytes' nf4, fp4 (double "
+                "quantization) or int8",
                 source=self.source,
             )
-        return str(got)
+        skipped = settings.get("llm_int8_skip_modules")
+        return {"stored_format": name, "stored_head": isinstance(skipped, list) and "lm_head" not in skipped}
 
     def size(self, key: str, *, default: int | None = None) -> int:
         """A positive integer."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_vram.arithmetic import render
 from qwen_vram.arithmetic.activations import Moment, moments
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.kv_cache import host_kv_bytes, kv_cache_bytes
-from qwen_vram.arithmetic.model import ModelLike, resolve_model
+from qwen_vram.arithmetic.model import ModelLike, resolve_model, stored_knobs
 from qwen_vram.arithmetic.overhead import (
     load_peak_bytes,
     load_reserved_bytes,
@@ -152,6 +153,7 @@ def estimate_vram(
     params: float | None = None,
     logits: Logits = "last",
     padded: bool = False,
+    adapter: str | Path | None = None,
     **knobs: object,
 ) -> Estimate:
     """What a model will take on one GPU, before anything is loaded. Pure arithmetic; the defaults are the article's.
@@ -165,12 +167,14 @@ def estimate_vram(
         params: With `model=None`: a number of parameters, for the rule of thumb parameters x bytes (weights alone).
         logits: `"last"` for generation, `"all"` for one plain forward that makes logits for the whole prompt.
         padded: The batch carries padding, so that attention needs a mask.
+        adapter: Folder or hub id of a LoRA adapter that runs beside the base.
         **knobs: Fields of `Profile` to replace, such as `weights="nf4"`.
 
     Raises:
         UnknownNameError: a model, profile, format or knob that nobody has heard of.
         WorkloadError: a length that is not positive, or a context past the model's positions.
         ConfigError: a configuration that cannot be counted.
+        CheckpointError, NotSupportedError: an adapter that cannot be used.
         HubError: the hub does not give the config.json.
 
     Example:
@@ -179,15 +183,15 @@ def estimate_vram(
         >>> estimate_vram(None, params=7.62e9).weights
         15240000000
     """
-    chosen = resolve_profile(profile, **knobs)
     workload = Workload(
         prompt_len=prompt_len, max_new_tokens=max_new_tokens, batch_size=batch_size, logits=logits, padded=padded
     )
     if model is None:
-        return _rule_of_thumb(params, chosen, workload)
+        return _rule_of_thumb(params, resolve_profile(profile, **knobs), workload)
     if params is not None:
         raise WorkloadError("params is for model=None only, got both; drop one", name="params", got=params)
-    label, architecture = resolve_model(model)
+    label, architecture = resolve_model(model, adapter)
+    chosen = resolve_profile(profile, **stored_knobs(architecture, knobs))
     return estimate(label, architecture, chosen, workload)
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from qwen_vram.arithmetic.adapter import with_adapter
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.catalog import catalog_row, row_architecture, unknown_model
 from qwen_vram.errors import ConfigError
@@ -17,7 +18,37 @@ ModelLike = str | Path | Mapping[str, object] | Architecture
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def resolve_model(model: ModelLike) -> tuple[str, Architecture]:
+def resolve_model(model: ModelLike, adapter: str | Path | None = None) -> tuple[str, Architecture]:
+    """A label for `model` and its architecture, with an adapter's tensors where one is given.
+
+    Raises:
+        UnknownNameError, ConfigError, HubError: as `_resolve`.
+        CheckpointError, NotSupportedError: an adapter that cannot be used.
+    """
+    label, architecture = _resolve(model)
+    return label, architecture if adapter is None else with_adapter(architecture, adapter)
+
+
+def stored_knobs(architecture: Architecture, knobs: Mapping[str, object]) -> dict[str, object]:
+    """`knobs`, with those set that a checkpoint which is quantized already leaves no choice about.
+
+    Raises:
+        ConfigError: the caller asks for another format than it is stored in.
+    """
+    stored = architecture.stored_format
+    if stored is None:
+        return dict(knobs)
+    fixed = {"weights": stored, "lm_head": stored if architecture.stored_head else None}
+    for knob, value in fixed.items():
+        if knob in knobs and knobs[knob] != value:
+            raise ConfigError(
+                f"the checkpoint is stored with {knob}={value!r}, got {knob}={knobs[knob]!r}; leave {knob} out, or use "
+                "the 16-bit checkpoint"
+            )
+    return {**knobs, **fixed}
+
+
+def _resolve(model: ModelLike) -> tuple[str, Architecture]:
     """A label for `model` and its architecture.
 
     Args:
@@ -33,7 +64,7 @@ def resolve_model(model: ModelLike) -> tuple[str, Architecture]:
         return f"{model.model_type}, {model.num_parameters:,} parameters", model
     if isinstance(model, Mapping):
         architecture = Architecture.from_config(model)
-        return str(model.get("_name_or_path") or resolve_model(architecture)[0]), architecture
+        return str(model.get("_name_or_path") or _resolve(architecture)[0]), architecture
     if not isinstance(model, (str, Path)):
         raise ConfigError(f"a model is a name, a folder, a config dict or an Architecture, got {type(model).__name__}")
     folder = Path(model)

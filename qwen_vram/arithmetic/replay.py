@@ -58,7 +58,7 @@ def _load_order(architecture: Architecture, profile: Profile) -> list[Weight]:
     if architecture.tie_word_embeddings and profile.head_format != profile.dtype:
         head = [architecture.head]
     table = [] if table_on_host(architecture, profile) else [outer["embedding"]]
-    return [*head, *table, *(block * layers), outer["norm"]]
+    return [*head, *table, *(block * layers), outer["norm"], *architecture.adapter_weights]
 
 
 def _announced_bytes(weight: Weight, profile: Profile) -> float:
@@ -120,7 +120,7 @@ class _Generation:
         self.workload = workload
         self.batch = workload.batch_size
         self.element = profile.element_bytes
-        self.linears = {weight.name.split(".")[-2]: weight for weight in architecture.block if weight.is_linear}
+        self.linears = {weight.module: weight for weight in architecture.block if weight.is_linear}
         self.normed_heads = any("q_norm" in weight.name for weight in architecture.block)
         # Keys and values of each layer, once there are some.
         self.cache: list[list[int]] = [[] for _ in range(architecture.num_hidden_layers)]
@@ -377,7 +377,19 @@ class _Generation:
         return self.product(self.linears[name], rows)
 
     def product(self, weight: Weight, rows: int) -> int:
-        """A matrix product in the weight's format; returns its result."""
+        """A matrix product in the weight's format, and an adapter's update on top; returns the result."""
+        result = self.base_product(weight, rows)
+        if weight.module not in self.architecture.adapted:
+            return result
+        size = rows * weight.shape[0] * self.element
+        update = self.take(size)
+        scaled = self.take(size)
+        self.give(update)
+        total = self.take(size)
+        self.give(result, scaled)
+        return total
+
+    def base_product(self, weight: Weight, rows: int) -> int:
         take, give = self.take, self.give
         out, inner = weight.shape
         storage = FORMATS[format_of(weight, self.profile)]

@@ -26,7 +26,7 @@ class WeightBytes(NamedTuple):
     """Exact bytes of a model's weights.
 
     Attributes:
-        device: On the device for good: resident layers, slots of the streaming ring, head, norms, embedding.
+        device: On the device for good: resident layers, slots of the streaming ring, head, norms, embedding, adapter.
         host: On the host: streamed layers, the embedding where it lives there.
     """
 
@@ -46,6 +46,8 @@ def stored_weights(architecture: Architecture, profile: Profile) -> Iterator[Sto
     for weight in architecture.weights():
         name = format_of(weight, profile)
         yield StoredWeight(weight, name, FORMATS[name].nbytes(weight.shape))
+    for weight in architecture.adapter_weights:
+        yield StoredWeight(weight, profile.dtype, weight.numel * profile.element_bytes)
     if _head_is_a_copy(architecture, profile):
         yield StoredWeight(architecture.head, profile.head_format, head_bytes(architecture, profile))
 
@@ -78,6 +80,7 @@ def weight_bytes(architecture: Architecture, profile: Profile) -> WeightBytes:
             device += storage.nbytes(weight.shape)
     if _head_is_a_copy(architecture, profile):
         device += head_bytes(architecture, profile)
+    device += sum(weight.numel for weight in architecture.adapter_weights) * profile.element_bytes
     return WeightBytes(device, host)
 
 

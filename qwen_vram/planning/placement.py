@@ -7,7 +7,7 @@ from typing import Literal
 
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.estimate import estimate
-from qwen_vram.arithmetic.model import ModelLike, resolve_model
+from qwen_vram.arithmetic.model import ModelLike, resolve_model, stored_knobs
 from qwen_vram.arithmetic.profile import Profile, resolve_profile
 from qwen_vram.arithmetic.weights import table_on_host
 from qwen_vram.arithmetic.workload import Workload
@@ -97,7 +97,7 @@ def offload_map(
         ['model.layers.8', 'model.layers.17', 'model.layers.27']
     """
     label, architecture = resolve_model(model)
-    chosen = resolve_profile(profile, **knobs)
+    chosen = resolve_profile(profile, **stored_knobs(architecture, knobs))
     workload = Workload(prompt_len=prompt_len, max_new_tokens=max_new_tokens, batch_size=batch_size)
     layers = architecture.num_hidden_layers
     if layers_on_cpu is not None:

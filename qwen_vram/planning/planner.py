@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.estimate import Estimate, estimate
-from qwen_vram.arithmetic.model import ModelLike, resolve_model
+from qwen_vram.arithmetic.model import ModelLike, resolve_model, stored_knobs
 from qwen_vram.arithmetic.profile import Profile, resolve_profile
 from qwen_vram.arithmetic.storage import FORMATS
 from qwen_vram.arithmetic.timing import decode_floor_ms
@@ -126,6 +127,7 @@ def plan(
     prompt_len: int = 512,
     max_new_tokens: int = 512,
     batch_size: int = 1,
+    adapter: str | Path | None = None,
     **knobs: object,
 ) -> Plan:
     """The least lossy way to run `model` at a workload within a budget, found by arithmetic alone.
@@ -142,16 +144,17 @@ def plan(
         ram: Likewise for the host.
         prefer: `"quality"` takes the first profile that fits, `"memory"` the smallest one, `"speed"` the one that
             moves the fewest bytes for a token among those that fit.
+        adapter: Folder or hub id of a LoRA adapter that runs beside the base.
 
     Raises:
         DoesNotFitError: nothing fits; the exception carries the bytes, the estimate and the nearest workload.
         UnknownNameError, WorkloadError, ConfigError, UnitError, HubError: as for `estimate_vram`.
     """
-    label, architecture = resolve_model(model)
+    label, architecture = resolve_model(model, adapter)
     workload = Workload(prompt_len=prompt_len, max_new_tokens=max_new_tokens, batch_size=batch_size)
     if prefer not in ("quality", "speed", "memory"):
         raise UnknownNameError("prefer", prefer, ("quality", "speed", "memory"))
-    start, moves = _search_space(profile, workload, knobs)
+    start, moves = _search_space(profile, workload, stored_knobs(architecture, knobs))
     workload.check(architecture)
     budget = Budget.of(vram, ram)
     return Search(label, architecture, workload, budget).run(start, moves, prefer)

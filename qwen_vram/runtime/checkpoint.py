@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwen_vram.arithmetic.architecture import Architecture
+from qwen_vram.arithmetic.architecture import Architecture, Weight
 from qwen_vram.arithmetic.catalog import catalog_row
 from qwen_vram.arithmetic.model import ModelLike
+from qwen_vram.arithmetic.storage import FORMATS
 from qwen_vram.errors import CheckpointError, ConfigError
 from qwen_vram.files.hub import hub_snapshot
-from qwen_vram.files.local import read_config, read_tensors
+from qwen_vram.files.local import Tensor, read_config, read_tensors
 
 _FLOATS = ("BF16", "F16", "F32")
 _SHOWN = 3
@@ -48,6 +49,29 @@ def open_checkpoint(model: ModelLike) -> Checkpoint:
     return Checkpoint(folder=folder, name=name, architecture=architecture)
 
 
+def _is_quantized(weight: Weight, architecture: Architecture) -> bool:
+    if architecture.stored_format is None or not weight.is_linear:
+        return False
+    return weight.role != "head" or architecture.stored_head
+
+
+def _check_quantized(
+    weight: Weight, tensor: Tensor, stored: dict[str, Tensor], architecture: Architecture, folder: Path
+) -> None:
+    """Hold a matrix that is stored quantized against its format: the bytes of its codes, and its scales beside it."""
+    name = str(architecture.stored_format)
+    codes = FORMATS[name].part_sizes(weight.shape)[0]
+    module = weight.name.removesuffix(".weight")
+    scales = f"{module}.SCB" if name == "int8" else f"{weight.name}.absmax"
+    if tensor.nbytes != codes or scales not in stored:
+        found = f"{tensor.nbytes} bytes" if tensor.nbytes != codes else f"no {scales!r}"
+        raise CheckpointError(
+            f"{weight.name!r} is not the {name} matrix that config.json says: {codes} bytes of codes with "
+            f"{scales!r} are expected, got {found}; download the checkpoint again",
+            path=str(folder / tensor.file),
+        )
+
+
 def _check_tensors(folder: Path, architecture: Architecture) -> None:
     stored = read_tensors(folder)
     missing = []
@@ -55,6 +79,8 @@ def _check_tensors(folder: Path, architecture: Architecture) -> None:
         tensor = stored.get(weight.name)
         if tensor is None:
             missing.append(weight.name)
+        elif _is_quantized(weight, architecture):
+            _check_quantized(weight, tensor, stored, architecture, folder)
         elif tensor.shape != weight.shape:
             raise CheckpointError(
                 f"{weight.name!r} has shape {list(tensor.shape)} in {tensor.file!r}, config.json says "

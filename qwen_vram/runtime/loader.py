@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from qwen_vram.arithmetic.adapter import adapter_folder
 from qwen_vram.arithmetic.model import ModelLike
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.errors import BackendUnavailableError, NotSupportedError
 from qwen_vram.planning.budget import VramLike
 from qwen_vram.planning.planner import Plan, Prefer, plan
 from qwen_vram.runtime import attention
+from qwen_vram.runtime.adapter import add_adapter, check_peft
 from qwen_vram.runtime.backends import get_backend
 from qwen_vram.runtime.backends.base import Backend, Request
 from qwen_vram.runtime.checkpoint import Checkpoint, open_checkpoint
@@ -42,6 +46,7 @@ def load(
     prompt_len: int = 512,
     max_new_tokens: int = 512,
     batch_size: int = 1,
+    adapter: str | Path | None = None,
     device: str | None = None,
     progress: bool = True,
     **knobs: object,
@@ -54,6 +59,7 @@ def load(
     Args:
         model: A checkpoint folder, a catalog name, or a hub id.
         vram: As for `plan()`; needs a GPU.
+        adapter: Folder or hub id of a LoRA adapter, run beside the base by PEFT; the model is then a `PeftModel`.
         device: `"cuda"` or `"cpu"`; `None` takes the GPU where there is one.
         progress: Show transformers' bar while weights load.
 
@@ -65,29 +71,9 @@ def load(
         UnknownNameError, UnitError, WorkloadError: as for `plan()`.
     """
     place = _device(device, vram)
-    if place.type == "cpu":
-        vram = None
-    elif profile == "auto" and torch.cuda.get_device_capability(place) < (8, 0):
+    if place.type == "cuda" and profile == "auto" and torch.cuda.get_device_capability(place) < (8, 0):
         knobs.setdefault("attention", "sdpa")  # the flash kernel begins with Ampere
-    chosen = _plan_on(place, model, profile, vram, ram, prefer, prompt_len, max_new_tokens, batch_size, knobs)
-    backend = get_backend(chosen.profile.weights)
-    check(chosen, backend, place)
-    return _build(open_checkpoint(model), chosen, backend, place, progress)
-
-
-def _plan_on(
-    place: torch.device,
-    model: ModelLike,
-    profile: str | Profile,
-    vram: VramLike,
-    ram: str | int | None,
-    prefer: Prefer,
-    prompt_len: int,
-    max_new_tokens: int,
-    batch_size: int,
-    knobs: dict[str, object],
-) -> Plan:
-    return plan(
+    chosen = plan(
         model,
         profile=profile,
         vram={} if place.type == "cpu" else vram,
@@ -96,8 +82,14 @@ def _plan_on(
         prompt_len=prompt_len,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
+        adapter=adapter,
         **knobs,
     )
+    backend = get_backend(chosen.profile.weights)
+    check(chosen, backend, place)
+    if adapter is not None:
+        check_peft()
+    return _build(open_checkpoint(model), chosen, backend, place, adapter, progress)
 
 
 def _device(device: str | None, vram: VramLike) -> torch.device:
@@ -177,13 +169,20 @@ def _dtype(profile: Profile, device: torch.device) -> torch.dtype:
     return _DTYPES[profile.dtype]
 
 
-def _build(checkpoint: Checkpoint, chosen: Plan, backend: Backend, device: torch.device, progress: bool) -> LoadedModel:
+def _build(
+    checkpoint: Checkpoint,
+    chosen: Plan,
+    backend: Backend,
+    device: torch.device,
+    adapter: str | Path | None,
+    progress: bool,
+) -> LoadedModel:
     from transformers import AutoTokenizer
 
     profile = chosen.profile
     attention.register()
     on_host = chosen.placement.embeddings == "cpu" and device.type != "cpu"
-    where = {"": "cpu"} if device.type == "cpu" else {"": device.index}
+    where: dict[str, int | str] = {"": "cpu" if device.type == "cpu" else device.index}
     request = Request(
         folder=str(checkpoint.folder),
         profile=profile,
@@ -191,18 +190,19 @@ def _build(checkpoint: Checkpoint, chosen: Plan, backend: Backend, device: torch
         dtype=_dtype(profile, device),
         device_map=_embedding_first(chosen, device) if on_host else where,
         attention=attention.NAME if profile.attention == "fused" else profile.attention,
+        stored=checkpoint.architecture.stored_format is not None,
     )
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
     meter = PeakMeter(device)
     meter.start()
     with _progress_bar(progress):
         model = backend.load(request)
+    if on_host:
+        _forget_second_device(model, where)
     if profile.embeddings == "host" and chosen.placement.embeddings == "cpu":
-        from accelerate.hooks import remove_hook_from_submodules
-
-        # transformers put accelerate's hooks on a model with two devices; ours moves rows, not tables.
-        remove_hook_from_submodules(model)
         move_embedding_to_host(model, device)
+    if adapter is not None:
+        model = add_adapter(model, adapter_folder(adapter), request.dtype)
     model.eval()
     measured = meter.stop()
     load_peak = {"load_peak": measured["peak_allocated"] - meter.before} if measured else {}
@@ -210,6 +210,14 @@ def _build(checkpoint: Checkpoint, chosen: Plan, backend: Backend, device: torch
     return LoadedModel(
         model=model, tokenizer=tokenizer, plan=chosen, device=device, measured={"weights": weights, **load_peak}
     )
+
+
+def _forget_second_device(model: Any, where: dict[str, int | str]) -> None:
+    """Take off the hooks that `transformers` puts on a model with two devices: ours moves rows, not tables."""
+    from accelerate.hooks import remove_hook_from_submodules
+
+    remove_hook_from_submodules(model)
+    model.hf_device_map = where
 
 
 def _embedding_first(chosen: Plan, device: torch.device) -> dict[str, int | str]:

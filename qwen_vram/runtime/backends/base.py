@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Request(NamedTuple):
-    """What a backend is asked to load."""
+    """What a backend is asked to load; `stored`: the checkpoint is in the profile's format already."""
 
     folder: str
     profile: Profile
@@ -21,6 +21,7 @@ class Request(NamedTuple):
     dtype: torch.dtype
     device_map: Mapping[str, int | str]
     attention: str
+    stored: bool = False
 
 
 class Backend(Protocol):

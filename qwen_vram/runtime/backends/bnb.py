@@ -81,6 +81,8 @@ class BnbBackend:
 
         _import_quietly()
         logging.getLogger("bitsandbytes.autograd._functions").addFilter(_ONCE)
+        if request.stored:
+            return from_pretrained(request)
         profile = request.profile
         # transformers skips the head unless it is given a list; an empty one skips nothing.
         skipped = [] if profile.head_format == profile.weights else ["lm_head"]
