@@ -7,7 +7,8 @@ import pytest
 import qwen_vram as qv
 from qwen_vram.arithmetic import allocator as allocator_module
 from qwen_vram.arithmetic.allocator import CachingAllocator
-from qwen_vram.arithmetic.replay import CUBLAS_WORKSPACE, replay_generation, replay_load
+from qwen_vram.arithmetic.replay_generation import CUBLAS_WORKSPACE, replay_generation
+from qwen_vram.arithmetic.replay_load import replay_load
 
 KIB, MIB = 2**10, 2**20
 

@@ -60,7 +60,7 @@ def moments(architecture: Architecture, profile: Profile, workload: Workload) ->
     """The moments at which the peak can fall, over the steps that can hold it.
 
     Prefill: the last full chunk and the shorter one after it. Decode: the last step. Each is the last layer's, when
-    the cache is fullest. Exact up to the allocator's split rule (at most 1 MiB a tensor, see `replay`).
+    the cache is fullest. Exact up to the allocator's split rule (at most 1 MiB a tensor, see `allocator`).
     """
     for step in _steps(profile, workload):
         rows = _Rows(architecture, profile, workload, step)

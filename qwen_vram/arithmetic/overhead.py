@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.profile import Profile
-from qwen_vram.arithmetic.replay import CUBLAS_WORKSPACE, replay_generation, replay_load
+from qwen_vram.arithmetic.replay_generation import CUBLAS_WORKSPACE, replay_generation
+from qwen_vram.arithmetic.replay_load import replay_load
 from qwen_vram.arithmetic.weights import weight_bytes
 from qwen_vram.arithmetic.workload import Workload
 

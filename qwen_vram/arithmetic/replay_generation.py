@@ -1,16 +1,14 @@
-"""Loading and generating as sequences of allocations, tensor by tensor, for `allocator` to follow.
+"""Generating as a sequence of allocations, tensor by tensor, for `allocator` to follow.
 
 `activations` says what is alive at each moment and gives the allocated peak at once; here the same tensors come and go
 in the order in which `transformers` makes them, which decides how torch's allocator fragments. The two are written
 apart, and a test holds one against the other.
 
-Source of the order: transformers 5.17 and 5.23 (core_model_loading.py, modeling_qwen2.py, modeling_qwen3.py,
-cache_utils.py, generation/utils.py); bitsandbytes 0.50.2 (functional.py and the ops.py of backends/cuda and default).
+Source of the order: transformers 5.17 and 5.23 (modeling_qwen2.py, modeling_qwen3.py, cache_utils.py,
+generation/utils.py), bitsandbytes 0.50.2 (the ops.py of backends/cuda and default).
 """
 
 from __future__ import annotations
-
-from functools import lru_cache
 
 from qwen_vram.arithmetic.activations import FUSED_ROWS
 from qwen_vram.arithmetic.allocator import CachingAllocator
@@ -18,7 +16,7 @@ from qwen_vram.arithmetic.architecture import Architecture, Weight
 from qwen_vram.arithmetic.kv_cache import layer_kv_bytes
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.storage import FORMATS
-from qwen_vram.arithmetic.weights import STREAMING_SLOTS, format_of, table_on_host
+from qwen_vram.arithmetic.weights import format_of
 from qwen_vram.arithmetic.workload import Workload
 
 # cuBLAS's workspace (32 MiB) and cuBLASLt's (1 MiB), which torch keeps from the first product on.
@@ -28,74 +26,6 @@ CUBLAS_WORKSPACE = (32 * 2**20, 2**20)
 _INT64 = 8
 _FP32 = 4
 _FP16 = 2
-
-
-@lru_cache(maxsize=64)
-def replay_load(architecture: Architecture, profile: Profile) -> CachingAllocator:
-    """The allocator after `from_pretrained`: its `allocated` is the weights', its `peak` the load peak.
-
-    `transformers` first takes all bytes in one piece and frees them, so that later requests are cut from it; then it
-    brings tensors over in the order of their names and quantizes each as it comes.
-    """
-    allocator = CachingAllocator()
-    weights = _load_order(architecture, profile)
-    total = sum(_announced_bytes(weight, profile) for weight in weights)
-    allocator.give(allocator.take(int(total)))
-    for weight in weights:
-        _load_weight(allocator, weight, profile)
-    for _ in range(2):  # the rotary embedding's float32 buffers
-        allocator.take(architecture.head_dim // 2 * _FP32)
-    return allocator
-
-
-def _load_order(architecture: Architecture, profile: Profile) -> list[Weight]:
-    """What goes to the device, sorted by name as `transformers` does: head, embedding, layers, last norm."""
-    outer = {weight.role: weight for weight in architecture.outer}
-    block = sorted(architecture.block, key=lambda weight: weight.name.split("."))
-    streamed = min(profile.streamed_layers, architecture.num_hidden_layers)
-    layers = architecture.num_hidden_layers - streamed + min(streamed, STREAMING_SLOTS)
-    head = [outer["head"]] if "head" in outer else []
-    if architecture.tie_word_embeddings and profile.head_format != profile.dtype:
-        head = [architecture.head]
-    table = [] if table_on_host(architecture, profile) else [outer["embedding"]]
-    return [*head, *table, *(block * layers), outer["norm"], *architecture.adapter_weights]
-
-
-def _announced_bytes(weight: Weight, profile: Profile) -> float:
-    """What `transformers` expects a weight to take: code bits alone, block maxima left out."""
-    storage = FORMATS[format_of(weight, profile)]
-    return weight.numel * storage.bits / 8
-
-
-def _load_weight(allocator: CachingAllocator, weight: Weight, profile: Profile) -> None:
-    storage = FORMATS[format_of(weight, profile)]
-    arriving = allocator.take(weight.numel * profile.element_bytes)
-    if storage.is_dense:
-        return
-    blocks = -(-weight.numel // 64)
-    if storage.name in ("nf4", "fp4"):
-        maxima = allocator.take(blocks * _FP32)
-        allocator.take(-(-weight.numel // 2))
-        allocator.take(64)  # code
-        allocator.take(_FP32)  # offset
-        centred = allocator.take(blocks * _FP32)
-        allocator.take(-(-blocks // 256) * _FP32)
-        allocator.take(blocks)
-        allocator.take(1024)  # code of the maxima
-        allocator.give(centred, maxima)
-    elif storage.name == "nf4-plain":
-        allocator.take(blocks * _FP32)
-        allocator.take(-(-weight.numel // 2))
-        allocator.take(64)
-    elif storage.name == "int8":
-        half = allocator.take(weight.numel * _FP16)
-        for size in storage.part_sizes(weight.shape):
-            allocator.take(size)
-        allocator.give(half)
-    else:
-        for size in storage.part_sizes(weight.shape):
-            allocator.take(size)
-    allocator.give(arriving)
 
 
 def replay_generation(
