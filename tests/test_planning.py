@@ -1,11 +1,14 @@
 """Plans and placements, by arithmetic alone."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 
 import qwen_vram as qv
 from qwen_vram.planning import budget as budget_module
+from qwen_vram.planning import devices
 from qwen_vram.planning.devices import DeviceMemory, available_ram
 from qwen_vram.planning.placement import place, spread
 
@@ -101,6 +104,19 @@ def test_no_budget_is_what_is_free_now(monkeypatch):
 
 def test_available_ram_is_no_more_than_there_is():
     assert 2**28 < available_ram() < 2**44
+
+
+def test_available_ram_without_psutil_is_the_systems_own_figure(monkeypatch):
+    with_it = available_ram()
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    assert available_ram() == pytest.approx(with_it, rel=0.2)
+
+
+def test_a_machine_that_does_not_tell_its_memory_asks_for_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    monkeypatch.setattr(devices, "Path", lambda path: Path("/nowhere"))
+    with pytest.raises(qv.BackendUnavailableError, match="cannot tell how much host memory is free; pass ram='16GiB'"):
+        qv.plan(SEVEN, vram="8GiB")
 
 
 def test_a_plan_is_plain_data_and_a_text():

@@ -1,7 +1,7 @@
 """Loading as a sequence of allocations, tensor by tensor, for `allocator` to follow.
 
-Source of the order: transformers 5.17 and 5.23 (core_model_loading.py, `caching_allocator_warmup` in modeling_utils.py),
-bitsandbytes 0.50.2 (functional.py, `quantize_4bit` and `quantize_blockwise`).
+Source of the order: transformers 5.17 and 5.23 (core_model_loading.py, `caching_allocator_warmup`), bitsandbytes 0.50.2
+(functional.py, `quantize_4bit` and `quantize_blockwise`).
 """
 
 from __future__ import annotations

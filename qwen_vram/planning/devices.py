@@ -7,6 +7,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+from qwen_vram.errors import BackendUnavailableError
+
 
 class DeviceMemory(NamedTuple):
     """One visible GPU: its name and its bytes, `used_here` of them by this process."""
@@ -64,22 +66,37 @@ def _memory(pynvml: ModuleType, handle: object) -> DeviceMemory:
 
 
 def available_ram() -> int:
-    """Bytes of host memory that can be had without swapping: the system's figure, or the container's limit if lower."""
-    free = _meminfo_available()
+    """Bytes of host memory that can be had without swapping: the system's figure, or the container's limit if lower.
+
+    Raises:
+        BackendUnavailableError: neither psutil nor /proc/meminfo tells.
+    """
+    free = _system_available()
     limit, used = _cgroup("memory.max"), _cgroup("memory.current")
     if limit is not None and used is not None:
         return max(0, min(free, limit - used))
     return free
 
 
+def _system_available() -> int:
+    try:
+        import psutil
+    except ImportError:
+        return _meminfo_available()
+    return int(psutil.virtual_memory().available)
+
+
 def _meminfo_available() -> int:
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        install = "pip install psutil"
+        raise BackendUnavailableError(
+            f"cannot tell how much host memory is free; pass ram='16GiB' or the like, or run: {install}",
+            backend="psutil",
+            install=install,
+        ) from None
 
 
 def _cgroup(name: str) -> int | None:
