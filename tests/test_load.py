@@ -183,6 +183,20 @@ def test_a_preallocated_cache_works_with_the_models_own_generate(untied):
         assert torch.equal(plain, ours)
 
 
+def test_beams_and_a_cache_of_ones_own_pass_through(untied):
+    with load(untied, weights="fp32", cache="preallocated", attention="fused") as llm:
+        options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+        beams = llm.generate(PROMPT, num_beams=3, **options)
+        assert llm.report().estimate.workload.batch_size == 3
+        assert llm.report().measured["kv_cache"] == llm.report().estimate.kv_cache
+        inputs = llm.tokenizer(PROMPT, return_tensors="pt")
+        plain = llm.model.generate(**inputs, num_beams=3, **options)[:, inputs["input_ids"].shape[1] :]
+        assert beams == llm.tokenizer.batch_decode(plain, skip_special_tokens=True)[0]
+        own = llm.new_cache(max_length=400)
+        assert llm.generate(PROMPT, past_key_values=own, **options)
+        assert own.get_seq_length() == inputs["input_ids"].shape[1] + 5
+
+
 def test_beam_search_reorders_the_preallocated_cache(untied):
     with load(untied, weights="fp32") as llm:
         inputs = llm.tokenizer(PROMPT, return_tensors="pt")

@@ -213,35 +213,31 @@ class LoadedModel:
         model = self.model
         batch_size, prompt_len = inputs["input_ids"].shape
         new = self.plan.workload.max_new_tokens if max_new_tokens is None else max_new_tokens
+        copies = max(int(options.get(name) or 1) for name in ("num_beams", "num_return_sequences"))
         workload = Workload(
             prompt_len=prompt_len,
             max_new_tokens=new,
-            batch_size=batch_size,
+            batch_size=batch_size * copies,
             padded=not bool(inputs["attention_mask"].all()),
         )
         self._check_room(workload)
         meter = PeakMeter(self.device)
         meter.start()
         on_device = {name: tensor.to(self.device) for name, tensor in inputs.items()}
-        cache = self._cache(workload)
-        output = model.generate(
-            **on_device,
-            max_new_tokens=new,
-            return_dict_in_generate=True,
-            **({"past_key_values": cache} if cache is not None else {"cache_implementation": self._cache_name()}),
-            **({"disable_compile": True} if self.plan.profile.cache == "static" else {}),
-            **options,
-        )
+        settings = {"max_new_tokens": new, **self._cache_settings(workload), **options}
+        output = model.generate(**on_device, **{**settings, "return_dict_in_generate": True})
         self._note(workload, output, meter)
         return cast("torch.Tensor", output.sequences)
 
-    def _cache(self, workload: Workload) -> Cache | None:
-        if self.plan.profile.cache != "preallocated":
-            return None
-        return self.new_cache(max_length=workload.context_len)
-
-    def _cache_name(self) -> str:
-        return "static" if self.plan.profile.cache == "static" else "dynamic"
+    def _cache_settings(self, workload: Workload) -> dict[str, Any]:
+        """The plan's cache as `generate` takes it."""
+        kind = self.plan.profile.cache
+        if kind == "preallocated":
+            return {"past_key_values": self.new_cache(max_length=workload.context_len)}
+        if kind == "static":
+            # transformers compiles for a static cache unless it is told not to.
+            return {"cache_implementation": "static", "disable_compile": True}
+        return {"cache_implementation": "dynamic"}
 
     def _check_room(self, workload: Workload) -> None:
         """Refuse what is longer than planned and does not fit the budget."""
