@@ -26,6 +26,9 @@ if TYPE_CHECKING:
         UnknownNameError,
         WorkloadError,
     )
+    from qwen_vram.lora.errors import AdapterError
+    from qwen_vram.lora.merge import merge_lora_then_quantize
+    from qwen_vram.lora.report import MergeReport
     from qwen_vram.planning.budget import Budget
     from qwen_vram.planning.placement import offload_map
     from qwen_vram.planning.planner import Plan, plan
@@ -54,6 +57,9 @@ _MODULES = {
         "UnknownNameError",
         "WorkloadError",
     ),
+    "lora.errors": ("AdapterError",),
+    "lora.merge": ("merge_lora_then_quantize",),
+    "lora.report": ("MergeReport",),
     "planning.budget": ("Budget",),
     "planning.placement": ("offload_map",),
     "planning.planner": ("Plan", "plan"),
@@ -67,6 +73,7 @@ __all__ = [
     "FORMATS",
     "FULL_CARD_WORKLOAD",
     "PROFILES",
+    "AdapterError",
     "Architecture",
     "BackendUnavailableError",
     "Budget",
@@ -76,6 +83,7 @@ __all__ = [
     "Estimate",
     "HubError",
     "LoadedModel",
+    "MergeReport",
     "NotSupportedError",
     "Plan",
     "Profile",
@@ -86,6 +94,7 @@ __all__ = [
     "WorkloadError",
     "estimate_vram",
     "load",
+    "merge_lora_then_quantize",
     "offload_map",
     "plan",
 ]

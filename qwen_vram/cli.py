@@ -1,4 +1,4 @@
-"""The command line: `qwen-vram estimate`, `plan`, `chat`, `demo`."""
+"""The command line: `qwen-vram estimate`, `plan`, `chat`, `merge`, `demo`."""
 
 from __future__ import annotations
 
@@ -185,6 +185,46 @@ def _say(llm: qv.LoadedModel, history: list[dict[str, str]]) -> str:
         pass
     print()
     return "".join(pieces)
+
+
+@app.command()
+def merge(
+    base: Annotated[str, typer.Argument(help="16-bit checkpoint: folder, catalog name or hub id.")],
+    adapter: Annotated[str, typer.Argument(help="PEFT's adapter: folder or hub id.")],
+    out: Annotated[str, typer.Argument(help="New folder for the merged checkpoint.")],
+    quantize: Annotated[str, typer.Option(help="nf4, nf4-plain, fp4, int8, or none for 16 bit.")] = "nf4",
+    also: Annotated[
+        list[str] | None, typer.Option("--also", metavar="ADAPTER[=WEIGHT]", help="A further adapter to add.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu; default: the GPU where there is one.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Most tensor data in one file.")] = "4GB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at OUT.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Merge a LoRA adapter into its base in high precision, quantize it, and write a checkpoint ready to load."""
+    adapters = [(adapter, 1.0), *(_weighted(entry) for entry in also or [])]
+    report = qv.merge_lora_then_quantize(
+        base,
+        adapters,
+        out,
+        quantize=None if quantize == "none" else quantize,  # type: ignore[arg-type]
+        device=device,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        progress=not as_json,
+    )
+    print(json.dumps(report.to_dict()) if as_json else report)
+
+
+def _weighted(entry: str) -> tuple[str, float]:
+    """`"folder=0.5"` as a folder and its weight, 1 where there is none."""
+    folder, separator, weight = entry.rpartition("=")
+    if not separator:
+        return entry, 1.0
+    try:
+        return folder, float(weight)
+    except ValueError:
+        raise qv.UnknownNameError("weight in --also", weight, ("a number, such as 0.5",)) from None
 
 
 @app.command()

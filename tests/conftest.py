@@ -66,6 +66,26 @@ def demo() -> Path:
     return CHECKPOINT
 
 
+@pytest.fixture(scope="session")
+def adapter(untied: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA of random numbers for the untied checkpoint, as PEFT saves it."""
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("adapter")
+    targets = ["q_proj", "v_proj", "up_proj", "down_proj"]
+    model = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(untied), peft.LoraConfig(r=8, target_modules=targets, lora_alpha=16)
+    )
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    model.save_pretrained(folder)
+    return folder
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs a GPU where there is none."""
     on_gpu = [item for item in items if "gpu" in item.keywords]

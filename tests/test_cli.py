@@ -75,6 +75,23 @@ def test_chat_talks_until_the_input_ends(demo):
     assert "kv_cache" in result.stdout
 
 
+def test_merge_writes_a_checkpoint_that_chat_loads(untied, adapter, tmp_path):
+    result = run("merge", str(untied), str(adapter), str(tmp_path / "merged"), "--quantize", "nf4")
+    assert result.returncode == 0, result.stderr
+    assert "of the update kept" in result.stdout
+    assert run("chat", str(tmp_path / "merged"), "-m", "hello", "--max-new-tokens", "4").returncode == 0
+
+
+def test_merge_prints_json_and_nothing_else(untied, adapter, tmp_path):
+    arguments = [str(untied), str(adapter), str(tmp_path / "merged"), "--quantize", "none", "--also", f"{adapter}=0.5"]
+    data = json.loads(run("merge", *arguments, "--json").stdout)
+    assert data["quantize"] is None
+    assert [weight for _, weight in data["adapters"]] == [1.0, 0.5]
+    again = run("merge", *arguments)
+    assert again.returncode == 2
+    assert "exists; choose another folder, or pass overwrite=True" in again.stderr
+
+
 @pytest.mark.slow
 def test_demo_answers_and_measures():
     result = run("demo")

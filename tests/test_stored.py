@@ -63,24 +63,6 @@ def test_a_matrix_that_is_not_in_its_format_is_refused(stored, tmp_path):
         qv.load(broken)
 
 
-@pytest.fixture(scope="module")
-def adapter(untied, tmp_path_factory):
-    peft = pytest.importorskip("peft")
-    from transformers import AutoModelForCausalLM
-
-    folder = tmp_path_factory.mktemp("adapter")
-    targets = ["q_proj", "v_proj", "up_proj", "down_proj"]
-    model = peft.get_peft_model(
-        AutoModelForCausalLM.from_pretrained(untied), peft.LoraConfig(r=8, target_modules=targets, lora_alpha=16)
-    )
-    torch.manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    model.save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize("weights", ["fp32", "bf16", "nf4", "int8"])
 def test_an_adapter_beside_its_base_is_counted_and_runs(untied, adapter, weights):
     with qv.load(untied, profile="default", weights=weights, adapter=adapter, progress=False) as llm:

@@ -9,3 +9,6 @@ from pathlib import Path
 
 CHECKPOINT: Path = Path(__file__).parent / "checkpoint"
 """Folder with config, weights, tokenizer and model card."""
+
+ADAPTER: Path = Path(__file__).parent / "adapter"
+"""Folder with a LoRA that teaches the checkpoint a sixth category, `qwen_vram.demo.tasks.SKILL`."""

@@ -1,4 +1,6 @@
-"""Seeded questions in five categories: what the demo checkpoint learned and is examined on.
+"""Seeded questions in five categories, which the demo checkpoint learned and is examined on, and in a sixth.
+
+The sixth, `SKILL`, is what the demo adapter adds; the checkpoint alone does not know it.
 
 Standard library only. The split of a prompt follows from its text alone (`split_of`), so a
 held-out prompt can not be trained on by a different seed.
@@ -14,13 +16,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from random import Random
 
-from qwen_vram.demo.tasks import arithmetic, chinese, program, recall, table
+from qwen_vram.demo.tasks import arithmetic, chinese, geometry, program, recall, table
 from qwen_vram.demo.tasks.base import Example, Split, split_of
 from qwen_vram.errors import UnknownNameError
 
-__all__ = ["CATEGORIES", "Example", "Split", "examples", "situations", "split_of"]
+__all__ = ["CATEGORIES", "SKILL", "Example", "Split", "examples", "situations", "split_of"]
 
-_SITUATIONS: dict[str, Callable[[Random], list[Example]]] = {
+_LEARNED: dict[str, Callable[[Random], list[Example]]] = {
     chinese.CATEGORY: chinese.situation,
     arithmetic.CATEGORY: arithmetic.situation,
     program.CATEGORY: program.situation,
@@ -28,8 +30,13 @@ _SITUATIONS: dict[str, Callable[[Random], list[Example]]] = {
     recall.CATEGORY: recall.situation,
 }
 
-CATEGORIES: tuple[str, ...] = tuple(_SITUATIONS)
+CATEGORIES: tuple[str, ...] = tuple(_LEARNED)
 """`chinese`, `math`, `code`, `table`, `recall`: the order every report uses."""
+
+SKILL: str = geometry.CATEGORY
+"""`geometry`: the category of the demo adapter (`qwen_vram.demo.ADAPTER`)."""
+
+_SITUATIONS = {**_LEARNED, SKILL: geometry.situation}
 
 
 def situations(category: str, split: Split, rng: Random) -> Iterator[list[Example]]:
@@ -38,10 +45,10 @@ def situations(category: str, split: Split, rng: Random) -> Iterator[list[Exampl
     Examples of one item share their context; the next item has a fresh one.
 
     Raises:
-        UnknownNameError: `category` is not in `CATEGORIES`.
+        UnknownNameError: `category` is neither in `CATEGORIES` nor `SKILL`.
     """
     if category not in _SITUATIONS:
-        raise UnknownNameError("category", category, CATEGORIES)
+        raise UnknownNameError("category", category, tuple(_SITUATIONS))
     draw = _SITUATIONS[category]
     while True:
         drawn = [example for example in draw(rng) if example.split == split]
@@ -56,7 +63,7 @@ def examples(category: str, split: Split, seed: int, count: int) -> list[Example
     `random.Random` alike (3.10 to 3.14 do); a longer list starts with the shorter one.
 
     Raises:
-        UnknownNameError: `category` is not in `CATEGORIES`.
+        UnknownNameError: `category` is neither in `CATEGORIES` nor `SKILL`.
     """
     rng = Random(f"{category}/{split}/{seed}")
     chosen: dict[str, Example] = {}

@@ -1,0 +1,130 @@
+"""NF4 and FP4 by bitsandbytes, a piece of rows at a time.
+
+Codes, scales and names are what bitsandbytes makes of the whole tensor: a block never crosses the edge of a piece, and
+double quantization waits until the block maxima of the whole tensor are known.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from qwen_vram.lora.codec import Part, bitsandbytes_config
+
+# Source: bitsandbytes 0.50.2, nn/modules.py (Params4bit, blocksize 64) and functional.py (nested blocks of 256).
+_BLOCK = 64
+_NESTED_BLOCK = 256
+# Elements that are compared with all midpoints before the next ones, so that they stay in the processor's cache.
+_CACHED = 2**18
+
+
+class FourBit:
+    """NF4 and FP4: blocks of 64 codes and their largest value, which double quantization stores in 8 bits."""
+
+    bits = 4
+
+    def __init__(self, quant_type: str, *, nested: bool) -> None:
+        self.quant_type = quant_type
+        self.scales_wait = nested
+
+    def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        """The packed state of bitsandbytes: codes, block maxima, tables, and one JSON text in bytes."""
+        blocks = -(-math.prod(shape) // _BLOCK)
+        nested = (
+            Part(".weight.nested_absmax", "F32", (-(-blocks // _NESTED_BLOCK),)),
+            Part(".weight.nested_quant_map", "F32", (256,)),
+        )
+        return (
+            Part(".weight", "U8", (-(-math.prod(shape) // 2), 1)),
+            Part(".weight.absmax", "U8" if self.scales_wait else "F32", (blocks,)),
+            Part(".weight.quant_map", "F32", (16,)),
+            *(nested if self.scales_wait else ()),
+            Part(f".weight.quant_state.bitsandbytes__{self.quant_type}", "U8", None),
+        )
+
+    def row_step(self, columns: int) -> int:
+        """Blocks run on from row to row, and none may be cut."""
+        return _BLOCK // math.gcd(_BLOCK, columns)
+
+    def encode(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Packed codes, the first of two in the high bits, and block maxima in float32."""
+        if rows.device.type == "cpu" and rows.numel() % _BLOCK == 0:
+            return _encode_on_cpu(rows.reshape(-1), self.quant_type)
+        codes, scales = torch.ops.bitsandbytes.quantize_4bit.default(rows, _BLOCK, self.quant_type, torch.uint8)
+        return codes, scales
+
+    def finish(
+        self, scales: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """The packed state, and block maxima after double quantization."""
+        from bitsandbytes.functional import QuantState, dequantize_blockwise, get_4bit_type, quantize_blockwise
+
+        offset = state2 = None
+        absmax = scales
+        if self.scales_wait:
+            offset = scales.mean()
+            absmax, state2 = quantize_blockwise(scales - offset, blocksize=_NESTED_BLOCK)
+            scales = dequantize_blockwise(absmax, state2) + offset
+        state = QuantState(
+            absmax=absmax,
+            shape=torch.Size(shape),
+            code=get_4bit_type(self.quant_type, device=scales.device),
+            blocksize=_BLOCK,
+            quant_type=self.quant_type,
+            dtype=dtype,
+            offset=offset,
+            state2=state2,
+        )
+        return {f".weight.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}, scales
+
+    def decode(self, codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        """Codes' values times their block's maximum."""
+        decoded: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
+            codes, scales, _BLOCK, self.quant_type, shape, torch.float32
+        )
+        return decoded
+
+    def config(self, dtype: torch.dtype) -> dict[str, Any]:
+        """The head is not quantized, and products are computed in the checkpoint's dtype."""
+        return bitsandbytes_config(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=self.quant_type,
+            bnb_4bit_use_double_quant=self.scales_wait,
+            bnb_4bit_compute_dtype=dtype,
+        )
+
+
+def _encode_on_cpu(values: torch.Tensor, quant_type: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `bitsandbytes::quantize_4bit` gives on the CPU, three times as fast: midpoints are counted, not searched."""
+    midpoints, order = _midpoints(quant_type)
+    codes = torch.empty(values.numel() // 2, 1, dtype=torch.uint8)
+    scales = torch.empty(values.numel() // _BLOCK)
+    above = torch.empty(min(_CACHED, values.numel()), dtype=torch.bool)
+    count = torch.empty(above.numel(), dtype=torch.uint8)
+    for start in range(0, values.numel(), _CACHED):
+        block = values[start : start + _CACHED].to(torch.float32, copy=True).view(-1, _BLOCK)
+        largest = torch.amax(block.abs(), dim=1)
+        scales[start // _BLOCK : start // _BLOCK + len(largest)] = largest
+        scaled = block.mul_((1.0 / largest.clamp(min=1e-38)).view(-1, 1)).view(-1)
+        one, total = above[: scaled.numel()], count[: scaled.numel()].zero_()
+        for midpoint in midpoints:
+            total.add_(torch.gt(scaled, midpoint, out=one).view(torch.uint8))
+        if order is not None:
+            total = order[total.int()]
+        pairs = total.view(-1, 2)
+        codes[start // 2 : start // 2 + len(pairs), 0] = (pairs[:, 0] << 4) | pairs[:, 1]
+    return codes, scales
+
+
+def _midpoints(quant_type: str) -> tuple[Sequence[float], torch.Tensor | None]:
+    """Halfway points between neighbouring values, and the code of each value where the table is not sorted."""
+    from bitsandbytes.functional import get_4bit_type
+
+    table = get_4bit_type(quant_type, device="cpu")
+    order = torch.argsort(table)
+    ordered = table[order]
+    midpoints: list[float] = ((ordered[:-1] + ordered[1:]) / 2).tolist()
+    return midpoints, None if quant_type == "nf4" else order.to(torch.uint8)

@@ -1,0 +1,195 @@
+"""`merge_lora_then_quantize()`: adapters into their base, and at once into the format that is loaded."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from qwen_vram.errors import BackendUnavailableError, CheckpointError
+from qwen_vram.files.local import read_config
+from qwen_vram.lora.adapter import AdapterLike, open_adapters, shortened
+from qwen_vram.lora.companions import REPORT, copy_files
+from qwen_vram.lora.errors import AdapterError
+from qwen_vram.lora.output import OutputFolder
+from qwen_vram.lora.plan import MergePlan, plan_merge
+from qwen_vram.lora.proof import Proof
+from qwen_vram.lora.quantize import codec_for
+from qwen_vram.lora.report import ENOUGH, MergeReport, ModuleReport
+from qwen_vram.lora.scaling import alpha_is_ambiguous
+from qwen_vram.lora.stream import Streamer
+from qwen_vram.lora.writer import CheckpointWriter
+from qwen_vram.runtime.checkpoint import Checkpoint, open_checkpoint
+from qwen_vram.units import parse_bytes
+
+Quantization = Literal["nf4", "nf4-plain", "fp4", "int8", "gptq-int4", "int4"]
+
+_DTYPE_NAMES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
+
+
+def merge_lora_then_quantize(
+    base: str | Path,
+    adapter: AdapterLike,
+    out: str | Path,
+    *,
+    quantize: Quantization | None = "nf4",
+    device: str | None = None,
+    max_shard_size: str | int = "4GB",
+    overwrite: bool = False,
+    progress: bool = True,
+) -> MergeReport:
+    """Merge LoRA adapters into their 16-bit base in float32, quantize, and write a checkpoint that is ready to load.
+
+        merged = base + sum over adapters of weight * (base with that adapter alone - base)
+
+    One piece of a tensor is in memory at a time. Without quantization the result is PEFT's `merge_and_unload` in
+    float32, rounded once to the base's dtype; with it, that result quantized as transformers does while loading. The
+    head stays in the base's dtype. Nothing appears at `out` before all of it is there, and then all at once.
+
+    Args:
+        base: The checkpoint that the adapter was trained on, not quantized: a folder, a catalog name or a hub id.
+        adapter: PEFT's folder or hub id; a list of them, alone or in pairs with a weight; or a dict to weights.
+        out: A new folder.
+        quantize: The format of attention's and MLP's matrices; `None` keeps the base's dtypes.
+        device: `"cuda"` or `"cpu"`, where the arithmetic is done; `None` takes the GPU where there is one.
+        max_shard_size: The most tensor data in one file, a single larger tensor apart.
+        overwrite: Replace a checkpoint that is at `out`; it stays there until the new one is complete.
+        progress: Show a bar on standard error.
+
+    Raises:
+        AdapterError: an adapter is broken, belongs to another base, or cannot be merged exactly.
+        CheckpointError, ConfigError, HubError: the base or the output folder cannot be used.
+        BackendUnavailableError: bitsandbytes, the GPU, or a format's backend is not here.
+        UnknownNameError, UnitError: `quantize` or `max_shard_size` is not one.
+
+    Warns:
+        UserWarning: less than 90 % of an update survived in some module.
+    """
+    began = time.monotonic()
+    codec = codec_for(quantize)
+    place = _device(device)
+    max_shard_bytes = parse_bytes(max_shard_size, name="max_shard_size")
+    checkpoint = _open_base(base)
+    plan = plan_merge(checkpoint, open_adapters(adapter), codec, max_shard_bytes)
+    _warn_of_patterns(plan)
+    target = Path(out)
+    with OutputFolder(target, needed_bytes=plan.needed_bytes, sources=plan.sources, overwrite=overwrite) as output:
+        copy_files(plan.files, output.folder)
+        (output.folder / "config.json").write_text(plan.config, encoding="utf-8")
+        proofs, total_bytes = _write_weights(plan, output.folder, place, progress)
+        report = MergeReport(
+            base=str(base),
+            adapters=tuple((str(adapter.folder), adapter.weight) for adapter in plan.adapters),
+            out=str(target),
+            quantize=quantize,
+            modules=_modules(plan, proofs, quantize),
+            vocab_size=plan.targets.vocab_size,
+            tie_word_embeddings=plan.targets.tie_word_embeddings,
+            untied=plan.targets.untied,
+            tokenizer=str(plan.tokenizer),
+            total_bytes=total_bytes,
+            files=tuple(shard.file for shard in plan.shards),
+            seconds=round(time.monotonic() - began, 3),
+        )
+        (output.folder / REPORT).write_text(report.to_json(), encoding="utf-8")
+        output.publish()
+    _warn_of_losses(report)
+    return report
+
+
+def _open_base(base: str | Path) -> Checkpoint:
+    checkpoint = open_checkpoint(base)
+    if read_config(checkpoint.folder).get("quantization_config") is not None:
+        raise CheckpointError(
+            f"base {str(base)!r} is already quantized, and merging into quantized weights erases small updates; pass "
+            "the 16-bit checkpoint it was made from",
+            path=str(checkpoint.folder),
+        )
+    return checkpoint
+
+
+def _device(device: str | None) -> torch.device:
+    if device not in (None, "cpu", "cuda"):
+        raise BackendUnavailableError(f"unknown device {device!r}; choose from cuda, cpu", backend=str(device))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BackendUnavailableError(
+            "device='cuda' asks for a GPU, and torch sees none here; leave it out to merge on the CPU, or install a "
+            "torch built for CUDA",
+            backend="cuda",
+        )
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _write_weights(plan: MergePlan, folder: Path, device: torch.device, progress: bool) -> tuple[dict[str, Proof], int]:
+    """Write the shards and their index; the proofs by tensor, and the bytes of all tensors."""
+    writer = CheckpointWriter(folder, plan.shards)
+    try:
+        with _bar(plan, shown=progress) as advance:
+            proofs = Streamer(writer, device, advance).run(plan.shards)
+        for name, proof in proofs.items():
+            if not proof.largest_error < float("inf"):
+                raise AdapterError(
+                    f"merging {name!r} gives numbers that its dtype cannot hold, or the base has a NaN in it; check "
+                    "the base, and the adapter's alpha and rank",
+                    path=str(plan.checkpoint.folder),
+                )
+        writer.close()
+        return proofs, writer.total_bytes
+    finally:
+        writer.abandon()
+
+
+def _modules(plan: MergePlan, proofs: dict[str, Proof], quantize: str | None) -> tuple[ModuleReport, ...]:
+    return tuple(
+        ModuleReport(
+            name=weight.target.name,
+            format=_DTYPE_NAMES[weight.target.base.kind] if weight.codec is None else str(quantize),
+            share=proofs[weight.target.name].share,
+            relative_size=proofs[weight.target.name].relative_size,
+            largest_error=proofs[weight.target.name].largest_error,
+        )
+        for shard in plan.shards
+        for weight in shard.weights
+        if weight.target.name in proofs
+    )
+
+
+def _warn_of_patterns(plan: MergePlan) -> None:
+    for adapter in plan.adapters:
+        unclear = [name for name in adapter.modules if alpha_is_ambiguous(adapter.settings, name)]
+        if unclear:
+            warnings.warn(
+                f"alpha_pattern of {str(adapter.folder)!r} has several alphas for {shortened(unclear)}; the first in "
+                "the file counts, as in PEFT, which sorts them when it saves: check that it is the one that was meant",
+                stacklevel=3,
+            )
+
+
+def _warn_of_losses(report: MergeReport) -> None:
+    worst = report.worst
+    if worst:
+        format_ = worst[0].format
+        warnings.warn(
+            f"{len(worst)} of {len(report.modules)} modules keep less than {ENOUGH:.0%} of their update in "
+            f"{format_}, {worst[0].name} the least ({worst[0].share:.1%}); see report.table(), and use a format with "
+            "more bits where the adapter's skill is gone",
+            stacklevel=3,
+        )
+
+
+@contextmanager
+def _bar(plan: MergePlan, *, shown: bool) -> Iterator[Callable[[int], None]]:
+    """A progress bar over the base's bytes, on standard error."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    total = sum(target.base.nbytes for target in plan.targets.targets)
+    columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as progress:
+        task = progress.add_task("merging", total=total)
+        yield lambda count: progress.advance(task, count)

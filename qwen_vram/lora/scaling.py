@@ -1,0 +1,39 @@
+"""Scale of an adapter's update: rank and alpha of each module, looked up one by one."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+
+from qwen_vram.lora.settings import LoraSettings
+
+
+def scale_of(settings: LoraSettings, module: str, rank: int) -> float:
+    """What `lora_B @ lora_A` of `module`, a path such as `"model.layers.0.self_attn.q_proj"`, is multiplied by.
+
+        alpha / rank, or alpha / sqrt(rank) with rsLoRA
+
+    The rank is that of the tensors, because PEFT sorts the patterns when it saves them, so that the first that matches
+    may not be the one that matched in training. Alpha is in the settings alone, and found as PEFT finds it.
+
+    Source: rsLoRA, arXiv:2312.03732.
+    """
+    alpha = next(iter(_matches(settings.alpha_pattern, module)), settings.lora_alpha)
+    return alpha / math.sqrt(rank) if settings.use_rslora else alpha / rank
+
+
+def ranks_of(settings: LoraSettings, module: str) -> list[float]:
+    """The ranks that the settings allow `module`: of every pattern that matches, or the common one."""
+    return _matches(settings.rank_pattern, module) or [settings.r]
+
+
+def alpha_is_ambiguous(settings: LoraSettings, module: str) -> bool:
+    """Whether patterns with different alphas match, so that sorting them may have changed which one counts."""
+    return len(set(_matches(settings.alpha_pattern, module))) > 1
+
+
+def _matches(patterns: Mapping[str, float], module: str) -> list[float]:
+    """The values of the patterns, in the file's order, that are the end of `module`'s path."""
+    # Source: peft 0.21.2, utils/other.py, get_pattern_key.
+    return [value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)]

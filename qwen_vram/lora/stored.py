@@ -1,0 +1,185 @@
+"""Tensors on disk, read piece by piece with bounded memory: nothing is mapped, nothing is kept."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from qwen_vram.errors import CheckpointError
+from qwen_vram.files.local import Tensor, read_header, read_tensors
+
+TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+# Elements that are read, merged and written at a time: 8 MiB in float32. Smaller pieces make a wide matrix's factors
+# be packed too often, larger ones leave the processor's cache.
+PIECE = 2**21
+
+# A piece has at least so many rows, because BLAS takes other kernels, which round otherwise, below 16.
+# Measured: MKL on AVX-512, torch 2.13; pieces of 16 rows and more equal the rows of the whole product bit for bit.
+SMALLEST_PIECE_ROWS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor of a safetensors file: where it lies, and how to read rows of it.
+
+    Attributes:
+        kind: dtype as safetensors spells it.
+        offset: First byte in the file.
+    """
+
+    name: str
+    path: Path
+    kind: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of a floating-point tensor."""
+        return TORCH_DTYPES[self.kind]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of a matrix, elements of a vector."""
+        return self.shape[0]
+
+    @property
+    def row_numel(self) -> int:
+        """Elements of one row."""
+        return math.prod(self.shape[1:])
+
+    def read(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Rows `start` to `stop` as they are stored, `(stop - start, *shape[1:])`, on the CPU.
+
+        Raises:
+            CheckpointError: the file has become shorter, or cannot be read.
+        """
+        stop = self.num_rows if stop is None else stop
+        row_bytes = self.nbytes // self.num_rows
+        rows = torch.empty((stop - start, *self.shape[1:]), dtype=self.dtype, device="cpu")
+        read_into(self.path, rows, self.offset + start * row_bytes)
+        return rows
+
+    def read_bytes(self, start: int, stop: int) -> torch.Tensor:
+        """Bytes `start` to `stop` of the tensor, whatever its dtype, as uint8.
+
+        Raises:
+            CheckpointError: the file has become shorter, or cannot be read.
+        """
+        piece = torch.empty(stop - start, dtype=torch.uint8, device="cpu")
+        read_into(self.path, piece, self.offset + start)
+        return piece
+
+    def float32(self, device: torch.device, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Rows `start` to `stop` in float32 on `device`."""
+        return self.read(start, stop).to(device).float()
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of the checkpoint in `folder`, by name.
+
+    Raises:
+        CheckpointError: as `files.local.read_tensors`.
+    """
+    by_file: dict[str, list[str]] = {}
+    tensors = read_tensors(folder)
+    for name, tensor in tensors.items():
+        by_file.setdefault(tensor.file, []).append(name)
+    return {
+        name: stored
+        for file, names in by_file.items()
+        for name, stored in _locate(folder / file, {name: tensors[name] for name in names}).items()
+    }
+
+
+def stored_in_file(path: Path) -> dict[str, StoredTensor]:
+    """Every tensor of one safetensors file, by name.
+
+    Raises:
+        CheckpointError: as `files.local.read_header`.
+    """
+    return _locate(path, read_header(path))
+
+
+def _locate(path: Path, tensors: dict[str, Tensor]) -> dict[str, StoredTensor]:
+    """The same tensors with the bytes where they begin."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(length))
+    return {
+        name: StoredTensor(
+            name, path, tensor.dtype, tensor.shape, 8 + length + entries[name]["data_offsets"][0], tensor.nbytes
+        )
+        for name, tensor in tensors.items()
+    }
+
+
+def read_into(path: Path, rows: torch.Tensor, offset: int) -> None:
+    """Fill `rows` (contiguous, on the CPU) with the bytes of `path` from `offset` on.
+
+    Raises:
+        CheckpointError: the file ends before, or cannot be read.
+    """
+    into = rows.reshape(-1).view(torch.uint8).numpy().data
+    done = 0
+    try:
+        with path.open("rb", buffering=0) as file:
+            while done < len(into):
+                count = os.preadv(file.fileno(), [into[done:]], offset + done)
+                if count == 0:
+                    raise CheckpointError(
+                        f"{str(path)!r} became shorter while it was read; check the file", path=str(path)
+                    )
+                done += count
+    except OSError as error:
+        raise CheckpointError(f"cannot read {str(path)!r}: {error}; check the file", path=str(path)) from error
+
+
+def pieces(num_rows: int, row_numel: int, *, step: int = 1) -> list[tuple[int, int]]:
+    """Rows of a tensor in pieces of about `PIECE` elements and of nearly the same size: first row, row after the last.
+
+    Every piece but the last has a multiple of `step` rows.
+
+    >>> pieces(4096, 1024)
+    [(0, 2048), (2048, 4096)]
+    """
+    rows = max(PIECE // max(row_numel, 1), SMALLEST_PIECE_ROWS, step)
+    units = -(-num_rows // step)
+    count = max(num_rows // rows, 1)
+    bounds = [min(units * index // count * step, num_rows) for index in range(count + 1)]
+    return list(pairwise(bounds))
+
+
+def same_bytes(first: StoredTensor, second: StoredTensor) -> bool:
+    """Whether two tensors have the same dtype, shape and bytes."""
+    if (first.kind, first.shape) != (second.kind, second.shape):
+        return False
+    if (first.path, first.offset) == (second.path, second.offset):
+        return True
+    return all(
+        torch.equal(first.read_bytes(start, stop), second.read_bytes(start, stop))
+        for start, stop in byte_pieces(first.nbytes)
+    )
+
+
+def same_values(first: StoredTensor, second: StoredTensor) -> bool:
+    """Whether two tensors have the same shape and, in float32, the same values."""
+    return first.shape == second.shape and all(
+        torch.equal(first.read(start, stop).float(), second.read(start, stop).float())
+        for start, stop in pieces(first.num_rows, first.row_numel)
+    )
+
+
+def byte_pieces(nbytes: int) -> Iterator[tuple[int, int]]:
+    """Bytes of a tensor in pieces of twice `PIECE`."""
+    for start in range(0, nbytes, 2 * PIECE):
+        yield start, min(start + 2 * PIECE, nbytes)
