@@ -64,32 +64,26 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Pa
 
 @pytest.mark.parametrize("kind", ["untied", "tied", "qwen3"])
 @pytest.mark.parametrize("quantize", QUANTIZATIONS)
-def test_the_files_are_what_transformers_saves_after_quantizing_on_load(merged, tmp_path, monkeypatch, quantize, kind):
+def test_the_same_as_merging_in_memory_and_quantizing_on_load(merged, tmp_path, monkeypatch, quantize, kind):
+    """The same files as transformers saves, and, loaded by plain transformers, the same logits."""
     base, adapter, in_memory = merged[kind]
     monkeypatch.setattr(stored_module, "PIECE", 2048)
     merge_lora_then_quantize(base, adapter, tmp_path / "ours", quantize=quantize, progress=False)
-    on_load(in_memory, quantize).save_pretrained(tmp_path / "theirs")
+    model = on_load(in_memory, quantize)
+    # Saved before it runs: bitsandbytes repacks weights on the CPU's first forward, and does not undo that exactly.
+    model.save_pretrained(tmp_path / "theirs")
     assert_same(stored(tmp_path / "ours"), stored(tmp_path / "theirs"))
-    ours, theirs = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("ours", "theirs"))
-    assert ours["quantization_config"].pop("llm_int8_skip_modules") == ["lm_head"]
-    theirs["quantization_config"].pop("llm_int8_skip_modules")
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("ours", "theirs")]
+    ours, theirs = (config["quantization_config"] for config in configs)
+    assert ours.pop("llm_int8_skip_modules") == ["lm_head"]
+    assert theirs.pop("llm_int8_skip_modules") is None
     if quantize == "int8":
-        del (
-            ours["quantization_config"]["bnb_4bit_compute_dtype"],
-            theirs["quantization_config"]["bnb_4bit_compute_dtype"],
-        )
-    assert ours["quantization_config"] == theirs["quantization_config"]
-
-
-@pytest.mark.parametrize("kind", ["untied", "tied", "qwen3"])
-@pytest.mark.parametrize("quantize", QUANTIZATIONS)
-def test_plain_transformers_loads_it_with_the_same_logits(merged, tmp_path, quantize, kind):
-    base, adapter, in_memory = merged[kind]
-    merge_lora_then_quantize(base, adapter, tmp_path / "out", quantize=quantize, progress=False)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert model.get_output_embeddings().weight.dtype == torch.bfloat16
-    assert model.config.tie_word_embeddings is (kind != "untied")
-    assert torch.equal(logits(model), logits(on_load(in_memory, quantize)))
+        del ours["bnb_4bit_compute_dtype"], theirs["bnb_4bit_compute_dtype"]
+    assert ours == theirs
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert loaded.get_output_embeddings().weight.dtype == torch.bfloat16
+    assert loaded.config.tie_word_embeddings is (kind != "untied")
+    assert torch.equal(logits(loaded), logits(model))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
