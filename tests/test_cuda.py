@@ -1,0 +1,58 @@
+"""The loader on a GPU: run with `pytest -m gpu` where there is one."""
+
+import pytest
+import torch
+
+import qwen_vram as qv
+from qwen_vram.demo.tasks import examples
+
+pytestmark = pytest.mark.gpu
+
+SAVERS = [
+    {"attention": "sdpa"},
+    {"attention": "eager"},
+    {"attention": "fused", "cache": "preallocated"},
+    {"attention": "fused", "cache": "preallocated", "prefill_chunk_size": 64},
+    {"attention": "fused", "cache": "preallocated", "prefill_chunk_size": 64, "embeddings": "host"},
+    {"attention": "sdpa", "cache": "static"},
+]
+QUESTIONS = [example for name in ("math", "recall") for example in examples(name, "held_out", seed=7, count=5)]
+
+
+@pytest.mark.parametrize("weights", ["bf16", "fp16", "nf4", "nf4-plain", "fp4", "int8"])
+def test_weights_take_the_predicted_bytes_on_the_device(demo, weights):
+    with qv.load(demo, profile="default", weights=weights, progress=False) as llm:
+        assert llm.device.type == "cuda"
+        assert llm.report().measured["weights"] == llm.plan.estimate.weights
+        assert llm.report().measured["load_peak"] == pytest.approx(llm.plan.estimate.load_peak, rel=0.05, abs=2**21)
+
+
+@pytest.mark.parametrize("knobs", SAVERS, ids=str)
+@pytest.mark.parametrize("weights", ["bf16", "nf4"])
+def test_every_saver_answers_right_and_takes_what_was_promised(demo, weights, knobs):
+    with qv.load(demo, profile="default", weights=weights, prompt_len=3_000, progress=False, **knobs) as llm:
+        for example in QUESTIONS:
+            assert llm.chat(example.prompt, max_new_tokens=64, do_sample=False) == example.answer
+        report = llm.report()
+        assert report.measured["peak_allocated"] <= 1.01 * report.estimate.peak_allocated + 2**21
+        assert report.measured["process_total"] <= 1.01 * report.estimate.process_total
+
+
+def test_padded_batches_take_the_masked_path(demo):
+    prompts = [example.prompt for example in QUESTIONS[:3]]
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    answers = []
+    for attention in ("sdpa", "fused"):
+        with qv.load(demo, profile="default", attention=attention, batch_size=3, progress=False) as llm:
+            texts = [llm.tokenizer.apply_chat_template(c, add_generation_prompt=True, tokenize=False) for c in chats]
+            answers.append(llm.generate(texts, max_new_tokens=64, do_sample=False))
+    assert answers[0] == answers[1]
+
+
+def test_closing_gives_the_memory_back(demo):
+    before = torch.cuda.memory_allocated()
+    llm = qv.load(demo, profile="int4-flash", progress=False)
+    llm.chat("What is 12 + 30?", max_new_tokens=16, do_sample=False)
+    llm.close()
+    # cuBLAS keeps its workspace.
+    assert torch.cuda.memory_allocated() - before <= 2 * 34_603_008
