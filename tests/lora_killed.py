@@ -35,7 +35,7 @@ def start(base: Path, adapter: Path, out: Path, quantize: str | None) -> int:
         return child
     try:
         merge_lora_then_quantize(
-            base, adapter, out, quantize=quantize, max_shard_size=2**20, overwrite=True, progress=False
+            base, adapter, out, quantize=quantize, max_shard_size=2**20, overwrite=True, device="cpu", progress=False
         )
         os._exit(0)
     except KeyboardInterrupt:

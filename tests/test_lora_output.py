@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -48,7 +49,9 @@ def adapter(base, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def merge(base, adapter, out, **options):
-    return merge_lora_then_quantize(base, adapter, out, **{"quantize": None, "progress": False, **options})
+    return merge_lora_then_quantize(
+        base, adapter, out, **{"quantize": None, "device": "cpu", "progress": False, **options}
+    )
 
 
 # files
@@ -203,7 +206,8 @@ def test_the_room_that_is_asked_for_is_the_room_that_is_taken(base, adapter, tmp
 def test_by_hub_id(base, adapter, tmp_path):
     code = (
         "from qwen_vram.lora.merge import merge_lora_then_quantize as merge; "
-        f"merge('someone/base', ['someone/adapter'], {str(tmp_path / 'out')!r}, quantize=None, progress=False)"
+        f"merge('someone/base', ['someone/adapter'], {str(tmp_path / 'out')!r}, quantize=None, device='cpu', "
+        "progress=False)"
     )
     with serving({"someone/base": base, "someone/adapter": adapter}) as hub:
         environment = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
@@ -279,6 +283,22 @@ def test_no_table_is_ever_in_memory_as_a_whole(tmp_path, quantize):
     assert int(finished.stdout.splitlines()[-1]) < 64_000 * 1024 * 4
 
 
+def test_pieces_tile_the_rows(monkeypatch):
+    """No gap, no overlap, no cut block, and no piece so low that BLAS would round otherwise than for the whole."""
+    for seed in range(2000):
+        rng = random.Random(seed)
+        monkeypatch.setattr(stored_module, "PIECE", rng.choice([2048, 2**21]))
+        columns, step = rng.randint(1, 20_000), rng.choice([1, 2, 4, 64])
+        rows = rng.randint(1, rng.choice([300, 20_000]))
+        found = stored_module.pieces(rows, columns, step=step)
+        assert [start for start, _ in found] == [0, *(stop for _, stop in found[:-1])]
+        assert found[-1][1] == rows
+        for start, stop in found:
+            assert start % step == 0
+            assert stop - start >= min(rows, 32)
+            assert stop - start <= max(stored_module.PIECE // columns, 64, 2 * step) + step
+
+
 # the proof
 
 
@@ -315,7 +335,11 @@ def test_the_proof_is_what_its_formula_says(base, adapter, tmp_path, monkeypatch
         share = float(((kept - start[module.name]).double() * update).sum() / (update * update).sum())
         assert module.share == pytest.approx(share, abs=1e-4)
         error = float((kept - merged[module.name]).abs().max())
-        assert module.largest_error == pytest.approx(error, rel=1e-4)
+        if quantize in ("nf4", "fp4"):
+            assert error <= module.largest_error * (1 + 1e-6)
+            assert module.largest_error <= 1.1 * error
+        else:
+            assert module.largest_error == pytest.approx(error, rel=1e-4)
         size = float(update.norm() / start[module.name].double().norm())
         assert module.relative_size == pytest.approx(size, rel=1e-5)
     assert report.share == pytest.approx(sum(module.share for module in report.modules) / 14)

@@ -41,7 +41,7 @@ OPTIONS = {
 def on_load(folder: Path, quantize: str, dtype=torch.bfloat16):
     """What transformers makes of a 16-bit checkpoint while loading it."""
     config = BitsAndBytesConfig(**OPTIONS[quantize], bnb_4bit_compute_dtype=dtype)
-    return load(folder, dtype, quantization_config=config)
+    return load(folder, dtype, quantization_config=config, device_map={"": "cpu"})
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_the_same_as_merging_in_memory_and_quantizing_on_load(merged, tmp_path, 
     """The same files as transformers saves, and, loaded by plain transformers, the same logits."""
     base, adapter, in_memory = merged[kind]
     monkeypatch.setattr(stored_module, "PIECE", 2048)
-    merge_lora_then_quantize(base, adapter, tmp_path / "ours", quantize=quantize, progress=False)
+    merge_lora_then_quantize(base, adapter, tmp_path / "ours", quantize=quantize, device="cpu", progress=False)
     model = on_load(in_memory, quantize)
     # Saved before it runs: bitsandbytes repacks weights on the CPU's first forward, and does not undo that exactly.
     model.save_pretrained(tmp_path / "theirs")
@@ -80,7 +80,7 @@ def test_the_same_as_merging_in_memory_and_quantizing_on_load(merged, tmp_path, 
     if quantize == "int8":
         del ours["bnb_4bit_compute_dtype"], theirs["bnb_4bit_compute_dtype"]
     assert ours == theirs
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", device_map={"": "cpu"})
     assert loaded.get_output_embeddings().weight.dtype == torch.bfloat16
     assert loaded.config.tie_word_embeddings is (kind != "untied")
     assert torch.equal(logits(loaded), logits(model))
@@ -90,7 +90,7 @@ def test_the_same_as_merging_in_memory_and_quantizing_on_load(merged, tmp_path, 
 def test_a_base_of_another_dtype(tmp_path, dtype):
     base = make_base(tmp_path / "base", dtype=dtype, intermediate_size=128)
     adapter = make_adapter(base, tmp_path / "adapter", target_modules=LINEAR)
-    merge_lora_then_quantize(base, adapter, tmp_path / "out", quantize="nf4", progress=False)
+    merge_lora_then_quantize(base, adapter, tmp_path / "out", quantize="nf4", device="cpu", progress=False)
     peft_merged(peft_model(base, adapter)).to(dtype).save_pretrained(tmp_path / "merged")
     on_load(tmp_path / "merged", "nf4", dtype).save_pretrained(tmp_path / "theirs")
     assert_same(stored(tmp_path / "out"), stored(tmp_path / "theirs"))
@@ -143,7 +143,7 @@ def test_values_on_and_beside_every_midpoint():
 
 def test_the_head_and_the_embedding_stay_in_16_bit(merged, tmp_path):
     base, adapter, in_memory = merged["untied"]
-    merge_lora_then_quantize(base, adapter, tmp_path / "out", quantize="nf4", progress=False)
+    merge_lora_then_quantize(base, adapter, tmp_path / "out", quantize="nf4", device="cpu", progress=False)
     ours, whole = stored(tmp_path / "out"), stored(in_memory)
     for name in ("lm_head.weight", "model.embed_tokens.weight"):
         assert torch.equal(ours[name], whole[name])

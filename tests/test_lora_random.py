@@ -128,6 +128,7 @@ def test_a_random_adapter(bases, models, tmp_path, monkeypatch, seed):
         tmp_path / "adapter",
         tmp_path / "out",
         quantize=None,
+        device="cpu",
         progress=False,
         max_shard_size=rng.choice([2**20, "4GB"]),
     )
@@ -169,6 +170,7 @@ def test_random_sums_of_adapters(bases, models, tmp_path, monkeypatch, seed):
         list(zip(folders, weights, strict=True)),
         tmp_path / "out",
         quantize=None,
+        device="cpu",
         progress=False,
     )
     model = peft_model(bases[kind], *folders)

@@ -44,7 +44,9 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def merge(base, adapter, out, **options):
-    return merge_lora_then_quantize(base, adapter, out, **{"quantize": None, "progress": False, **options})
+    return merge_lora_then_quantize(
+        base, adapter, out, **{"quantize": None, "device": "cpu", "progress": False, **options}
+    )
 
 
 VARIANTS = {

@@ -20,10 +20,12 @@ class Codec(Protocol):
 
     Attributes:
         bits: Code bits per weight.
+        group_size: Weights that share a scale; 0 where a row does.
         scales_wait: Whether scales are final only when those of the whole tensor are known.
     """
 
     bits: int
+    group_size: int
     scales_wait: bool
 
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:

@@ -10,6 +10,7 @@ from itertools import pairwise
 
 import torch
 
+from qwen_vram.lora.scratch import scratch
 from qwen_vram.lora.stored import SMALLEST_PIECE_ROWS, StoredTensor, pieces
 
 # Elements of the column block that a DoRA embedding's norms are taken over: 256 MiB in float32.
@@ -93,7 +94,10 @@ class LoadedUpdate:
             self.token_indices = torch.tensor(update.tokens.indices, device=device)
 
     def apply(self, rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """Rows `start` to `stop` as this adapter alone makes them; `rows` are the base's, and stay as they are."""
+        """Rows `start` to `stop` as this adapter alone makes them; `rows` are the base's, and stay as they are.
+
+        The result is valid until this thread's next call.
+        """
         merged = rows
         if self.update.replacement is not None:
             merged = self.update.replacement.float32(self.device, start, stop)
@@ -125,8 +129,10 @@ class LoadedUpdate:
 
     def _product(self, low_rank: LowRank, start: int, stop: int) -> torch.Tensor:
         """Rows `start` to `stop` of the scaled product."""
-        product = (self.b @ self.a[:, start:stop]).T if low_rank.embedding else self.b[start:stop] @ self.a
-        return product.mul_(low_rank.scale * self.factor)
+        b, a = (self.b, self.a[:, start:stop]) if low_rank.embedding else (self.b[start:stop], self.a)
+        name = f"product {self.update.adapter}"
+        product = torch.mm(b, a, out=scratch(name, (len(b), a.shape[1]), torch.float32, self.device))
+        return (product.T if low_rank.embedding else product).mul_(low_rank.scale * self.factor)
 
     def _column_norms(self, low_rank: LowRank) -> torch.Tensor:
         """DoRA on an embedding: the norm of each column of the adapted table, `(hidden_size,)`.

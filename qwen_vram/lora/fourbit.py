@@ -13,11 +13,13 @@ from typing import Any
 import torch
 
 from qwen_vram.lora.codec import Part, bitsandbytes_config
+from qwen_vram.lora.scratch import scratch
 
 # Source: bitsandbytes 0.50.2, nn/modules.py (Params4bit, blocksize 64) and functional.py (nested blocks of 256).
 _BLOCK = 64
 _NESTED_BLOCK = 256
-# Elements that are compared with all midpoints before the next ones, so that they stay in the processor's cache.
+# Elements that are compared with all midpoints at a time. Fewer make threads wait for the interpreter between
+# operations, more leave the cache. Measured with 2 threads on 2 cores: 2**16 takes half as long again.
 _CACHED = 2**18
 
 
@@ -25,6 +27,7 @@ class FourBit:
     """NF4 and FP4: blocks of 64 codes and their largest value, which double quantization stores in 8 bits."""
 
     bits = 4
+    group_size = _BLOCK
 
     def __init__(self, quant_type: str, *, nested: bool) -> None:
         self.quant_type = quant_type
@@ -98,24 +101,29 @@ class FourBit:
 
 
 def _encode_on_cpu(values: torch.Tensor, quant_type: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `bitsandbytes::quantize_4bit` gives on the CPU, three times as fast: midpoints are counted, not searched."""
+    """What `bitsandbytes::quantize_4bit` gives on the CPU, six times as fast: midpoints are counted, not searched.
+
+    Counts are float32, because comparisons that give their operands' dtype are five times as fast as those that give
+    booleans. Measured: torch 2.13, AVX-512.
+    """
     midpoints, order = _midpoints(quant_type)
     codes = torch.empty(values.numel() // 2, 1, dtype=torch.uint8)
     scales = torch.empty(values.numel() // _BLOCK)
-    above = torch.empty(min(_CACHED, values.numel()), dtype=torch.bool)
-    count = torch.empty(above.numel(), dtype=torch.uint8)
     for start in range(0, values.numel(), _CACHED):
-        block = values[start : start + _CACHED].to(torch.float32, copy=True).view(-1, _BLOCK)
-        largest = torch.amax(block.abs(), dim=1)
-        scales[start // _BLOCK : start // _BLOCK + len(largest)] = largest
-        scaled = block.mul_((1.0 / largest.clamp(min=1e-38)).view(-1, 1)).view(-1)
-        one, total = above[: scaled.numel()], count[: scaled.numel()].zero_()
+        some = values[start : start + _CACHED]
+        scaled = scratch("scaled", some.shape, torch.float32).copy_(some)
+        blocks = scaled.view(-1, _BLOCK)
+        above = scratch("above", some.shape, torch.float32)
+        count = scratch("count", some.shape, torch.float32).zero_()
+        largest = scales[start // _BLOCK : start // _BLOCK + len(blocks)]
+        torch.amax(torch.abs(blocks, out=above.view(-1, _BLOCK)), dim=1, out=largest)
+        blocks.mul_((1.0 / largest.clamp(min=1e-38)).view(-1, 1))
         for midpoint in midpoints:
-            total.add_(torch.gt(scaled, midpoint, out=one).view(torch.uint8))
+            count.add_(torch.gt(scaled, midpoint, out=above))
         if order is not None:
-            total = order[total.int()]
-        pairs = total.view(-1, 2)
-        codes[start // 2 : start // 2 + len(pairs), 0] = (pairs[:, 0] << 4) | pairs[:, 1]
+            count = order[count.int()]
+        pairs = count.view(-1, 2)
+        codes[start // 2 : start // 2 + len(pairs), 0] = torch.add(pairs[:, 1], pairs[:, 0], alpha=16)
     return codes, scales
 
 
@@ -127,4 +135,4 @@ def _midpoints(quant_type: str) -> tuple[Sequence[float], torch.Tensor | None]:
     order = torch.argsort(table)
     ordered = table[order]
     midpoints: list[float] = ((ordered[:-1] + ordered[1:]) / 2).tolist()
-    return midpoints, None if quant_type == "nf4" else order.to(torch.uint8)
+    return midpoints, None if quant_type == "nf4" else order.float()

@@ -30,7 +30,8 @@ class OutputFolder:
         sources: Folders that are read, which the output may not swallow.
 
     Raises:
-        CheckpointError: `out` exists, is no folder, or holds a source; another run is writing it; the disk is too full.
+        CheckpointError: `out` exists, is no folder, or holds a source; another run is writing it; the disk is too full
+            or fails.
     """
 
     def __init__(self, out: Path, *, needed_bytes: int, sources: Sequence[Path], overwrite: bool) -> None:
@@ -69,8 +70,11 @@ class OutputFolder:
             )
 
     def __enter__(self) -> OutputFolder:
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = self._locked()
+        try:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = self._locked()
+        except OSError as error:
+            raise self._error(f"cannot be made: {error}; choose another folder") from error
         try:
             self._remove(self.folder)
             self._check_exchange()
@@ -84,6 +88,8 @@ class OutputFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._clear()
+        if isinstance(error, OSError):
+            raise self._error(f"could not be written ({error}), and nothing of it is left; check the disk") from error
 
     def publish(self) -> None:
         """Put the folder in its final place, safe on the disk.
@@ -91,7 +97,9 @@ class OutputFolder:
         Raises:
             CheckpointError: something appeared there in the meantime.
         """
-        sync_folder(self.folder)
+        for folder, _, files in os.walk(self.folder, topdown=False):
+            for path in (*(Path(folder, name) for name in files), Path(folder)):
+                _sync(path)
         if self.overwrite and self.out.exists():
             _exchange(self.folder, self.out)
         else:
@@ -101,7 +109,7 @@ class OutputFolder:
                 raise self._error(
                     f"appeared while it was being made ({error.strerror}); choose another folder"
                 ) from error
-        sync_folder(self.out.parent)
+        _sync(self.out.parent)
 
     def _locked(self) -> int:
         import fcntl
@@ -158,9 +166,9 @@ def _exchange(one: Path, other: Path) -> None:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
-def sync_folder(folder: Path) -> None:
-    """Make what was created in or renamed into `folder` safe on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Make a file's contents, or what was created in or renamed into a folder, safe on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -4,8 +4,25 @@ from __future__ import annotations
 
 import math
 from threading import Lock
+from typing import NamedTuple
 
 import torch
+
+from qwen_vram.lora.scratch import scratch
+
+
+class Blocks(NamedTuple):
+    """What a piece adds block by block, because the scale of each block is still to be quantized itself.
+
+    Attributes:
+        scales: Scale of each block as the piece was decoded with it.
+        products: `<decoded, update>` of each block.
+        errors: Largest difference of a decoded from a merged weight in each block.
+    """
+
+    scales: torch.Tensor
+    products: torch.Tensor
+    errors: torch.Tensor
 
 
 class Proof:
@@ -28,16 +45,42 @@ class Proof:
     def add(self, base: torch.Tensor, merged: torch.Tensor, stored: torch.Tensor) -> None:
         """Count a piece: three float32 tensors of the same shape. `merged` and `stored` are used up."""
         base, merged, stored = base.reshape(-1), merged.reshape(-1), stored.reshape(-1)
-        low, high = torch.aminmax(stored - merged)
+        low, high = torch.aminmax(_difference(stored, merged))
+        self._add(base, merged.sub_(base), stored, torch.maximum(-low, high))
+
+    def add_blocks(
+        self, base: torch.Tensor, merged: torch.Tensor, decoded: torch.Tensor, scales: torch.Tensor, group_size: int
+    ) -> Blocks:
+        """Count a piece that was decoded with `scales`, one for `group_size` weights, which are not final."""
+        base, merged, decoded = base.reshape(-1), merged.reshape(-1), decoded.reshape(-1)
+        difference = _difference(decoded, merged)
+        errors = _by_block(difference.abs_(), group_size).amax(dim=1)
         update = merged.sub_(base)
+        products = _by_block(torch.mul(decoded, update, out=difference), group_size).sum(dim=1)
+        self._add(base, update, decoded, errors.new_zeros(()))
+        return Blocks(scales, products, errors)
+
+    def settle(self, blocks: Blocks, scales: torch.Tensor) -> None:
+        """Correct what `add_blocks` counted, now that `scales` are final.
+
+        Exact for the share. The largest error is then an upper bound, too high by at most the change of a scale.
+        """
+        change = scales - blocks.scales
+        relative = torch.where(blocks.scales > 0, change / blocks.scales, 0.0)
+        kept = float(torch.sum(relative.double() * blocks.products.double()))
+        self._count(kept, 0.0, 0.0, float((blocks.errors + change.abs()).max()))
+
+    def _add(self, base: torch.Tensor, update: torch.Tensor, stored: torch.Tensor, error: torch.Tensor) -> None:
         kept = torch.dot(stored.sub_(base), update)
-        sums = torch.stack([kept, torch.dot(update, update), torch.dot(base, base), torch.maximum(-low, high)]).tolist()
+        self._count(*torch.stack([kept, torch.dot(update, update), torch.dot(base, base), error]).tolist())
+
+    def _count(self, kept: float, update_squared: float, base_squared: float, error: float) -> None:
         with self._lock:
-            self.kept += sums[0]
-            self.update_squared += sums[1]
-            self.base_squared += sums[2]
+            self.kept += kept
+            self.update_squared += update_squared
+            self.base_squared += base_squared
             # max() would lose a NaN
-            self.largest_error = sums[3] if not sums[3] <= self.largest_error else self.largest_error
+            self.largest_error = error if not error <= self.largest_error else self.largest_error
 
     @property
     def share(self) -> float | None:
@@ -48,3 +91,14 @@ class Proof:
     def relative_size(self) -> float | None:
         """Norm of the update over the norm of the base; `None` where that is zero."""
         return math.sqrt(self.update_squared / self.base_squared) if self.base_squared else None
+
+
+def _difference(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """`one - other` in this thread's scratch memory."""
+    return torch.sub(one, other, out=scratch("difference", one.shape, torch.float32, one.device))
+
+
+def _by_block(values: torch.Tensor, size: int) -> torch.Tensor:
+    """One row for each block; zeros fill up the last one."""
+    missing = -values.numel() % size
+    return (torch.nn.functional.pad(values, (0, missing)) if missing else values).view(-1, size)

@@ -48,6 +48,7 @@ class Int8:
     """LLM.int8: a row of codes and its largest value."""
 
     bits = 8
+    group_size = 0
     scales_wait = False
 
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:

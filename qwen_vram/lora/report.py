@@ -25,7 +25,8 @@ class ModuleReport:
         share: Share of the update that survived, `<stored - base, update> / <update, update>`; `None` where the
             adapters change nothing.
         relative_size: Norm of the update over the norm of the base's weights; `None` where those are zero.
-        largest_error: Largest difference of a stored weight from the merged one in float32.
+        largest_error: Largest difference of a stored weight from the merged one in float32; where scales are quantized
+            themselves, an upper bound that is at most the largest change of a scale too high.
     """
 
     name: str

@@ -14,11 +14,12 @@ import torch
 
 from qwen_vram.errors import CheckpointError
 from qwen_vram.files.local import Tensor, read_header, read_tensors
+from qwen_vram.lora.scratch import scratch
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
-# Elements that are read, merged and written at a time: 8 MiB in float32. Smaller pieces make a wide matrix's factors
-# be packed too often, larger ones leave the processor's cache.
+# The most elements that are read, merged and written at a time: 8 MiB in float32. Smaller pieces make a wide matrix's
+# factors be packed too often, larger ones leave the processor's cache.
 PIECE = 2**21
 
 # A piece has at least so many rows, because BLAS takes other kernels, which round otherwise, below 16.
@@ -57,25 +58,29 @@ class StoredTensor:
         """Elements of one row."""
         return math.prod(self.shape[1:])
 
-    def read(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    def read(self, start: int = 0, stop: int | None = None, *, into: torch.Tensor | None = None) -> torch.Tensor:
         """Rows `start` to `stop` as they are stored, `(stop - start, *shape[1:])`, on the CPU.
+
+        Args:
+            into: A contiguous tensor of that shape and dtype to be filled.
 
         Raises:
             CheckpointError: the file has become shorter, or cannot be read.
         """
         stop = self.num_rows if stop is None else stop
         row_bytes = self.nbytes // self.num_rows
-        rows = torch.empty((stop - start, *self.shape[1:]), dtype=self.dtype, device="cpu")
+        shape = (stop - start, *self.shape[1:])
+        rows = torch.empty(shape, dtype=self.dtype, device="cpu") if into is None else into
         read_into(self.path, rows, self.offset + start * row_bytes)
         return rows
 
     def read_bytes(self, start: int, stop: int) -> torch.Tensor:
-        """Bytes `start` to `stop` of the tensor, whatever its dtype, as uint8.
+        """Bytes `start` to `stop` of the tensor, whatever its dtype, as uint8; valid until this thread's next call.
 
         Raises:
             CheckpointError: the file has become shorter, or cannot be read.
         """
-        piece = torch.empty(stop - start, dtype=torch.uint8, device="cpu")
+        piece = scratch("bytes", (stop - start,), torch.uint8)
         read_into(self.path, piece, self.offset + start)
         return piece
 
@@ -145,16 +150,16 @@ def read_into(path: Path, rows: torch.Tensor, offset: int) -> None:
 
 
 def pieces(num_rows: int, row_numel: int, *, step: int = 1) -> list[tuple[int, int]]:
-    """Rows of a tensor in pieces of about `PIECE` elements and of nearly the same size: first row, row after the last.
+    """Rows of a tensor in pieces of nearly the same size, at most `PIECE` elements: first row, row after the last.
 
-    Every piece but the last has a multiple of `step` rows.
+    Every piece but the last has a multiple of `step` rows. Wide rows and large steps make larger pieces.
 
     >>> pieces(4096, 1024)
     [(0, 2048), (2048, 4096)]
     """
-    rows = max(PIECE // max(row_numel, 1), SMALLEST_PIECE_ROWS, step)
+    rows = max(PIECE // max(row_numel, 1), 2 * SMALLEST_PIECE_ROWS, 2 * step)
     units = -(-num_rows // step)
-    count = max(num_rows // rows, 1)
+    count = -(-num_rows // rows)
     bounds = [min(units * index // count * step, num_rows) for index in range(count + 1)]
     return list(pairwise(bounds))
 
@@ -166,7 +171,7 @@ def same_bytes(first: StoredTensor, second: StoredTensor) -> bool:
     if (first.path, first.offset) == (second.path, second.offset):
         return True
     return all(
-        torch.equal(first.read_bytes(start, stop), second.read_bytes(start, stop))
+        torch.equal(first.read_bytes(start, stop).clone(), second.read_bytes(start, stop))
         for start, stop in byte_pieces(first.nbytes)
     )
 

@@ -68,7 +68,8 @@ def merge_targets(
         targets[name] = Target(name=name, base=tensor, updates=updates)
     embedding, head = targets[_EMBEDDING_WEIGHT], targets[_HEAD_WEIGHT]
     if embedding.shape != head.shape:
-        raise adapters[0].error(
+        resizing = (*embedding.updates, *head.updates)[0]
+        raise adapters[resizing.adapter].error(
             f"makes {embedding.shape[0]} rows of {embedding.name} and {head.shape[0]} of {head.name}; save it again "
             "with save_pretrained(..., save_embedding_layers=True), which keeps both tables of a resized vocabulary"
         )

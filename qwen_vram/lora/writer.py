@@ -6,11 +6,16 @@ import json
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 
 import torch
 
 from qwen_vram.files.local import INDEX
 from qwen_vram.lora.layout import Shard, header
+
+# Bytes after which the disk is set to work. The system itself waits for 10 % of memory or for seconds, and then has the
+# rest of the time to catch up in.
+_SYNC_BYTES = 2**28
 
 
 class CheckpointWriter:
@@ -26,6 +31,8 @@ class CheckpointWriter:
         self._synced: list[Future[None]] = []
         self._weight_map: dict[str, str] = {}
         self._total_bytes = 0
+        self._lock = Lock()
+        self._unsynced = 0
 
     @property
     def total_bytes(self) -> int:
@@ -45,6 +52,11 @@ class CheckpointWriter:
             return
         shard, offset = self._places[name]
         _write_all(self._descriptors[shard.file], tensor, offset + at)
+        with self._lock:
+            self._unsynced += tensor.nbytes
+            if self._unsynced >= _SYNC_BYTES:
+                self._unsynced = 0
+                self._synced.append(self._syncer.submit(os.fdatasync, self._descriptors[shard.file]))
 
     def finish(self, shard: Shard) -> None:
         """Append what came out last, write the header, and send the file to the disk in the background."""
