@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -180,6 +181,7 @@ def child(what: str, base: Path, adapter: Path, out: Path) -> None:
         import bitsandbytes  # noqa: F401
         from transformers import BitsAndBytesConfig  # noqa: F401
     peak = PeakMemory()
+    before = resource.getrusage(resource.RUSAGE_SELF)
     began = time.monotonic()
     if what == "copy":
         run_copy(base, out)
@@ -190,7 +192,13 @@ def child(what: str, base: Path, adapter: Path, out: Path) -> None:
     else:
         run_ours(base, adapter, out, None if what == "16-bit" else what)
     seconds = time.monotonic() - began
-    figures = {"seconds": seconds, "peak_anonymous": peak.anonymous, "peak_resident": status("VmHWM")}
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    figures = {
+        "seconds": seconds,
+        "cpu_seconds": used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime,
+        "peak_anonymous": peak.anonymous,
+        "peak_resident": status("VmHWM"),
+    }
     print(json.dumps(figures))
 
 
@@ -230,11 +238,11 @@ def main() -> None:
     finally:
         shutil.rmtree(root, ignore_errors=True)
     print(f"{options.layers} layers, base {base_bytes / 1e9:.2f} GB, rank {RANK} on all linear layers")
-    print(f"{'':8}{'seconds':>9}{'of base/s':>12}{'written':>10}{'peak anonymous':>16}{'peak resident':>15}")
+    print(f"{'':8}{'seconds':>9}{'CPU':>7}{'of base/s':>12}{'written':>10}{'peak anonymous':>16}{'peak resident':>15}")
     for what, row in results.items():
         rate = base_bytes / row["seconds"] / 1e9
         print(
-            f"{what:8}{row['seconds']:>9.1f}{rate:>7.2f} GB/s{row['written'] / 1e9:>7.2f} GB"
+            f"{what:8}{row['seconds']:>9.1f}{row['cpu_seconds']:>7.1f}{rate:>7.2f} GB/s{row['written'] / 1e9:>7.2f} GB"
             f"{row['peak_anonymous'] / 1e9:>13.2f} GB{row['peak_resident'] / 1e9:>12.2f} GB"
         )
     print(json.dumps({"layers": options.layers, "base_bytes": base_bytes, "runs": results}))

@@ -18,9 +18,9 @@ from qwen_vram.lora.scratch import scratch
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
-# The most elements that are read, merged and written at a time: 8 MiB in float32. Smaller pieces make a wide matrix's
+# The most elements that are read, merged and written at a time: 4 MiB in float32. Smaller pieces make a wide matrix's
 # factors be packed too often, larger ones leave the processor's cache.
-PIECE = 2**21
+PIECE = 2**20
 
 # A piece has at least so many rows, because BLAS takes other kernels, which round otherwise, below 16.
 # Measured: MKL on AVX-512, torch 2.13; pieces of 16 rows and more equal the rows of the whole product bit for bit.
@@ -154,8 +154,8 @@ def pieces(num_rows: int, row_numel: int, *, step: int = 1) -> list[tuple[int, i
 
     Every piece but the last has a multiple of `step` rows. Wide rows and large steps make larger pieces.
 
-    >>> pieces(4096, 1024)
-    [(0, 2048), (2048, 4096)]
+    >>> pieces(2048, 1024)
+    [(0, 1024), (1024, 2048)]
     """
     rows = max(PIECE // max(row_numel, 1), 2 * SMALLEST_PIECE_ROWS, 2 * step)
     units = -(-num_rows // step)
