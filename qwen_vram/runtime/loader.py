@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -24,6 +25,8 @@ from qwen_vram.runtime.checkpoint import Checkpoint, open_checkpoint
 from qwen_vram.runtime.host_embedding import move_embedding_to_host
 from qwen_vram.runtime.loaded import LoadedModel
 from qwen_vram.runtime.measure import PeakMeter, weight_storages
+
+_LOGGER = logging.getLogger(__name__)
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -165,6 +168,7 @@ def _check_flash_attention_2(device: torch.device) -> None:
 def _dtype(profile: Profile, device: torch.device) -> torch.dtype:
     """The model's dtype: fp16 in bf16's place where the GPU has no bf16."""
     if profile.dtype == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        _LOGGER.warning("this GPU has no bf16 (compute capability below 8.0): the model runs in fp16, of the same size")
         return torch.float16
     return _DTYPES[profile.dtype]
 
