@@ -33,9 +33,10 @@ def test_every_saver_answers_right_and_takes_what_was_promised(demo, weights, kn
     with qv.load(demo, profile="default", weights=weights, prompt_len=3_000, progress=False, **knobs) as llm:
         for example in QUESTIONS:
             assert llm.chat(example.prompt, max_new_tokens=64, do_sample=False) == example.answer
-        report = llm.report()
-        assert report.measured["peak_allocated"] <= 1.01 * report.estimate.peak_allocated + 2**21
-        assert report.measured["process_total"] <= 1.01 * report.estimate.process_total
+        # Segments that earlier questions left stay reserved, so the promise is the plan's, for its longest prompt.
+        measured, promised = llm.report().measured, llm.plan.estimate
+        assert measured["peak_allocated"] <= 1.01 * promised.peak_allocated
+        assert measured["process_total"] <= 1.01 * promised.process_total
 
 
 def test_padded_batches_take_the_masked_path(demo):

@@ -180,6 +180,25 @@ class LoadedModel:
         """Predicted beside measured, part by part: the load, and the last generation where there was one."""
         return Report(estimate=self._prediction(), measured={**self._loaded, **self._run})
 
+    def probe(
+        self, *, prompt_len: int | None = None, max_new_tokens: int | None = None, batch_size: int | None = None
+    ) -> Report:
+        """Generate from random tokens, to the last one, and compare what it took with what was predicted.
+
+        Args:
+            prompt_len, max_new_tokens, batch_size: `None` is what was planned for.
+
+        Raises:
+            DoesNotFitError, WorkloadError: as for `chat`, before anything is allocated.
+        """
+        planned = self.plan.workload
+        shape = (batch_size or planned.batch_size, prompt_len or planned.prompt_len)
+        tokens = torch.randint(0, self.model.config.vocab_size, shape)
+        new = max_new_tokens or planned.max_new_tokens
+        inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        self._generate(inputs, new, {"do_sample": False, "min_new_tokens": new})
+        return self.report()
+
     def _prediction(self) -> Estimate:
         known = self.plan.estimate
         if self._last is None or known.architecture is None:
