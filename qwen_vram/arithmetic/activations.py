@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 from qwen_vram.arithmetic.architecture import Architecture, Weight
+from qwen_vram.arithmetic.int8_outliers import outlier_columns
 from qwen_vram.arithmetic.kv_cache import kv_cache_bytes
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.storage import ALLOCATION_STEP, FORMATS
@@ -117,7 +118,7 @@ class _Rows:
         norm = self.rows * self.architecture.hidden_size * 2 * _FP32  # the float32 copy and its product
         yield "attention norm", held + 2 * self.rows * self.hidden + norm
         yield from ((name, held + live) for name, live in self._attention())
-        yield "mlp norm", held + 3 * self.rows * self.hidden + norm
+        yield "mlp norm", held + 3 * self.rows * self.hidden + norm + self._softmax()
         yield from ((name, held + live) for name, live in self._mlp())
         yield "last norm", held + 2 * self.rows * self.hidden + norm
         yield "head", self._ids() + self._head()
@@ -165,7 +166,7 @@ class _Rows:
         yield "attention rotary", held + rows * (4 * self.queries + 2 * self.keys)
         yield "attention cache", held + rows * (self.queries + 2 * self.keys) + self._concatenation()
         yield "attention kernel", held + self._kernel() + self._dequantized_cache()
-        yield "attention o_proj", held + rows * self.queries + self._linear("o_proj")
+        yield "attention o_proj", held + rows * self.queries + self._softmax() + self._linear("o_proj")
 
     def _kernel(self) -> int:
         """Queries, result, and what the attention function makes of keys, values and mask."""
@@ -185,6 +186,12 @@ class _Rows:
             live += expanded + self._mask_elements() * self.element
         return live
 
+    def _softmax(self) -> int:
+        """What eager attention returns beside its result: the layer's caller keeps it to its end."""
+        if self.profile.attention != "eager":
+            return 0
+        return self.architecture.num_attention_heads * self.rows * self.seen * self.element
+
     def _dequantized_cache(self) -> int:
         """One layer's keys and values in the model's dtype: made of a quantized cache, or held where there is none."""
         if self.workload.logits == "all":
@@ -201,7 +208,7 @@ class _Rows:
 
     def _mlp(self) -> Iterator[tuple[str, int]]:
         rows = self.rows
-        held = 4 * rows * self.hidden
+        held = 4 * rows * self.hidden + self._softmax()
         yield "mlp gate_proj", held + self._linear("gate_proj")
         yield "mlp up_proj", held + rows * self.inner + self._linear("up_proj")
         yield "mlp product", held + 3 * rows * self.inner
@@ -228,9 +235,10 @@ def linear_bytes(weight: Weight, profile: Profile, rows: int, *, adapted: bool =
     """Bytes alive inside `x @ weight.T` for `rows` rows of x: the result, and buffers of the weight's format.
 
     4-bit formats of bitsandbytes dequantize the whole matrix (and, where double quantization is used, make the block
-    maxima twice in float32); int8 makes the product in int32, then fp16, then the model's dtype, and quantizes x.
-    Exact for those; for formats of other libraries the dequantized matrix is counted. A LoRA adapter adds its scaled
-    update and the sum to the result, once the format's own buffers are gone.
+    maxima twice in float32); int8 quantizes x, takes outliers out, and makes the product in int32, then fp16, then the
+    model's dtype. Exact for those, but for how many outliers the data has; for formats of other libraries the
+    dequantized matrix is counted. A LoRA adapter adds its scaled update and the sum to the result, once the format's
+    own buffers are gone.
     """
     out_features, _ = weight.shape
     result = rows * out_features * profile.element_bytes
@@ -246,10 +254,23 @@ def _base_linear_bytes(weight: Weight, profile: Profile, rows: int) -> int:
     if storage.is_dense or storage.library == "tinygemm":
         return result
     if storage.name == "int8":
-        product = rows * out_features * (_FP32 + _FP16)
-        quantized = rows * (in_features + _FP32)
-        return product + quantized + result
+        return rows * (in_features + _FP32) + max(_int8_working_sets(weight, profile, rows))
     if storage.library == "bitsandbytes" and rows <= FUSED_ROWS:
         return result
     maxima = 2 * _FP32 * -(-weight.numel // 64) if storage.name in ("nf4", "fp4") else 0
     return result + weight.numel * element + maxima
+
+
+def _int8_working_sets(weight: Weight, profile: Profile, rows: int) -> tuple[int, int, int]:
+    """Beside an int8 product's quantized input: while it is quantized, while outlier weights are, while it multiplies.
+
+    Quantizing holds the input in fp16, its absolute values, and which of them are outliers; outliers (`int8_outliers`)
+    their inputs in fp16, and their columns of the matrix in int8 and twice in float32, of which fp16 stays.
+    """
+    out_features, in_features = weight.shape
+    outliers = outlier_columns(weight, rows)
+    taken_out = rows * outliers * _FP16
+    quantizing = rows * in_features * (_FP16 + _FP16 + 1)
+    dequantizing = taken_out + outliers * out_features * (1 + 2 * _FP32)
+    product = rows * out_features * (_FP32 + _FP16 + profile.element_bytes)
+    return quantizing, dequantizing, taken_out + outliers * out_features * _FP16 + product

@@ -47,8 +47,6 @@ def reserved_bytes(architecture: Architecture, profile: Profile, workload: Workl
     other lengths before holds more or less.
     """
     allocator = replay_load(architecture, profile).copy()
-    for size in CUBLAS_WORKSPACE:
-        allocator.take(size)
     replay_generation(allocator, architecture, profile, workload)
     return allocator.reserved
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from qwen_vram.arithmetic.activations import FUSED_ROWS
 from qwen_vram.arithmetic.allocator import CachingAllocator
 from qwen_vram.arithmetic.architecture import Architecture, Weight
+from qwen_vram.arithmetic.int8_outliers import outlier_columns
 from qwen_vram.arithmetic.kv_cache import layer_kv_bytes
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.storage import FORMATS
@@ -31,8 +32,9 @@ _FP16 = 2
 def replay_generation(
     allocator: CachingAllocator, architecture: Architecture, profile: Profile, workload: Workload
 ) -> None:
-    """Run one `generate` (or, for `logits="all"`, one plain forward) through `allocator`, which is changed.
+    """Run a process's first `generate` (or, for `logits="all"`, one plain forward) through `allocator`, in place.
 
+    cuBLAS's workspace is taken on the way and stays; everything else is given back.
     Of the decode steps the first three and the last two are run: between them nothing changes but a length.
     """
     _Generation(allocator, architecture, profile, workload).run()
@@ -52,6 +54,7 @@ class _Generation:
         self.element = profile.element_bytes
         self.linears = {weight.module: weight for weight in architecture.block if weight.is_linear}
         self.normed_heads = any("q_norm" in weight.name for weight in architecture.block)
+        self.warm = False
         # Keys and values of each layer, once there are some.
         self.cache: list[list[int]] = [[] for _ in range(architecture.num_hidden_layers)]
 
@@ -142,13 +145,22 @@ class _Generation:
     def mask(self, queries: int, past: int) -> list[int]:
         if not self.masked(queries, past):
             return []
-        size = self.element if self.profile.attention == "eager" else 1
-        return [self.take(self.batch * queries * self.seen(queries, past) * size)]
+        one, every = queries * self.seen(queries, past), self.batch * queries * self.seen(queries, past)
+        causal = self.take(one)
+        causal = self.replace(causal, self.take(one))
+        mask = self.replace(causal, self.take(every))
+        if self.profile.attention == "eager":
+            mask = self.replace(mask, self.take(every * self.element))
+        return [mask]
 
     def rotary_tables(self, rows: int) -> list[int]:
         take, give = self.take, self.give
         wide = rows * self.architecture.head_dim
         positions = take(rows * _FP32)
+        if not self.warm:  # the rotary angles are a fresh process's first matrix product
+            self.warm = True
+            for size in CUBLAS_WORKSPACE:
+                take(size)
         angles = take(wide // 2 * _FP32)
         give(positions)
         both = take(wide * _FP32)
@@ -165,7 +177,7 @@ class _Generation:
         take, give = self.take, self.give
         rows = self.batch * queries
         normed = self.norm(rows, self.architecture.hidden_size)
-        attended = self.attention(layer, queries, past)
+        attended, scores = self.attention(layer, queries, past)
         give(normed)
         residual = take(hidden_size)
         give(attended)
@@ -180,10 +192,11 @@ class _Generation:
         down = self.linear("down_proj", rows)
         give(product, normed)
         result = take(hidden_size)
-        give(down, residual)
+        give(down, residual, *scores)
         return result
 
-    def attention(self, layer: int, queries: int, past: int) -> int:
+    def attention(self, layer: int, queries: int, past: int) -> tuple[int, list[int]]:
+        """The attended block, and eager attention's softmax, which the layer's caller keeps to its end."""
         rows = self.batch * queries
         wide = rows * self.architecture.attention_width * self.element
         narrow = rows * self.architecture.key_value_width * self.element
@@ -197,11 +210,11 @@ class _Generation:
         rotated, rotated_key = self.rotate(wide), self.rotate(narrow)
         self.give(query, key)
         stored = self.update(layer, rotated_key, value, queries, past)
-        result = self.kernel(queries, past)
+        result, scores = self.kernel(queries, past)
         self.give(*stored)
         out = self.linear("o_proj", rows)
         self.give(result, rotated)
-        return out
+        return out, scores
 
     def replace(self, old: int, new: int) -> int:
         self.give(old)
@@ -244,8 +257,8 @@ class _Generation:
         self.give(key, value)
         return []
 
-    def kernel(self, queries: int, past: int) -> int:
-        """Attention itself; returns its result."""
+    def kernel(self, queries: int, past: int) -> tuple[int, list[int]]:
+        """Attention itself; returns its result, and what eager attention returns beside it."""
         take, give = self.take, self.give
         rows, seen = self.batch * queries, self.seen(queries, past)
         wide = self.architecture.attention_width * self.element
@@ -253,16 +266,18 @@ class _Generation:
         masked = self.masked(queries, past)
         grouped = heads > self.architecture.num_key_value_heads
         expanded = [take(self.batch * seen * wide) for _ in range(2)] if masked and grouped else []
+        scores = []
         if self.profile.attention == "eager":
-            result = self.eager(rows, seen, heads)
+            result, softmax = self.eager(rows, seen, heads)
+            scores = [softmax]
         else:
             bias = [take(rows * seen * self.element)] if masked else []
             result = take(rows * wide)
             give(take(rows * heads * _FP32), *bias)
         give(*expanded)
-        return result
+        return result, scores
 
-    def eager(self, rows: int, seen: int, heads: int) -> int:
+    def eager(self, rows: int, seen: int, heads: int) -> tuple[int, int]:
         """Scores, scaled, masked, softmax in float32, cast back, times values."""
         take, give = self.take, self.give
         scores = heads * rows * seen
@@ -282,8 +297,8 @@ class _Generation:
             give(softmax, masked)
         out = take(rows * self.architecture.attention_width * self.element)
         result = take(rows * self.architecture.attention_width * self.element)
-        give(out, weights)
-        return result
+        give(out)
+        return result, weights
 
     def norm(self, rows: int, width: int) -> int:
         """RMSNorm: in float32 on the way, for rows of `width`; the heads' norms see the same bytes."""
@@ -321,25 +336,46 @@ class _Generation:
 
     def base_product(self, weight: Weight, rows: int) -> int:
         take, give = self.take, self.give
-        out, inner = weight.shape
+        out = weight.shape[0]
         storage = FORMATS[format_of(weight, self.profile)]
         result_size = rows * out * self.element
         fused = storage.library == "bitsandbytes" and storage.bits == 4 and rows <= FUSED_ROWS
         if storage.is_dense or storage.library == "tinygemm" or fused:
             return take(result_size)
         if storage.name == "int8":
-            half = take(rows * inner * _FP16)
-            scales, codes = take(rows * _FP32), take(rows * inner)
-            give(half)
-            product = take(rows * out * _FP32)
-            rounded = take(rows * out * _FP16)
-            result = take(result_size)
-            give(rounded, product, codes, scales)
-            return result
+            return self.int8_product(weight, rows)
         maxima = []
         if storage.name in ("nf4", "fp4"):
             maxima = [take(-(-weight.numel // 64) * _FP32) for _ in range(2)]
         dequantized = take(weight.numel * self.element)
         result = take(result_size)
-        give(dequantized, *maxima)
+        give(*maxima, dequantized)
+        return result
+
+    def int8_product(self, weight: Weight, rows: int) -> int:
+        """LLM.int8(): quantize the input, take outlier columns out, multiply, put them back."""
+        take, give = self.take, self.give
+        out, inner = weight.shape
+        outliers = outlier_columns(weight, rows)
+        half = take(rows * inner * _FP16)
+        scales, codes = take(rows * _FP32), take(rows * inner)
+        magnitudes = take(rows * inner * _FP16)
+        flags = take(rows * inner)
+        give(magnitudes)
+        give(flags, half)
+        apart = []
+        if outliers:
+            columns = outliers * out
+            apart.append(take(rows * outliers * _FP16))
+            stored, raw, scaled = take(columns), take(columns * _FP32), take(columns * _FP32)
+            give(raw, stored)
+            apart.append(take(columns * _FP16))
+            give(scaled)
+        product = take(rows * out * _FP32)
+        rounded = take(rows * out * _FP16)
+        result = take(rows * out * self.element)
+        give(rounded, product)
+        if outliers:
+            result = self.replace(result, take(rows * out * self.element))
+        give(*apart, codes, scales)
         return result

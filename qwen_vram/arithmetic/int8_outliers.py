@@ -1,0 +1,43 @@
+"""int8's outlier columns: inputs of which any is 6 or more are multiplied in 16 bit, beside copies of their weights.
+
+bitsandbytes' LLM.int8() takes such columns of a matrix product out (threshold 6.0, `BitsAndBytesConfig`'s default).
+How many there are depends on the data. Counted here is what the published shapes give before training: normed inputs
+are of unit variance and Qwen's weights are initialised with a deviation of 0.02, so gate and up projections are normal,
+and only their product, the input of `down_proj`, reaches 6. A trained model has outliers of its own: at worst every
+column, and then `down_proj` needs 9 x hidden_size x intermediate_size bytes while it multiplies.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import erfc, exp, pi, sqrt
+
+from qwen_vram.arithmetic.architecture import Weight
+
+# Source: transformers 5.17, BitsAndBytesConfig.llm_int8_threshold; Qwen2Config and Qwen3Config, initializer_range.
+_THRESHOLD = 6.0
+_INITIALIZER_RANGE = 0.02
+
+
+def outlier_columns(weight: Weight, rows: int) -> int:
+    """Expected outlier columns among the inputs of `weight` for `rows` rows; 0 for all but `down_proj`."""
+    out_features, in_features = weight.shape
+    if weight.module != "down_proj":
+        return 0
+    share = _gated_share(out_features)
+    return round(in_features * (1 - (1 - share) ** rows))
+
+
+@lru_cache(maxsize=64)
+def _gated_share(hidden_size: int) -> float:
+    """P(|silu(gate) x up| >= threshold), gate and up normal: integrated over gate, exact to three digits."""
+    deviation = _INITIALIZER_RANGE * sqrt(hidden_size)
+    step = deviation / 100
+    total = 0.0
+    for index in range(-800, 801):
+        gate = index * step
+        silu = abs(gate / (1 + exp(-gate)))
+        if silu:
+            density = exp(-((gate / deviation) ** 2) / 2) / (deviation * sqrt(2 * pi))
+            total += density * step * erfc(_THRESHOLD / silu / deviation / sqrt(2))
+    return total
