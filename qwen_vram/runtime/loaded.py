@@ -14,6 +14,7 @@ from transformers import (
     Cache,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    StaticCache,
     StoppingCriteria,
     StoppingCriteriaList,
     TextIteratorStreamer,
@@ -254,8 +255,9 @@ class LoadedModel:
         if kind == "preallocated":
             return {"past_key_values": self.new_cache(max_length=workload.context_len)}
         if kind == "static":
-            # transformers compiles for a static cache unless it is told not to.
-            return {"cache_implementation": "static", "disable_compile": True}
+            # Our own, for `generate` keeps the one that it makes; and it compiles for one unless it is told not to.
+            cache = StaticCache(config=self.model.config, max_cache_len=workload.context_len)
+            return {"past_key_values": cache, "disable_compile": True}
         return {"cache_implementation": "dynamic"}
 
     def _check_room(self, workload: Workload) -> None:

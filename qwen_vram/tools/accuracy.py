@@ -1,31 +1,47 @@
-"""Predicted beside measured memory, on this machine's GPU: `python -m qwen_vram.tools.accuracy`.
+"""Predicted beside measured memory on this machine's GPU: `python -m qwen_vram.tools.accuracy`.
 
-Every cell runs in a fresh process: random weights of a published shape are loaded and generated from, and each part
-that was measured is held against the estimate. Memory does not depend on the values of weights.
+Every model and format gets a fresh process, which loads random weights of the published shape with several sets of
+knobs and generates from random tokens. Memory does not depend on the values of weights, but for int8's outliers, of
+which trained models have their own. Rows go to `accuracy.jsonl`, the tables to `accuracy.md`.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import subprocess
 import sys
 import tempfile
-from collections import defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-MODELS = ("Qwen2.5-1.5B", "Qwen2.5-7B", "Qwen2.5-14B", "Qwen3-4B")
-WEIGHTS = ("bf16", "nf4", "nf4-plain", "fp4", "int8")
-KNOBS: tuple[dict[str, Any], ...] = (
-    {"attention": "sdpa"},
-    {"attention": "fused", "cache": "preallocated"},
-    {"attention": "fused", "cache": "preallocated", "prefill_chunk_size": 1024, "embeddings": "host"},
+from qwen_vram.tools.accuracy_report import report
+
+MODELS = ("Qwen2.5-0.5B", "Qwen2.5-7B", "Qwen2.5-14B", "Qwen3-4B")
+WEIGHTS = ("bf16", "nf4", "fp4", "int8")
+
+
+class Case(NamedTuple):
+    """One load with `knobs` and what it runs: (batch_size, prompt_len, max_new_tokens) each, the largest first."""
+
+    knobs: dict[str, Any]
+    workloads: tuple[tuple[int, int, int], ...]
+
+
+_FUSED = {"attention": "fused", "cache": "preallocated"}
+CASES = (
+    Case({"attention": "sdpa"}, ((1, 8192, 16), (4, 1024, 16), (1, 512, 16))),
+    Case(_FUSED, ((1, 8192, 16), (4, 1024, 16), (1, 512, 16))),
+    Case({**_FUSED, "prefill_chunk_size": 1024, "embeddings": "host"}, ((1, 8192, 16),)),
+    Case({"attention": "sdpa", "prefill_chunk_size": 1024}, ((1, 4096, 16),)),
+    Case({"attention": "sdpa", "cache": "static"}, ((1, 4096, 16),)),
+    Case({"attention": "eager"}, ((1, 2048, 16),)),
 )
-WORKLOADS = ((1, 8192, 16), (1, 512, 16), (4, 1024, 16))  # batch_size, prompt_len, max_new_tokens
-PARTS = ("weights", "load_peak", "peak_allocated", "peak_reserved", "process_total")
 
 
 def make_checkpoint(model: str, folder: Path) -> None:
@@ -37,8 +53,7 @@ def make_checkpoint(model: str, folder: Path) -> None:
     from qwen_vram.demo import CHECKPOINT
 
     row = catalog_row(model)
-    if row is None:
-        raise SystemExit(f"{model} is not in the catalog")
+    assert row is not None
     shape = {**row.shape._asdict(), "max_position_embeddings": row.max_position_embeddings}
     config = AutoConfig.for_model(shape.pop("model_type"), **shape)
     torch.set_default_dtype(torch.bfloat16)
@@ -47,8 +62,8 @@ def make_checkpoint(model: str, folder: Path) -> None:
     AutoTokenizer.from_pretrained(CHECKPOINT).save_pretrained(folder)
 
 
-def measure_cell(model: str, folder: Path, weights: str, knobs: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """One row a workload: every part's predicted and measured bytes, in this process."""
+def measure(model: str, folder: Path, weights: str) -> Iterator[dict[str, Any]]:
+    """One row a workload, in this process: every part's predicted and measured bytes."""
     import torch
     import transformers
 
@@ -60,74 +75,85 @@ def measure_cell(model: str, folder: Path, weights: str, knobs: dict[str, Any]) 
         "transformers": transformers.__version__,
         "date": date.today().isoformat(),
     }
-    # The longest workload is planned for and runs first, in a process that has reserved nothing yet.
-    (batch_size, prompt_len, max_new_tokens), *_ = WORKLOADS
-    with qv.load(
-        folder,
-        profile="default",
-        weights=weights,
-        batch_size=batch_size,
-        prompt_len=prompt_len,
-        max_new_tokens=max_new_tokens,
-        progress=False,
-        **knobs,
-    ) as llm:
-        for order, (batch_size, prompt_len, max_new_tokens) in enumerate(WORKLOADS):
-            workload = {"batch_size": batch_size, "prompt_len": prompt_len, "max_new_tokens": max_new_tokens}
-            parts = llm.probe(**workload).to_dict()
-            tag = {"model": model, "weights": weights, "knobs": knobs, **workload, "fresh_process": order == 0}
-            yield {**tag, "parts": parts, **made_on}
+    fresh = True
+    for case in CASES:
+        batch_size, prompt_len, new = case.workloads[0]
+        largest: dict[str, Any] = {"batch_size": batch_size, "prompt_len": prompt_len, "max_new_tokens": new}
+        with qv.load(folder, profile="default", weights=weights, **case.knobs, **largest, progress=False) as llm:
+            for batch_size, prompt_len, new in case.workloads:
+                # Segments without a block in use go back, as in a process that has run nothing yet.
+                gc.collect()
+                torch.cuda.empty_cache()
+                workload = {"batch_size": batch_size, "prompt_len": prompt_len, "max_new_tokens": new}
+                parts = llm.probe(**workload).to_dict()
+                tag = {"model": model, "weights": weights, "knobs": case.knobs, **workload, "fresh_process": fresh}
+                yield {**tag, "parts": parts, **made_on}
+                fresh = False
 
 
-def summary(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table: by weights and part, the mean and extreme errors and the share that was too low."""
-    found: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for row in rows:
-        for part in PARTS:
-            values = row["parts"][part]
-            first_only = part in ("peak_reserved", "process_total", "load_peak")
-            if values["measured"] and (row["fresh_process"] or not first_only):
-                found[row["weights"], part].append(values["predicted"] / values["measured"] - 1)
-    lines = ["| weights | part | cells | mean | lowest | highest | too low |", "|---|---|---|---|---|---|---|"]
-    for (weights, part), errors in found.items():
-        mean, low = sum(errors) / len(errors), sum(error < 0 for error in errors) / len(errors)
-        spread = f"{mean:+.2%} | {min(errors):+.2%} | {max(errors):+.2%} | {low:.0%}"
-        lines.append(f"| {weights} | `{part}` | {len(errors)} | {spread} |")
-    return "\n".join(lines)
+def _rows_of(model: str, folder: str, weights: str) -> list[str]:
+    """The rows of one fresh process, as lines of JSON."""
+    command = [sys.executable, "-m", "qwen_vram.tools.accuracy", "--cell", model, folder, weights]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    rows = [line[4:] for line in ended.stdout.splitlines() if line.startswith("ROW ")]
+    print(f"{model} {weights}: {len(rows)} of {sum(len(case.workloads) for case in CASES)} rows", flush=True)
+    if ended.returncode:
+        print(f"{model} {weights} failed:\n{ended.stderr[-2000:]}", file=sys.stderr, flush=True)
+    return rows
+
+
+def run(folder: Path, models: list[str], weights: list[str], jobs: int) -> None:
+    """Measure the grid; rows and tables in `folder` are replaced after every model."""
+    rows: list[str] = []
+    for model in models:
+        with tempfile.TemporaryDirectory(prefix="qwen_vram_accuracy_") as checkpoint:
+            make = [sys.executable, "-m", "qwen_vram.tools.accuracy", "--make", model, checkpoint]
+            subprocess.run(make, check=True, capture_output=True)
+            with ThreadPoolExecutor(jobs) as pool:
+                for found in pool.map(partial(_rows_of, model, checkpoint), weights):
+                    rows += found
+        _replace(folder / "accuracy.jsonl", "".join(row + "\n" for row in rows))
+        _replace(folder / "accuracy.md", report([json.loads(row) for row in rows]))
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 def main() -> None:
-    """Run the grid and write one JSON row a cell, then the table."""
+    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m qwen_vram.tools.accuracy", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("accuracy.jsonl"), help="rows are appended here")
-    parser.add_argument("--models", nargs="+", default=MODELS, help="names of the catalog")
-    parser.add_argument("--weights", nargs="+", default=WEIGHTS, help="storage formats")
-    parser.add_argument("--cell", nargs=4, metavar=("MODEL", "FOLDER", "WEIGHTS", "KNOBS"), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, default=Path("."), help="where accuracy.jsonl and accuracy.md go")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), help="names of the catalog")
+    parser.add_argument("--weights", nargs="+", default=list(WEIGHTS), help="storage formats")
+    parser.add_argument("--jobs", type=int, default=1, help="formats at a time; the GPU must hold them together")
+    parser.add_argument("--cell", nargs=3, metavar=("MODEL", "FOLDER", "WEIGHTS"), help=argparse.SUPPRESS)
     parser.add_argument("--make", nargs=2, metavar=("MODEL", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.make:
-        return make_checkpoint(options.make[0], Path(options.make[1]))
-    if options.cell:
-        model, folder, weights, knobs = options.cell
-        for row in measure_cell(model, Path(folder), weights, json.loads(knobs)):
+        make_checkpoint(options.make[0], Path(options.make[1]))
+    elif options.cell:
+        for row in measure(options.cell[0], Path(options.cell[1]), options.cell[2]):
             print("ROW " + json.dumps(row), flush=True)
-        return None
-    this = [sys.executable, "-m", "qwen_vram.tools.accuracy"]
+    else:
+        _check(options)
+        run(options.folder, options.models, options.weights, options.jobs)
+
+
+def _check(options: argparse.Namespace) -> None:
+    import torch
+
+    from qwen_vram.arithmetic.catalog import find
+    from qwen_vram.arithmetic.storage import storage_format
+
     for model in options.models:
-        with tempfile.TemporaryDirectory(prefix="qwen_vram_accuracy_") as folder:
-            subprocess.run([*this, "--make", model, folder], check=True)
-            for weights in options.weights:
-                for knobs in KNOBS:
-                    command = [*this, "--cell", model, folder, weights, json.dumps(knobs)]
-                    ended = subprocess.run(command, capture_output=True, text=True)
-                    rows = [line[4:] for line in ended.stdout.splitlines() if line.startswith("ROW ")]
-                    with options.out.open("a") as file:
-                        file.writelines(row + "\n" for row in rows)
-                    print(f"{model} {weights} {knobs}: {len(rows)} of {len(WORKLOADS)} rows", flush=True)
-                    if ended.returncode:
-                        print(ended.stderr[-2000:], file=sys.stderr)
-    print(summary([json.loads(line) for line in options.out.read_text().splitlines()]))
-    return None
+        find(model)
+    for name in options.weights:
+        storage_format(name)
+    if not torch.cuda.is_available():
+        raise SystemExit("this measures a GPU, and torch sees none here")
 
 
 if __name__ == "__main__":

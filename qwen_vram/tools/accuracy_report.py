@@ -1,0 +1,77 @@
+"""The tables of `docs/accuracy.md`, made of measured rows."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+PARTS = ("weights", "load_peak", "peak_allocated", "peak_reserved", "process_total")
+# What no formula was derived on.
+HELD_OUT_MODELS = ("Qwen2.5-14B", "Qwen3-4B")
+HELD_OUT_WEIGHTS = ("fp4",)
+
+Row = dict[str, Any]
+
+
+def report(rows: list[Row]) -> str:
+    """Markdown: where and how it was measured, errors by format and part, held-out errors, and every row."""
+    first = rows[0]
+    where = f"{first['device']}, torch {first['torch']}, transformers {first['transformers']}, {first['date']}"
+    held_out = [row for row in rows if is_held_out(row)]
+    derived = [row for row in rows if not is_held_out(row)]
+    sections = [
+        "# Predicted beside measured",
+        f"Written by `python -m qwen_vram.tools.accuracy`. {where}. Random weights of the published shapes, loaded and "
+        "run by this library; a fresh process for each model and format, unused segments given back between its runs. "
+        '`error = predicted / measured - 1`; "too low" is the share of cells with any byte too few.',
+    ]
+    for title, chosen in (("On what the formulas were derived on", derived), ("Held out", held_out)):
+        if chosen:
+            models = ", ".join(dict.fromkeys(f"{row['model']}" for row in chosen))
+            sections += [f"## {title}", f"{models}; {len(chosen)} runs.", table(chosen)]
+    return "\n\n".join([*sections, "## Every run", "\n".join(_every(rows))]) + "\n"
+
+
+def is_held_out(row: Row) -> bool:
+    """Whether no formula was derived on the row's shape or format."""
+    return row["model"] in HELD_OUT_MODELS or row["weights"] in HELD_OUT_WEIGHTS
+
+
+def errors(row: Row) -> Iterator[tuple[str, float]]:
+    """Part and relative error, of those that were measured."""
+    for part in PARTS:
+        values = row["parts"][part]
+        if values["measured"]:
+            yield part, values["predicted"] / values["measured"] - 1
+
+
+def table(rows: list[Row]) -> str:
+    """By weights and part: cells, mean and extreme errors, and the share that was too low."""
+    found: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for row in rows:
+        for part, error in errors(row):
+            found[row["weights"], part].append(error)
+    lines = ["| weights | part | cells | mean | lowest | highest | too low |", "|---|---|---|---|---|---|---|"]
+    for (weights, part), values in found.items():
+        mean, low = sum(values) / len(values), sum(value < 0 for value in values) / len(values)
+        spread = f"{mean:+.2%} | {min(values):+.2%} | {max(values):+.2%} | {low:.0%}"
+        lines.append(f"| `{weights}` | `{part}` | {len(values)} | {spread} |")
+    return "\n".join(lines)
+
+
+def _every(rows: list[Row]) -> Iterator[str]:
+    yield "Peak allocated in bytes as measured; then the errors of the peak allocated, reserved, and of the process."
+    yield ""
+    yield "| model | weights | knobs | batch | prompt | allocated | error | reserved | process |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for row in rows:
+        knobs = " ".join(f"{name}={value}" for name, value in row["knobs"].items())
+        error = dict(errors(row))
+        allocated = row["parts"]["peak_allocated"]["measured"]
+        shown = " | ".join(
+            f"{error[part]:+.2%}" if part in error else "-"
+            for part in ("peak_allocated", "peak_reserved", "process_total")
+        )
+        named = f"| {row['model']} | {row['weights']} | {knobs} | {row['batch_size']} | {row['prompt_len']:,} "
+        yield f"{named}| {allocated:,} | {shown} |"
