@@ -20,8 +20,10 @@ _SMALL_SEGMENT = 2 * 2**20
 _LARGE_SEGMENT = 20 * 2**20
 _OWN_SEGMENT = 10 * 2**20
 _SEGMENT_STEP = 2 * 2**20
-# Segments lie far apart here, so that blocks of different ones never look like neighbours.
-_GAP = 2**50
+# Segments lie far apart here, so that blocks of different ones never look like neighbours; and each below the one before
+# it, which decides among free blocks of one size. The driver mostly maps new ones lower. Recorded: NVIDIA H100,
+# driver 580, torch 2.11.0+cu130, 2026-11-24.
+_TOP, _GAP = 2**80, 2**50
 
 
 class CachingAllocator:
@@ -110,7 +112,7 @@ class CachingAllocator:
         else:
             segment = -(-size // _SEGMENT_STEP) * _SEGMENT_STEP
         self._segments += 1
-        address = self._segments * _GAP
+        address = _TOP - self._segments * _GAP
         self._segment_sizes[address] = segment
         self.reserved += segment
         return segment, address

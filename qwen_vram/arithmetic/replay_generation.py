@@ -157,11 +157,11 @@ class _Generation:
         take, give = self.take, self.give
         wide = rows * self.architecture.head_dim
         positions = take(rows * _FP32)
+        angles = take(wide // 2 * _FP32)
         if not self.warm:  # the rotary angles are a fresh process's first matrix product
             self.warm = True
             for size in CUBLAS_WORKSPACE:
                 take(size)
-        angles = take(wide // 2 * _FP32)
         give(positions)
         both = take(wide * _FP32)
         scaled = []
