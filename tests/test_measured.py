@@ -46,14 +46,13 @@ def test_the_peak_of_16_bit_weights(row):
 
 @pytest.mark.parametrize("row", FOUR_BIT, ids=label)
 def test_the_peak_of_4_bit_weights(row):
-    # The lower bound for 16-bit weights, -0.3 %, is missed by 0.02 % in four rows of the smallest model.
-    assert -0.005 <= predict(row).peak_allocated / row["peak"] - 1 <= 0.005
+    assert -0.003 <= predict(row).peak_allocated / row["peak"] - 1 <= 0.005
 
 
 @pytest.mark.parametrize("row", INT8, ids=label)
 def test_the_peak_of_int8_weights(row):
-    # Lowest where logits of 16 sequences peak beside the smallest model.
-    assert -0.006 <= predict(row).peak_allocated / row["peak"] - 1 <= 0.01
+    # Lowest with 16 sequences of the smallest model.
+    assert -0.0045 <= predict(row).peak_allocated / row["peak"] - 1 <= 0.01
 
 
 @pytest.mark.parametrize("row", LOADS, ids=label)

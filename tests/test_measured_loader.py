@@ -5,20 +5,43 @@ from pathlib import Path
 
 import pytest
 
-import qwen_vram as qv
+from qwen_vram.tools.accuracy import read_rows
+from qwen_vram.tools.accuracy_report import is_held_out, predict, report
 
-ROWS = [json.loads(line) for line in (Path(__file__).parent / "data" / "h100.jsonl").read_text().splitlines()]
+ROWS = read_rows(Path(__file__).parent / "data")
+DOCS = Path(__file__).parent.parent / "docs"
 
 
 def label(row):
     return f"{row['model']}-{row['weights']}-{'-'.join(map(str, row['knobs'].values()))}-{row['prompt_len']}"
 
 
+def error(row, part):
+    return getattr(predict(json.dumps(row)), part) / row["measured"][part] - 1
+
+
 @pytest.mark.parametrize("row", ROWS, ids=label)
-def test_the_estimate_holds(row):
-    workload = {name: row[name] for name in ("prompt_len", "max_new_tokens", "batch_size")}
-    estimate = qv.estimate_vram(row["model"], weights=row["weights"], **row["knobs"], **workload)
-    measured = {part: values["measured"] for part, values in row["parts"].items()}
-    assert estimate.weights == measured["weights"]
-    assert estimate.load_peak == pytest.approx(measured["load_peak"], rel=0.0001)
-    assert -0.001 <= estimate.peak_allocated / measured["peak_allocated"] - 1 <= 0.001
+def test_weights_and_load_peak(row):
+    assert error(row, "weights") == 0
+    assert error(row, "load_peak") == pytest.approx(0, abs=0.0003)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=label)
+def test_the_peak_allocated(row):
+    # Lowest for the smallest model, in chunks with its table on the host: 4 MB of 637.
+    assert -0.0065 <= error(row, "peak_allocated") <= 0.0025
+
+
+@pytest.mark.parametrize("row", ROWS, ids=label)
+def test_reserved_and_process(row):
+    # Which of two equal blocks torch takes depends on addresses that the driver chose.
+    assert -0.025 <= error(row, "peak_reserved") <= 0.075
+    assert -0.012 <= error(row, "process_total") <= 0.08
+
+
+def test_the_page_is_what_the_tool_writes():
+    assert (DOCS / "accuracy.md").read_text() == report(ROWS)
+
+
+def test_something_is_held_out():
+    assert 0 < sum(map(is_held_out, ROWS)) < len(ROWS)

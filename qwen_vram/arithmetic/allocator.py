@@ -20,9 +20,9 @@ _SMALL_SEGMENT = 2 * 2**20
 _LARGE_SEGMENT = 20 * 2**20
 _OWN_SEGMENT = 10 * 2**20
 _SEGMENT_STEP = 2 * 2**20
-# Segments lie far apart here, so that blocks of different ones never look like neighbours; and each below the one before
-# it, which decides among free blocks of one size. The driver mostly maps new ones lower. Recorded: NVIDIA H100,
-# driver 580, torch 2.11.0+cu130, 2026-11-24.
+# Segments lie far apart here, so that blocks of different ones never look like neighbours; and each below the one
+# before it, which decides among free blocks of one size: the driver mostly maps new ones lower.
+# Recorded: NVIDIA H100, driver 580, torch 2.11.0+cu130, 2026-11-24.
 _TOP, _GAP = 2**80, 2**50
 
 

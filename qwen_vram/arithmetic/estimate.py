@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,12 +11,15 @@ from qwen_vram.arithmetic import render
 from qwen_vram.arithmetic.activations import Moment, moments
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.kv_cache import host_kv_bytes, kv_cache_bytes
+from qwen_vram.arithmetic.machine import Machine
+from qwen_vram.arithmetic.machine_file import current
 from qwen_vram.arithmetic.model import ModelLike, resolve_model, stored_knobs
 from qwen_vram.arithmetic.overhead import (
+    Replayed,
     load_peak_bytes,
     load_reserved_bytes,
     process_bytes,
-    reserved_bytes,
+    replay,
     workspace_bytes,
 )
 from qwen_vram.arithmetic.profile import Profile, resolve_profile
@@ -34,9 +37,10 @@ if TYPE_CHECKING:
 class Estimate:
     """Predicted peak device memory by cause, in bytes. Knows nothing about budgets.
 
-    The first four parts sum to `peak_allocated`. Weights are exact. `kv_cache` is the full cache at the end of the
+    The parts of `shares()` sum to `peak_allocated`. Weights are exact. `kv_cache` is the full cache at the end of the
     workload, and `activations` what the peak takes beyond it: where a growing cache peaks during prefill, the room
     of the tokens to come serves activations first. `moments` has the live bytes of every moment unmixed.
+    `activations` and whatever is made of it replay torch's allocator on first use, some 20 ms.
 
     Attributes:
         model: What was estimated.
@@ -45,11 +49,12 @@ class Estimate:
         workload: The tokens counted.
         weights: Weights on the device, quantization state included.
         kv_cache: Keys and values on the device once the context is full.
-        activations: What else the peak moment holds.
+        tensors: What else the peak moment holds, tensor by tensor, without the allocator's rounding.
         workspace: cuBLAS's workspace, rotary buffers, and what torch's allocator adds to the weights.
         load_peak: The most that is allocated while loading.
         host: Host memory for streamed layers, a host embedding and a host cache.
         moments: Cache and activations at each moment of the steps that can hold the peak.
+        machine: Whose CUDA context and kernels the process counts: measured by `qwen-vram calibrate`, or the default.
     """
 
     model: str
@@ -58,29 +63,43 @@ class Estimate:
     workload: Workload
     weights: int
     kv_cache: int
-    activations: int
+    tensors: int
     workspace: int
     load_peak: int
     host: int
     moments: tuple[Moment, ...]
+    machine: Machine = field(default_factory=current)
+
+    @cached_property
+    def _replayed(self) -> Replayed:
+        assert self.architecture is not None
+        return replay(self.architecture, self.profile, self.workload)
+
+    @property
+    def activations(self) -> int:
+        """What else the peak moment holds, and what stays with blocks that the allocator cannot split."""
+        if self.architecture is None:
+            return self.tensors
+        return max(self.tensors, self._replayed.peak - self.weights - self.kv_cache - self.workspace)
 
     @property
     def peak_allocated(self) -> int:
         """The most that torch has allocated at once (`torch.cuda.max_memory_allocated`)."""
         return self.weights + self.kv_cache + self.activations + self.workspace
 
-    @cached_property
+    @property
     def peak_reserved(self) -> int:
-        """What torch reserves, fragments included; a replay of its allocator, some 10 ms on first use."""
-        if self.architecture is None:
-            return self.peak_allocated
-        # The closed form and the replay can differ by a block that was not split.
-        return max(self.peak_allocated, reserved_bytes(self.architecture, self.profile, self.workload))
+        """What torch reserves, fragments included."""
+        return self.peak_allocated if self.architecture is None else max(self.peak_allocated, self._replayed.reserved)
 
     @property
     def process_total(self) -> int:
         """What nvidia-smi shows for the process, CUDA context and loaded kernels included."""
-        return self.peak_allocated if self.architecture is None else process_bytes(self.peak_reserved)
+        return (
+            self.peak_allocated
+            if self.architecture is None
+            else process_bytes(self.peak_reserved, self.profile, self.machine)
+        )
 
     @property
     def peak_moment(self) -> Moment | None:
@@ -108,7 +127,8 @@ class Estimate:
         """The smallest budget that holds the process: while it runs, and while it loads."""
         if self.architecture is None:
             return self.peak_allocated
-        return max(self.process_total, process_bytes(load_reserved_bytes(self.architecture, self.profile)))
+        loading = load_reserved_bytes(self.architecture, self.profile)
+        return max(self.process_total, process_bytes(loading, self.profile, self.machine))
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data that `json.dumps` takes; sizes in bytes."""
@@ -125,6 +145,7 @@ class Estimate:
             "host": self.host,
             "shares": self.shares(),
             "moments": [moment._asdict() for moment in self.moments],
+            "machine": asdict(self.machine),
         }
 
     def __str__(self) -> str:
@@ -226,7 +247,7 @@ def estimate(label: str, architecture: Architecture, profile: Profile, workload:
         workload=workload,
         weights=stored.device,
         kv_cache=cache,
-        activations=peak - cache,
+        tensors=peak - cache,
         workspace=workspace,
         load_peak=load_peak_bytes(architecture, profile),
         host=stored.host + host_kv_bytes(architecture, profile, batch_size=batch, context_len=context),
@@ -250,7 +271,7 @@ def _rule_of_thumb(params: float | None, profile: Profile, workload: Workload) -
         workload=workload,
         weights=weights,
         kv_cache=0,
-        activations=0,
+        tensors=0,
         workspace=0,
         load_peak=weights,
         host=0,

@@ -6,18 +6,19 @@ with its kernels in neither: only nvidia-smi shows it.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from qwen_vram.arithmetic.architecture import Architecture
+from qwen_vram.arithmetic.machine import Machine
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.replay_generation import CUBLAS_WORKSPACE, replay_generation
 from qwen_vram.arithmetic.replay_load import replay_load
 from qwen_vram.arithmetic.weights import weight_bytes
 from qwen_vram.arithmetic.workload import Workload
 
-# nvidia-smi's figure less torch's reserved bytes, fresh process: the CUDA context after a load, and with the kernels
-# that prefill and decode load on first use.
-# measured: NVIDIA H200, driver 580, torch 2.11.0+cu130, transformers 5.17.0, 2026-11-22.
-CUDA_CONTEXT = 649_068_544
-LAZY_KERNELS = 186_000_000
+# What int8's own kernels add to the process on first use, the same on an H100 (65 to 67 MB).
+# measured: NVIDIA H200, torch 2.11.0+cu130, bitsandbytes 0.50.2, 2026-11-22.
+INT8_KERNELS = 69_206_016
 
 
 def workspace_bytes(architecture: Architecture, profile: Profile) -> int:
@@ -40,17 +41,26 @@ def load_reserved_bytes(architecture: Architecture, profile: Profile) -> int:
     return replay_load(architecture, profile).reserved
 
 
-def reserved_bytes(architecture: Architecture, profile: Profile, workload: Workload) -> int:
-    """What torch reserves in a fresh process that loads the model and runs the workload once.
+class Replayed(NamedTuple):
+    """What torch's allocator has in a fresh process that ran a workload once, in bytes: both the most of the run."""
 
-    A replay of the allocator, some 10 ms. Fragments depend on the order of thousands of requests: a process that ran
-    other lengths before holds more or less.
+    peak: int
+    reserved: int
+
+
+def replay(architecture: Architecture, profile: Profile, workload: Workload) -> Replayed:
+    """Load the model and run the workload once, in a fresh process, as requests to torch's allocator. Some 20 ms.
+
+    Fragments depend on the order of thousands of requests: a process that ran other lengths before
+    reserves more or less.
     """
     allocator = replay_load(architecture, profile).copy()
+    allocator.peak = allocator.allocated
     replay_generation(allocator, architecture, profile, workload)
-    return allocator.reserved
+    return Replayed(allocator.peak, allocator.reserved)
 
 
-def process_bytes(peak_reserved: int) -> int:
+def process_bytes(peak_reserved: int, profile: Profile, machine: Machine) -> int:
     """What nvidia-smi shows for the process: reserved memory, the CUDA context, and kernels loaded on first use."""
-    return peak_reserved + CUDA_CONTEXT + LAZY_KERNELS
+    kernels = machine.lazy_kernels + (INT8_KERNELS if profile.weights == "int8" else 0)
+    return peak_reserved + machine.cuda_context + kernels

@@ -31,7 +31,14 @@ def rows(estimate: Estimate) -> list[tuple[str, int, float | None]]:
 
 
 def headline(estimate: Estimate) -> str:
-    """Model, profile and workload in one line."""
+    """Model, profile and workload in one line, and the GPU whose context was measured; nothing of a stated default."""
+    machine = estimate.machine
+    if estimate.architecture is None or not machine.is_measured("cuda_context"):
+        return _subject(estimate)
+    return f"{_subject(estimate)} | CUDA context measured on {machine.device}, {machine.date}"
+
+
+def _subject(estimate: Estimate) -> str:
     profile, workload = estimate.profile, estimate.workload
     return (
         f"{estimate.model} | {profile.name}: {profile.weights} weights, {profile.attention} attention, "
@@ -79,7 +86,7 @@ def plot(estimate: Estimate) -> Axes:
     for name, size in estimate.parts().items():
         axes.barh([0], [size / 10**9], left=left, label=f"{_LABELS[name]} {size / 10**9:.2f} GB")
         left += size / 10**9
-    axes.set(xlabel="GB (10^9 bytes) at the peak", yticks=[], title=headline(estimate))
+    axes.set(xlabel="GB (10^9 bytes) at the peak", yticks=[], title=_subject(estimate))
     axes.title.set_fontsize(9)
     axes.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.35), frameon=False)
     return axes

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.kv_cache import layer_kv_bytes
+from qwen_vram.arithmetic.machine import Machine
+from qwen_vram.arithmetic.machine_file import current
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.storage import FORMATS
 from qwen_vram.arithmetic.weights import block_bytes
 from qwen_vram.arithmetic.workload import Workload
-
-# measured: NVIDIA H200 (device-to-device copy, bytes read plus written), torch 2.11, 2026-10-28.
-DEVICE_BANDWIDTH = 4_300_000_000_000
-# measured: NVIDIA H200, pinned host memory to the device, torch 2.11, 2026-11-22.
-PINNED_COPY_RATE = 55_200_000_000
 
 
 def decode_bytes(architecture: Architecture, profile: Profile, workload: Workload) -> int:
@@ -38,18 +35,14 @@ def link_bytes(architecture: Architecture, profile: Profile, workload: Workload)
 
 
 def decode_floor_ms(
-    architecture: Architecture,
-    profile: Profile,
-    workload: Workload,
-    *,
-    device_bandwidth: int = DEVICE_BANDWIDTH,
-    link_rate: int = PINNED_COPY_RATE,
+    architecture: Architecture, profile: Profile, workload: Workload, machine: Machine | None = None
 ) -> float:
     """The least milliseconds that one decode step can take: a floor, not an estimate.
 
-    The larger of bytes over device bandwidth and bytes over the link, which can overlap. Rates are bytes a second and
-    default to an H200's.
+    The larger of bytes over device bandwidth and bytes over the link, which can overlap. `machine` has the rates;
+    `None` is the one measured last, or the stated default.
     """
-    device = decode_bytes(architecture, profile, workload) / device_bandwidth
-    link = link_bytes(architecture, profile, workload) / link_rate
+    machine = machine or current()
+    device = decode_bytes(architecture, profile, workload) / machine.device_bandwidth
+    link = link_bytes(architecture, profile, workload) / machine.pinned_copy_rate
     return 1000 * max(device, link)

@@ -63,7 +63,7 @@ def make_checkpoint(model: str, folder: Path) -> None:
 
 
 def measure(model: str, folder: Path, weights: str) -> Iterator[dict[str, Any]]:
-    """One row a workload, in this process: every part's predicted and measured bytes."""
+    """One row a workload, in this process: the measured bytes of every part."""
     import torch
     import transformers
 
@@ -85,9 +85,9 @@ def measure(model: str, folder: Path, weights: str) -> Iterator[dict[str, Any]]:
                 gc.collect()
                 torch.cuda.empty_cache()
                 workload = {"batch_size": batch_size, "prompt_len": prompt_len, "max_new_tokens": new}
-                parts = llm.probe(**workload).to_dict()
+                measured = llm.probe(**workload).measured
                 tag = {"model": model, "weights": weights, "knobs": case.knobs, **workload, "fresh_process": fresh}
-                yield {**tag, "parts": parts, **made_on}
+                yield {**tag, "measured": measured, **made_on}
                 fresh = False
 
 
@@ -103,17 +103,28 @@ def _rows_of(model: str, folder: str, weights: str) -> list[str]:
 
 
 def run(folder: Path, models: list[str], weights: list[str], jobs: int) -> None:
-    """Measure the grid; rows and tables in `folder` are replaced after every model."""
-    rows: list[str] = []
+    """Measure the grid. Rows and tables in `folder` are replaced after every model; rows of other models stay."""
+    rows = [row for row in read_rows(folder) if row["model"] not in models]
     for model in models:
         with tempfile.TemporaryDirectory(prefix="qwen_vram_accuracy_") as checkpoint:
             make = [sys.executable, "-m", "qwen_vram.tools.accuracy", "--make", model, checkpoint]
             subprocess.run(make, check=True, capture_output=True)
             with ThreadPoolExecutor(jobs) as pool:
                 for found in pool.map(partial(_rows_of, model, checkpoint), weights):
-                    rows += found
-        _replace(folder / "accuracy.jsonl", "".join(row + "\n" for row in rows))
-        _replace(folder / "accuracy.md", report([json.loads(row) for row in rows]))
+                    rows += map(json.loads, found)
+        write(folder, rows)
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """The rows in `folder`, none where it has no file of them."""
+    path = folder / "accuracy.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def write(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """Replace `accuracy.jsonl` and `accuracy.md`, each at once."""
+    _replace(folder / "accuracy.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    _replace(folder / "accuracy.md", report(rows))
 
 
 def _replace(path: Path, text: str) -> None:
@@ -129,6 +140,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), help="names of the catalog")
     parser.add_argument("--weights", nargs="+", default=list(WEIGHTS), help="storage formats")
     parser.add_argument("--jobs", type=int, default=1, help="formats at a time; the GPU must hold them together")
+    parser.add_argument("--report", action="store_true", help="write the tables of the rows that are there, and stop")
     parser.add_argument("--cell", nargs=3, metavar=("MODEL", "FOLDER", "WEIGHTS"), help=argparse.SUPPRESS)
     parser.add_argument("--make", nargs=2, metavar=("MODEL", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -137,6 +149,8 @@ def main() -> None:
     elif options.cell:
         for row in measure(options.cell[0], Path(options.cell[1]), options.cell[2]):
             print("ROW " + json.dumps(row), flush=True)
+    elif options.report:
+        write(options.folder, read_rows(options.folder))
     else:
         _check(options)
         run(options.folder, options.models, options.weights, options.jobs)

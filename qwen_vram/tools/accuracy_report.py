@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
+
+from qwen_vram.arithmetic.estimate import Estimate, estimate_vram
 
 PARTS = ("weights", "load_peak", "peak_allocated", "peak_reserved", "process_total")
 # What no formula was derived on.
@@ -15,9 +19,14 @@ Row = dict[str, Any]
 
 
 def report(rows: list[Row]) -> str:
-    """Markdown: where and how it was measured, errors by format and part, held-out errors, and every row."""
-    first = rows[0]
-    where = f"{first['device']}, torch {first['torch']}, transformers {first['transformers']}, {first['date']}"
+    """Markdown: where and how it was measured, errors by format and part, held-out errors, and every row.
+
+    Predictions are made anew, so that the tables are those of the estimator as it is.
+    """
+    made_on = (
+        f"{row['device']}, torch {row['torch']}, transformers {row['transformers']}, {row['date']}" for row in rows
+    )
+    where = "; ".join(dict.fromkeys(made_on))
     held_out = [row for row in rows if is_held_out(row)]
     derived = [row for row in rows if not is_held_out(row)]
     sections = [
@@ -40,10 +49,18 @@ def is_held_out(row: Row) -> bool:
 
 def errors(row: Row) -> Iterator[tuple[str, float]]:
     """Part and relative error, of those that were measured."""
+    estimate = predict(json.dumps(row))
     for part in PARTS:
-        values = row["parts"][part]
-        if values["measured"]:
-            yield part, values["predicted"] / values["measured"] - 1
+        if row["measured"].get(part):
+            yield part, getattr(estimate, part) / row["measured"][part] - 1
+
+
+@lru_cache(maxsize=1024)
+def predict(row: str) -> Estimate:
+    """What is estimated for a row of JSON."""
+    one = json.loads(row)
+    workload = {name: one[name] for name in ("prompt_len", "max_new_tokens", "batch_size")}
+    return estimate_vram(one["model"], weights=one["weights"], **one["knobs"], **workload)
 
 
 def table(rows: list[Row]) -> str:
@@ -68,7 +85,7 @@ def _every(rows: list[Row]) -> Iterator[str]:
     for row in rows:
         knobs = " ".join(f"{name}={value}" for name, value in row["knobs"].items())
         error = dict(errors(row))
-        allocated = row["parts"]["peak_allocated"]["measured"]
+        allocated = row["measured"]["peak_allocated"]
         shown = " | ".join(
             f"{error[part]:+.2%}" if part in error else "-"
             for part in ("peak_allocated", "peak_reserved", "process_total")

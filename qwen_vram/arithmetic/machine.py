@@ -1,0 +1,114 @@
+"""Machine: what a GPU and its driver take and how fast they move bytes; the stated defaults, until they are measured.
+
+`qwen-vram calibrate` measures a machine, `machine_file` keeps it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+# nvidia-smi's figure less torch's reserved bytes in a fresh process: after a load of 16-bit weights, and what its
+# generations add, 82 to 136 MB (512 decode steps the most). An H100 shows 12 MB less.
+# measured: NVIDIA H200, driver 580, torch 2.11.0+cu130, transformers 5.17.0, 2026-11-22.
+CUDA_CONTEXT = 649_068_544
+LAZY_KERNELS = 136_314_880
+# measured: NVIDIA H200 (device-to-device copy, bytes read plus written), torch 2.11, 2026-10-28.
+DEVICE_BANDWIDTH = 4_300_000_000_000
+# measured: NVIDIA H200, pinned host memory to the device, torch 2.11, 2026-11-22.
+PINNED_COPY_RATE = 55_200_000_000
+
+# Every figure by its field: what it is called, and its unit.
+FIGURES = {
+    "cuda_context": ("CUDA context", "bytes"),
+    "lazy_kernels": ("kernels loaded on first use", "bytes"),
+    "device_bandwidth": ("device memory, read plus written", "bytes/s"),
+    "pinned_copy_rate": ("pinned host memory to device", "bytes/s"),
+    "host_bandwidth": ("host memory, read plus written", "bytes/s"),
+}
+_TEXTS = ("device", "torch", "driver", "date")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """One GPU with its host and its versions.
+
+    Attributes:
+        device: The GPU's name, as torch and the driver have it.
+        cuda_context: Bytes that nvidia-smi shows beside torch's reserved ones once a tensor is on the device.
+        lazy_kernels: Bytes that a load and a generation add to them.
+        device_bandwidth: Bytes a second of a copy within device memory, read plus written.
+        pinned_copy_rate: Bytes a second from pinned host memory to the device.
+        host_bandwidth: Bytes a second of a copy within host memory, read plus written; `None` has no stated default.
+        torch, driver, date: What it was measured with, and when (ISO).
+        source: Whether `qwen-vram calibrate` measured it, or the library states it.
+        kept: Figures of a measured machine that could not be measured and are the defaults.
+    """
+
+    device: str
+    cuda_context: int
+    lazy_kernels: int
+    device_bandwidth: int
+    pinned_copy_rate: int
+    host_bandwidth: int | None
+    torch: str
+    driver: str
+    date: str
+    source: Literal["measured", "default"]
+    kept: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """What it is stored under: another GPU or another torch is another machine."""
+        return f"{self.device}, torch {self.torch}"
+
+    def is_measured(self, figure: str) -> bool:
+        """Whether a figure was measured by `qwen-vram calibrate`, and is no stated default."""
+        return self.source == "measured" and figure not in self.kept
+
+    def __str__(self) -> str:
+        """The versions, and a line for each figure with where it is from."""
+        lines = [f"{self.key}, driver {self.driver}, {self.date}"]
+        for name, (label, unit) in FIGURES.items():
+            value = getattr(self, name)
+            number = "none" if value is None else f"{value:,} {unit}"
+            lines.append(f"  {label:34}{number:>28}  {'measured' if self.is_measured(name) else 'default'}")
+        return "\n".join(lines)
+
+
+DEFAULT = Machine(
+    device="NVIDIA H200",
+    cuda_context=CUDA_CONTEXT,
+    lazy_kernels=LAZY_KERNELS,
+    device_bandwidth=DEVICE_BANDWIDTH,
+    pinned_copy_rate=PINNED_COPY_RATE,
+    host_bandwidth=None,
+    torch="2.11.0+cu130",
+    driver="580",
+    date="2026-11-22",
+    source="default",
+)
+
+
+def parse_machine(data: object) -> Machine:
+    """A measured machine from plain data, such as a file holds.
+
+    Raises:
+        ValueError: a field is missing, unknown, of another type, or no size or rate that a computer can have.
+    """
+    names = {field.name for field in fields(Machine)}
+    if not isinstance(data, dict) or data.keys() != names:
+        raise ValueError(f"a machine has the fields {', '.join(sorted(names))} and no other")
+    values: dict[str, Any] = dict(data)
+    for name in _TEXTS:
+        if not isinstance(values[name], str):
+            raise ValueError(f"{name} is no text")
+    for name in FIGURES:
+        # The smallest GPU has kernels to load, but a driver may have loaded them with the context.
+        least = 0 if name == "lazy_kernels" else 1
+        if type(values[name]) is not int or not least <= values[name] < 2**63:
+            raise ValueError(f"{name} is no number of bytes")
+    kept = values["kept"]
+    if values["source"] != "measured" or not isinstance(kept, list) or not all(name in list(FIGURES) for name in kept):
+        raise ValueError("source or kept is none that calibrate writes")
+    return Machine(**{**values, "kept": tuple(kept)})
