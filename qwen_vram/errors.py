@@ -9,7 +9,8 @@ QwenVramError
 ├── HubError                               a hub that cannot be reached, or does not hold what was asked for
 ├── NotSupportedError                      a knob or combination that is counted but cannot be run
 ├── BackendUnavailableError (ImportError)  a library or device that is not on this machine
-└── DoesNotFitError                        a budget that nothing fits
+├── DoesNotFitError                        a budget that nothing fits
+└── PlanNotHeldError                       a loaded model that takes more than was promised
 
 A message says what failed, what was got, what is allowed and what to do next. The same facts are attributes, so that
 no program has to read the text.
@@ -122,3 +123,15 @@ class DoesNotFitError(QwenVramError):
         self.budget_bytes = budget_bytes
         self.estimate = estimate
         self.nearest = nearest
+
+
+class PlanNotHeldError(QwenVramError):
+    """What was loaded takes more than its plan promised.
+
+    Attributes:
+        parts: Predicted and measured bytes of each part that is too large; empty where memory ran out.
+    """
+
+    def __init__(self, message: str, *, parts: dict[str, tuple[int, int]]) -> None:
+        super().__init__(message)
+        self.parts = parts

@@ -57,3 +57,20 @@ def test_closing_gives_the_memory_back(demo):
     llm.close()
     # cuBLAS keeps its workspace.
     assert torch.cuda.memory_allocated() - before <= 2 * 34_603_008
+
+
+@pytest.mark.parametrize("knobs", SAVERS, ids=str)
+def test_a_plan_is_verified_on_the_device(demo, knobs):
+    with qv.load(demo, profile="default", prompt_len=3_000, progress=False, verify=True, **knobs) as llm:
+        assert llm.report().measured["peak_allocated"] <= llm.plan.estimate.peak_allocated * 1.01 + 2**21
+
+
+def test_a_plan_whose_memory_is_gone_is_refused(demo):
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 60 * 2**20) / total)
+    try:
+        with pytest.raises(qv.PlanNotHeldError, match="memory ran out at the planned workload"):
+            qv.load(demo, profile="default", attention="eager", prompt_len=3_000, progress=False, verify=True)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from transformers import (
     Cache,
+    MaxLengthCriteria,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StaticCache,
@@ -182,12 +183,18 @@ class LoadedModel:
         return Report(estimate=self._prediction(), measured={**self._loaded, **self._run})
 
     def probe(
-        self, *, prompt_len: int | None = None, max_new_tokens: int | None = None, batch_size: int | None = None
+        self,
+        *,
+        prompt_len: int | None = None,
+        max_new_tokens: int | None = None,
+        batch_size: int | None = None,
+        steps: int | None = None,
     ) -> Report:
         """Generate from random tokens, to the last one, and compare what it took with what was predicted.
 
         Args:
             prompt_len, max_new_tokens, batch_size: `None` is what was planned for.
+            steps: Stop after this many tokens, with a cache that holds all of them.
 
         Raises:
             DoesNotFitError, WorkloadError: as for `chat`, before anything is allocated.
@@ -196,8 +203,10 @@ class LoadedModel:
         shape = (batch_size or planned.batch_size, prompt_len or planned.prompt_len)
         tokens = torch.randint(0, self.model.config.vocab_size, shape)
         new = max_new_tokens or planned.max_new_tokens
+        steps = min(steps or new, new)
         inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-        self._generate(inputs, new, {"do_sample": False, "min_new_tokens": new})
+        stop = StoppingCriteriaList([MaxLengthCriteria(shape[1] + steps)])
+        self._generate(inputs, new, {"do_sample": False, "min_new_tokens": steps, "stopping_criteria": stop})
         return self.report()
 
     def _prediction(self) -> Estimate:

@@ -25,6 +25,7 @@ from qwen_vram.runtime.checkpoint import Checkpoint, open_checkpoint
 from qwen_vram.runtime.host_embedding import move_embedding_to_host
 from qwen_vram.runtime.loaded import LoadedModel
 from qwen_vram.runtime.measure import PeakMeter, weight_storages
+from qwen_vram.runtime.verify import verify as check_plan
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ def load(
     adapter: str | Path | None = None,
     device: str | None = None,
     progress: bool = True,
+    verify: bool = False,
     **knobs: object,
 ) -> LoadedModel:
     """Load a checkpoint as `plan()` would, with the same arguments, and return it with its plan.
@@ -65,12 +67,14 @@ def load(
         adapter: Folder or hub id of a LoRA adapter, run beside the base by PEFT; the model is then a `PeftModel`.
         device: `"cuda"` or `"cpu"`; `None` takes the GPU where there is one.
         progress: Show transformers' bar while weights load.
+        verify: Run one prefill of `prompt_len` random tokens and one decode step before returning.
 
     Raises:
         DoesNotFitError: no plan fits, or the one asked for does not.
         NotSupportedError: a knob that is counted but cannot be run yet, or a combination that cannot.
         BackendUnavailableError: a library, or the GPU that was asked for, is not here.
         CheckpointError, ConfigError, HubError: the checkpoint cannot be used.
+        PlanNotHeldError: `verify=True`, and what was loaded takes more than was planned.
         UnknownNameError, UnitError, WorkloadError: as for `plan()`.
     """
     place = _device(device, vram)
@@ -92,7 +96,14 @@ def load(
     check(chosen, backend, place)
     if adapter is not None:
         check_peft()
-    return _build(open_checkpoint(model), chosen, backend, place, adapter, progress)
+    llm = _build(open_checkpoint(model), chosen, backend, place, adapter, progress)
+    if verify:
+        try:
+            check_plan(llm)
+        except BaseException:
+            llm.close()
+            raise
+    return llm
 
 
 def _device(device: str | None, vram: VramLike) -> torch.device:
