@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qwen_vram.tools.accuracy_report import report
+from qwen_vram.tools.accuracy_report import KEPT_FROM, report
 
 MODELS = ("Qwen2.5-0.5B", "Qwen2.5-7B", "Qwen2.5-14B", "Qwen3-4B")
 WEIGHTS = ("bf16", "nf4", "fp4", "int8")
@@ -122,9 +122,11 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def write(folder: Path, rows: list[dict[str, Any]]) -> None:
-    """Replace `accuracy.jsonl` and `accuracy.md`, each at once."""
+    """Replace `accuracy.jsonl` and `accuracy.md`, each at once; what other tools wrote below the mark stays."""
     _replace(folder / "accuracy.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    _replace(folder / "accuracy.md", report(rows))
+    page = folder / "accuracy.md"
+    _, mark, kept = page.read_text().partition(KEPT_FROM) if page.exists() else ("", "", "")
+    _replace(page, report(rows) + (f"\n{mark}{kept}" if mark else ""))
 
 
 def _replace(path: Path, text: str) -> None:
