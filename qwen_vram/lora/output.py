@@ -11,6 +11,7 @@ from types import TracebackType
 
 from qwen_vram.errors import CheckpointError
 from qwen_vram.files.local import CONFIG
+from qwen_vram.lora.interrupts import Interrupts
 from qwen_vram.units import format_bytes
 
 # Source: linux/fs.h and linux/fcntl.h.
@@ -70,6 +71,15 @@ class OutputFolder:
             )
 
     def __enter__(self) -> OutputFolder:
+        self._interrupts = Interrupts()
+        try:
+            self._begin()
+        except BaseException:
+            self._interrupts.restore(raising=True)
+            raise
+        return self
+
+    def _begin(self) -> None:
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             self._lock = self._locked()
@@ -79,15 +89,19 @@ class OutputFolder:
             self._remove(self.folder)
             self._check_exchange()
             self.folder.mkdir()
+            self._interrupts.allow()
         except BaseException:
             self._clear()
             raise
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._clear()
+        self._interrupts.hold()
+        try:
+            self._clear()
+        finally:
+            self._interrupts.restore(raising=error is not None)
         if isinstance(error, OSError):
             raise self._error(f"could not be written ({error}), and nothing of it is left; check the disk") from error
 
@@ -100,6 +114,8 @@ class OutputFolder:
         for folder, _, files in os.walk(self.folder, topdown=False):
             for path in (*(Path(folder, name) for name in files), Path(folder)):
                 _sync(path)
+        # From the rename until what it replaced is gone, so that nothing is left beside the output.
+        self._interrupts.hold()
         if self.overwrite and self.out.exists():
             _exchange(self.folder, self.out)
         else:
