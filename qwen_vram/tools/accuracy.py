@@ -103,7 +103,7 @@ def _rows_of(model: str, folder: str, weights: str) -> list[str]:
 
 
 def run(folder: Path, models: list[str], weights: list[str], jobs: int) -> None:
-    """Measure the grid. Rows and tables in `folder` are replaced after every model; rows of other models stay."""
+    """Measure the grid. Rows and tables in `folder` are replaced after every format; rows of other models stay."""
     rows = [row for row in read_rows(folder) if row["model"] not in models]
     for model in models:
         with tempfile.TemporaryDirectory(prefix="qwen_vram_accuracy_") as checkpoint:
@@ -112,7 +112,7 @@ def run(folder: Path, models: list[str], weights: list[str], jobs: int) -> None:
             with ThreadPoolExecutor(jobs) as pool:
                 for found in pool.map(partial(_rows_of, model, checkpoint), weights):
                     rows += map(json.loads, found)
-        write(folder, rows)
+                    write(folder, rows)
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
