@@ -1,9 +1,10 @@
-"""The command line: `qwen-vram estimate`, `plan`, `chat`, `merge`, `demo`."""
+"""The command line: `qwen-vram estimate`, `plan`, `chat`, `merge`, `calibrate`, `demo`."""
 
 from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -225,6 +226,47 @@ def _weighted(entry: str) -> tuple[str, float]:
         return folder, float(weight)
     except ValueError:
         raise qv.UnknownNameError("weight in --also", weight, ("a number, such as 0.5",)) from None
+
+
+@app.command()
+def calibrate(
+    show: Annotated[bool, typer.Option("--show", help="Print what is stored and where; measure nothing.")] = False,
+    reset: Annotated[bool, typer.Option("--reset", help="Delete what is stored; measure nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure this GPU's context size, copy rate and bandwidth once; estimates and plans use them from then on."""
+    from qwen_vram.arithmetic import machine_file
+    from qwen_vram.tools.calibrate import calibrate as measure
+
+    if show and reset:
+        raise typer.BadParameter("--show and --reset do not go together")
+    if reset:
+        path, deleted = machine_file.cache_file(), machine_file.reset()
+        text = f"deleted {path}" if deleted else f"nothing was stored at {path}"
+        print(json.dumps({"path": str(path), "deleted": deleted}) if as_json else text)
+        return
+    if not show:
+        measure(say=lambda line: None if as_json else print(line, flush=True))
+    _show_machines(as_json)
+
+
+def _show_machines(as_json: bool) -> None:
+    """What estimates use, where it is stored, and what else is."""
+    from qwen_vram.arithmetic.machine import DEFAULT
+    from qwen_vram.arithmetic.machine_file import cache_file, read
+
+    stored = read()
+    used = stored.machines[stored.current] if stored else DEFAULT
+    others = [machine for machine in stored.machines.values() if machine != used] if stored else []
+    if as_json:
+        facts = {"path": str(cache_file()), "stored": stored is not None, "machine": asdict(used)}
+        print(json.dumps({**facts, "others": [asdict(machine) for machine in others]}))
+        return
+    print(
+        f"estimates use {cache_file()}" if stored else f"nothing stored at {cache_file()}; estimates use the defaults"
+    )
+    for machine in (used, *others):
+        print(machine)
 
 
 @app.command()

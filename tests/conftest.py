@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from qwen_vram.demo import CHECKPOINT
+
+# Nothing that `qwen-vram calibrate` stored on this machine may change a number in a test or in what a test starts.
+_CACHE = tempfile.TemporaryDirectory(prefix="qwen_vram_tests_")
+os.environ["QWEN_VRAM_CACHE"] = _CACHE.name
 
 SHAPE = {
     "vocab_size": 3072,
@@ -84,6 +90,10 @@ def adapter(untied: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             torch.nn.init.normal_(parameter, std=0.05)
     model.save_pretrained(folder)
     return folder
+
+
+def pytest_unconfigure() -> None:
+    _CACHE.cleanup()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

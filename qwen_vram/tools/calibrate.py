@@ -1,0 +1,110 @@
+"""This machine's figures, measured once: `qwen-vram calibrate`.
+
+Every step (`calibrate_steps`) runs in a fresh process: a CUDA context cannot be given back, and kernels stay loaded.
+This process itself never touches the GPU, so that a step is alone on it.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import date
+from typing import Any
+
+from qwen_vram.arithmetic.machine import DEFAULT, Machine
+from qwen_vram.arithmetic.machine_file import CalibrationError, make_folder, store
+from qwen_vram.errors import BackendUnavailableError
+from qwen_vram.tools.calibrate_steps import RESULT
+
+# Each step's name, and the line that announces it.
+STEPS = {
+    "context": "the CUDA context",
+    "kernels-bf16": "kernels that the bundled model loads in bf16",
+    "kernels-nf4": "kernels that the bundled model loads in nf4",
+    "rates": "copy rates",
+}
+_STEP_SECONDS = 600
+
+
+def calibrate(say: Callable[[str], object] = print) -> Machine:
+    """Measure this machine's first visible GPU, some minute long, and store it for every later estimate.
+
+    Nothing is stored unless every step ends well.
+
+    Args:
+        say: Takes a line before each step, and one where a figure stays the default.
+
+    Raises:
+        BackendUnavailableError: torch sees no GPU.
+        CalibrationError: a step fails, or the result cannot be stored.
+    """
+    make_folder()
+    found: dict[str, Any] = {}
+    for number, (step, what) in enumerate(STEPS.items(), 1):
+        say(f"{number}/{len(STEPS)} measuring {what}")
+        found |= run_step(step)
+    machine = machine_of(found)
+    if machine.kept:
+        say(
+            f"kept the default of {' and '.join(machine.kept)}: the driver does not tell what this process takes "
+            "(a container, or another program on the GPU)"
+        )
+    store(machine)
+    return machine
+
+
+def machine_of(found: dict[str, Any]) -> Machine:
+    """A measured machine from what the steps found; process sizes that the driver hid stay the default, both of them.
+
+    Context and kernels are halves of one sum, so a measured half is not mixed with a default one.
+    """
+    context, kernels = found["context"], [found["kernels-bf16"], found["kernels-nf4"]]
+    memory: dict[str, Any] = {"cuda_context": DEFAULT.cuda_context, "lazy_kernels": DEFAULT.lazy_kernels}
+    hidden = context is None or None in kernels
+    if not hidden:
+        # The larger format's, because a budget must hold either.
+        memory = {"cuda_context": context, "lazy_kernels": max(0, max(kernels) - context)}
+    names = ("device", "torch", "driver", "device_bandwidth", "pinned_copy_rate", "host_bandwidth")
+    return Machine(
+        **{name: found[name] for name in names},
+        **memory,
+        date=date.today().isoformat(),
+        source="measured",
+        kept=tuple(memory) if hidden else (),
+    )
+
+
+def run_step(step: str) -> dict[str, Any]:
+    """What one step finds in a process of its own.
+
+    Raises:
+        BackendUnavailableError: torch sees no GPU there.
+        CalibrationError: the process fails or hangs.
+    """
+    command = [sys.executable, "-m", "qwen_vram.tools.calibrate_steps", step]
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=_STEP_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise _failed(step, f"no result after {_STEP_SECONDS} seconds") from error
+    results = [line.removeprefix(RESULT) for line in ended.stdout.splitlines() if line.startswith(RESULT)]
+    if ended.returncode or not results:
+        lines = ended.stderr.strip().splitlines() or [f"exit status {ended.returncode}"]
+        raise _failed(step, lines[-1])
+    found: dict[str, Any] = json.loads(results[-1])
+    if "no_gpu" in found:
+        raise BackendUnavailableError(
+            f"calibrate measures an NVIDIA GPU, and {found['no_gpu']}; without it estimates use the "
+            f"stated figures of an {DEFAULT.device}",
+            backend="cuda",
+        )
+    return found
+
+
+def _failed(step: str, why: str) -> CalibrationError:
+    return CalibrationError(
+        f"measuring {STEPS[step]} failed: {why}; nothing was stored; all of it is shown by: "
+        f"python -m qwen_vram.tools.calibrate_steps {step}",
+        what=step,
+    )

@@ -1,0 +1,181 @@
+"""One step of `qwen-vram calibrate` in this process: `python -m qwen_vram.tools.calibrate_steps STEP`.
+
+Its result is one line of JSON. Torch is imported by the steps alone, for `calibrate` imports this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from qwen_vram.arithmetic.machine_file import CalibrationError
+
+if TYPE_CHECKING:
+    import torch
+
+RESULT = "RESULT "
+
+# A copy buffer is 1 GiB, or a quarter of what is free, but never so small that caches would answer for the memory.
+_BUFFER = 2**30
+_SMALLEST_BUFFER = 2**28
+_CACHES = 4
+_WARM_UP = 3
+_REPEATS = 15
+
+
+def no_gpu() -> str | None:
+    """Why there is nothing to measure and what to do, `None` where there is a GPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return None
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA: install a CUDA build (https://pytorch.org)"
+    return "torch sees none: check nvidia-smi and CUDA_VISIBLE_DEVICES"
+
+
+def measure_context() -> dict[str, Any]:
+    """What the process takes once one tensor was copied to the device, and what the machine is called."""
+    import torch
+
+    device = torch.device("cuda", 0)
+    on_device = torch.ones(2**20).to(device)
+    taken = _beside_torch(device)
+    del on_device
+    name = torch.cuda.get_device_name(device)
+    return {"context": taken, "device": name, "torch": torch.__version__, "driver": _driver()}
+
+
+def measure_kernels(weights: str) -> dict[str, Any]:
+    """What the process takes after the bundled model was loaded and has generated: the context, and kernels."""
+    import qwen_vram as qv
+    from qwen_vram.demo import CHECKPOINT
+
+    # Long answers load more kernels than short ones: attention over longer caches is split another way.
+    workload: dict[str, Any] = {"prompt_len": 1024, "max_new_tokens": 512}
+    with qv.load(CHECKPOINT, profile="default", weights=weights, **workload, progress=False) as llm:
+        llm.probe()
+        return {f"kernels-{weights}": _beside_torch(llm.device)}
+
+
+def _beside_torch(device: torch.device) -> int | None:
+    """nvidia-smi's figure for this process less what torch has reserved; `None` where the driver does not tell."""
+    import torch
+
+    from qwen_vram.runtime.measure import process_bytes
+
+    torch.cuda.synchronize(device)
+    shown = process_bytes(device)
+    taken = 0 if shown is None else shown - torch.cuda.memory_reserved(device)
+    return taken if taken > 0 else None
+
+
+def _driver() -> str:
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        version = pynvml.nvmlSystemGetDriverVersion()
+    except pynvml.NVMLError:
+        return "unknown"
+    return version if isinstance(version, str) else str(version.decode())
+
+
+def measure_rates() -> dict[str, Any]:
+    """Bytes a second within the device, from pinned host memory to it, and within host memory."""
+    import torch
+
+    from qwen_vram.planning.devices import available_ram
+
+    device = torch.device("cuda", 0)
+    free, _ = torch.cuda.mem_get_info(device)
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    on_device = buffer_size(free, least=max(_SMALLEST_BUFFER, _CACHES * cache), where="on the GPU")
+    on_host = buffer_size(available_ram(), least=_SMALLEST_BUFFER, where="of host memory")
+    return {
+        "device_bandwidth": _device_bandwidth(device, on_device),
+        "pinned_copy_rate": _pinned_copy_rate(device, min(on_device, on_host)),
+        "host_bandwidth": host_bandwidth(on_host),
+    }
+
+
+def buffer_size(free: int, *, least: int, where: str) -> int:
+    """Bytes of a copy buffer where `free` bytes are free.
+
+    Raises:
+        CalibrationError: a buffer that is larger than the caches would not leave room.
+    """
+    size = min(max(_BUFFER, least), free // 4)
+    if size < least:
+        raise CalibrationError(f"{free:,} bytes are free {where}, {4 * least:,} are needed", what="rates")
+    return size
+
+
+def _device_bandwidth(device: torch.device, size: int) -> int:
+    import torch
+
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return int(2 * size / _device_seconds(lambda: target.copy_(source)))
+
+
+def _pinned_copy_rate(device: torch.device, size: int) -> int:
+    import torch
+
+    source = torch.ones(size, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty(size, dtype=torch.uint8, device=device)
+    return int(size / _device_seconds(lambda: target.copy_(source, non_blocking=True)))
+
+
+def _device_seconds(copy: Callable[[], object]) -> float:
+    """The median of several copies' seconds, as the device's own clock has them."""
+    import torch
+
+    event: Any = torch.cuda.Event  # its constructor has no types
+    times: list[float] = []
+    for _ in range(_WARM_UP + _REPEATS):
+        start, end = event(enable_timing=True), event(enable_timing=True)
+        start.record()
+        copy()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1000)
+    return statistics.median(times[_WARM_UP:])
+
+
+def host_bandwidth(size: int) -> int:
+    """Bytes a second of a copy of `size` bytes within host memory, by all the threads that torch uses."""
+    import torch
+
+    source = torch.ones(size, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(_WARM_UP + _REPEATS):
+        start = time.perf_counter()
+        target.copy_(source)
+        times.append(time.perf_counter() - start)
+    return int(2 * size / statistics.median(times[_WARM_UP:]))
+
+
+def main() -> None:
+    """The command line: print what one step finds."""
+    steps: dict[str, Callable[[], dict[str, Any]]] = {
+        "context": measure_context,
+        "kernels-bf16": lambda: measure_kernels("bf16"),
+        "kernels-nf4": lambda: measure_kernels("nf4"),
+        "rates": measure_rates,
+    }
+    parser = argparse.ArgumentParser(prog="python -m qwen_vram.tools.calibrate_steps", description=__doc__)
+    parser.add_argument("step", choices=steps)
+    chosen = parser.parse_args().step
+    missing = no_gpu()
+    found = {"no_gpu": missing} if missing else steps[chosen]()
+    print(RESULT + json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()
