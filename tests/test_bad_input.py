@@ -446,7 +446,6 @@ def test_an_unknown_device(untied):
 @pytest.mark.parametrize(
     ("knobs", "text"),
     [
-        ({"kv_cache": "int8", "cache": "preallocated"}, "kv_cache='int8' is counted by .* use kv_cache='bf16'"),
         ({"kv_device": "host"}, "kv_device='host' is counted by .* use kv_device='device'"),
         ({"streamed_layers": 1}, "streamed_layers=1 is counted by .* use streamed_layers=0"),
         ({"compiled": True, "cache": "static"}, "compiled=True is counted by .* use compiled=False"),

@@ -81,6 +81,8 @@ MATRIX = list(
             {"attention": "sdpa", "prefill_chunk_size": 512},
             {"attention": "fused", "cache": "preallocated", "prefill_chunk_size": 512, "embeddings": "host"},
             {"attention": "sdpa", "cache": "static", "prefill_chunk_size": 1024},
+            {"attention": "fused", "cache": "preallocated", "kv_cache": "int8"},
+            {"attention": "fused", "cache": "preallocated", "kv_cache": "int4", "prefill_chunk_size": 512},
         ],
         [{"prompt_len": 2000}, {"prompt_len": 700, "batch_size": 4, "padded": True}, {"logits": "all"}],
     )

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 from qwen_vram.arithmetic.architecture import Architecture, Weight
 from qwen_vram.arithmetic.int8_outliers import outlier_columns
-from qwen_vram.arithmetic.kv_cache import kv_cache_bytes
+from qwen_vram.arithmetic.kv_cache import kv_cache_bytes, quantized_tokens
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.storage import ALLOCATION_STEP, FORMATS
 from qwen_vram.arithmetic.weights import format_of
@@ -164,7 +164,10 @@ class _Rows:
             yield "attention q_norm", held + rows * (self.queries + self.queries // self.element * 2 * _FP32)
         # q, q x cos, the rotated half, and their product or sum.
         yield "attention rotary", held + rows * (4 * self.queries + 2 * self.keys)
-        yield "attention cache", held + rows * (self.queries + 2 * self.keys) + self._concatenation()
+        yield (
+            "attention cache",
+            held + rows * (self.queries + 2 * self.keys) + self._concatenation() + self._quantizing(),
+        )
         yield "attention kernel", held + self._kernel() + self._dequantized_cache()
         yield "attention o_proj", held + rows * self.queries + self._softmax() + self._linear("o_proj")
 
@@ -199,6 +202,15 @@ class _Rows:
         if self.profile.kv_cache != "bf16":
             return 2 * self.workload.batch_size * self.seen * self.keys
         return 0
+
+    def _quantizing(self) -> int:
+        """All keys and values in the model's dtype beside the appended ones, and float32 and codes of one of them."""
+        if self.profile.kv_cache == "bf16" or self.workload.logits == "all":
+            return 0
+        past = self.step.cached - self.step.queries
+        whole = 2 * self.workload.batch_size * self.step.cached * self.keys if past else 0
+        tokens = quantized_tokens(self.step.cached) - quantized_tokens(past)
+        return whole + self.workload.batch_size * tokens * self.architecture.key_value_width * (_FP32 + 1)
 
     def _concatenation(self) -> int:
         """One layer's old values, alive beside the new ones while a dynamic cache grows."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.profile import Profile
 
-# Quantized caches: keys share a scale and a zero per channel over 32 tokens, values per token and head; the newest 128
-# tokens stay in the model's own dtype. Source of the layout: KIVI, arXiv:2402.02750.
+# Quantized caches: keys share a scale and a least value per channel over 32 tokens, values per token and head; the
+# newest 128 tokens, and those of an unfinished group, stay in the model's own dtype.
+# Source of the layout: KIVI, arXiv:2402.02750.
 KEY_GROUP = 32
 RESIDUAL_TOKENS = 128
-_SCALE_AND_ZERO = 4  # two bf16
+_FP16 = 2
 
 # A cache on the host keeps the layer that computes and the one that is fetched on the device.
 HOST_CACHE_LAYERS = 2
@@ -29,20 +30,39 @@ def kv_bytes_per_token(architecture: Architecture, profile: Profile) -> int:
     return 2 * architecture.num_hidden_layers * architecture.key_value_width * profile.element_bytes
 
 
+def quantized_tokens(tokens: int) -> int:
+    """How many of `tokens` a quantized cache holds as codes: whole groups older than the newest 128."""
+    return max(0, tokens - RESIDUAL_TOKENS) // KEY_GROUP * KEY_GROUP
+
+
+def whole_tokens(context_len: int) -> int:
+    """Tokens for which a quantized cache of `context_len` has room in the model's own dtype."""
+    return min(context_len, RESIDUAL_TOKENS + KEY_GROUP - 1)
+
+
 def layer_kv_bytes(architecture: Architecture, profile: Profile, *, tokens: int, batch_size: int) -> int:
     """Bytes that one layer's keys and values take for `tokens` tokens of each sequence, in the cache's format.
 
-    Exact for a full-precision cache. A quantized one rounds its last group of keys up.
+    Exact.
     """
     width = architecture.key_value_width
     if profile.kv_cache == "bf16":
         return 2 * width * tokens * batch_size * profile.element_bytes
-    quantized = max(0, tokens - RESIDUAL_TOKENS)
-    codes = 2 * width * quantized // (1 if profile.kv_cache == "int8" else 2)
-    key_scales = -(-quantized // KEY_GROUP) * width * _SCALE_AND_ZERO
-    value_scales = quantized * architecture.num_key_value_heads * _SCALE_AND_ZERO
-    residual = 2 * width * min(tokens, RESIDUAL_TOKENS) * profile.element_bytes
-    return (codes + key_scales + value_scales + residual) * batch_size
+    return sum(quantized_parts(architecture, profile, tokens=tokens, batch_size=batch_size))
+
+
+def quantized_parts(architecture: Architecture, profile: Profile, *, tokens: int, batch_size: int) -> tuple[int, ...]:
+    """Bytes of each tensor of a quantized cache's layer.
+
+    Codes, scales and least values of keys, the same of values, and the newest keys and values in the model's own dtype.
+    """
+    width, older = architecture.key_value_width, quantized_tokens(tokens)
+    codes = width * older // (1 if profile.kv_cache == "int8" else 2)
+    of_keys = older // KEY_GROUP * width * _FP16
+    of_values = older * architecture.num_key_value_heads * _FP16
+    newest = width * whole_tokens(tokens) * profile.element_bytes
+    sizes = (codes, of_keys, of_keys, codes, of_values, of_values, newest, newest)
+    return tuple(size * batch_size for size in sizes)
 
 
 def kv_cache_bytes(

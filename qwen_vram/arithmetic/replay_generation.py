@@ -14,7 +14,7 @@ from qwen_vram.arithmetic.activations import FUSED_ROWS
 from qwen_vram.arithmetic.allocator import CachingAllocator
 from qwen_vram.arithmetic.architecture import Architecture, Weight
 from qwen_vram.arithmetic.int8_outliers import outlier_columns
-from qwen_vram.arithmetic.kv_cache import layer_kv_bytes
+from qwen_vram.arithmetic.kv_cache import layer_kv_bytes, quantized_parts, quantized_tokens
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.storage import FORMATS
 from qwen_vram.arithmetic.weights import format_of
@@ -238,6 +238,8 @@ class _Generation:
         if self.workload.logits == "all":
             return [key, value]
         held = self.cache[layer]
+        if self.profile.kv_cache != "bf16":
+            return self.update_quantized(layer, key, value, queries, past)
         if self.profile.cache != "dynamic":
             if not held:
                 whole = layer_kv_bytes(
@@ -256,6 +258,27 @@ class _Generation:
                 held.append(longer)
         self.give(key, value)
         return []
+
+    def update_quantized(self, layer: int, key: int, value: int, queries: int, past: int) -> list[int]:
+        """Every token in the model's dtype for attention, and those that grow old quantized through float32."""
+        take, give = self.take, self.give
+        width = self.architecture.key_value_width
+        if not self.cache[layer]:
+            sizes = quantized_parts(
+                self.architecture, self.profile, tokens=self.workload.context_len, batch_size=self.batch
+            )
+            self.cache[layer].extend(take(size) for size in sizes)
+        every = [key, value]
+        if past:
+            half = take(self.batch * quantized_tokens(past) * width // 2) if self.profile.kv_cache == "int4" else None
+            every = [take(self.batch * (past + queries) * width * self.element) for _ in range(2)]
+            give(*([] if half is None else [half]))
+        tokens = self.batch * (quantized_tokens(past + queries) - quantized_tokens(past)) * width
+        for _ in range(2 if tokens else 0):
+            give(*(take(tokens * size) for size in (_FP32, 1)))
+        if past:
+            give(key, value)
+        return every
 
     def kernel(self, queries: int, past: int) -> tuple[int, list[int]]:
         """Attention itself; returns its result, and what eager attention returns beside it."""

@@ -9,6 +9,9 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from qwen_vram.arithmetic.profile import KvFormat
+from qwen_vram.runtime.quantized_cache import QuantizedLayer
+
 
 class PreallocatedLayer(CacheLayerMixin):  # type: ignore[misc]
     """One layer's keys and values, (batch, kv_heads, max_length, head_dim) each, filled from the front.
@@ -86,14 +89,23 @@ class PreallocatedLayer(CacheLayerMixin):  # type: ignore[misc]
 class PreallocatedCache(Cache):  # type: ignore[misc]
     """A cache for `model.generate(past_key_values=...)` that never grows: `max_length` tokens in every layer.
 
-    Memory is taken at the first token: exactly `arithmetic.kv_cache` predicts it.
+    `kv_cache` is `"bf16"` for the model's own dtype, `"int8"` or `"int4"`. Memory is taken at the first token: exactly
+    what `arithmetic.kv_cache` predicts.
     """
 
-    def __init__(self, num_hidden_layers: int, *, max_length: int) -> None:
-        super().__init__(layers=[PreallocatedLayer(max_length) for _ in range(num_hidden_layers)])
+    def __init__(self, num_hidden_layers: int, *, max_length: int, kv_cache: KvFormat = "bf16") -> None:
+        if kv_cache == "bf16":
+            layers: list[CacheLayerMixin] = [PreallocatedLayer(max_length) for _ in range(num_hidden_layers)]
+        else:
+            layers = [QuantizedLayer(max_length, kv_cache) for _ in range(num_hidden_layers)]
+        super().__init__(layers=layers)
 
 
 def cache_bytes(cache: Cache) -> int:
     """Bytes of the tensors that a cache holds."""
-    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    tensors = [
+        tensor
+        for layer in cache.layers
+        for tensor in (layer.tensors() if isinstance(layer, QuantizedLayer) else (layer.keys, layer.values))
+    ]
     return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))

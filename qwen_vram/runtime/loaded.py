@@ -176,7 +176,8 @@ class LoadedModel:
 
     def new_cache(self, *, max_length: int) -> Cache:
         """A preallocated cache of `max_length` tokens for `model.generate(past_key_values=...)`."""
-        return PreallocatedCache(self.model.config.num_hidden_layers, max_length=max_length)
+        layers, kv_cache = self.model.config.num_hidden_layers, self.plan.profile.kv_cache
+        return PreallocatedCache(layers, max_length=max_length, kv_cache=kv_cache)
 
     def report(self) -> Report:
         """Predicted beside measured, part by part: the load, and the last generation where there was one."""

@@ -33,7 +33,6 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 # Knobs that the estimator counts and nothing here runs yet: their values that do run.
 _RUNS: dict[str, tuple[object, ...]] = {
-    "kv_cache": ("bf16",),
     "kv_device": ("device",),
     "streamed_layers": (0,),
     "compiled": (False,),
