@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,13 +16,17 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves `repositories` (id -> folder); `gated` ids are refused; every answered path is kept in `served`."""
+    """Serves `repositories` (id -> folder); `gated` ids are refused; every answered path is kept in `served`.
+
+    `sent` counts the bytes of each file that went out.
+    """
 
     def __init__(self, repositories: dict[str, Path], gated: tuple[str, ...] = ()) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.repositories = repositories
         self.gated = gated
         self.served: list[tuple[str, str, str | None]] = []
+        self.sent: Counter[str] = Counter()
 
     @property
     def endpoint(self) -> str:
@@ -69,12 +74,14 @@ class Handler(BaseHTTPRequestHandler):
         content = file.read_bytes()
         headers = {"ETag": f'"{digest(file)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
         asked = self.headers.get("Range")
-        if not asked:
-            return self.send(200, content, body, headers)
-        first, _, last = asked.removeprefix("bytes=").partition("-")
-        end = min(int(last) if last else len(content) - 1, len(content) - 1)
-        headers["Content-Range"] = f"bytes {first}-{end}/{len(content)}"
-        return self.send(206, content[int(first) : end + 1], body, headers)
+        part = content
+        if asked:
+            first, _, last = asked.removeprefix("bytes=").partition("-")
+            end = min(int(last) if last else len(content) - 1, len(content) - 1)
+            headers["Content-Range"] = f"bytes {first}-{end}/{len(content)}"
+            part = content[int(first) : end + 1]
+        self.server.sent[file.name] += len(part) if body else 0
+        return self.send(206 if asked else 200, part, body, headers)
 
     def send(self, status: int, content: bytes, body: bool, headers: dict[str, str]) -> None:
         self.send_response(status)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from qwen_vram.arithmetic.architecture import Architecture, Weight
 from qwen_vram.errors import CheckpointError, NotSupportedError
+from qwen_vram.files.header import read_header
 from qwen_vram.files.hub import hub_snapshot
-from qwen_vram.files.local import parse_config, read_header
+from qwen_vram.files.local import parse_config
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -6,10 +6,11 @@ It knows names, shapes and roles. It does not know dtypes, bytes or devices.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
+from qwen_vram.arithmetic.stored import METHODS, Stored, quantization_of, skipped_modules, stored_format
 from qwen_vram.errors import ConfigError
 
 Role = Literal["embedding", "attention", "mlp", "norm", "head", "adapter"]
@@ -60,6 +61,7 @@ class Architecture:
         attention_bias: q, k and v carry biases. (o does too on a Qwen3 whose config.json sets `attention_bias`.)
         stored_format: The storage format of a checkpoint that is quantized already; `None` for plain dtypes.
         stored_head: Whether its head is quantized too.
+        stored: Its tensors' bytes, where its headers were read for them.
         adapter_weights: The tensors of a LoRA adapter that runs beside the base.
     """
 
@@ -76,6 +78,7 @@ class Architecture:
     attention_bias: bool
     stored_format: str | None = None
     stored_head: bool = False
+    stored: Stored | None = field(default=None, repr=False)
     adapter_weights: tuple[Weight, ...] = ()
 
     @classmethod
@@ -84,7 +87,7 @@ class Architecture:
 
         Raises:
             ConfigError: another architecture, a missing key, an impossible size, or a feature that would be
-                counted wrong (sliding windows, a quantization other than bitsandbytes').
+                counted wrong (sliding windows, a quantization whose bytes only the checkpoint's headers say).
         """
         reader = _Reader(config, source)
         model_type = reader.model_type()
@@ -219,29 +222,26 @@ class _Reader:
 
     def stored(self) -> dict[str, Any]:
         """`stored_format` and `stored_head` of a checkpoint that bitsandbytes quantized; empty for plain dtypes."""
-        quantization = self.config.get("quantization_config")
+        quantization = quantization_of(self.config)
         if quantization is None:
             return {}
+        name, in_headers = stored_format(quantization)
         settings = quantization if isinstance(quantization, Mapping) else {}
-        if settings.get("load_in_8bit"):
-            name = "int8"
-        elif settings.get("load_in_4bit"):
-            kind = f"{settings.get('bnb_4bit_quant_type')}, double {bool(settings.get('bnb_4bit_use_double_quant'))}"
-            name = {"nf4, double True": "nf4", "nf4, double False": "nf4-plain", "fp4, double True": "fp4"}.get(
-                kind, ""
-            )
-        else:
-            name = ""
-        if settings.get("quant_method") != "bitsandbytes" or not name:
-            method = settings.get("quant_method") or quantization
+        method = settings.get("quant_method") or quantization
+        if name is None:
             raise ConfigError(
-                f"{self.source}: the checkpoint is already quantized by {method!r}, which is not counted yet; use the "
-                "16-bit checkpoint, which is quantized while it loads, or one in bitsandbytes' nf4, fp4 (double "
-                "quantization) or int8",
+                f"{self.source}: the checkpoint is already quantized by {method!r}, which is not counted; use one by "
+                f"{', '.join(METHODS)} or bitsandbytes (nf4, fp4 with double quantization, int8), or the "
+                "16-bit checkpoint",
                 source=self.source,
             )
-        skipped = settings.get("llm_int8_skip_modules")
-        return {"stored_format": name, "stored_head": isinstance(skipped, list) and "lm_head" not in skipped}
+        if in_headers:
+            raise ConfigError(
+                f"{self.source}: the checkpoint is already quantized by {method!r}, which is not counted from a config "
+                "alone: its safetensors headers say the bytes; pass the checkpoint's folder or its hub id",
+                source=self.source,
+            )
+        return {"stored_format": name, "stored_head": "lm_head" not in skipped_modules(settings)}
 
     def size(self, key: str, *, default: int | None = None) -> int:
         """A positive integer."""

@@ -9,9 +9,10 @@ from pathlib import Path
 from qwen_vram.arithmetic.adapter import with_adapter
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.catalog import catalog_row, row_architecture, unknown_model
+from qwen_vram.arithmetic.stored_checkpoint import checkpoint_architecture
 from qwen_vram.errors import ConfigError
-from qwen_vram.files.hub import hub_config
-from qwen_vram.files.local import read_config
+from qwen_vram.files.hub import hub_config, hub_tensors
+from qwen_vram.files.local import read_config, read_tensors
 
 ModelLike = str | Path | Mapping[str, object] | Architecture
 
@@ -23,7 +24,7 @@ def resolve_model(model: ModelLike, adapter: str | Path | None = None) -> tuple[
 
     Raises:
         UnknownNameError, ConfigError, HubError: as `_resolve`.
-        CheckpointError, NotSupportedError: an adapter that cannot be used.
+        CheckpointError, NotSupportedError: headers or an adapter that cannot be used.
     """
     label, architecture = _resolve(model)
     return label, architecture if adapter is None else with_adapter(architecture, adapter)
@@ -53,12 +54,14 @@ def _resolve(model: ModelLike) -> tuple[str, Architecture]:
 
     Args:
         model: An `Architecture`, a config `dict`, a checkpoint folder, a catalog name with or without its
-            organisation, or a hub id, whose config.json alone is fetched. A folder wins over a name.
+            organisation, or a hub id, of which config.json is fetched, and where it is quantized the headers of its
+            safetensors. A folder wins over a name.
 
     Raises:
         UnknownNameError: a name that is none of these.
         ConfigError: a config that is missing, broken or of another architecture.
-        HubError: the hub does not give the config.json.
+        CheckpointError: the headers of a quantized checkpoint are missing, broken or of another model.
+        HubError: the hub does not give the config.json or the headers.
     """
     if isinstance(model, Architecture):
         return f"{model.model_type}, {model.num_parameters:,} parameters", model
@@ -69,7 +72,8 @@ def _resolve(model: ModelLike) -> tuple[str, Architecture]:
         raise ConfigError(f"a model is a name, a folder, a config dict or an Architecture, got {type(model).__name__}")
     folder = Path(model)
     if folder.is_dir():
-        return folder.name, Architecture.from_config(read_config(folder), source=str(folder / "config.json"))
+        source = str(folder / "config.json")
+        return folder.name, checkpoint_architecture(read_config(folder), lambda: read_tensors(folder), source=source)
     name = str(model)
     row = catalog_row(name)
     if row is not None:
@@ -78,4 +82,4 @@ def _resolve(model: ModelLike) -> tuple[str, Architecture]:
         raise ConfigError(f"no checkpoint folder {name!r}; point to the folder that holds config.json", source=name)
     if not _HUB_ID.fullmatch(name):
         raise unknown_model(name)
-    return name, Architecture.from_config(hub_config(name), source=f"{name}/config.json")
+    return name, checkpoint_architecture(hub_config(name), lambda: hub_tensors(name), source=f"{name}/config.json")

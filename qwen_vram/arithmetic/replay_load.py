@@ -11,6 +11,7 @@ from functools import lru_cache
 from qwen_vram.arithmetic.allocator import CachingAllocator
 from qwen_vram.arithmetic.architecture import Architecture, Weight
 from qwen_vram.arithmetic.profile import Profile
+from qwen_vram.arithmetic.replay_stored import replay_stored
 from qwen_vram.arithmetic.storage import FORMATS
 from qwen_vram.arithmetic.weights import STREAMING_SLOTS, format_of, table_on_host
 
@@ -25,6 +26,8 @@ def replay_load(architecture: Architecture, profile: Profile) -> CachingAllocato
     `transformers` first takes all bytes in one piece and frees them, so that later requests are cut from it; then it
     brings tensors over in the order of their names and quantizes each as it comes.
     """
+    if architecture.stored:
+        return replay_stored(architecture, architecture.stored, profile)
     allocator = CachingAllocator()
     weights = _load_order(architecture, profile)
     total = sum(_announced_bytes(weight, profile) for weight in weights)

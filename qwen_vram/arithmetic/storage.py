@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from qwen_vram.errors import UnknownNameError
+from qwen_vram.errors import ConfigError, UnknownNameError
 
 FormatName = Literal[
-    "fp32", "bf16", "fp16", "int8", "nf4", "nf4-plain", "fp4", "gptq-int4", "gptq-int8", "int4", "int8-wo", "fp8"
-]
+    "fp32", "bf16", "fp16", "int8", "nf4", "nf4-plain", "fp4", "gptq-int4", "gptq-int8", "int4", "int8-wo", "fp8",
+    "gptq", "awq", "fp8-block", "compressed-tensors",
+]  # fmt: skip
 Of = Literal["weights", "rows", "columns", "row_groups", "tensor"]
 
 # torch's caching allocator hands out multiples of this. Source: c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize.
@@ -32,8 +33,8 @@ class StorageFormat(NamedTuple):
     """How a matrix of shape `(rows, columns)` is stored.
 
     Attributes:
-        parts: What is stored, in storage order.
-        bits: Code bits per weight, scales not counted.
+        parts: What is stored, in storage order; empty where only a checkpoint's headers say it.
+        bits: Code bits per weight, scales not counted; 0 where only a checkpoint's headers say it.
         group_size: Weights that share a scale, where they do so along a row; 0 otherwise.
         library: The extra dependency that writes and runs it; empty for plain dtypes.
     """
@@ -50,7 +51,17 @@ class StorageFormat(NamedTuple):
         return not self.library
 
     def part_sizes(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Bytes of each part for a tensor of `shape`, `(rows, columns)` or one dimension. Exact."""
+        """Bytes of each part for a tensor of `shape`, `(rows, columns)` or one dimension. Exact.
+
+        Raises:
+            ConfigError: a format whose bytes only a checkpoint's headers say.
+        """
+        if not self.parts:
+            raise ConfigError(
+                f"{self.name!r} is a format that checkpoints are published in, with bits and groups of their own, got "
+                "it for a model that is not stored so; pass such a checkpoint, or choose from "
+                f"{', '.join(name for name, row in FORMATS.items() if row.parts)}"
+            )
         rows, columns = (shape[0], shape[1]) if len(shape) == 2 else (1, shape[0])
         group = self.group_size or columns
         counts = {
@@ -124,6 +135,11 @@ FORMATS: dict[str, StorageFormat] = {
         StorageFormat("int4", (_CODES4, Part("scales_and_zeros", 4, 1, "row_groups")), 4, 128, "tinygemm"),
         StorageFormat("int8-wo", (Part("weight", 1, 1, "weights"), Part("scale", 2, 1, "rows")), 8, 0, "torchao"),
         StorageFormat("fp8", (Part("weight", 1, 1, "weights"), Part("scale", 4, 1, "rows")), 8, 0, "torchao"),
+        # What checkpoints are published in: bits, groups and skipped modules vary, so headers say the bytes (`stored`).
+        StorageFormat("gptq", (), 0, 0, "gptqmodel"),
+        StorageFormat("awq", (), 0, 0, "gptqmodel"),
+        StorageFormat("fp8-block", (), 0, 0, "kernels"),
+        StorageFormat("compressed-tensors", (), 0, 0, "compressed-tensors"),
     )
 }
 FORMAT_NAMES = tuple(FORMATS)

@@ -7,8 +7,7 @@ from qwen_vram.arithmetic.kv_cache import layer_kv_bytes
 from qwen_vram.arithmetic.machine import Machine
 from qwen_vram.arithmetic.machine_file import current
 from qwen_vram.arithmetic.profile import Profile
-from qwen_vram.arithmetic.storage import FORMATS
-from qwen_vram.arithmetic.weights import block_bytes
+from qwen_vram.arithmetic.weights import block_bytes, head_bytes
 from qwen_vram.arithmetic.workload import Workload
 
 
@@ -18,7 +17,7 @@ def decode_bytes(architecture: Architecture, profile: Profile, workload: Workloa
     The embedding is not read, only one row of it.
     """
     blocks = architecture.num_hidden_layers * block_bytes(architecture, profile)
-    head = FORMATS[profile.head_format].nbytes(architecture.head.shape)
+    head = head_bytes(architecture, profile)
     cache = architecture.num_hidden_layers * layer_kv_bytes(
         architecture, profile, tokens=workload.context_len, batch_size=workload.batch_size
     )

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from qwen_vram.arithmetic.architecture import Architecture, Weight
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.storage import FORMATS, FormatName
+from qwen_vram.arithmetic.stored import Stored, size
 
 # One slot computes while the next fills.
 STREAMING_SLOTS = 2
@@ -43,9 +44,11 @@ def format_of(weight: Weight, profile: Profile) -> FormatName:
 
 def stored_weights(architecture: Architecture, profile: Profile) -> Iterator[StoredWeight]:
     """Every weight with its format and bytes; a tied head appears where it is quantized into a tensor of its own."""
+    stored = architecture.stored
     for weight in architecture.weights():
         name = format_of(weight, profile)
-        yield StoredWeight(weight, name, FORMATS[name].nbytes(weight.shape))
+        nbytes = stored.matrix(weight.name) if stored else FORMATS[name].nbytes(weight.shape)
+        yield StoredWeight(weight, name, nbytes)
     for weight in architecture.adapter_weights:
         yield StoredWeight(weight, profile.dtype, weight.numel * profile.element_bytes)
     if _head_is_a_copy(architecture, profile):
@@ -53,12 +56,16 @@ def stored_weights(architecture: Architecture, profile: Profile) -> Iterator[Sto
 
 
 def head_bytes(architecture: Architecture, profile: Profile) -> int:
-    """Bytes of the head's matrix in its format."""
+    """Bytes of the head's matrix in its format, as it is stored where that is known."""
+    if architecture.stored and architecture.stored.head:
+        return size(architecture.stored.head)
     return FORMATS[profile.head_format].nbytes(architecture.head.shape)
 
 
 def block_bytes(architecture: Architecture, profile: Profile) -> int:
-    """Bytes of one decoder layer, quantization state included. Exact."""
+    """Bytes of one decoder layer, quantization state included. Exact; of a mixed checkpoint, the largest layer's."""
+    if architecture.stored:
+        return max(map(size, architecture.stored.layers))
     return sum(FORMATS[format_of(weight, profile)].nbytes(weight.shape) for weight in architecture.block)
 
 
@@ -66,8 +73,11 @@ def block_bytes(architecture: Architecture, profile: Profile) -> int:
 def weight_bytes(architecture: Architecture, profile: Profile) -> WeightBytes:
     """Where the model's weights lie and what they take. Exact to the byte.
 
-    Quantized biases do not exist: norms and biases stay in the model's own dtype.
+    Quantized biases do not exist: norms and biases stay in the model's own dtype. A checkpoint whose headers were read
+    is counted as it is stored.
     """
+    if architecture.stored:
+        return _stored_bytes(architecture, architecture.stored, profile)
     block = block_bytes(architecture, profile)
     streamed = min(profile.streamed_layers, architecture.num_hidden_layers)
     on_device = architecture.num_hidden_layers - streamed + min(streamed, STREAMING_SLOTS)
@@ -80,8 +90,23 @@ def weight_bytes(architecture: Architecture, profile: Profile) -> WeightBytes:
             device += storage.nbytes(weight.shape)
     if _head_is_a_copy(architecture, profile):
         device += head_bytes(architecture, profile)
-    device += sum(weight.numel for weight in architecture.adapter_weights) * profile.element_bytes
-    return WeightBytes(device, host)
+    return WeightBytes(device + _adapter_bytes(architecture, profile), host)
+
+
+def _stored_bytes(architecture: Architecture, stored: Stored, profile: Profile) -> WeightBytes:
+    """`weight_bytes` of a checkpoint whose headers say each tensor's bytes."""
+    streamed = min(profile.streamed_layers, architecture.num_hidden_layers)
+    device = sum(map(size, stored.on_device(streamed, STREAMING_SLOTS))) + size(stored.norm) + size(stored.head)
+    host, table = stored.on_host(streamed), size(stored.embedding)
+    if table_on_host(architecture, profile):
+        host += table
+    else:
+        device += table
+    return WeightBytes(device + _adapter_bytes(architecture, profile), host)
+
+
+def _adapter_bytes(architecture: Architecture, profile: Profile) -> int:
+    return sum(weight.numel for weight in architecture.adapter_weights) * profile.element_bytes
 
 
 def table_on_host(architecture: Architecture, profile: Profile) -> bool:

@@ -1,4 +1,4 @@
-"""A checkpoint on the hub: its config.json, and its files brought to this machine. Needs huggingface_hub."""
+"""A checkpoint on the hub: its config.json, its safetensors headers, or its files. Needs huggingface_hub."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
-from qwen_vram.errors import BackendUnavailableError, HubError
-from qwen_vram.files.local import CONFIG, parse_config
+from qwen_vram.errors import BackendUnavailableError, CheckpointError, HubError
+from qwen_vram.files.header import Tensor, parse_entries, read_header
+from qwen_vram.files.local import CONFIG, INDEX, SINGLE, indexed_tensors, parse_config
 
 # Weights, tokenizer and settings. Pickles and code are left where they are.
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
@@ -35,10 +36,23 @@ def hub_config(repo_id: str) -> dict[str, object]:
         ConfigError: the file is not a JSON object.
         BackendUnavailableError: huggingface_hub is not installed.
     """
-    hub = _library()
-    with _explained(repo_id):
-        path = Path(hub.hf_hub_download(repo_id, CONFIG))
-    return parse_config(path.read_text(encoding="utf-8"), source=f"{repo_id}/{CONFIG}")
+    return parse_config(_config_file(repo_id).read_text(encoding="utf-8"), source=f"{repo_id}/{CONFIG}")
+
+
+def hub_tensors(repo_id: str) -> dict[str, Tensor]:
+    """Every tensor of `repo_id`, from the headers of its safetensors: ranged reads, some 100 kB a file.
+
+    What the local cache has is read there. All is of the commit that config.json is of.
+
+    Raises:
+        HubError: the hub cannot be reached, or the repository has no safetensors, or lacks one that its index names.
+        CheckpointError: a header or the index is corrupt.
+        BackendUnavailableError: huggingface_hub is not installed.
+    """
+    folder = _config_file(repo_id).parent
+    if not (folder / SINGLE).is_file() and _bring_index(repo_id, folder.name):
+        return indexed_tensors(folder / INDEX, lambda file: _header(repo_id, folder, file))
+    return _header(repo_id, folder, SINGLE)
 
 
 def hub_snapshot(repo_id: str) -> Path:
@@ -55,8 +69,52 @@ def hub_snapshot(repo_id: str) -> Path:
         return Path(hub.snapshot_download(repo_id, allow_patterns=_WANTED))
 
 
+def _config_file(repo_id: str) -> Path:
+    """The config.json in the local cache, in a folder that is named after its commit."""
+    hub = _library()
+    with _explained(repo_id):
+        return Path(hub.hf_hub_download(repo_id, CONFIG))
+
+
+def _bring_index(repo_id: str, commit: str) -> bool:
+    """Bring the index of a sharded checkpoint to the cache, and say whether there is one."""
+    hub = _library()
+    from huggingface_hub import errors
+
+    with _explained(repo_id, INDEX):
+        try:
+            hub.hf_hub_download(repo_id, INDEX, revision=commit)
+        except errors.LocalEntryNotFoundError:  # an EntryNotFoundError too, but for want of a connection
+            raise
+        except errors.EntryNotFoundError:
+            return False
+    return True
+
+
+def _header(repo_id: str, folder: Path, file: str) -> dict[str, Tensor]:
+    """The tensors of one safetensors file: of the cached file where it is whole there, else by ranged reads."""
+    if (folder / file).is_file():
+        return read_header(folder / file)
+    hub = _library()
+    from huggingface_hub import errors
+
+    source = Path(repo_id) / file
+    with _explained(repo_id, file):
+        try:
+            header = hub.parse_safetensors_file_metadata(repo_id, file, revision=folder.name)
+        except errors.SafetensorsParsingError as error:
+            raise CheckpointError(
+                f"{file!r} of {repo_id!r} is not a safetensors file: its header cannot be read; ask its publisher, or "
+                "use another checkpoint",
+                path=str(source),
+            ) from error
+    entries = {name: {**vars(tensor), "data_offsets": tensor.data_offsets} for name, tensor in header.tensors.items()}
+    return parse_entries(entries, file, source=source)[0]
+
+
 @contextmanager
-def _explained(repo_id: str) -> Iterator[None]:
+def _explained(repo_id: str, file: str = CONFIG) -> Iterator[None]:
+    """Turn what huggingface_hub raises while it asks for `file` into our errors."""
     from huggingface_hub import errors
 
     try:
@@ -71,18 +129,29 @@ def _explained(repo_id: str) -> Iterator[None]:
             repo_id=repo_id,
         ) from error
     except errors.LocalEntryNotFoundError as error:
-        raise _unreachable(repo_id) from error
+        raise _unreachable(repo_id, file) from error
     except errors.EntryNotFoundError as error:
-        raise HubError(f"{repo_id!r} has no {CONFIG}; it is not a transformers checkpoint", repo_id=repo_id) from error
+        raise _missing(repo_id, file) from error
     except errors.HFValidationError as error:
         raise HubError(f"{repo_id!r} is not a hub id; write 'organisation/name'", repo_id=repo_id) from error
-    except (errors.HfHubHTTPError, OSError) as error:
-        raise _unreachable(repo_id) from error
+    except (errors.HTTPError, OSError) as error:
+        raise _unreachable(repo_id, file) from error
 
 
-def _unreachable(repo_id: str) -> HubError:
+def _missing(repo_id: str, file: str) -> HubError:
+    if file == CONFIG:
+        what = f"has no {CONFIG}; it is not a transformers checkpoint"
+    elif file == SINGLE:
+        what = f"has no safetensors, neither {SINGLE} nor {INDEX}; only safetensors are read, so use one that has them"
+    else:
+        what = f"lacks {file!r}, which its index names; ask its publisher, or use another checkpoint"
+    return HubError(f"{repo_id!r} {what}", repo_id=repo_id)
+
+
+def _unreachable(repo_id: str, file: str) -> HubError:
+    cached = "it is" if file == CONFIG else f"{file!r} is"
     return HubError(
-        f"cannot reach the hub for {repo_id!r}, and it is not in the local cache; check the network (HF_ENDPOINT, "
+        f"cannot reach the hub for {repo_id!r}, and {cached} not in the local cache; check the network (HF_ENDPOINT, "
         "HF_HUB_OFFLINE), or pass a local checkpoint folder",
         repo_id=repo_id,
     )

@@ -1,37 +1,21 @@
-"""A checkpoint folder's config.json and safetensors headers, checked before anything is allocated.
+"""A checkpoint folder: its config.json, and the headers of all its safetensors.
 
-Only headers are read, never weights, so that a 15 GB checkpoint is checked in milliseconds. Nothing here knows what a
-name or a shape means: that is `arithmetic.architecture`.
+Nothing here knows what a name or a shape means: that is `arithmetic.architecture`.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import cast
 
 from qwen_vram.errors import CheckpointError, ConfigError
+from qwen_vram.files.header import Tensor, read_header
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-
-# Source: safetensors' format description; the header is refused above 100 MB there too.
-_HEADER_LIMIT = 100_000_000
-_DTYPE_BITS = {
-    "F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16,
-    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I8": 8, "U8": 8, "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
-    "C64": 64,
-}  # fmt: skip
-
-
-class Tensor(NamedTuple):
-    """One stored tensor: dtype as safetensors spells it, shape, bytes on disk, and the file that holds it."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-    file: str
 
 
 def read_config(folder: Path) -> dict[str, object]:
@@ -83,20 +67,29 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     """
     index = folder / INDEX
     if index.is_file():
-        weight_map = _read_index(index)
-        tensors: dict[str, Tensor] = {}
-        for file in sorted(set(weight_map.values())):
-            tensors |= read_header(folder / file)
-        for name, file in weight_map.items():
-            if name not in tensors or tensors[name].file != file:
-                raise CheckpointError(
-                    f"{INDEX} says that {name!r} is in {file!r}, which does not hold it; download the checkpoint again",
-                    path=str(index),
-                )
-        return tensors
+        return indexed_tensors(index, lambda file: read_header(folder / file))
     if (folder / SINGLE).exists():
         return read_header(folder / SINGLE)
     raise _no_safetensors(folder)
+
+
+def indexed_tensors(index: Path, read: Callable[[str], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Every tensor of the shards that `index` names; `read` brings one shard's.
+
+    Raises:
+        CheckpointError: the index is broken or names a file outside its folder, or a tensor is not where it says.
+    """
+    weight_map = _read_index(index)
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(set(weight_map.values())):
+        tensors |= read(file)
+    for name, file in weight_map.items():
+        if name not in tensors or tensors[name].file != file:
+            raise CheckpointError(
+                f"{INDEX} says that {name!r} is in {file!r}, which does not hold it; download the checkpoint again",
+                path=str(index),
+            )
+    return tensors
 
 
 def _no_safetensors(folder: Path) -> CheckpointError:
@@ -132,68 +125,3 @@ def _read_index(path: Path) -> dict[str, str]:
                 path=str(path),
             )
     return pairs
-
-
-def read_header(path: Path) -> dict[str, Tensor]:
-    """The tensors of one safetensors file, from its header.
-
-    Raises:
-        CheckpointError: the file is missing, cut off or corrupt.
-    """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, _HEADER_LIMIT):
-                raise _corrupt(path, f"its header of {length} bytes does not fit in {size} bytes")
-            header = file.read(length)
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"shard {path.name!r} is missing from {str(path.parent)!r}; download the checkpoint again", path=str(path)
-        ) from None
-    except OSError as error:
-        raise CheckpointError(f"cannot read {str(path)!r}: {error}; check the file", path=str(path)) from error
-    tensors, end = parse_header(header, path.name, source=path)
-    if size != 8 + length + end:
-        what = "cut off" if size < 8 + length + end else "too long"
-        raise CheckpointError(
-            f"shard {path.name!r} is {what}: {size} bytes on disk, {8 + length + end} in its header; "
-            "download the file again",
-            path=str(path),
-        )
-    return tensors
-
-
-def parse_header(header: bytes, file: str, *, source: Path) -> tuple[dict[str, Tensor], int]:
-    """The tensors that a safetensors header lists, and where their data ends, in bytes after the header.
-
-    Raises:
-        CheckpointError: the header is not JSON, or a tensor's offsets do not match its dtype and shape.
-    """
-    try:
-        entries = json.loads(header)
-        entries.pop("__metadata__", None)
-        tensors = {}
-        spans = []
-        for name, entry in entries.items():
-            shape = tuple(int(size) for size in entry["shape"])
-            begin, end = entry["data_offsets"]
-            bits = _DTYPE_BITS[entry["dtype"]]
-            for size in shape:
-                bits *= size
-            if end - begin != (bits + 7) // 8 or min(shape, default=0) < 0:
-                raise _corrupt(source, f"{name!r} of shape {list(shape)} takes {end - begin} bytes in it")
-            tensors[name] = Tensor(entry["dtype"], shape, end - begin, file)
-            spans.append((begin, end))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _corrupt(source, f"{type(error).__name__} in its header") from error
-    position = 0
-    for begin, end in sorted(spans):
-        if begin != position:
-            raise _corrupt(source, f"its tensors overlap or leave a hole at byte {position}")
-        position = end
-    return tensors, position
-
-
-def _corrupt(path: Path, why: str) -> CheckpointError:
-    return CheckpointError(f"shard {path.name!r} is corrupt: {why}; download the file again", path=str(path))

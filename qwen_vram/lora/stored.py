@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from qwen_vram.errors import CheckpointError
-from qwen_vram.files.local import Tensor, read_header, read_tensors
+from qwen_vram.files.header import Tensor, read_header
+from qwen_vram.files.local import read_tensors
 from qwen_vram.lora.scratch import scratch
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -110,7 +111,7 @@ def stored_in_file(path: Path) -> dict[str, StoredTensor]:
     """Every tensor of one safetensors file, by name.
 
     Raises:
-        CheckpointError: as `files.local.read_header`.
+        CheckpointError: as `files.header.read_header`.
     """
     return _locate(path, read_header(path))
 

@@ -9,9 +9,11 @@ from qwen_vram.arithmetic.architecture import Architecture, Weight
 from qwen_vram.arithmetic.catalog import catalog_row
 from qwen_vram.arithmetic.model import ModelLike
 from qwen_vram.arithmetic.storage import FORMATS
+from qwen_vram.arithmetic.stored_checkpoint import checkpoint_architecture
 from qwen_vram.errors import CheckpointError, ConfigError
+from qwen_vram.files.header import Tensor
 from qwen_vram.files.hub import hub_snapshot
-from qwen_vram.files.local import Tensor, read_config, read_tensors
+from qwen_vram.files.local import read_config, read_tensors
 
 _FLOATS = ("BF16", "F16", "F32")
 _SHOWN = 3
@@ -44,8 +46,10 @@ def open_checkpoint(model: ModelLike) -> Checkpoint:
         row = catalog_row(str(model))
         name = row.repo_id if row else str(model)
         folder = hub_snapshot(name)
-    architecture = Architecture.from_config(read_config(folder), source=str(folder / "config.json"))
-    _check_tensors(folder, architecture)
+    source = str(folder / "config.json")
+    architecture = checkpoint_architecture(read_config(folder), lambda: read_tensors(folder), source=source)
+    if architecture.stored is None:  # otherwise its headers were held against config.json just now
+        _check_tensors(folder, architecture)
     return Checkpoint(folder=folder, name=name, architecture=architecture)
 
 

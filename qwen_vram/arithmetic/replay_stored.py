@@ -1,0 +1,35 @@
+"""Loading a checkpoint that is quantized already, as a sequence of allocations for `allocator` to follow.
+
+Source of the order: transformers 5.23 (core_model_loading.py, `caching_allocator_warmup`); tensors come over as they
+are stored. What a kernel library does afterwards depends on the kernel that it picks (GPTQModel's Marlin and ExLlama
+repack codes, one matrix at a time): one tensor beside all others is counted, the largest of layers and quantized head.
+Not measured.
+"""
+
+from __future__ import annotations
+
+from qwen_vram.arithmetic.allocator import CachingAllocator
+from qwen_vram.arithmetic.architecture import Architecture
+from qwen_vram.arithmetic.profile import Profile
+from qwen_vram.arithmetic.stored import Stored
+from qwen_vram.arithmetic.weights import STREAMING_SLOTS, table_on_host
+
+_FP32 = 4
+
+
+def replay_stored(architecture: Architecture, stored: Stored, profile: Profile) -> CachingAllocator:
+    """The allocator after loading: its `allocated` is the weights', its `peak` the load peak. An upper bound."""
+    allocator = CachingAllocator()
+    streamed = min(profile.streamed_layers, architecture.num_hidden_layers)
+    table = () if table_on_host(architecture, profile) else stored.embedding
+    layers = [tensor for layer in stored.on_device(streamed, STREAMING_SLOTS) for tensor in layer]
+    sizes = [tensor.nbytes for tensor in (*stored.head, *table, *layers, *stored.norm)]
+    sizes += [weight.numel * profile.element_bytes for weight in architecture.adapter_weights]
+    allocator.give(allocator.take(sum(sizes)))
+    for nbytes in sizes:
+        allocator.take(nbytes)
+    packed = (*layers, *(stored.head if architecture.stored_head else ()))
+    allocator.give(allocator.take(max(tensor.nbytes for tensor in packed)))
+    for _ in range(2):  # the rotary embedding's float32 buffers
+        allocator.take(architecture.head_dim // 2 * _FP32)
+    return allocator
