@@ -26,17 +26,38 @@ def test_weights_and_load_peak(row):
     assert error(row, "load_peak") == pytest.approx(0, abs=0.0003)
 
 
-@pytest.mark.parametrize("row", ROWS, ids=label)
-def test_the_peak_allocated(row):
-    # Lowest for the smallest model, in chunks with its table on the host: 4 MB of 637.
-    assert -0.0065 <= error(row, "peak_allocated") <= 0.0025
+# What every row is held to, and the few parts of rows that miss it: the lowest and the highest error that they have.
+# All but the first were measured after other runs in their process, whose blocks can keep a segment from going back.
+PROMISED = {
+    "peak_allocated": (-0.003, 0.005),
+    "peak_reserved": (-0.01, 0.06),
+    "process_total": (-0.01, 0.06),
+}
+CHUNKS_ON_HOST = "fused-preallocated-1024-host-8192"
+MISSES = {
+    "Qwen3-4B-int8-sdpa-8192": {"peak_reserved": (-0.022, 0), "process_total": (-0.012, 0)},
+    "Qwen2.5-14B-int8-sdpa-512": {"peak_reserved": (-0.059, 0), "process_total": (-0.053, 0)},
+    "Qwen2.5-14B-int8-fused-preallocated-512": {"peak_reserved": (-0.059, 0), "process_total": (-0.054, 0)},
+    "Qwen2.5-0.5B-bf16-sdpa-1024-4096": {"peak_reserved": (-0.017, 0)},
+    "Qwen2.5-0.5B-bf16-eager-2048": {"peak_reserved": (-0.011, 0)},
+    f"Qwen2.5-0.5B-nf4-{CHUNKS_ON_HOST}": {"peak_allocated": (-0.0062, 0), "peak_reserved": (-0.025, 0)},
+    f"Qwen2.5-0.5B-fp4-{CHUNKS_ON_HOST}": {"peak_allocated": (-0.0062, 0), "peak_reserved": (-0.025, 0)},
+    "Qwen2.5-0.5B-nf4-sdpa-static-4096": {"peak_reserved": (0, 0.061), "process_total": (0, 0.069)},
+    "Qwen2.5-0.5B-fp4-sdpa-static-4096": {"peak_reserved": (0, 0.061), "process_total": (0, 0.069)},
+    "Qwen2.5-0.5B-fp4-fused-preallocated-8192": {"peak_reserved": (0, 0.073), "process_total": (0, 0.077)},
+    "Qwen2.5-0.5B-int8-fused-preallocated-8192": {"peak_allocated": (-0.0043, 0)},
+}
 
 
+@pytest.mark.parametrize("part", PROMISED)
 @pytest.mark.parametrize("row", ROWS, ids=label)
-def test_reserved_and_process(row):
-    # Which of two equal blocks torch takes depends on addresses that the driver chose.
-    assert -0.025 <= error(row, "peak_reserved") <= 0.075
-    assert -0.012 <= error(row, "process_total") <= 0.08
+def test_the_peaks(row, part):
+    lowest, highest = MISSES.get(label(row), {}).get(part, PROMISED[part])
+    assert lowest <= error(row, part) <= highest
+
+
+def test_no_miss_is_of_a_row_that_is_gone():
+    assert MISSES.keys() <= {label(row) for row in ROWS}
 
 
 def test_the_page_is_what_the_tool_writes():
