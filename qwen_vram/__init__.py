@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from qwen_vram.lora.merge import merge_lora_then_quantize
     from qwen_vram.lora.report import MergeReport
     from qwen_vram.planning.budget import Budget
+    from qwen_vram.planning.limits import max_batch, max_context, min_vram
     from qwen_vram.planning.placement import offload_map
     from qwen_vram.planning.planner import Plan, plan
     from qwen_vram.runtime.loaded import LoadedModel
@@ -63,6 +64,7 @@ _MODULES = {
     "lora.merge": ("merge_lora_then_quantize",),
     "lora.report": ("MergeReport",),
     "planning.budget": ("Budget",),
+    "planning.limits": ("max_batch", "max_context", "min_vram"),
     "planning.placement": ("offload_map",),
     "planning.planner": ("Plan", "plan"),
     "runtime.loaded": ("LoadedModel",),
@@ -97,7 +99,10 @@ __all__ = [
     "WorkloadError",
     "estimate_vram",
     "load",
+    "max_batch",
+    "max_context",
     "merge_lora_then_quantize",
+    "min_vram",
     "offload_map",
     "plan",
 ]

@@ -13,6 +13,7 @@ from rich.table import Table
 
 import qwen_vram as qv
 from qwen_vram.arithmetic import render
+from qwen_vram.units import format_gib
 
 app = typer.Typer(
     help="Run Qwen models in as little GPU memory as possible, and know the peak before you load.",
@@ -117,11 +118,24 @@ def plan(
         batch_size=batch_size,
         **_knobs(knobs),
     )
+    room: dict[str, Any] = {"vram": result.budget.vram or {}, "ram": result.budget.ram}
+    asked: dict[str, Any] = {**_knobs(knobs), "profile": profile, "max_new_tokens": max_new_tokens}
+    limits = {
+        "max_context": qv.max_context(model, **room, **asked, batch_size=batch_size),
+        "max_batch": qv.max_batch(model, **room, **asked, prompt_len=prompt_len),
+        "min_vram": qv.min_vram(model, **asked, prompt_len=prompt_len, batch_size=batch_size),
+    }
     if as_json:
-        print(json.dumps(result.to_dict()))
+        print(json.dumps({**result.to_dict(), "limits": limits}))
         return
     show_steps(result)
     show_estimate(result.estimate)
+    print(
+        f"within {result.room}: at most {limits['max_context']:,} tokens a sequence at batch {batch_size}, or batch "
+        f"{limits['max_batch']:,} at {result.workload.context_len:,} tokens\n"
+        f"smallest card for this workload: {format_gib(limits['min_vram'])}"
+    )
+    print(result.call)
 
 
 @app.command()

@@ -111,6 +111,16 @@ def test_unknown_value_of_a_knob(knob, value, allowed):
 def test_knobs_that_exclude_each_other():
     with pytest.raises(qv.WorkloadError, match="kv_cache='int8' needs cache='preallocated', got cache='dynamic'"):
         qv.estimate_vram(SEVEN, kv_cache="int8")
+    for cache in ("dynamic", "static"):
+        text = f"kv_device='host' needs cache='preallocated', got cache='{cache}'; set both"
+        with pytest.raises(qv.WorkloadError, match=text) as caught:
+            qv.estimate_vram(SEVEN, kv_device="host", cache=cache)
+        assert (caught.value.name, caught.value.got) == ("kv_device", "host")
+    for kv_cache in ("int8", "int4"):
+        text = f"kv_device='host' needs kv_cache='bf16', got kv_cache='{kv_cache}'; change one of the two"
+        with pytest.raises(qv.WorkloadError, match=text) as caught:
+            qv.load(SEVEN, profile="int4-flash", kv_device="host", kv_cache=kv_cache)
+        assert (caught.value.name, caught.value.got) == ("kv_device", "host")
     with pytest.raises(qv.WorkloadError, match="compiled=True needs a cache of fixed size, got cache='dynamic'"):
         qv.estimate_vram(SEVEN, compiled=True)
 
@@ -446,7 +456,6 @@ def test_an_unknown_device(untied):
 @pytest.mark.parametrize(
     ("knobs", "text"),
     [
-        ({"kv_device": "host"}, "kv_device='host' is counted by .* use kv_device='device'"),
         ({"streamed_layers": 1}, "streamed_layers=1 is counted by .* use streamed_layers=0"),
         ({"compiled": True, "cache": "static"}, "compiled=True is counted by .* use compiled=False"),
         ({"lm_head": "nf4"}, "lm_head='nf4' with weights='bf16'"),

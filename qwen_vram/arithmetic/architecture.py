@@ -6,11 +6,11 @@ It knows names, shapes and roles. It does not know dtypes, bytes or devices.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
-from qwen_vram.arithmetic.stored import METHODS, Stored, quantization_of, skipped_modules, stored_format
+from qwen_vram.arithmetic.stored import METHODS, Stored, StoredTensor, quantization_of, skipped_modules, stored_format
 from qwen_vram.errors import ConfigError
 
 Role = Literal["embedding", "attention", "mlp", "norm", "head", "adapter"]
@@ -80,6 +80,25 @@ class Architecture:
     stored_head: bool = False
     stored: Stored | None = field(default=None, repr=False)
     adapter_weights: tuple[Weight, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data that `from_dict` takes, also by way of JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Architecture:
+        """What `to_dict` gave. Any other mapping is not checked: `from_config` reads those.
+
+        Raises:
+            KeyError, TypeError: a part is missing or of another form.
+        """
+        stored = data["stored"]
+        if stored is not None:
+            embedding, layers, norm, head = stored
+            every = [tuple(StoredTensor(*tensor) for tensor in part) for part in (embedding, norm, head, *layers)]
+            stored = Stored(every[0], tuple(every[3:]), every[1], every[2])
+        weights = tuple(Weight(name, tuple(shape), role) for name, shape, role in data["adapter_weights"])
+        return cls(**{**data, "stored": stored, "adapter_weights": weights})
 
     @classmethod
     def from_config(cls, config: Mapping[str, object], *, source: str = "config") -> Architecture:

@@ -80,8 +80,12 @@ def kv_cache_bytes(
 
 
 def host_kv_bytes(architecture: Architecture, profile: Profile, *, batch_size: int, context_len: int) -> int:
-    """Bytes of pinned host memory that a cache on the host takes; 0 for one on the device."""
+    """Bytes of pinned host memory that a cache on the host takes; 0 for one on the device.
+
+    A layer is one block, which torch rounds up to a power of two.
+    Source: torch 2.11, aten/src/ATen/core/CachingHostAllocator.h.
+    """
     if profile.kv_device == "device":
         return 0
     layer = layer_kv_bytes(architecture, profile, tokens=context_len, batch_size=batch_size)
-    return architecture.num_hidden_layers * layer
+    return architecture.num_hidden_layers * (1 << (layer - 1).bit_length())

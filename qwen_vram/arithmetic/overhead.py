@@ -6,6 +6,7 @@ with its kernels in neither: only nvidia-smi shows it.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 from qwen_vram.arithmetic.architecture import Architecture
@@ -48,6 +49,7 @@ class Replayed(NamedTuple):
     reserved: int
 
 
+@lru_cache(maxsize=256)
 def replay(architecture: Architecture, profile: Profile, workload: Workload) -> Replayed:
     """Load the model and run the workload once, in a fresh process, as requests to torch's allocator. Some 20 ms.
 

@@ -83,6 +83,18 @@ class Profile:
                 name="kv_cache",
                 got=self.kv_cache,
             )
+        if self.kv_device == "host" and self.cache != "preallocated":
+            raise WorkloadError(
+                f"kv_device='host' needs cache='preallocated', got cache={self.cache!r}; set both",
+                name="kv_device",
+                got=self.kv_device,
+            )
+        if self.kv_device == "host" and self.kv_cache != "bf16":
+            raise WorkloadError(
+                f"kv_device='host' needs kv_cache='bf16', got kv_cache={self.kv_cache!r}; change one of the two",
+                name="kv_device",
+                got=self.kv_device,
+            )
         if self.compiled and self.cache == "dynamic":
             raise WorkloadError(
                 "compiled=True needs a cache of fixed size, got cache='dynamic'; set cache='static'",

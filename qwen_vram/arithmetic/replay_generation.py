@@ -14,7 +14,7 @@ from qwen_vram.arithmetic.activations import FUSED_ROWS
 from qwen_vram.arithmetic.allocator import CachingAllocator
 from qwen_vram.arithmetic.architecture import Architecture, Weight
 from qwen_vram.arithmetic.int8_outliers import outlier_columns
-from qwen_vram.arithmetic.kv_cache import layer_kv_bytes, quantized_parts, quantized_tokens
+from qwen_vram.arithmetic.kv_cache import HOST_CACHE_LAYERS, layer_kv_bytes, quantized_parts, quantized_tokens
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.storage import FORMATS
 from qwen_vram.arithmetic.weights import format_of
@@ -241,10 +241,15 @@ class _Generation:
         if self.profile.kv_cache != "bf16":
             return self.update_quantized(layer, key, value, queries, past)
         if self.profile.cache != "dynamic":
-            if not held:
-                whole = layer_kv_bytes(
-                    self.architecture, self.profile, tokens=self.workload.context_len, batch_size=self.batch
-                )
+            whole = layer_kv_bytes(
+                self.architecture, self.profile, tokens=self.workload.context_len, batch_size=self.batch
+            )
+            if self.profile.kv_device == "host":
+                # The first layer takes the slots, keys and values in one block, and all share them.
+                if not self.cache[0]:
+                    slots = min(self.architecture.num_hidden_layers, HOST_CACHE_LAYERS)
+                    self.cache[0].extend(self.take(whole) for _ in range(slots))
+            elif not held:
                 held.extend(self.take(whole // 2) for _ in range(2))
             self.give(key, value)
             return []

@@ -40,18 +40,27 @@ class PreallocatedLayer(CacheLayerMixin):  # type: ignore[misc]
         Raises:
             ValueError: more tokens than `max_length`.
         """
+        end = self.end_after(key_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self.keys[:, :, self.length : end] = key_states
+        self.values[:, :, self.length : end] = value_states
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def end_after(self, key_states: Tensor) -> int:
+        """Tokens held once (batch, kv_heads, q, head_dim) keys are appended.
+
+        Raises:
+            ValueError: more than `max_length`.
+        """
         end = self.length + key_states.shape[-2]
         if end > self.max_length:
             raise ValueError(
                 f"the cache holds {self.max_length} tokens and was given {end}; make it longer: "
                 "PreallocatedCache(config, max_length=...)"
             )
-        self.keys[:, :, self.length : end] = key_states
-        self.values[:, :, self.length : end] = value_states
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        return int(end)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Keys that `query_length` more queries will see, and the first one's position."""
@@ -102,10 +111,11 @@ class PreallocatedCache(Cache):  # type: ignore[misc]
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Bytes of the tensors that a cache holds."""
+    """Bytes on the device of the tensors that a cache holds."""
     tensors = [
         tensor
         for layer in cache.layers
-        for tensor in (layer.tensors() if isinstance(layer, QuantizedLayer) else (layer.keys, layer.values))
+        for tensor in (layer.tensors() if hasattr(layer, "tensors") else (layer.keys, layer.values))
     ]
-    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
+    # Layers on the host share their slots.
+    return sum({id(tensor): tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor)}.values())

@@ -25,6 +25,7 @@ from qwen_vram.arithmetic.estimate import Estimate, estimate
 from qwen_vram.arithmetic.workload import Workload
 from qwen_vram.errors import QwenVramError, WorkloadError
 from qwen_vram.planning.planner import Plan, plan
+from qwen_vram.runtime.host_cache import HostCache
 from qwen_vram.runtime.kv_cache import PreallocatedCache, cache_bytes
 from qwen_vram.runtime.measure import PeakMeter, Report
 
@@ -175,9 +176,11 @@ class LoadedModel:
             raise failures[0]
 
     def new_cache(self, *, max_length: int) -> Cache:
-        """A preallocated cache of `max_length` tokens for `model.generate(past_key_values=...)`."""
-        layers, kv_cache = self.model.config.num_hidden_layers, self.plan.profile.kv_cache
-        return PreallocatedCache(layers, max_length=max_length, kv_cache=kv_cache)
+        """A preallocated cache of `max_length` tokens, where the plan has it, for `generate(past_key_values=...)`."""
+        layers, profile = self.model.config.num_hidden_layers, self.plan.profile
+        if profile.kv_device == "host":
+            return HostCache(layers, max_length=max_length)
+        return PreallocatedCache(layers, max_length=max_length, kv_cache=profile.kv_cache)
 
     def report(self) -> Report:
         """Predicted beside measured, part by part: the load, and the last generation where there was one."""

@@ -16,7 +16,8 @@ from qwen_vram.arithmetic.model import ModelLike
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.errors import BackendUnavailableError, NotSupportedError
 from qwen_vram.planning.budget import VramLike
-from qwen_vram.planning.planner import Plan, Prefer, plan
+from qwen_vram.planning.planner import Plan, plan
+from qwen_vram.planning.search import Prefer
 from qwen_vram.runtime import attention
 from qwen_vram.runtime.adapter import add_adapter, check_peft
 from qwen_vram.runtime.backends import get_backend
@@ -33,7 +34,6 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 # Knobs that the estimator counts and nothing here runs yet: their values that do run.
 _RUNS: dict[str, tuple[object, ...]] = {
-    "kv_device": ("device",),
     "streamed_layers": (0,),
     "compiled": (False,),
 }

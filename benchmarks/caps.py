@@ -1,0 +1,177 @@
+"""Plans held on small cards: a GPU cut down by torch's memory fraction, then loaded and run as planned.
+
+    python benchmarks/caps.py grid OUT.jsonl          # Qwen2.5-7B, 24 to 4 GiB, prompts of 512 to 32,000 tokens
+    python benchmarks/caps.py random OUT.jsonl        # 200 seeded workloads of small models
+    python benchmarks/caps.py chunks OUT.jsonl        # reserved beside allocated, and prefill beside plain transformers
+
+A card "of 8 GiB" holds all that nvidia-smi would show: what the process takes beside torch's memory, kernels loaded, is
+measured and taken off. After a yes the plan runs to its last token; after a no the smallest profile is loaded all the
+same, to see whether the no was too cautious. Cells that are in OUT.jsonl already are not run again. Random weights of
+the published shapes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import random
+import tempfile
+import time
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import qwen_vram as qv
+from qwen_vram.demo import CHECKPOINT
+from qwen_vram.runtime.measure import process_bytes
+from qwen_vram.tools.accuracy import make_checkpoint
+
+GIB = 2**30
+CAPS = (4, 6, 8, 12, 16, 24)
+PROMPTS = (32_000, 8_000, 512)
+ROOMY = 1_000 * GIB
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("grid", "random", "chunks"))
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--count", type=int, default=200, help="random workloads")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no cell after so long")
+    options = parser.parse_args()
+    done = read(options.out)
+    cells = {"grid": grid, "random": lambda: random_cells(options.count), "chunks": chunks}[options.what]()
+    load_kernels()
+    began, model, folder = time.monotonic(), "", tempfile.TemporaryDirectory()
+    for cell in cells:
+        key = json.dumps(cell, sort_keys=True)
+        if key in done or time.monotonic() - began > options.seconds:
+            continue
+        if cell["model"] != model:
+            folder.cleanup()
+            model, folder = cell["model"], tempfile.TemporaryDirectory(prefix="qwen_vram_caps_")
+            make_checkpoint(model, Path(folder.name))
+            torch.set_default_dtype(torch.float32)
+        found = (measure_chunk if options.what == "chunks" else hold)(folder.name, cell)
+        row = {"cell": cell, **found, "device": torch.cuda.get_device_name(), "torch": torch.__version__}
+        with options.out.open("a") as file:
+            file.write(json.dumps({**row, "date": date.today().isoformat()}) + "\n")
+        print(key, json.dumps(found), flush=True)
+    folder.cleanup()
+    summary(options.out)
+
+
+def read(out: Path) -> dict[str, dict[str, Any]]:
+    """Rows that are there, by their cell."""
+    rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    return {json.dumps(row["cell"], sort_keys=True): row for row in rows}
+
+
+def grid() -> Iterator[dict[str, Any]]:
+    for cap in CAPS:
+        for prompt in PROMPTS:
+            work = {"prompt_len": prompt, "max_new_tokens": 64, "batch_size": 1}
+            yield {"model": "Qwen2.5-7B", "cap": cap * GIB, **work, "knobs": {}}
+    article = {"prompt_len": 512, "max_new_tokens": 512, "batch_size": 1}
+    yield {"model": "Qwen2.5-7B", "cap": ROOMY, **article, "knobs": {"profile": "compact"}}
+
+
+def random_cells(count: int) -> Iterator[dict[str, Any]]:
+    rng = random.Random(4)
+    choices: dict[str, tuple[object, ...]] = {
+        "weights": ("bf16", "int8", "nf4", "fp4"),
+        "attention": ("fused", "sdpa", "eager"),
+        "prefill_chunk_size": (256, 512, 2_048),
+        "embeddings": ("device", "host"),
+        "kv_cache": ("bf16", "int8", "int4"),
+    }
+    cells = []
+    for _ in range(count):
+        model = rng.choice(("Qwen2.5-0.5B", "Qwen2.5-1.5B", "Qwen3-1.7B"))
+        knobs = {name: rng.choice(values) for name, values in choices.items() if rng.random() < 0.3}
+        work = {"prompt_len": int(16 * 1_500 ** rng.random()), "max_new_tokens": rng.randint(2, 24)}
+        batch, cap = rng.choice((1, 1, 2, 4, 8)), int(rng.uniform(1.2, 8) * GIB)
+        cells.append({"model": model, "cap": cap, **work, "batch_size": batch, "knobs": knobs})
+    yield from sorted(cells, key=lambda cell: str(cell["model"]))
+
+
+def hold(folder: str, cell: dict[str, Any]) -> dict[str, Any]:
+    """Plan a cell, cut the card down to its cap, and run what was planned, or after a no the smallest profile."""
+    work = {name: cell[name] for name in ("prompt_len", "max_new_tokens", "batch_size")}
+    profile, knobs = cell["knobs"].get("profile", "auto"), {k: v for k, v in cell["knobs"].items() if k != "profile"}
+    try:
+        plan = qv.plan(folder, profile=profile, vram=cell["cap"], **work, **knobs)
+        said, chosen, predicted = "yes", plan.profile, plan.estimate
+    except qv.DoesNotFitError as error:
+        said, chosen, predicted = "no", error.estimate.profile, error.estimate
+    shown = {knob: getattr(chosen, knob) for knob in ("weights", "lm_head", "embeddings", "kv_cache", "kv_device")}
+    shown["prefill_chunk_size"] = chosen.prefill_chunk_size
+    row = {"said": said, "profile": shown, "needed": predicted.needed_bytes, "predicted": predicted.process_total}
+    limit(cell["cap"])
+    began = time.monotonic()
+    try:
+        with qv.load(folder, profile=chosen, vram=ROOMY, **work, progress=False) as llm:
+            loaded = time.monotonic()
+            measured = llm.probe().measured
+            row |= {"ran": True, "loading_s": loaded - began, "running_s": time.monotonic() - loaded, **measured}
+    except torch.cuda.OutOfMemoryError:
+        row["ran"] = False
+    except qv.QwenVramError as error:
+        row |= {"ran": False, "refused": str(error)}
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    return row
+
+
+def load_kernels() -> None:
+    """Run the bundled model in three formats, so that a card's first cell has as much beside torch as its last."""
+    for weights in ("bf16", "nf4", "int8"):
+        with qv.load(CHECKPOINT, profile="default", weights=weights, prompt_len=1_024, progress=False) as llm:
+            llm.probe(max_new_tokens=64)
+
+
+def limit(cap: int) -> None:
+    """Leave torch what a card of `cap` bytes would, once the context and loaded kernels are on it."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.ones(1, device="cuda")
+    shown = process_bytes(torch.device("cuda", 0))
+    assert shown is not None, "the driver does not tell what this process takes"
+    beside = shown - torch.cuda.memory_reserved()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (cap - beside) / total))
+
+
+def chunks() -> Iterator[dict[str, Any]]:
+    ours = {"attention": "fused", "cache": "preallocated", "weights": "bf16"}
+    plain = {"attention": "sdpa", "cache": "dynamic", "weights": "bf16"}
+    for knobs in (ours, plain):
+        for chunk in (512, 1_024, 2_048, 4_096):
+            yield {"model": "Qwen2.5-7B", "knobs": {**knobs, "prefill_chunk_size": chunk}, "prompt_len": 32_000}
+
+
+def measure_chunk(folder: str, cell: dict[str, Any]) -> dict[str, Any]:
+    """Peaks of a 32,000-token prompt, and the seconds of its prefill (one new token), the second of two runs."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    work = {"prompt_len": cell["prompt_len"], "max_new_tokens": 2, "batch_size": 1}
+    with qv.load(folder, profile="default", vram=ROOMY, **cell["knobs"], **work, progress=False) as llm:
+        measured = llm.probe().measured
+        began = time.monotonic()
+        llm.probe()
+        return {"prefill_s": time.monotonic() - began, **measured}
+
+
+def summary(out: Path) -> None:
+    """What the rows say together."""
+    rows = [row for row in read(out).values() if "said" in row]
+    yes, no = [r for r in rows if r["said"] == "yes"], [r for r in rows if r["said"] == "no"]
+    failed, cautious = [r for r in yes if not r["ran"]], [r for r in no if r["ran"]]
+    print(f"{len(yes)} yes, {len(failed)} of them out of memory; {len(no)} no, {len(cautious)} of them ran when forced")
+
+
+if __name__ == "__main__":
+    main()

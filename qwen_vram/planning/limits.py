@@ -1,0 +1,110 @@
+"""The inverse questions: how long, how many, and how small a card."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qwen_vram.arithmetic.architecture import Architecture
+from qwen_vram.arithmetic.model import ModelLike, resolve_model
+from qwen_vram.arithmetic.profile import Profile
+from qwen_vram.arithmetic.workload import Workload
+from qwen_vram.planning.budget import Budget, VramLike
+from qwen_vram.planning.search import Search, most, search_space
+
+# Batches are looked for up to here; no card of today holds more.
+_MOST_SEQUENCES = 4096
+
+
+def max_context(
+    model: ModelLike,
+    vram: VramLike = None,
+    *,
+    profile: str | Profile = "auto",
+    ram: str | int | None = None,
+    max_new_tokens: int = 512,
+    batch_size: int = 1,
+    **knobs: object,
+) -> int:
+    """The most tokens that one sequence can hold, `max_new_tokens` of them generated; 0 where nothing fits.
+
+    With `profile="auto"` every saver may be used that `knobs` leave open: `plan` says which ones a shorter context can
+    do without. Each answer takes some twenty estimates, a few seconds.
+
+    Args:
+        model, vram, ram, profile, **knobs: As for `plan`.
+
+    Raises:
+        UnknownNameError, WorkloadError, ConfigError, UnitError, HubError: as for `plan`.
+
+    Example:
+        >>> max_context("Qwen2.5-7B-Instruct", "80GiB", ram="64GiB")
+        32768
+    """
+    label, architecture = resolve_model(model)
+    longest = _workload(architecture, max_new_tokens, batch_size)
+    search = Search(label, architecture, longest, Budget.of(vram, ram))
+    smallest = _smallest(search, profile, knobs)
+    prompt = search.longest_prompt(smallest, max_new_tokens, batch_size)
+    return prompt + max_new_tokens if prompt else 0
+
+
+def max_batch(
+    model: ModelLike,
+    vram: VramLike = None,
+    *,
+    profile: str | Profile = "auto",
+    ram: str | int | None = None,
+    prompt_len: int = 512,
+    max_new_tokens: int = 512,
+    **knobs: object,
+) -> int:
+    """The most sequences of `prompt_len` and `max_new_tokens` tokens at once, up to 4,096; 0 where not even one fits.
+
+    Savers, arguments and errors as for `max_context`.
+    """
+    label, architecture = resolve_model(model)
+    workload = Workload(prompt_len=prompt_len, max_new_tokens=max_new_tokens)
+    search = Search(label, architecture, workload, Budget.of(vram, ram))
+    smallest = _smallest(search, profile, knobs)
+    return most(_MOST_SEQUENCES, lambda number: search.holds(smallest, prompt_len, max_new_tokens, number))
+
+
+def min_vram(
+    model: ModelLike,
+    *,
+    profile: str | Profile = "auto",
+    prompt_len: int = 512,
+    max_new_tokens: int = 512,
+    batch_size: int = 1,
+    **knobs: object,
+) -> int:
+    """Bytes of the smallest `vram` for which `plan` says yes at this workload.
+
+    Arguments and errors as for `plan`.
+
+    Example:
+        >>> min_vram("Qwen2.5-7B-Instruct", profile="default") / 2**30 > 15
+        True
+    """
+    label, architecture = resolve_model(model)
+    workload = Workload(prompt_len=prompt_len, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    start, moves = search_space(architecture, profile, workload, knobs)
+    search = Search(label, architecture, workload, Budget(vram=0, ram=0))
+    return min(candidate.estimate.needed_bytes for candidate in search.candidates(start, moves))
+
+
+def _workload(architecture: Architecture, max_new_tokens: int, batch_size: int) -> Workload:
+    """The longest workload that the model's positions allow."""
+    shortest = Workload(prompt_len=1, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    shortest.check(architecture)
+    return Workload(
+        prompt_len=architecture.max_position_embeddings - max_new_tokens,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+    )
+
+
+def _smallest(search: Search, profile: str | Profile, knobs: dict[str, Any]) -> Profile:
+    """The profile that needs the least at the search's workload."""
+    start, moves = search_space(search.architecture, profile, search.workload, knobs)
+    return list(search.candidates(start, moves))[-1].estimate.profile

@@ -1,0 +1,121 @@
+"""The inverse questions and the reproducible plan, by arithmetic alone."""
+
+import json
+
+import pytest
+
+import qwen_vram as qv
+from qwen_vram.planning.search import most
+
+SEVEN = "Qwen2.5-7B-Instruct"
+RAM = {"ram": "64GiB"}
+
+
+@pytest.mark.parametrize(
+    ("vram", "knobs"),
+    [("6GiB", {}), ("5GiB", {"kv_cache": "bf16"}), ("7GiB", {"profile": "int4-flash"}), ("18GiB", {"weights": "bf16"})],
+    ids=str,
+)
+def test_the_longest_context_fits_and_one_token_more_does_not(vram, knobs):
+    longest = qv.max_context(SEVEN, vram, **RAM, max_new_tokens=64, **knobs)
+    assert 64 < longest <= 32_768
+    profile = qv.plan(SEVEN, vram=vram, **RAM, prompt_len=longest - 64, max_new_tokens=64, **knobs).profile
+    assert profile.kv_cache == knobs.get("kv_cache", profile.kv_cache)
+    if longest < 32_768:
+        with pytest.raises(qv.DoesNotFitError):
+            qv.plan(SEVEN, vram=vram, **RAM, prompt_len=longest - 63, max_new_tokens=64, **knobs)
+
+
+def test_the_largest_batch_fits_and_one_sequence_more_does_not():
+    batch = qv.max_batch(SEVEN, "8GiB", **RAM, profile="compact", prompt_len=2_000)
+    assert batch > 1
+    qv.plan(SEVEN, vram="8GiB", **RAM, profile="compact", prompt_len=2_000, batch_size=batch)
+    with pytest.raises(qv.DoesNotFitError):
+        qv.plan(SEVEN, vram="8GiB", **RAM, profile="compact", prompt_len=2_000, batch_size=batch + 1)
+
+
+@pytest.mark.parametrize("prompt_len", [512, 32_000])
+def test_the_smallest_card_holds_the_plan_and_one_byte_less_does_not(prompt_len):
+    smallest = qv.min_vram(SEVEN, prompt_len=prompt_len)
+    assert qv.plan(SEVEN, vram=smallest, **RAM, prompt_len=prompt_len).estimate.needed_bytes == smallest
+    with pytest.raises(qv.DoesNotFitError) as caught:
+        qv.plan(SEVEN, vram=smallest - 1, **RAM, prompt_len=prompt_len)
+    assert caught.value.needed_bytes == smallest
+
+
+def test_nothing_fits_on_a_card_that_is_too_small():
+    assert qv.max_context(SEVEN, "2GiB", **RAM) == 0
+    assert qv.max_batch(SEVEN, "2GiB", **RAM) == 0
+
+
+def test_positions_bound_the_context():
+    assert qv.max_context("Qwen2.5-0.5B", "80GiB", **RAM) == 32_768
+    with pytest.raises(qv.WorkloadError, match="past the model's max_position_embeddings 32768"):
+        qv.max_context("Qwen2.5-0.5B", "80GiB", max_new_tokens=32_768)
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 3, 10])
+def test_most(limit):
+    for true in range(limit + 1):
+        assert most(limit, true.__ge__) == true
+
+
+def test_a_plan_comes_back_from_json():
+    chosen = qv.plan(SEVEN, vram="5GiB", **RAM, prompt_len=32_000)
+    again = qv.Plan.from_dict(json.loads(json.dumps(chosen.to_dict())))
+    assert again == chosen
+    assert str(again) == str(chosen)
+
+
+def test_a_plan_of_a_folder_with_an_adapter_comes_back(untied, adapter):
+    chosen = qv.plan(untied, vram={}, adapter=adapter)
+    again = qv.Plan.from_dict(json.loads(json.dumps(chosen.to_dict())))
+    assert again == chosen
+    assert again.model == str(untied)
+
+
+def test_what_is_no_plan_is_refused():
+    with pytest.raises(
+        qv.ConfigError, match=r"this is no plan \(KeyError: 'architecture'\); pass what Plan.to_dict\(\)"
+    ):
+        qv.Plan.from_dict({})
+    data = qv.plan(SEVEN, vram="8GiB", **RAM).to_dict()
+    with pytest.raises(qv.ConfigError, match="this is no plan"):
+        qv.Plan.from_dict({**data, "budget": {"vram": 1}})
+
+
+def test_the_call_that_a_plan_ends_with_plans_the_same():
+    chosen = qv.plan(SEVEN, vram="5GiB", **RAM, prompt_len=32_000)
+    assert str(chosen).splitlines()[-1] == chosen.call
+
+    def load(model, **kwargs):
+        return qv.plan(model, **kwargs, **RAM)
+
+    again = eval(chosen.call, {"qv": type("qv", (), {"load": staticmethod(load)})})
+    assert again.estimate.needed_bytes == chosen.estimate.needed_bytes
+    assert {**vars_of(again.profile), "name": ""} == {**vars_of(chosen.profile), "name": ""}
+
+
+def vars_of(profile):
+    return {name: getattr(profile, name) for name in profile.__slots__}
+
+
+def test_every_step_says_what_its_token_takes_at_least():
+    *others, last = qv.plan(SEVEN, vram="5GiB", **RAM, prompt_len=32_000).steps
+    floors = [step.decode_floor_ms for step in others]
+    assert floors == sorted(floors, reverse=True)
+    # The last one brings 32,512 tokens x 57,344 bytes over the link, at 55.2 GB/s.
+    assert last.change == "kv_cache='bf16', kv_device='host'"
+    assert last.decode_floor_ms == pytest.approx(32_512 * 57_344 / 55.2e9 * 1e3)
+
+
+def test_the_cache_is_quantized_only_where_the_caller_left_it_open():
+    assert qv.plan(SEVEN, vram="6GiB", **RAM, prompt_len=32_000).profile.kv_cache == "int8"
+    with pytest.raises(qv.DoesNotFitError):
+        qv.plan(SEVEN, vram="6GiB", **RAM, prompt_len=32_000, kv_cache="bf16", kv_device="device")
+    kept = qv.plan(SEVEN, vram="6GiB", **RAM, prompt_len=32_000, kv_cache="bf16")
+    assert (kept.profile.kv_cache, kept.profile.kv_device) == ("bf16", "host")
+    grown = qv.plan(SEVEN, vram="80GiB", **RAM, cache="dynamic")
+    assert grown.profile.cache == "dynamic"
+    with pytest.raises(qv.DoesNotFitError):
+        qv.plan(SEVEN, vram="5GiB", **RAM, prompt_len=32_000, cache="dynamic")
