@@ -1,4 +1,6 @@
-"""Exact match of the bundled checkpoint with its KV cache whole, in int8 and in int4: `python benchmarks/kv_exact_match.py`.
+"""Exact match of the bundled checkpoint with its KV cache whole, in int8 and in int4.
+
+    python benchmarks/kv_exact_match.py
 
 Held-out questions of every category on the CPU; only `recall` has prompts longer than the 128 tokens that stay whole.
 """
