@@ -182,7 +182,7 @@ def estimate_vram(
     Weights and cache are exact; docs/accuracy.md holds the rest against measurements.
 
     Args:
-        model: A catalog name, checkpoint folder, hub id (its config.json alone is read), config `dict` or
+        model: A catalog name, checkpoint folder, hub id (config.json, and headers where quantized), config `dict` or
             `Architecture`; or `None` with `params`.
         profile: A name from `PROFILES`, or a `Profile`.
         params: With `model=None`: a number of parameters, for the rule of thumb parameters x bytes (weights alone).

@@ -58,7 +58,7 @@ class PreallocatedLayer(CacheLayerMixin):  # type: ignore[misc]
         if end > self.max_length:
             raise ValueError(
                 f"the cache holds {self.max_length} tokens and was given {end}; make it longer: "
-                "PreallocatedCache(config, max_length=...)"
+                "LoadedModel.new_cache(max_length=...)"
             )
         return int(end)
 

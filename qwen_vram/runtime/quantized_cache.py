@@ -122,7 +122,7 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
         if end > self.max_length:
             raise ValueError(
                 f"the cache holds {self.max_length} tokens and was given {end}; make it longer: "
-                "PreallocatedCache(config, max_length=...)"
+                "LoadedModel.new_cache(max_length=...)"
             )
         keys = self._all(self.key_codes, self.new_keys, key_states)
         values = self._all(self.value_codes, self.new_values, value_states)

@@ -29,7 +29,7 @@ _STEP_SECONDS = 600
 
 
 def calibrate(say: Callable[[str], object] = print) -> Machine:
-    """Measure this machine's first visible GPU, some minute long, and store it for every later estimate.
+    """Measure this machine's first visible GPU, which takes two minutes, and store it for every later estimate.
 
     Nothing is stored unless every step ends well.
 
