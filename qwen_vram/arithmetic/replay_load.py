@@ -20,15 +20,19 @@ _FP16 = 2
 
 
 @lru_cache(maxsize=64)
-def replay_load(architecture: Architecture, profile: Profile) -> CachingAllocator:
+def replay_load(architecture: Architecture, profile: Profile, limit: int | None = None) -> CachingAllocator:
     """The allocator after `from_pretrained`: its `allocated` is the weights', its `peak` the load peak.
 
     `transformers` first takes all bytes in one piece and frees them, so that later requests are cut from it; then it
     brings tensors over in the order of their names and quantizes each as it comes.
+
+    Raises:
+        OutOfRoomError: loading takes more than `limit`.
     """
+    allocator = CachingAllocator(limit)
     if architecture.stored:
-        return replay_stored(architecture, architecture.stored, profile)
-    allocator = CachingAllocator()
+        replay_stored(allocator, architecture, architecture.stored, profile)
+        return allocator
     weights = _load_order(architecture, profile)
     total = sum(_announced_bytes(weight, profile) for weight in weights)
     allocator.give(allocator.take(int(total)))
