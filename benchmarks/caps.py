@@ -16,13 +16,12 @@ import argparse
 import gc
 import json
 import random
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator
 from datetime import date
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,8 @@ import torch
 import qwen_vram as qv
 from qwen_vram.demo import CHECKPOINT
 from qwen_vram.runtime.measure import process_bytes
+from qwen_vram.tools.accuracy import make_checkpoint
+from qwen_vram.tools.fresh_process import call_each
 
 GIB = 2**30
 CAPS = (4, 6, 8, 12, 16, 24)
@@ -46,41 +47,33 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200, help="random workloads")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no cell after so long")
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time; the GPU must hold them together")
-    parser.add_argument("--cell", nargs=2, metavar=("FOLDER", "JSON"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.cell:
-        folder, cell = options.cell[0], json.loads(options.cell[1])
-        found = (measure_chunk if options.what == "chunks" else hold)(folder, cell)
-        row = {"cell": cell, **found, "device": torch.cuda.get_device_name(), "torch": torch.__version__}
-        print("ROW " + json.dumps({**row, "date": date.today().isoformat()}))
-        return
     done = read(options.out)
     every = {"grid": grid, "random": lambda: random_cells(options.count), "chunks": chunks}[options.what]()
     missing = [cell for cell in every if json.dumps(cell, sort_keys=True) not in done]
+    measure = measure_chunk if options.what == "chunks" else hold
     end = time.monotonic() + options.seconds
     for model, group in groupby(missing, key=lambda cell: cell["model"]):
-        with tempfile.TemporaryDirectory(prefix="qwen_vram_caps_") as folder, ThreadPoolExecutor(options.jobs) as pool:
-            make = [sys.executable, "-m", "qwen_vram.tools.accuracy", "--make", model, folder]
-            subprocess.run(make, check=True, capture_output=True)
-            tasks = [pool.submit(run_cell, options.what, folder, cell, end) for cell in group]
-            for task in as_completed(tasks):
-                if row := task.result():
-                    print(row, flush=True)
+        with tempfile.TemporaryDirectory(prefix="qwen_vram_caps_") as folder:
+            list(call_each(partial(make_checkpoint, folder=Path(folder)), [model]))
+            for ended in call_each(partial(run_cell, measure, folder, end), group, jobs=options.jobs):
+                if ended.error:
+                    print(f"{ended.item} failed:\n{ended.error[-1500:]}", file=sys.stderr, flush=True)
+                elif ended.value:
+                    print(json.dumps(ended.value), flush=True)
                     with options.out.open("a") as file:
-                        file.write(row + "\n")
+                        file.write(json.dumps(ended.value) + "\n")
     summary(options.out)
 
 
-def run_cell(what: str, folder: str, cell: dict[str, Any], end: float) -> str | None:
-    """A cell's row as JSON, from a process of its own; `None` past `end`, or where it failed, which stderr tells."""
+def run_cell(
+    measure: Callable[[str, dict[str, Any]], dict[str, Any]], folder: str, end: float, cell: dict[str, Any]
+) -> dict[str, Any] | None:
+    """A cell's row, measured in this process; `None` past `end`."""
     if time.monotonic() > end:
         return None
-    command = [sys.executable, __file__, what, "-", "--cell", folder, json.dumps(cell)]
-    ended = subprocess.run(command, capture_output=True, text=True)
-    row = next((line[4:] for line in ended.stdout.splitlines() if line.startswith("ROW ")), None)
-    if row is None:
-        print(f"{cell} failed:\n{ended.stderr[-1500:]}", file=sys.stderr, flush=True)
-    return row
+    row = {"cell": cell, **measure(folder, cell), "device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    return {**row, "date": date.today().isoformat()}
 
 
 def read(out: Path) -> dict[str, dict[str, Any]]:
@@ -181,10 +174,11 @@ def measure_chunk(folder: str, cell: dict[str, Any]) -> dict[str, Any]:
 
 
 def summary(out: Path) -> None:
-    """What the rows say together."""
+    """What the rows say together. A forced run that took more than the cap by nvidia-smi does not prove a no wrong."""
     rows = [row for row in read(out).values() if "said" in row]
     yes, no = [r for r in rows if r["said"] == "yes"], [r for r in rows if r["said"] == "no"]
-    failed, cautious = [r for r in yes if not r["ran"]], [r for r in no if r["ran"]]
+    failed = [r for r in yes if not r["ran"]]
+    cautious = [r for r in no if r["ran"] and r["process_total"] <= r["cell"]["cap"]]
     print(f"{len(yes)} yes, {len(failed)} of them out of memory; {len(no)} no, {len(cautious)} of them ran when forced")
 
 

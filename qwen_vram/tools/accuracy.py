@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from qwen_vram.tools.accuracy_report import KEPT_FROM, report
+from qwen_vram.tools.fresh_process import call_each
 
 MODELS = ("Qwen2.5-0.5B", "Qwen2.5-7B", "Qwen2.5-14B", "Qwen3-4B")
 WEIGHTS = ("bf16", "nf4", "fp4", "int8")
@@ -101,28 +100,23 @@ def measure(cell: Cell, folder: str) -> dict[str, Any]:
     }
 
 
-def _row(folder: str, cell: Cell) -> str | None:
-    """A cell's row from a fresh process, as JSON; `None`, and what went wrong on stderr, where it failed."""
-    command = [sys.executable, "-m", "qwen_vram.tools.accuracy", "--cell", folder, json.dumps(cell)]
-    ended = subprocess.run(command, capture_output=True, text=True)
-    found = next((line[4:] for line in ended.stdout.splitlines() if line.startswith("ROW ")), None)
-    if found is None:
-        print(f"{cell} failed:\n{ended.stderr[-2000:]}", file=sys.stderr, flush=True)
-    return found
-
-
 def run(folder: Path, models: list[str], weights: list[str], jobs: int) -> None:
     """Measure the grid. Rows and tables in `folder` are replaced after every model; other rows stay."""
     for model in models:
-        every = cells(model, weights)
         with tempfile.TemporaryDirectory(prefix="qwen_vram_accuracy_") as checkpoint:
-            make = [sys.executable, "-m", "qwen_vram.tools.accuracy", "--make", model, checkpoint]
-            subprocess.run(make, check=True, capture_output=True)
-            with ThreadPoolExecutor(jobs) as pool:
-                found = [json.loads(row) for row in pool.map(partial(_row, checkpoint), every) if row]
-        print(f"{model}: {len(found)} of {len(every)} runs", flush=True)
+            for made in call_each(partial(make_checkpoint, folder=Path(checkpoint)), [model]):
+                if made.error:
+                    raise SystemExit(f"{model} cannot be made:\n{made.error}")
+            every = cells(model, weights)
+            rows = {}
+            for ended in call_each(partial(measure, folder=checkpoint), every, jobs=jobs):
+                if ended.error:
+                    print(f"{ended.item} failed:\n{ended.error[-2000:]}", file=sys.stderr, flush=True)
+                else:
+                    rows[every.index(ended.item)] = ended.value
+                    print(f"{model}: {len(rows)} of {len(every)} runs", flush=True)
         kept = [row for row in read_rows(folder) if row["model"] != model or row["weights"] not in weights]
-        write(folder, kept + found)
+        write(folder, kept + [rows[index] for index in sorted(rows)])
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
@@ -153,14 +147,8 @@ def main() -> None:
     parser.add_argument("--weights", nargs="+", default=list(WEIGHTS), help="storage formats")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; the GPU must hold them together")
     parser.add_argument("--report", action="store_true", help="write the tables of the rows that are there, and stop")
-    parser.add_argument("--cell", nargs=2, metavar=("FOLDER", "JSON"), help=argparse.SUPPRESS)
-    parser.add_argument("--make", nargs=2, metavar=("MODEL", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.make:
-        make_checkpoint(options.make[0], Path(options.make[1]))
-    elif options.cell:
-        print("ROW " + json.dumps(measure(Cell(*json.loads(options.cell[1])), options.cell[0])), flush=True)
-    elif options.report:
+    if options.report:
         write(options.folder, read_rows(options.folder))
     else:
         _check(options)
