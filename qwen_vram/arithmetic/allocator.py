@@ -39,6 +39,7 @@ class CachingAllocator:
         allocated: Bytes of blocks in use, what could not be split off included (`torch.cuda.memory_allocated`).
         peak: The most that was allocated at once.
         reserved: Bytes of all segments (`torch.cuda.memory_reserved`).
+        peak_reserved: The most that was reserved at once.
     """
 
     def __init__(self, limit: int | None = None) -> None:
@@ -46,6 +47,7 @@ class CachingAllocator:
         self.allocated = 0
         self.peak = 0
         self.reserved = 0
+        self.peak_reserved = 0
         self._segments = 0
         # Free blocks by pool (small, large), sorted by size and address; and where each begins and ends.
         self._free: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
@@ -58,7 +60,8 @@ class CachingAllocator:
     def copy(self, limit: int | None = None) -> CachingAllocator:
         """An allocator in the same state that goes its own way, under a limit of its own."""
         twin = CachingAllocator(limit)
-        twin.allocated, twin.peak, twin.reserved = self.allocated, self.peak, self.reserved
+        twin.allocated, twin.peak = self.allocated, self.peak
+        twin.reserved, twin.peak_reserved = self.reserved, self.peak_reserved
         twin._segments = self._segments
         twin._free = (list(self._free[0]), list(self._free[1]))
         twin._size_at, twin._start_before = dict(self._size_at), dict(self._start_before)
@@ -130,6 +133,7 @@ class CachingAllocator:
         address = _TOP - self._segments * _GAP
         self._segment_sizes[address] = segment
         self.reserved += segment
+        self.peak_reserved = max(self.peak_reserved, self.reserved)
         return segment, address
 
     def _remember(self, size: int, address: int, pool: int) -> None:

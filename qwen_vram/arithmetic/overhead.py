@@ -43,8 +43,8 @@ def load_peak_bytes(architecture: Architecture, profile: Profile) -> int:
 
 
 def load_reserved_bytes(architecture: Architecture, profile: Profile) -> int:
-    """What torch has reserved after loading."""
-    return replay_load(architecture, profile).reserved
+    """The most that torch reserves while loading."""
+    return replay_load(architecture, profile).peak_reserved
 
 
 class Replayed(NamedTuple):
@@ -88,7 +88,7 @@ def _runs_within(architecture: Architecture, profile: Profile, workload: Workloa
     """Whether loading and a first run succeed where torch can reserve `limit` bytes."""
     try:
         loaded = replay_load(architecture, profile)
-        if loaded.reserved > limit:
+        if loaded.peak_reserved > limit:
             loaded = replay_load(architecture, profile, limit)
         replay_generation(loaded.copy(limit), architecture, profile, workload)
     except OutOfRoomError:

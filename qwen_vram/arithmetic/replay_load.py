@@ -21,10 +21,11 @@ _FP16 = 2
 
 @lru_cache(maxsize=64)
 def replay_load(architecture: Architecture, profile: Profile, limit: int | None = None) -> CachingAllocator:
-    """The allocator after `from_pretrained`: its `allocated` is the weights', its `peak` the load peak.
+    """The allocator after `load`: its `allocated` is the weights', its `peak` the load peak.
 
     `transformers` first takes all bytes in one piece and frees them, so that later requests are cut from it; then it
-    brings tensors over in the order of their names and quantizes each as it comes.
+    brings tensors over in the order of their names and quantizes each as it comes. In the end the loader gives back
+    what segments are free.
 
     Raises:
         OutOfRoomError: loading takes more than `limit`.
@@ -32,6 +33,7 @@ def replay_load(architecture: Architecture, profile: Profile, limit: int | None 
     allocator = CachingAllocator(limit)
     if architecture.stored:
         replay_stored(allocator, architecture, architecture.stored, profile)
+        allocator.release_unused()
         return allocator
     weights = _load_order(architecture, profile)
     total = sum(_announced_bytes(weight, profile) for weight in weights)
@@ -40,6 +42,7 @@ def replay_load(architecture: Architecture, profile: Profile, limit: int | None 
         _load_weight(allocator, weight, profile)
     for _ in range(2):  # the rotary embedding's float32 buffers
         allocator.take(architecture.head_dim // 2 * _FP32)
+    allocator.release_unused()
     return allocator
 
 

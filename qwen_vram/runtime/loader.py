@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -215,10 +216,17 @@ def _build(
         _forget_second_device(model, where)
     if profile.embeddings == "host" and chosen.placement.embeddings == "cpu":
         move_embedding_to_host(model, device)
+    if profile.dequantization == "tiled" and backend.name == "bnb":
+        from qwen_vram.runtime.tiled_linear import dequantize_in_tiles
+
+        dequantize_in_tiles(model)
     if adapter is not None:
         model = add_adapter(model, adapter_folder(adapter), request.dtype)
     model.eval()
     measured = meter.stop()
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()  # a segment that held what was quantized would never be whole again
     load_peak = {"load_peak": measured["peak_allocated"] - meter.before} if measured else {}
     weights = sum(weight_storages(model, backend).values())
     return LoadedModel(

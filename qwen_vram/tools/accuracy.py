@@ -36,6 +36,10 @@ CASES = (
     Case({"attention": "sdpa"}, ((1, 8192, 16), (4, 1024, 16), (1, 512, 16))),
     Case(_FUSED, ((1, 8192, 16), (4, 1024, 16), (1, 512, 16))),
     Case({**_FUSED, "prefill_chunk_size": 1024, "embeddings": "host"}, ((1, 8192, 16),)),
+    Case(
+        {**_FUSED, "prefill_chunk_size": 512, "embeddings": "host", "dequantization": "tiled"},
+        ((1, 8192, 16), (1, 512, 16)),
+    ),
     Case({**_FUSED, "kv_cache": "int8"}, ((1, 8192, 16),)),
     Case({**_FUSED, "kv_device": "host"}, ((1, 8192, 16),)),
     Case({"attention": "sdpa", "prefill_chunk_size": 1024}, ((1, 4096, 16),)),
