@@ -192,7 +192,7 @@ def test_a_budget_nothing_fits_says_what_would():
         "would fit"
     )
     with pytest.raises(qv.DoesNotFitError, match=text) as caught:
-        qv.plan(SEVEN, vram="5GiB", prompt_len=32_000, batch_size=4)
+        qv.plan(SEVEN, vram="5GiB", prompt_len=32_000, batch_size=4, streamed_layers=0)
     error = caught.value
     assert error.budget_bytes == 5 * 2**30 < error.needed_bytes == error.estimate.needed_bytes
     near = error.nearest
@@ -204,8 +204,11 @@ def test_a_budget_nothing_fits_says_what_would():
 
 def test_a_budget_not_even_one_token_fits():
     with pytest.raises(qv.DoesNotFitError, match="not even one token would fit; use a smaller model") as caught:
-        qv.plan(SEVEN, vram="2GiB")
+        qv.plan(SEVEN, vram="1GiB")
     assert caught.value.nearest is None
+    with pytest.raises(qv.DoesNotFitError, match="GiB of host memory; 2.00 GiB are allowed") as caught:
+        qv.plan(SEVEN, vram="4GiB", ram="2GiB", weights="bf16")
+    assert caught.value.needed_bytes == caught.value.estimate.host
     with pytest.raises(qv.DoesNotFitError, match="of host memory; 1.00 GiB are allowed"):
         qv.plan(SEVEN, vram={}, ram="1GiB")
 

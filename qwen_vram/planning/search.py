@@ -67,7 +67,7 @@ class Candidate(NamedTuple):
     steps: tuple[Step, ...]
 
 
-def search_space(
+def _search_space(
     architecture: Architecture, profile: str | Profile, workload: Workload, knobs: dict[str, object]
 ) -> tuple[Profile, tuple[Move, ...]]:
     """The profile to start from, and the moves that touch only what caller and checkpoint left open."""
@@ -77,7 +77,8 @@ def search_space(
     start = replace(_LOSSLESS.replace(**knobs), name="auto")
     if architecture.tie_word_embeddings:
         knobs = {"lm_head": None, **knobs}  # the loader makes no head of its own for them
-    return start, tuple(move for move in _MOVES if _is_open(move, start, workload, knobs))
+    stream = Move({"streamed_layers": architecture.num_hidden_layers}, "layers cross the link for every token")
+    return start, tuple(move for move in (*_MOVES, stream) if _is_open(move, start, workload, knobs))
 
 
 def _is_open(move: Move, start: Profile, workload: Workload, knobs: dict[str, object]) -> bool:
@@ -86,45 +87,60 @@ def _is_open(move: Move, start: Profile, workload: Workload, knobs: dict[str, ob
         return False
     if "kv_cache" in move.knobs and start.cache != "preallocated":
         return False
+    if "streamed_layers" in move.knobs and start.compiled:
+        return False
     chunk = move.knobs.get("prefill_chunk_size")
     return not isinstance(chunk, int) or chunk < workload.prompt_len
 
 
 class Search:
-    """One search over profiles for a model, a workload and a budget."""
+    """One search over profiles for a model, a workload and a budget; profile and knobs as for `plan`."""
 
-    def __init__(self, label: str, architecture: Architecture, workload: Workload, budget: Budget) -> None:
+    def __init__(
+        self,
+        label: str,
+        architecture: Architecture,
+        workload: Workload,
+        budget: Budget,
+        profile: str | Profile,
+        knobs: dict[str, object],
+    ) -> None:
         self.label = label
         self.architecture = architecture
         self.workload = workload
         self.budget = budget
+        self.start, self.moves = _search_space(architecture, profile, workload, knobs)
 
-    def candidates(self, start: Profile, moves: tuple[Move, ...]) -> Iterator[Candidate]:
-        """Every profile on the way that needs less than all before it, `start` first."""
+    def candidates(self) -> Iterator[Candidate]:
+        """Every profile on the way that needs less than all before it."""
         steps: tuple[Step, ...] = ()
-        current, least = start, 0
-        for move in (None, *moves):
-            profile = current if move is None else replace(current.replace(**move.knobs), name=start.name)
+        current, least = self.start, 0
+        for move in (None, *self.moves):
+            profile = current if move is None else replace(current.replace(**move.knobs), name=current.name)
             result = estimate(self.label, self.architecture, profile, self.workload)
             needed = self.needed(result)
             if steps and needed >= least:
                 continue  # it would cost something and save nothing
             saved = least - needed if steps else 0
-            floor = decode_floor_ms(self.architecture, profile, self.workload)
-            steps = (*steps, Step(_change(current, profile, move), needed, saved, _cost(profile, move), floor))
+            change, cost = _change(current, profile, move), _cost(profile, move)
+            steps = (*steps, Step(change, needed, saved, cost, self._floor(profile)))
             current, least = profile, needed
             yield Candidate(result, steps)
 
-    def run(self, start: Profile, moves: tuple[Move, ...], prefer: Prefer) -> Candidate:
-        """The candidate that `prefer` asks for.
+    def run(self, prefer: Prefer) -> Candidate:
+        """The candidate that `prefer` asks for. Layers are streamed only where nothing else fits.
 
         Raises:
             DoesNotFitError: none fits.
         """
-        fitting = []
-        for candidate in self.candidates(start, moves):
-            if self.fits(candidate.estimate):
-                fitting.append(candidate)
+        fitting: list[Candidate] = []
+        for candidate in self.candidates():
+            streams = self._may_stream(candidate.estimate.profile)
+            if streams and fitting:
+                break
+            found = self._fewest_streamed(candidate) if streams else candidate
+            if found and self.fits(found.estimate):
+                fitting.append(found)
                 if prefer == "quality":
                     break
         if not fitting:
@@ -132,6 +148,42 @@ class Search:
         if prefer == "memory":
             return fitting[-1]
         return min(fitting, key=lambda found: found.steps[-1].decode_floor_ms)
+
+    def _fewest_streamed(self, everything: Candidate) -> Candidate | None:
+        """A candidate that streams all layers, with as few of them as fit; `None` where not even all do.
+
+        The cache goes back to where it was at the start, or stays where the moves have brought it: whole rather than
+        quantized, then what makes the shorter step.
+        """
+        *before, last = everything.steps
+        start, moved = self.start, everything.estimate.profile
+        bases = (replace(moved, kv_cache=start.kv_cache, kv_device=start.kv_device), moved)
+        tried = [self._resident_first(base, self.workload) for base in bases]
+        fitting = [result for result in tried if self.fits(result)]
+        if not fitting:
+            return None
+        best = min(fitting, key=lambda found: (found.profile.kv_cache != start.kv_cache, self._floor(found.profile)))
+        knobs = {knob: getattr(best.profile, knob) for knob in ("streamed_layers", "kv_cache", "kv_device")}
+        change = _change(replace(moved, streamed_layers=0), best.profile, Move(knobs, ""))
+        needed = self.needed(best)
+        step = Step(change, needed, before[-1].needed_bytes - needed, last.cost, self._floor(best.profile))
+        return Candidate(best, (*before, step))
+
+    def _may_stream(self, profile: Profile) -> bool:
+        """Whether the search, not the caller, streams layers in `profile`."""
+        return profile.streamed_layers > self.start.streamed_layers
+
+    def _resident_first(self, base: Profile, workload: Workload) -> Estimate:
+        """`base` with as many of its streamed layers on the device as that holds."""
+
+        def streaming(layers: int) -> Estimate:
+            return estimate(self.label, self.architecture, replace(base, streamed_layers=layers), workload)
+
+        layers = base.streamed_layers
+        return streaming(layers - most(layers, lambda resident: self._on_device(streaming(layers - resident))))
+
+    def _floor(self, profile: Profile) -> float:
+        return decode_floor_ms(self.architecture, profile, self.workload)
 
     def needed(self, result: Estimate) -> int:
         """Bytes needed on what the plan runs on: the whole process on a GPU, weights and live tensors on the host."""
@@ -143,15 +195,21 @@ class Search:
         """Whether both the device and the host hold it."""
         if self.budget.vram is None:
             return self.needed(result) <= self.budget.ram
+        return result.host <= self.budget.ram and self._on_device(result)
+
+    def _on_device(self, result: Estimate) -> bool:
+        assert self.budget.vram is not None
         live = result.weights + result.kv_cache + result.tensors + result.workspace
-        if live > self.budget.vram or result.host > self.budget.ram:
-            return False  # without a replay, which takes most of an estimate's time
-        return result.needed_bytes <= self.budget.vram
+        # Most are refused without a replay, which takes most of an estimate's time.
+        return live <= self.budget.vram and result.needed_bytes <= self.budget.vram
 
     def holds(self, profile: Profile, prompt_len: int, new: int, batch_size: int) -> bool:
-        """Whether `profile` fits the budget at another workload."""
+        """Whether `profile` fits the budget at another workload; what the search streams, as few layers as fit."""
         workload = Workload(prompt_len=prompt_len, max_new_tokens=new, batch_size=batch_size)
-        return self.fits(estimate(self.label, self.architecture, profile, workload))
+        result = estimate(self.label, self.architecture, profile, workload)
+        if self._may_stream(profile) and self._on_device(result):
+            result = self._resident_first(profile, workload)
+        return self.fits(result)
 
     def longest_prompt(self, profile: Profile, new: int, batch_size: int) -> int:
         """The most prompt tokens that fit before `new` more, 0 where not even one does."""
@@ -161,8 +219,10 @@ class Search:
     def _refusal(self, smallest: Estimate) -> DoesNotFitError:
         """The error for a search that found nothing, with the longest prompt that the smallest profile holds."""
         nearest = self._nearest(smallest.profile)
-        room = self.budget.ram if self.budget.vram is None else self.budget.vram
-        where = "of host memory" if self.budget.vram is None else "on the GPU, CUDA context included"
+        needed, room, where = self.needed(smallest), self.budget.vram, "on the GPU, CUDA context included"
+        if room is None or needed <= room:  # what is short is the host's
+            needed = needed if room is None else smallest.host
+            room, where = self.budget.ram, "of host memory"
         work = self.workload
         advice = (
             f"prompt_len={nearest.prompt_len} with max_new_tokens={nearest.max_new_tokens} and "
@@ -172,9 +232,9 @@ class Search:
         )
         return DoesNotFitError(
             f"{self.label} with {smallest.profile.weights} weights at {work.prompt_len} + {work.max_new_tokens} "
-            f"tokens, batch {work.batch_size}, needs {format_gib(self.needed(smallest))} {where}; "
+            f"tokens, batch {work.batch_size}, needs {format_gib(needed)} {where}; "
             f"{format_gib(room)} are allowed; {advice}",
-            needed_bytes=self.needed(smallest),
+            needed_bytes=needed,
             budget_bytes=room,
             estimate=smallest,
             nearest=nearest,
