@@ -24,7 +24,8 @@ def replay_load(architecture: Architecture, profile: Profile) -> CachingAllocato
     """The allocator after `from_pretrained`: its `allocated` is the weights', its `peak` the load peak.
 
     `transformers` first takes all bytes in one piece and frees them, so that later requests are cut from it; then it
-    brings tensors over in the order of their names and quantizes each as it comes.
+    brings tensors over in the order of their names, as they are stored, or in the model's own dtype to be quantized
+    as they come.
     """
     if architecture.stored:
         return replay_stored(architecture, architecture.stored, profile)
@@ -32,8 +33,9 @@ def replay_load(architecture: Architecture, profile: Profile) -> CachingAllocato
     weights = _load_order(architecture, profile)
     total = sum(_announced_bytes(weight, profile) for weight in weights)
     allocator.give(allocator.take(int(total)))
+    load = _load_weight if architecture.stored_format is None else _load_stored
     for weight in weights:
-        _load_weight(allocator, weight, profile)
+        load(allocator, weight, profile)
     for _ in range(2):  # the rotary embedding's float32 buffers
         allocator.take(architecture.head_dim // 2 * _FP32)
     return allocator
@@ -56,6 +58,12 @@ def _announced_bytes(weight: Weight, profile: Profile) -> float:
     """What `transformers` expects a weight to take: code bits alone, block maxima left out."""
     storage = FORMATS[format_of(weight, profile)]
     return weight.numel * storage.bits / 8
+
+
+def _load_stored(allocator: CachingAllocator, weight: Weight, profile: Profile) -> None:
+    """The parts come over one by one and stay. bitsandbytes' JSON text, which goes again, is left out: 512 bytes."""
+    for nbytes in FORMATS[format_of(weight, profile)].part_sizes(weight.shape):
+        allocator.take(nbytes)
 
 
 def _load_weight(allocator: CachingAllocator, weight: Weight, profile: Profile) -> None:
