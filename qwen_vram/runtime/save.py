@@ -108,10 +108,9 @@ def save(
     """Write `model` to `out`; see `LoadedModel.save_quantized`. `source` is the checkpoint that it was loaded from."""
     began = time.monotonic()
     max_shard_bytes = parse_bytes(max_shard_size, name="max_shard_size")
-    backend = saving_backend(profile.weights)
+    config = _config(source, model, saving_backend(profile.weights).saved_config(model, profile))
     modules = list(_modules(model))
     _check(modules, architecture)
-    config = _config(source, model, backend.saved_config(model, profile))
     shards = lay_out(modules, max_shard_bytes)
     files = companion_files(source)
     needed = disk_bytes(shards, files.values(), config)

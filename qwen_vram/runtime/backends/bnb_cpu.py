@@ -32,7 +32,7 @@ def check_scales(model: nn.Module) -> None:
     """
     for name, module in model.named_modules():
         state = _state(module)
-        if state is not None and _is_packed(state) and not hasattr(state, "before_packing"):
+        if _was_packed(state) and not hasattr(state, "before_packing"):
             raise NotSupportedError(
                 f"{name!r} was quantized anew after it was loaded, and has run on the CPU since, which rounds its "
                 "scales; save before the model runs",
@@ -45,8 +45,8 @@ def _state(module: nn.Module) -> Any:
     return getattr(getattr(module, "weight", None), "quant_state", None)
 
 
-def _is_packed(state: Any) -> bool:
-    return bool(getattr(state, "packing_format_for_cpu", False))
+def _was_packed(state: Any) -> bool:
+    return hasattr(state, "original_qshape")
 
 
 def _keep(module: nn.Module) -> None:
@@ -60,10 +60,11 @@ def _unpack(module: Any, prefix: str, keep_vars: bool) -> None:
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
     state = _state(module)
-    if state is None or not _is_packed(state) or not hasattr(state, "before_packing"):
+    if not _was_packed(state) or not hasattr(state, "before_packing"):
         return
     kept = state.before_packing
-    codes, _ = _convert_weight_packed_for_cpu_inverse(module.weight.data, state)
-    module.weight.data = codes
+    if state.packing_format_for_cpu:
+        module.weight.data, _ = _convert_weight_packed_for_cpu_inverse(module.weight.data, state)
+    kept.to(module.weight.device)
     module.weight.quant_state = module.quant_state = kept
     _keep(module)
