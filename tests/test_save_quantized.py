@@ -370,23 +370,23 @@ def test_quantize_writes_a_checkpoint_that_chat_loads(demo, tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("knobs", [{"profile": "compact"}, {"weights": "int8"}, {"weights": "int8", "lm_head": "int8"}])
-def test_on_a_gpu(demo, tmp_path, knobs):
+@pytest.mark.parametrize("weights", ["nf4", "int8"])
+@pytest.mark.parametrize("head", [False, True])
+def test_on_a_gpu(demo, tmp_path, weights, head):
     out = tmp_path / "out"
-    with load(demo, **knobs) as llm:
+    with load(demo, weights=weights, lm_head=weights if head else None, embeddings="host") as llm:
         llm.generate("hello", max_new_tokens=4, do_sample=False)
         before, expected = tensors(llm.model), logits(llm.model)
         llm.save_quantized(out, progress=False)
-        host = llm.plan.profile.embeddings
     assert_same(stored(out), before)
-    for embeddings in {"device", host}:
+    for embeddings in ("device", "host"):
         with load(out, embeddings=embeddings) as again:
             assert_same(tensors(again.model), before)
             assert torch.equal(logits(again.model), expected)
             measured, promised = again.report().measured, again.plan.estimate
             assert measured["weights"] == promised.weights
-            assert measured["load_peak"] == pytest.approx(promised.load_peak, rel=0.01, abs=2**20)
-    with qv.load(out, progress=False) as again:
+            assert measured["load_peak"] == pytest.approx(promised.load_peak, rel=0.05, abs=2**21)
+    with qv.load(out, attention="sdpa", progress=False) as again:
         assert torch.equal(logits(again.model), expected)
-    plain = AutoModelForCausalLM.from_pretrained(out, device_map={"": 0})
+    plain = AutoModelForCausalLM.from_pretrained(out, device_map={"": 0}, attn_implementation="sdpa")
     assert torch.equal(logits(plain), expected)
