@@ -24,8 +24,8 @@ def replay_load(architecture: Architecture, profile: Profile, limit: int | None 
     """The allocator after `load`: its `allocated` is the weights', its `peak` the load peak.
 
     `transformers` first takes all bytes in one piece and frees them, so that later requests are cut from it; then it
-    brings tensors over in the order of their names and quantizes each as it comes. In the end the loader gives back
-    what segments are free.
+    brings tensors over in the order of their names, as they are stored, or in the model's own dtype to be quantized
+    as they come. In the end the loader gives back what segments are free.
 
     Raises:
         OutOfRoomError: loading takes more than `limit`.
@@ -38,8 +38,9 @@ def replay_load(architecture: Architecture, profile: Profile, limit: int | None 
     weights = _load_order(architecture, profile)
     total = sum(_announced_bytes(weight, profile) for weight in weights)
     allocator.give(allocator.take(int(total)))
+    load = _load_weight if architecture.stored_format is None else _load_stored
     for weight in weights:
-        _load_weight(allocator, weight, profile)
+        load(allocator, weight, profile)
     for _ in range(2):  # the rotary embedding's float32 buffers
         allocator.take(architecture.head_dim // 2 * _FP32)
     allocator.release_unused()
@@ -63,6 +64,12 @@ def _announced_bytes(weight: Weight, profile: Profile) -> float:
     """What `transformers` expects a weight to take: code bits alone, block maxima left out."""
     storage = FORMATS[format_of(weight, profile)]
     return weight.numel * storage.bits / 8
+
+
+def _load_stored(allocator: CachingAllocator, weight: Weight, profile: Profile) -> None:
+    """The parts come over one by one and stay. bitsandbytes' JSON text, which goes again, is left out: 512 bytes."""
+    for nbytes in FORMATS[format_of(weight, profile)].part_sizes(weight.shape):
+        allocator.take(nbytes)
 
 
 def _load_weight(allocator: CachingAllocator, weight: Weight, profile: Profile) -> None:

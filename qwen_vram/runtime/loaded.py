@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from threading import Event, Thread
 from types import TracebackType
 from typing import Any, cast
@@ -28,6 +29,7 @@ from qwen_vram.planning.planner import Plan, plan
 from qwen_vram.runtime.host_cache import HostCache
 from qwen_vram.runtime.kv_cache import PreallocatedCache, cache_bytes
 from qwen_vram.runtime.measure import PeakMeter, Report
+from qwen_vram.runtime.save import SaveReport, save
 
 Message = Mapping[str, str]
 
@@ -53,12 +55,14 @@ class LoadedModel:
         plan: Plan,
         device: torch.device,
         measured: dict[str, int],
+        folder: Path,
     ) -> None:
         self._model: PreTrainedModel | None = cast("PreTrainedModel", model)
         self.tokenizer = tokenizer
         self.plan = plan
         self.device = device
         self._loaded = measured
+        self._folder = folder
         self._last: Workload | None = None
         self._run: dict[str, int] = {}
         if plan.profile.prefill_chunk_size is not None:
@@ -185,6 +189,42 @@ class LoadedModel:
     def report(self) -> Report:
         """Predicted beside measured, part by part: the load, and the last generation where there was one."""
         return Report(estimate=self._prediction(), measured={**self._loaded, **self._run})
+
+    def save_quantized(
+        self,
+        out: str | Path,
+        *,
+        max_shard_size: str | int = "4GB",
+        overwrite: bool = False,
+        progress: bool = True,
+    ) -> SaveReport:
+        """Write the quantized weights as they are: a checkpoint that loads without the 16-bit file, bit for bit.
+
+        `load()` takes it with no knob, `transformers` with `from_pretrained`. A table on the host is in it too. One
+        tensor at a time passes through the host. Nothing appears at `out` before all is there, and then all at once.
+
+        Args:
+            out: A new folder.
+            max_shard_size: The most tensor data in one file, a single larger module apart.
+            overwrite: Replace a checkpoint that is at `out`; it stays there until the new one is complete.
+            progress: Show a bar on standard error.
+
+        Raises:
+            NotSupportedError: the weights are not quantized, their backend cannot save, or an adapter is on the model.
+            CheckpointError: `out` exists, holds what is read, or its disk is too full or fails.
+        """
+        architecture = self.plan.estimate.architecture
+        assert architecture is not None
+        return save(
+            self.model,
+            architecture,
+            self.plan.profile,
+            source=self._folder,
+            out=Path(out),
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            progress=progress,
+        )
 
     def probe(
         self,

@@ -230,7 +230,12 @@ def _build(
     load_peak = {"load_peak": measured["peak_allocated"] - meter.before} if measured else {}
     weights = sum(weight_storages(model, backend).values())
     return LoadedModel(
-        model=model, tokenizer=tokenizer, plan=chosen, device=device, measured={"weights": weights, **load_peak}
+        model=model,
+        tokenizer=tokenizer,
+        plan=chosen,
+        device=device,
+        measured={"weights": weights, **load_peak},
+        folder=checkpoint.folder,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +42,18 @@ class Backend(Protocol):
 
     def storages(self, module: nn.Module) -> list[torch.Tensor]:
         """Tensors that `module` holds beside its parameters for the sake of its format (scales, code tables)."""
+
+
+@runtime_checkable
+class SavingBackend(Backend, Protocol):
+    """A backend whose models can be saved: `state_dict()` of each module is what its checkpoint holds."""
+
+    def saved_config(self, model: nn.Module, profile: Profile) -> dict[str, Any]:
+        """config.json's `quantization_config`.
+
+        Raises:
+            NotSupportedError: a module no longer holds what was quantized.
+        """
 
 
 def from_pretrained(request: Request, **options: Any) -> nn.Module:

@@ -1,4 +1,4 @@
-"""nf4, nf4-plain, fp4 and int8 by bitsandbytes, quantized tensor by tensor while they load."""
+"""nf4, nf4-plain, fp4 and int8 by bitsandbytes, quantized tensor by tensor while they load, and saved as they are."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import nn
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.errors import BackendUnavailableError, NotSupportedError
 from qwen_vram.runtime.backends.base import Request, from_pretrained
+from qwen_vram.runtime.backends.bnb_cpu import check_scales, keep_scales
 
 _INSTALL = 'pip install "bitsandbytes>=0.50"'
 
@@ -47,8 +48,30 @@ def _import_quietly() -> None:
         logger.setLevel(level)
 
 
+def quantization_config(weights: str, *, head: bool, dtype: torch.dtype) -> Any:
+    """`transformers`' BitsAndBytesConfig for a storage format, with its surprising defaults all set.
+
+    Args:
+        head: Whether the head is quantized too.
+        dtype: The model's own, in which products are computed.
+    """
+    from transformers import BitsAndBytesConfig
+
+    # transformers skips the head unless it is given a list; an empty one skips nothing.
+    options: dict[str, Any] = {"llm_int8_skip_modules": [] if head else ["lm_head"]}
+    if weights == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, **options)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="fp4" if weights == "fp4" else "nf4",
+        bnb_4bit_use_double_quant=weights != "nf4-plain",
+        bnb_4bit_compute_dtype=dtype,
+        **options,
+    )
+
+
 class BnbBackend:
-    """bitsandbytes through `transformers`' own quantizer, with its surprising defaults all set."""
+    """bitsandbytes through `transformers`' own quantizer."""
 
     name = "bnb"
 
@@ -77,29 +100,38 @@ class BnbBackend:
 
     def load(self, request: Request) -> nn.Module:
         """The model with its matrices quantized; embeddings, norms and biases keep the model's dtype."""
-        from transformers import BitsAndBytesConfig
+        from transformers import AutoConfig
 
         _import_quietly()
         logging.getLogger("bitsandbytes.autograd._functions").addFilter(_ONCE)
-        if request.stored:
-            return from_pretrained(request)
         profile = request.profile
-        # transformers skips the head unless it is given a list; an empty one skips nothing.
-        skipped = [] if profile.head_format == profile.weights else ["lm_head"]
-        options: dict[str, Any] = {"llm_int8_skip_modules": skipped}
-        if profile.weights == "int8":
-            options["load_in_8bit"] = True
+        # Only the embedding is on the host then, which is not quantized anyway.
+        two_devices = "cpu" in request.device_map.values() and request.device.type != "cpu"
+        if request.stored:
+            # The checkpoint's own settings win over any that are passed, so they are changed where they stand.
+            config = AutoConfig.from_pretrained(request.folder, local_files_only=True, trust_remote_code=False)
+            config.quantization_config["llm_int8_enable_fp32_cpu_offload"] = two_devices
+            config.quantization_config["bnb_4bit_compute_dtype"] = str(request.dtype).removeprefix("torch.")
+            model = from_pretrained(request, config=config)
         else:
-            options |= {
-                "load_in_4bit": True,
-                "bnb_4bit_quant_type": "fp4" if profile.weights == "fp4" else "nf4",
-                "bnb_4bit_use_double_quant": profile.weights != "nf4-plain",
-                "bnb_4bit_compute_dtype": request.dtype,
-            }
-        if "cpu" in request.device_map.values() and request.device.type != "cpu":
-            # Only the embedding is on the host, which is not quantized anyway.
-            options["llm_int8_enable_fp32_cpu_offload"] = True
-        return from_pretrained(request, quantization_config=BitsAndBytesConfig(**options))
+            settings = quantization_config(
+                profile.weights, head=profile.head_format == profile.weights, dtype=request.dtype
+            )
+            settings.llm_int8_enable_fp32_cpu_offload = two_devices
+            model = from_pretrained(request, quantization_config=settings)
+        if request.device.type == "cpu":
+            keep_scales(model)
+        return model
+
+    def saved_config(self, model: nn.Module, profile: Profile) -> dict[str, Any]:
+        """What config.json says of the quantization."""
+        check_scales(model)
+        config: dict[str, Any] = quantization_config(
+            profile.weights,
+            head=profile.head_format == profile.weights,
+            dtype=model.dtype,  # type: ignore[arg-type]
+        ).to_dict()
+        return config
 
     def storages(self, module: nn.Module) -> list[torch.Tensor]:
         """Block maxima, code tables and offset of a 4-bit matrix, row scales of an int8 one."""
