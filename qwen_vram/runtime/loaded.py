@@ -28,6 +28,7 @@ from qwen_vram.planning.planner import Plan, plan
 from qwen_vram.runtime.host_cache import HostCache
 from qwen_vram.runtime.kv_cache import PreallocatedCache, cache_bytes
 from qwen_vram.runtime.measure import PeakMeter, Report
+from qwen_vram.runtime.streaming import Streamer
 
 Message = Mapping[str, str]
 
@@ -53,12 +54,14 @@ class LoadedModel:
         plan: Plan,
         device: torch.device,
         measured: dict[str, int],
+        streamer: Streamer | None = None,
     ) -> None:
         self._model: PreTrainedModel | None = cast("PreTrainedModel", model)
         self.tokenizer = tokenizer
         self.plan = plan
         self.device = device
         self._loaded = measured
+        self._streamer = streamer
         self._last: Workload | None = None
         self._run: dict[str, int] = {}
         if plan.profile.prefill_chunk_size is not None:
@@ -96,6 +99,8 @@ class LoadedModel:
     def close(self) -> None:
         """Give the memory back; calling it again changes nothing."""
         self._model = None
+        if self._streamer is not None:
+            self._streamer.close()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,12 +16,14 @@ from qwen_vram.arithmetic.model import ModelLike
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.errors import BackendUnavailableError, NotSupportedError
 from qwen_vram.planning.budget import VramLike
+from qwen_vram.planning.placement import spread
 from qwen_vram.planning.planner import Plan, plan
 from qwen_vram.planning.search import Prefer
 from qwen_vram.runtime import attention
 from qwen_vram.runtime.adapter import add_adapter, check_peft
 from qwen_vram.runtime.backends import get_backend
-from qwen_vram.runtime.backends.base import Backend, Request
+from qwen_vram.runtime.backends.base import Backend, Request, StreamingBackend
+from qwen_vram.runtime.blocks import stream_layers
 from qwen_vram.runtime.checkpoint import Checkpoint, open_checkpoint
 from qwen_vram.runtime.host_embedding import move_embedding_to_host
 from qwen_vram.runtime.loaded import LoadedModel
@@ -34,7 +36,6 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 # Knobs that the estimator counts and nothing here runs yet: their values that do run.
 _RUNS: dict[str, tuple[object, ...]] = {
-    "streamed_layers": (0,),
     "compiled": (False,),
 }
 
@@ -140,6 +141,8 @@ def check(chosen: Plan, backend: Backend, device: torch.device) -> None:
             )
     architecture = chosen.estimate.architecture
     assert architecture is not None
+    if profile.streamed_layers:
+        _check_streaming(profile, backend, stored=architecture.stored_format is not None)
     if architecture.tie_word_embeddings and profile.head_format != profile.dtype:
         raise NotSupportedError(
             f"lm_head={profile.head_format!r}: this model's head is its embedding (tie_word_embeddings), and a head of "
@@ -156,6 +159,23 @@ def check(chosen: Plan, backend: Backend, device: torch.device) -> None:
             )
     if profile.attention == "flash_attention_2":
         _check_flash_attention_2(device)
+
+
+def _check_streaming(profile: Profile, backend: Backend, *, stored: bool) -> None:
+    why = ""
+    if stored:
+        why = (
+            "layers of a checkpoint that is quantized already cannot be streamed yet; load the 16-bit original with "
+            f"weights={profile.weights!r}"
+        )
+    elif not isinstance(backend, StreamingBackend):
+        why = f"the backend {backend.name!r} of weights={profile.weights!r} does not say how its layers are moved"
+    if why:
+        raise NotSupportedError(
+            f"streamed_layers={profile.streamed_layers}: {why}; or use streamed_layers=0",
+            knob="streamed_layers",
+            value=profile.streamed_layers,
+        )
 
 
 def _check_flash_attention_2(device: torch.device) -> None:
@@ -195,24 +215,26 @@ def _build(
 
     profile = chosen.profile
     attention.register()
-    on_host = chosen.placement.embeddings == "cpu" and device.type != "cpu"
-    where: dict[str, int | str] = {"": "cpu" if device.type == "cpu" else device.index}
     request = Request(
         folder=str(checkpoint.folder),
         profile=profile,
         device=device,
         dtype=_dtype(profile, device),
-        device_map=_embedding_first(chosen, device) if on_host else where,
+        device_map=_device_map(chosen, device),
         attention=attention.NAME if profile.attention == "fused" else profile.attention,
         stored=checkpoint.architecture.stored_format is not None,
     )
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
     meter = PeakMeter(device)
     meter.start()
-    with _progress_bar(progress):
+    streamer = None
+    with _progress_bar(progress) as bar:
         model = backend.load(request)
-    if on_host:
-        _forget_second_device(model, where)
+        if len(request.device_map) > 1:
+            _forget_second_device(model, device)
+        if profile.streamed_layers:
+            assert isinstance(backend, StreamingBackend)
+            streamer = stream_layers(model, _streamed(chosen), backend, request, bar)
     if profile.embeddings == "host" and chosen.placement.embeddings == "cpu":
         move_embedding_to_host(model, device)
     if adapter is not None:
@@ -222,30 +244,57 @@ def _build(
     load_peak = {"load_peak": measured["peak_allocated"] - meter.before} if measured else {}
     weights = sum(weight_storages(model, backend).values())
     return LoadedModel(
-        model=model, tokenizer=tokenizer, plan=chosen, device=device, measured={"weights": weights, **load_peak}
+        model=model,
+        tokenizer=tokenizer,
+        plan=chosen,
+        device=device,
+        measured={"weights": weights, **load_peak},
+        streamer=streamer,
     )
 
 
-def _forget_second_device(model: Any, where: dict[str, int | str]) -> None:
-    """Take off the hooks that `transformers` puts on a model with two devices: ours moves rows, not tables."""
+def _forget_second_device(model: Any, device: torch.device) -> None:
+    """Take off the hooks that `transformers` puts on a model with two devices: ours moves rows and blocks."""
     from accelerate.hooks import remove_hook_from_submodules
 
     remove_hook_from_submodules(model)
-    model.hf_device_map = where
+    model.hf_device_map = {"": "cpu" if device.type == "cpu" else device.index}
 
 
-def _embedding_first(chosen: Plan, device: torch.device) -> dict[str, int | str]:
-    """The plan's device map with everything but the token table on `device`."""
-    return {name: "cpu" if where == "cpu" else device.index for name, where in chosen.device_map.items()}
+def _streamed(chosen: Plan) -> frozenset[int]:
+    assert chosen.estimate.architecture is not None
+    return spread(chosen.profile.streamed_layers, chosen.estimate.architecture.num_hidden_layers)
+
+
+def _device_map(chosen: Plan, device: torch.device) -> dict[str, int | str | torch.device]:
+    """What goes to `device`: everything but a token table on the host, and streamed layers, which are left out."""
+    table_on_host = chosen.placement.embeddings == "cpu" and device.type != "cpu"
+    if not table_on_host and not chosen.profile.streamed_layers:
+        return {"": "cpu" if device.type == "cpu" else device.index}
+    architecture = chosen.estimate.architecture
+    assert architecture is not None
+    # As a text, "cpu" would be a second device, on which nothing is quantized.
+    where: dict[str, int | str | torch.device] = dict.fromkeys(
+        chosen.device_map, device if device.type == "cpu" else device.index
+    )
+    if table_on_host:
+        where["model.embed_tokens"] = "cpu"
+    for number in _streamed(chosen) if chosen.profile.streamed_layers else ():
+        del where[f"model.layers.{number}"]
+        # By their children, for to some releases of transformers "model.layers.1" is the beginning of layer 12 too.
+        for child in dict.fromkeys(weight.name.split(".")[0] for weight in architecture.block):
+            where[f"model.layers.{number}.{child}"] = "disk"
+    return where
 
 
 @contextmanager
-def _progress_bar(shown: bool) -> Iterator[None]:
+def _progress_bar(shown: bool) -> Iterator[Callable[..., Any]]:
+    """Have `transformers` show its bars, or not; gives its `tqdm`."""
     from transformers.utils import logging
 
     was_shown = logging.is_progress_bar_enabled()
     (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
     try:
-        yield
+        yield logging.tqdm
     finally:
         (logging.enable_progress_bar if was_shown else logging.disable_progress_bar)()
