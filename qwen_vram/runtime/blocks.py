@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qwen_vram.files.local import read_tensors
@@ -44,6 +45,8 @@ def stream_layers(
                 if next(module.parameters(recurse=False), None) is not None
             ]
             blocks.append(Block(layer, modules, backend, memory))
+    if request.device.type == "cuda":
+        torch.cuda.empty_cache()  # what was reserved for one matrix at a time does not fit slots
     return Streamer(blocks, memory)
 
 

@@ -16,7 +16,6 @@ from qwen_vram.arithmetic.model import ModelLike
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.errors import BackendUnavailableError, NotSupportedError
 from qwen_vram.planning.budget import VramLike
-from qwen_vram.planning.placement import spread
 from qwen_vram.planning.planner import Plan, plan
 from qwen_vram.planning.search import Prefer
 from qwen_vram.runtime import attention
@@ -25,6 +24,7 @@ from qwen_vram.runtime.backends import get_backend
 from qwen_vram.runtime.backends.base import Backend, Request, StreamingBackend
 from qwen_vram.runtime.blocks import stream_layers
 from qwen_vram.runtime.checkpoint import Checkpoint, open_checkpoint
+from qwen_vram.runtime.device_map import device_map, streamed_layers, undispatched
 from qwen_vram.runtime.host_embedding import move_embedding_to_host
 from qwen_vram.runtime.loaded import LoadedModel
 from qwen_vram.runtime.measure import PeakMeter, weight_storages
@@ -220,7 +220,7 @@ def _build(
         profile=profile,
         device=device,
         dtype=_dtype(profile, device),
-        device_map=_device_map(chosen, device),
+        device_map=device_map(chosen, device),
         attention=attention.NAME if profile.attention == "fused" else profile.attention,
         stored=checkpoint.architecture.stored_format is not None,
     )
@@ -229,12 +229,10 @@ def _build(
     meter.start()
     streamer = None
     with _progress_bar(progress) as bar:
-        model = backend.load(request)
-        if len(request.device_map) > 1:
-            _forget_second_device(model, device)
+        model = undispatched(backend, request)
         if profile.streamed_layers:
             assert isinstance(backend, StreamingBackend)
-            streamer = stream_layers(model, _streamed(chosen), backend, request, bar)
+            streamer = stream_layers(model, streamed_layers(chosen), backend, request, bar)
     if profile.embeddings == "host" and chosen.placement.embeddings == "cpu":
         move_embedding_to_host(model, device)
     if adapter is not None:
@@ -251,40 +249,6 @@ def _build(
         measured={"weights": weights, **load_peak},
         streamer=streamer,
     )
-
-
-def _forget_second_device(model: Any, device: torch.device) -> None:
-    """Take off the hooks that `transformers` puts on a model with two devices: ours moves rows and blocks."""
-    from accelerate.hooks import remove_hook_from_submodules
-
-    remove_hook_from_submodules(model)
-    model.hf_device_map = {"": "cpu" if device.type == "cpu" else device.index}
-
-
-def _streamed(chosen: Plan) -> frozenset[int]:
-    assert chosen.estimate.architecture is not None
-    return spread(chosen.profile.streamed_layers, chosen.estimate.architecture.num_hidden_layers)
-
-
-def _device_map(chosen: Plan, device: torch.device) -> dict[str, int | str | torch.device]:
-    """What goes to `device`: everything but a token table on the host, and streamed layers, which are left out."""
-    table_on_host = chosen.placement.embeddings == "cpu" and device.type != "cpu"
-    if not table_on_host and not chosen.profile.streamed_layers:
-        return {"": "cpu" if device.type == "cpu" else device.index}
-    architecture = chosen.estimate.architecture
-    assert architecture is not None
-    # As a text, "cpu" would be a second device, on which nothing is quantized.
-    where: dict[str, int | str | torch.device] = dict.fromkeys(
-        chosen.device_map, device if device.type == "cpu" else device.index
-    )
-    if table_on_host:
-        where["model.embed_tokens"] = "cpu"
-    for number in _streamed(chosen) if chosen.profile.streamed_layers else ():
-        del where[f"model.layers.{number}"]
-        # By their children, for to some releases of transformers "model.layers.1" is the beginning of layer 12 too.
-        for child in dict.fromkeys(weight.name.split(".")[0] for weight in architecture.block):
-            where[f"model.layers.{number}.{child}"] = "disk"
-    return where
 
 
 @contextmanager
