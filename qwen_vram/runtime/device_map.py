@@ -56,7 +56,7 @@ def undispatched(backend: Backend, request: Request) -> Any:
     with _quietly():
         model: Any = backend.load(request)
     remove_hook_from_submodules(model)
-    model.hf_device_map = {"": "cpu" if request.device.type == "cpu" else request.device.index}
+    del model.hf_device_map
     return model
 
 

@@ -44,6 +44,7 @@ class Block:
         for key, view in views.items():
             view.copy_(tensors[key])
         self._on_host = self._bindings(views)
+        self._empty = self._bindings({key: view.new_empty(0) for key, view in views.items()})
         self._in_slots: list[list[Binding]] = []
         self.bind_host()
 
@@ -63,7 +64,7 @@ class Block:
 
     def drop(self) -> None:
         """Let go of all memory: the layer's tensors are left empty."""
-        for bind in self._bindings({key: view.new_empty(0) for key, view in self._layout.views(self.blob).items()}):
+        for bind in self._empty:
             bind()
         self._on_host, self._in_slots = [], []
         self.blob = self.blob.new_empty(0)

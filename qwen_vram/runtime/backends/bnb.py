@@ -6,7 +6,7 @@ import copy
 import logging
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -109,10 +109,10 @@ class BnbBackend:
         if "disk" in elsewhere or ("cpu" in elsewhere and request.device.type != "cpu"):
             # transformers quantizes nothing there: the embedding never is, streamed layers are in `build`.
             options["llm_int8_enable_fp32_cpu_offload"] = True
-        config = BitsAndBytesConfig(**options)
-        model = from_pretrained(request, quantization_config=config)
-        config.llm_int8_enable_fp32_cpu_offload = False  # or a saved model would load unquantized on the CPU
-        return model
+        model: Any = from_pretrained(request, quantization_config=BitsAndBytesConfig(**options))
+        # Or the model, once saved, would be taken for an unquantized one on the CPU.
+        model.config.quantization_config.llm_int8_enable_fp32_cpu_offload = False
+        return cast("nn.Module", model)
 
     def build(self, module: nn.Module, weights: Mapping[str, torch.Tensor], request: Request) -> nn.Module:
         """The linear layer of bitsandbytes in the place of torch's, as `transformers` puts it; others stay."""
