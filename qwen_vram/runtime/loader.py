@@ -22,12 +22,14 @@ from qwen_vram.runtime import attention
 from qwen_vram.runtime.adapter import add_adapter, check_peft
 from qwen_vram.runtime.backends import get_backend
 from qwen_vram.runtime.backends.base import Backend, Request, StreamingBackend
-from qwen_vram.runtime.blocks import stream_layers
+from qwen_vram.runtime.blob import HostMemory
+from qwen_vram.runtime.blocks import pack_layers
 from qwen_vram.runtime.checkpoint import Checkpoint, open_checkpoint
 from qwen_vram.runtime.device_map import device_map, streamed_layers, undispatched
 from qwen_vram.runtime.host_embedding import move_embedding_to_host
 from qwen_vram.runtime.loaded import LoadedModel
 from qwen_vram.runtime.measure import PeakMeter, weight_storages
+from qwen_vram.runtime.streaming import Streamer
 from qwen_vram.runtime.verify import verify as check_plan
 
 _LOGGER = logging.getLogger(__name__)
@@ -66,7 +68,7 @@ def load(
         vram: As for `plan()`; needs a GPU.
         adapter: Folder or hub id of a LoRA adapter, run beside the base by PEFT; the model is then a `PeftModel`.
         device: `"cuda"` or `"cpu"`; `None` takes the GPU where there is one.
-        progress: Show transformers' bar while weights load.
+        progress: Show transformers' bars while weights load and streamed layers are packed.
         verify: Run one prefill of `prompt_len` random tokens and one decode step before returning.
 
     Raises:
@@ -232,7 +234,8 @@ def _build(
         model = undispatched(backend, request)
         if profile.streamed_layers:
             assert isinstance(backend, StreamingBackend)
-            streamer = stream_layers(model, streamed_layers(chosen), backend, request, bar)
+            memory = HostMemory(device)
+            streamer = Streamer(pack_layers(model, streamed_layers(chosen), backend, request, memory, bar), memory)
     if profile.embeddings == "host" and chosen.placement.embeddings == "cpu":
         move_embedding_to_host(model, device)
     if adapter is not None:

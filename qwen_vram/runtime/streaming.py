@@ -6,7 +6,7 @@ piece of memory, so that it is one copy. From token to token nothing is allocate
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -15,65 +15,8 @@ from torch import Tensor, nn
 
 from qwen_vram.arithmetic.weights import STREAMING_SLOTS
 from qwen_vram.errors import NotSupportedError, QwenVramError
-from qwen_vram.runtime.backends.base import StreamingBackend
-from qwen_vram.runtime.blob import HostMemory, Layout
-
-# Makes a module use prepared tensors: assignments alone.
-Binding = Callable[[], None]
-
-
-class Block:
-    """One decoder layer on the host.
-
-    Attributes:
-        layer: The layer; its parameters and quantization state are views, into a slot or into `blob`.
-        blob: All of its tensors as bytes.
-    """
-
-    def __init__(
-        self, layer: nn.Module, modules: Sequence[nn.Module], backend: StreamingBackend, memory: HostMemory
-    ) -> None:
-        self.layer = layer
-        self._modules, self._backend = modules, backend
-        tensors = {
-            (index, name): one for index, module in enumerate(modules) for name, one in backend.tensors(module).items()
-        }
-        self._layout = Layout(tensors)
-        self.blob = memory.take(self._layout.nbytes)
-        views = self._layout.views(self.blob)
-        for key, view in views.items():
-            view.copy_(tensors[key])
-        self._on_host = self._bindings(views)
-        self._empty = self._bindings({key: view.new_empty(0) for key, view in views.items()})
-        self._in_slots: list[list[Binding]] = []
-        self.bind_host()
-
-    def prepare(self, slots: Sequence[Slot]) -> None:
-        """Make the views into each slot, once for all steps to come."""
-        self._in_slots = [self._bindings(self._layout.views(slot.memory)) for slot in slots]
-
-    def bind(self, slot: Slot) -> None:
-        """Let the layer use what lies in a slot."""
-        for bind in self._in_slots[slot.index]:
-            bind()
-
-    def bind_host(self) -> None:
-        """Let the layer use what lies on the host."""
-        for bind in self._on_host:
-            bind()
-
-    def drop(self) -> None:
-        """Let go of all memory: the layer's tensors are left empty."""
-        for bind in self._empty:
-            bind()
-        self._on_host, self._in_slots = [], []
-        self.blob = self.blob.new_empty(0)
-
-    def _bindings(self, views: Mapping[tuple[int, str], Tensor]) -> list[Binding]:
-        by_module: list[dict[str, Tensor]] = [{} for _ in self._modules]
-        for (index, name), view in views.items():
-            by_module[index][name] = view
-        return [self._backend.binding(module, own) for module, own in zip(self._modules, by_module, strict=True)]
+from qwen_vram.runtime.blob import HostMemory
+from qwen_vram.runtime.blocks import Block
 
 
 class Slot:
@@ -94,7 +37,8 @@ class Streamer:
 
     Blocks follow each other in a circle, as tokens make them; any other order works too, more slowly. One thread at a
     time may run the model. Between its runs a layer's parameters show whatever its last slot holds now, except to
-    `state_dict()`, which reads the host. Layers that stream compute no gradients.
+    `state_dict()`, which reads the host: what writes into parameters, as merging an adapter does, is lost. Layers that
+    stream compute no gradients.
     """
 
     def __init__(self, blocks: Sequence[Block], memory: HostMemory) -> None:
@@ -104,6 +48,7 @@ class Streamer:
         self.stream: torch.cuda.Stream | None = None
         if self.device.type == "cuda":
             self.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            torch.cuda.empty_cache()  # what packing reserved, matrix by matrix, does not fit slots
         largest = max(block.blob.nbytes for block in blocks)
         self.slots = [
             Slot(index, torch.empty(largest, dtype=torch.uint8, device=self.device))
@@ -115,7 +60,7 @@ class Streamer:
                 # The last copy may still run when a model is dropped: its slot must not go to anyone before.
                 slot.memory.record_stream(self.stream)
         for number, block in enumerate(self.blocks):
-            block.prepare(self.slots)
+            block.prepare([slot.memory for slot in self.slots])
             self._attach(number, block)
         for block, slot in zip(self.blocks, self.slots, strict=False):
             self._fetch(block, slot)
@@ -134,7 +79,7 @@ class Streamer:
         self._memory.give_back()
 
     def _attach(self, number: int, block: Block) -> None:
-        resting = self.slots[number % len(self.slots)]
+        resting = number % len(self.slots)
         block.bind(resting)
         self._hooks += [
             block.layer.register_forward_pre_hook(partial(self._before, number)),
@@ -156,7 +101,7 @@ class Streamer:
         if self.stream is not None:
             slot.computes_on = torch.cuda.current_stream(self.device)
             slot.filled.wait(slot.computes_on)
-        block.bind(slot)
+        block.bind(slot.index)
 
     def _after(self, number: int, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         """Start copying what follows into slots that hold nothing of it."""
