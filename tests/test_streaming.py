@@ -108,6 +108,17 @@ def test_resident_layers_and_two_slots_are_what_was_predicted(demo, weights, str
                 assert real[stored.weight.name] == stored.nbytes
 
 
+@pytest.mark.parametrize("weights", ["bf16", "nf4", "int8"])
+def test_loading_holds_one_matrix_or_the_slots(weights):
+    small = 2**21  # what the allocator cannot split off
+    all_streamed = qv.estimate_vram("Qwen2.5-7B", weights=weights, streamed_layers=28)
+    assert all_streamed.weights < all_streamed.load_peak < all_streamed.weights + small
+    one_streamed = qv.estimate_vram("Qwen2.5-7B", weights=weights, streamed_layers=1)
+    resident = qv.estimate_vram("Qwen2.5-7B", weights=weights)
+    assert one_streamed.weights == resident.weights
+    assert one_streamed.weights < one_streamed.load_peak <= resident.load_peak
+
+
 def test_tensors_lie_side_by_side_and_aligned_as_their_sizes_allow():
     draw = random.Random(3)
     for _ in range(50):
