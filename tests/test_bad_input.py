@@ -459,7 +459,6 @@ def test_an_unknown_device(untied):
 @pytest.mark.parametrize(
     ("knobs", "text"),
     [
-        ({"streamed_layers": 1}, "streamed_layers=1 is counted by .* use streamed_layers=0"),
         ({"compiled": True, "cache": "static"}, "compiled=True is counted by .* use compiled=False"),
         ({"lm_head": "nf4"}, "lm_head='nf4' with weights='bf16'"),
         ({"weights": "nf4", "lm_head": "int8"}, "lm_head='int8' with weights='nf4': bitsandbytes takes one format"),

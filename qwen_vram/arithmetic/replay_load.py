@@ -13,7 +13,7 @@ from qwen_vram.arithmetic.architecture import Architecture, Weight
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.replay_stored import replay_stored
 from qwen_vram.arithmetic.storage import FORMATS
-from qwen_vram.arithmetic.weights import STREAMING_SLOTS, format_of, table_on_host
+from qwen_vram.arithmetic.weights import STREAMING_SLOTS, block_bytes, format_of, table_on_host
 
 _FP32 = 4
 _FP16 = 2
@@ -43,16 +43,27 @@ def replay_load(architecture: Architecture, profile: Profile, limit: int | None 
         load(allocator, weight, profile)
     for _ in range(2):  # the rotary embedding's float32 buffers
         allocator.take(architecture.head_dim // 2 * _FP32)
+    if profile.streamed_layers:
+        _load_streamed(allocator, architecture, profile)
     allocator.release_unused()
     return allocator
 
 
+def _load_streamed(allocator: CachingAllocator, architecture: Architecture, profile: Profile) -> None:
+    """Streamed layers: each matrix is quantized on the device and leaves it again, then the slots are taken."""
+    for weight in architecture.block:
+        if not FORMATS[format_of(weight, profile)].is_dense:
+            allocator.give(*_load_weight(allocator, weight, profile))
+    allocator.release_unused()
+    for _ in range(min(profile.streamed_layers, STREAMING_SLOTS)):
+        allocator.take(block_bytes(architecture, profile))
+
+
 def _load_order(architecture: Architecture, profile: Profile) -> list[Weight]:
-    """What goes to the device, sorted by name as `transformers` does: head, embedding, layers, last norm."""
+    """What goes to the device to stay, sorted by name as `transformers` does: head, embedding, layers, last norm."""
     outer = {weight.role: weight for weight in architecture.outer}
     block = sorted(architecture.block, key=lambda weight: weight.name.split("."))
-    streamed = min(profile.streamed_layers, architecture.num_hidden_layers)
-    layers = architecture.num_hidden_layers - streamed + min(streamed, STREAMING_SLOTS)
+    layers = architecture.num_hidden_layers - min(profile.streamed_layers, architecture.num_hidden_layers)
     head = [outer["head"]] if "head" in outer else []
     if architecture.tie_word_embeddings and profile.head_format != profile.dtype:
         head = [architecture.head]
@@ -72,32 +83,28 @@ def _load_stored(allocator: CachingAllocator, weight: Weight, profile: Profile) 
         allocator.take(nbytes)
 
 
-def _load_weight(allocator: CachingAllocator, weight: Weight, profile: Profile) -> None:
+def _load_weight(allocator: CachingAllocator, weight: Weight, profile: Profile) -> list[int]:
+    """Bring a weight over and quantize it; the blocks that hold it then."""
     storage = FORMATS[format_of(weight, profile)]
     arriving = allocator.take(weight.numel * profile.element_bytes)
     if storage.is_dense:
-        return
+        return [arriving]
     blocks = -(-weight.numel // 64)
     if storage.name in ("nf4", "fp4"):
         maxima = allocator.take(blocks * _FP32)
-        allocator.take(-(-weight.numel // 2))
-        allocator.take(64)  # code
-        allocator.take(_FP32)  # offset
+        kept = [allocator.take(-(-weight.numel // 2))]
+        kept += [allocator.take(64), allocator.take(_FP32)]  # code, offset
         centred = allocator.take(blocks * _FP32)
-        allocator.take(-(-blocks // 256) * _FP32)
-        allocator.take(blocks)
-        allocator.take(1024)  # code of the maxima
+        kept += [allocator.take(-(-blocks // 256) * _FP32), allocator.take(blocks)]
+        kept += [allocator.take(1024)]  # code of the maxima
         allocator.give(centred, maxima)
     elif storage.name == "nf4-plain":
-        allocator.take(blocks * _FP32)
-        allocator.take(-(-weight.numel // 2))
-        allocator.take(64)
+        kept = [allocator.take(size) for size in (blocks * _FP32, -(-weight.numel // 2), 64)]
     elif storage.name == "int8":
         half = allocator.take(weight.numel * _FP16)
-        for size in storage.part_sizes(weight.shape):
-            allocator.take(size)
+        kept = [allocator.take(size) for size in storage.part_sizes(weight.shape)]
         allocator.give(half)
     else:
-        for size in storage.part_sizes(weight.shape):
-            allocator.take(size)
+        kept = [allocator.take(size) for size in storage.part_sizes(weight.shape)]
     allocator.give(arriving)
+    return kept

@@ -30,6 +30,7 @@ from qwen_vram.runtime.host_cache import HostCache
 from qwen_vram.runtime.kv_cache import PreallocatedCache, cache_bytes
 from qwen_vram.runtime.measure import PeakMeter, Report
 from qwen_vram.runtime.save import SaveReport, save
+from qwen_vram.runtime.streaming import Streamer
 
 Message = Mapping[str, str]
 
@@ -56,6 +57,7 @@ class LoadedModel:
         device: torch.device,
         measured: dict[str, int],
         folder: Path,
+        streamer: Streamer | None = None,
     ) -> None:
         self._model: PreTrainedModel | None = cast("PreTrainedModel", model)
         self.tokenizer = tokenizer
@@ -63,6 +65,7 @@ class LoadedModel:
         self.device = device
         self._loaded = measured
         self._folder = folder
+        self._streamer = streamer
         self._last: Workload | None = None
         self._run: dict[str, int] = {}
         if plan.profile.prefill_chunk_size is not None:
@@ -100,6 +103,8 @@ class LoadedModel:
     def close(self) -> None:
         """Give the memory back; calling it again changes nothing."""
         self._model = None
+        if self._streamer is not None:
+            self._streamer.close()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,11 +22,15 @@ from qwen_vram.planning.search import Prefer
 from qwen_vram.runtime import attention
 from qwen_vram.runtime.adapter import add_adapter, check_peft
 from qwen_vram.runtime.backends import get_backend
-from qwen_vram.runtime.backends.base import Backend, Request
+from qwen_vram.runtime.backends.base import Backend, Request, StreamingBackend
+from qwen_vram.runtime.blob import HostMemory
+from qwen_vram.runtime.blocks import pack_layers
 from qwen_vram.runtime.checkpoint import Checkpoint, open_checkpoint
+from qwen_vram.runtime.device_map import device_map, streamed_layers, undispatched
 from qwen_vram.runtime.host_embedding import move_embedding_to_host
 from qwen_vram.runtime.loaded import LoadedModel
 from qwen_vram.runtime.measure import PeakMeter, weight_storages
+from qwen_vram.runtime.streaming import Streamer
 from qwen_vram.runtime.verify import verify as check_plan
 
 _LOGGER = logging.getLogger(__name__)
@@ -35,7 +39,6 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 # Knobs that the estimator counts and nothing here runs yet: their values that do run.
 _RUNS: dict[str, tuple[object, ...]] = {
-    "streamed_layers": (0,),
     "compiled": (False,),
 }
 
@@ -66,7 +69,7 @@ def load(
         vram: As for `plan()`; needs a GPU.
         adapter: Folder or hub id of a LoRA adapter, run beside the base by PEFT; the model is then a `PeftModel`.
         device: `"cuda"` or `"cpu"`; `None` takes the GPU where there is one.
-        progress: Show transformers' bar while weights load.
+        progress: Show transformers' bars while weights load and streamed layers are packed.
         verify: Run one prefill of `prompt_len` random tokens and one decode step before returning.
 
     Raises:
@@ -141,6 +144,8 @@ def check(chosen: Plan, backend: Backend, device: torch.device) -> None:
             )
     architecture = chosen.estimate.architecture
     assert architecture is not None
+    if profile.streamed_layers:
+        _check_streaming(profile, backend, stored=architecture.stored_format is not None)
     if architecture.tie_word_embeddings and profile.head_format != profile.dtype:
         raise NotSupportedError(
             f"lm_head={profile.head_format!r}: this model's head is its embedding (tie_word_embeddings), and a head of "
@@ -157,6 +162,23 @@ def check(chosen: Plan, backend: Backend, device: torch.device) -> None:
             )
     if profile.attention == "flash_attention_2":
         _check_flash_attention_2(device)
+
+
+def _check_streaming(profile: Profile, backend: Backend, *, stored: bool) -> None:
+    why = ""
+    if stored:
+        why = (
+            "layers of a checkpoint that is quantized already cannot be streamed yet; load the 16-bit original with "
+            f"weights={profile.weights!r}"
+        )
+    elif not isinstance(backend, StreamingBackend):
+        why = f"the backend {backend.name!r} of weights={profile.weights!r} does not say how its layers are moved"
+    if why:
+        raise NotSupportedError(
+            f"streamed_layers={profile.streamed_layers}: {why}; or use streamed_layers=0",
+            knob="streamed_layers",
+            value=profile.streamed_layers,
+        )
 
 
 def _check_flash_attention_2(device: torch.device) -> None:
@@ -196,24 +218,25 @@ def _build(
 
     profile = chosen.profile
     attention.register()
-    on_host = chosen.placement.embeddings == "cpu" and device.type != "cpu"
-    where: dict[str, int | str] = {"": "cpu" if device.type == "cpu" else device.index}
     request = Request(
         folder=str(checkpoint.folder),
         profile=profile,
         device=device,
         dtype=_dtype(profile, device),
-        device_map=_embedding_first(chosen, device) if on_host else where,
+        device_map=device_map(chosen, device),
         attention=attention.NAME if profile.attention == "fused" else profile.attention,
         stored=checkpoint.architecture.stored_format is not None,
     )
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
     meter = PeakMeter(device)
     meter.start()
-    with _progress_bar(progress):
-        model = backend.load(request)
-    if on_host:
-        _forget_second_device(model, where)
+    streamer = None
+    with _progress_bar(progress) as bar:
+        model = undispatched(backend, request)
+        if profile.streamed_layers:
+            assert isinstance(backend, StreamingBackend)
+            memory = HostMemory(device)
+            streamer = Streamer(pack_layers(model, streamed_layers(chosen), backend, request, memory, bar), memory)
     if profile.embeddings == "host" and chosen.placement.embeddings == "cpu":
         move_embedding_to_host(model, device)
     if profile.dequantization == "tiled" and backend.name == "bnb":
@@ -236,29 +259,18 @@ def _build(
         device=device,
         measured={"weights": weights, **load_peak},
         folder=checkpoint.folder,
+        streamer=streamer,
     )
 
 
-def _forget_second_device(model: Any, where: dict[str, int | str]) -> None:
-    """Take off the hooks that `transformers` puts on a model with two devices: ours moves rows, not tables."""
-    from accelerate.hooks import remove_hook_from_submodules
-
-    remove_hook_from_submodules(model)
-    model.hf_device_map = where
-
-
-def _embedding_first(chosen: Plan, device: torch.device) -> dict[str, int | str]:
-    """The plan's device map with everything but the token table on `device`."""
-    return {name: "cpu" if where == "cpu" else device.index for name, where in chosen.device_map.items()}
-
-
 @contextmanager
-def _progress_bar(shown: bool) -> Iterator[None]:
+def _progress_bar(shown: bool) -> Iterator[Callable[..., Any]]:
+    """Have `transformers` show its bars, or not; gives its `tqdm`."""
     from transformers.utils import logging
 
     was_shown = logging.is_progress_bar_enabled()
     (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
     try:
-        yield
+        yield logging.tqdm
     finally:
         (logging.enable_progress_bar if was_shown else logging.disable_progress_bar)()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -13,12 +15,19 @@ from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.errors import BackendUnavailableError, NotSupportedError
 from qwen_vram.runtime.backends.base import Request, from_pretrained
 from qwen_vram.runtime.backends.bnb_cpu import check_scales, keep_scales
+from qwen_vram.runtime.backends.dense import DenseBackend, filled, parameters
 
 _INSTALL = 'pip install "bitsandbytes>=0.50"'
 
 # LLM.int8 multiplies with int8 tensor cores from Turing on, the 4-bit kernels run from Pascal on.
 # Source: bitsandbytes 0.50.2, its documentation's hardware table.
 _OLDEST = {"int8": (7, 5), "nf4": (6, 0), "nf4-plain": (6, 0), "fp4": (6, 0)}
+
+_QUANT_TYPE = {"nf4": "nf4", "nf4-plain": "nf4", "fp4": "fp4"}
+
+# Columns of activations with a larger value are multiplied in 16 bits.
+# Source: transformers 5.23, BitsAndBytesConfig, llm_int8_threshold.
+_THRESHOLD = 6.0
 
 
 class _Once(logging.Filter):
@@ -105,23 +114,27 @@ class BnbBackend:
         _import_quietly()
         logging.getLogger("bitsandbytes.autograd._functions").addFilter(_ONCE)
         profile = request.profile
-        # Only the embedding is on the host then, which is not quantized anyway.
-        two_devices = "cpu" in request.device_map.values() and request.device.type != "cpu"
+        # transformers quantizes nothing there: the embedding never is, streamed layers are in `build`.
+        elsewhere = set(request.device_map.values())
+        two_devices = "disk" in elsewhere or ("cpu" in elsewhere and request.device.type != "cpu")
         if request.stored:
             # The checkpoint's own settings win over any that are passed, so they are changed where they stand.
             config = AutoConfig.from_pretrained(request.folder, local_files_only=True, trust_remote_code=False)
             config.quantization_config["llm_int8_enable_fp32_cpu_offload"] = two_devices
             config.quantization_config["bnb_4bit_compute_dtype"] = str(request.dtype).removeprefix("torch.")
-            model = from_pretrained(request, config=config)
+            model: Any = from_pretrained(request, config=config)
         else:
             settings = quantization_config(
                 profile.weights, head=profile.head_format == profile.weights, dtype=request.dtype
             )
             settings.llm_int8_enable_fp32_cpu_offload = two_devices
             model = from_pretrained(request, quantization_config=settings)
+            # Or the model, once saved, would be taken for an unquantized one on the CPU.
+            model.config.quantization_config.llm_int8_enable_fp32_cpu_offload = False
         if request.device.type == "cpu":
             keep_scales(model)
-        return model
+        loaded: nn.Module = model
+        return loaded
 
     def saved_config(self, model: nn.Module, profile: Profile) -> dict[str, Any]:
         """What config.json says of the quantization."""
@@ -133,12 +146,87 @@ class BnbBackend:
         ).to_dict()
         return config
 
+    def build(self, module: nn.Module, weights: Mapping[str, torch.Tensor], request: Request) -> nn.Module:
+        """The linear layer of bitsandbytes in the place of torch's, as `transformers` puts it; others stay."""
+        if not isinstance(module, nn.Linear):
+            return filled(module, weights)
+        import bitsandbytes as bnb
+
+        sizes = {"input_features": module.in_features, "output_features": module.out_features, "device": "meta"}
+        name, bias = request.profile.weights, module.bias is not None
+        made: nn.Module
+        if name == "int8":
+            made = bnb.nn.Linear8bitLt(**sizes, bias=bias, has_fp16_weights=False, threshold=_THRESHOLD)
+            weight = bnb.nn.Int8Params(weights["weight"], requires_grad=False)
+        else:
+            kind = {"quant_type": _QUANT_TYPE[name], "compress_statistics": name != "nf4-plain"}
+            made = bnb.nn.Linear4bit(**sizes, bias=bias, compute_dtype=request.dtype, **kind)
+            weight = bnb.nn.Params4bit(weights["weight"], requires_grad=False, module=made, **kind)
+        made.weight = weight.to(request.device)
+        made.source_cls = type(module)  # type: ignore[assignment]  # as transformers marks what it replaced
+        return filled(made, {name: tensor for name, tensor in weights.items() if name != "weight"}).train(
+            module.training
+        )
+
     def storages(self, module: nn.Module) -> list[torch.Tensor]:
         """Block maxima, code tables and offset of a 4-bit matrix, row scales of an int8 one."""
-        weight = getattr(module, "weight", None)
-        state = getattr(weight, "quant_state", None)
-        if state is not None:
-            nested = [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
-            return [state.absmax, state.code, *nested]
-        scales = getattr(weight, "SCB", None)
-        return [scales] if isinstance(scales, torch.Tensor) else []
+        return list(_quantization(module).values())
+
+    def tensors(self, module: nn.Module) -> dict[str, torch.Tensor]:
+        """Codes, biases, and the quantization state."""
+        return {**parameters(module), **_quantization(module)}
+
+    def binding(self, module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Callable[[], None]:
+        """Put the tensors into parameters and quantization state; an int8 matrix is left as after its first product."""
+        own = parameters(module)
+        bind_parameters = DenseBackend().binding(module, {name: tensors[name] for name in own})
+        if len(tensors) == len(own):
+            return bind_parameters
+        weight: Any = module.weight
+        if "SCB" in tensors:
+            state: Any = module.state
+
+            def bind() -> None:
+                bind_parameters()
+                weight.CB = weight.SCB = None
+                state.CB, state.SCB = tensors["weight"], tensors["SCB"]
+
+        else:
+            made = _with_tensors(weight.quant_state, tensors)
+            # On the CPU the first product changes the state, and the codes that it belongs to.
+            fresh = copy.copy if tensors["weight"].device.type == "cpu" else _itself
+
+            def bind() -> None:
+                bind_parameters()
+                weight.quant_state = module.quant_state = fresh(made)
+
+        return bind
+
+
+def _quantization(module: nn.Module) -> dict[str, torch.Tensor]:
+    """What bitsandbytes keeps beside the codes of a matrix, by name."""
+    weight = getattr(module, "weight", None)
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        found = {"absmax": state.absmax, "code": state.code}
+        if state.nested:
+            found |= {"offset": state.offset, "state2.absmax": state.state2.absmax, "state2.code": state.state2.code}
+        return found
+    scales = getattr(weight, "SCB", None)
+    if scales is None:  # from the first product on
+        scales = getattr(getattr(module, "state", None), "SCB", None)
+    return {"SCB": scales} if isinstance(scales, torch.Tensor) else {}
+
+
+def _with_tensors(state: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """A `QuantState` like `state` of other tensors."""
+    made = copy.copy(state)
+    made.absmax, made.code = tensors["absmax"], tensors["code"]
+    if state.nested:
+        made.offset, made.state2 = tensors["offset"], copy.copy(state.state2)
+        made.state2.absmax, made.state2.code = tensors["state2.absmax"], tensors["state2.code"]
+    return made
+
+
+def _itself(state: Any) -> Any:
+    return state
