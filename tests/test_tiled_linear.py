@@ -60,6 +60,15 @@ def test_the_loader_obeys(dequantization):
     assert kinds == {"TiledLinear4bit" if dequantization == "tiled" else "Linear4bit"}
 
 
+def test_resident_layers_beside_streamed_ones_go_by_tiles_too():
+    knobs = {"weights": "nf4", "dequantization": "tiled", "streamed_layers": 2}
+    with qv.load(CHECKPOINT, profile="default", **knobs, progress=False) as llm:
+        linears = [module for module in llm.model.modules() if isinstance(module, bnb.nn.Linear4bit)]
+        assert len(linears) == 7 * llm.model.config.num_hidden_layers
+        # accelerate's hooks leave a forward of the class that was on each module.
+        assert {module.forward.__func__.__qualname__ for module in linears} == {"TiledLinear4bit.forward"}
+
+
 def test_tiles_are_counted():
     both = [
         qv.estimate_vram("Qwen2.5-7B", weights="nf4", prefill_chunk_size=512, cache="preallocated", **knobs)

@@ -14,7 +14,7 @@ from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.replay_stored import replay_stored
 from qwen_vram.arithmetic.storage import FORMATS
 from qwen_vram.arithmetic.tiles import head_by_tiles, tile_rows
-from qwen_vram.arithmetic.weights import STREAMING_SLOTS, block_bytes, format_of, table_on_host
+from qwen_vram.arithmetic.weights import block_bytes, format_of, streaming_slots, table_on_host
 
 _FP32 = 4
 _FP16 = 2
@@ -58,7 +58,7 @@ def _load_streamed(allocator: CachingAllocator, architecture: Architecture, prof
         if not FORMATS[format_of(weight, profile)].is_dense:
             allocator.give(*_load_by_tiles(allocator, weight, profile))
     allocator.release_unused()
-    for _ in range(min(profile.streamed_layers, STREAMING_SLOTS)):
+    for _ in range(streaming_slots(architecture, profile)):
         allocator.take(block_bytes(architecture, profile))
 
 

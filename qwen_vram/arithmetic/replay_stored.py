@@ -12,7 +12,7 @@ from qwen_vram.arithmetic.allocator import CachingAllocator
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.stored import Stored
-from qwen_vram.arithmetic.weights import STREAMING_SLOTS, table_on_host
+from qwen_vram.arithmetic.weights import streaming_slots, table_on_host
 
 _FP32 = 4
 
@@ -21,7 +21,9 @@ def replay_stored(allocator: CachingAllocator, architecture: Architecture, store
     """Load through `allocator`: its `allocated` is then the weights', its `peak` the load peak. An upper bound."""
     streamed = min(profile.streamed_layers, architecture.num_hidden_layers)
     table = () if table_on_host(architecture, profile) else stored.embedding
-    layers = [tensor for layer in stored.on_device(streamed, STREAMING_SLOTS) for tensor in layer]
+    layers = [
+        tensor for layer in stored.on_device(streamed, streaming_slots(architecture, profile)) for tensor in layer
+    ]
     sizes = [tensor.nbytes for tensor in (*stored.head, *table, *layers, *stored.norm)]
     sizes += [weight.numel * profile.element_bytes for weight in architecture.adapter_weights]
     allocator.give(allocator.take(sum(sizes)))

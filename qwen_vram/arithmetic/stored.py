@@ -68,7 +68,7 @@ class Stored(NamedTuple):
         staying = list(self.layers)
         for layer in away:
             staying.remove(layer)
-        return staying + [max(self.layers, key=size)] * min(streamed, slots)
+        return staying + [max(self.layers, key=size)] * slots
 
     def on_host(self, streamed: int) -> int:
         """Bytes of the layers that stay on the host: the largest, where layers differ."""

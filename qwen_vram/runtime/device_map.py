@@ -62,6 +62,8 @@ def undispatched(backend: Backend, request: Request) -> Any:
     with _quietly():
         model: Any = backend.load(request)
     remove_hook_from_submodules(model)
+    for module in model.modules():
+        module.__dict__.pop("forward", None)  # the hook leaves its class's own method there, which shadows any other
     del model.hf_device_map
     return model
 

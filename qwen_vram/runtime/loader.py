@@ -15,6 +15,7 @@ import torch
 from qwen_vram.arithmetic.adapter import adapter_folder
 from qwen_vram.arithmetic.model import ModelLike
 from qwen_vram.arithmetic.profile import Profile
+from qwen_vram.arithmetic.weights import streaming_slots
 from qwen_vram.errors import BackendUnavailableError, NotSupportedError
 from qwen_vram.planning.budget import VramLike
 from qwen_vram.planning.planner import Plan, plan
@@ -236,7 +237,8 @@ def _build(
         if profile.streamed_layers:
             assert isinstance(backend, StreamingBackend)
             memory = HostMemory(device)
-            streamer = Streamer(pack_layers(model, streamed_layers(chosen), backend, request, memory, bar), memory)
+            blocks = pack_layers(model, streamed_layers(chosen), backend, request, memory, bar)
+            streamer = Streamer(blocks, memory, streaming_slots(checkpoint.architecture, profile))
     if profile.embeddings == "host" and chosen.placement.embeddings == "cpu":
         move_embedding_to_host(model, device)
     if profile.dequantization == "tiled" and backend.name == "bnb":

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qwen_vram.arithmetic.weights import STREAMING_SLOTS
 from qwen_vram.errors import NotSupportedError, QwenVramError
 from qwen_vram.runtime.blob import HostMemory
 from qwen_vram.runtime.blocks import Block
@@ -41,7 +40,7 @@ class Streamer:
     stream compute no gradients.
     """
 
-    def __init__(self, blocks: Sequence[Block], memory: HostMemory) -> None:
+    def __init__(self, blocks: Sequence[Block], memory: HostMemory, slots: int) -> None:
         self.blocks = list(blocks)
         self.device = memory.device
         self._memory = memory
@@ -51,8 +50,7 @@ class Streamer:
             torch.cuda.empty_cache()  # what packing reserved, matrix by matrix, does not fit slots
         largest = max(block.blob.nbytes for block in blocks)
         self.slots = [
-            Slot(index, torch.empty(largest, dtype=torch.uint8, device=self.device))
-            for index in range(min(len(blocks), STREAMING_SLOTS))
+            Slot(index, torch.empty(largest, dtype=torch.uint8, device=self.device)) for index in range(slots)
         ]
         self._hooks: list[Any] = []
         for slot in self.slots:
