@@ -3,9 +3,10 @@
     python benchmarks/streaming.py speed OUT.jsonl    # 512-token prompt: ours, accelerate on the same maps, resident
     python benchmarks/streaming.py caps OUT.jsonl     # 32,000 tokens under 4, 3 and 2 GiB, planned by profile="auto"
 
-Qwen2.5-7B's shape, random weights; every cell in a fresh process, one after another. Milliseconds a token are the
-difference of two generations' times over the difference of their lengths, the second of two rounds. The link's limit is
-bytes streamed a token over the rate of pinned copies, which each cell measures first. Cells that are in OUT.jsonl
+Qwen2.5-7B's shape, random weights; every cell in a fresh process, one after another. `speed`: milliseconds a token are
+the difference of two generations' times over the difference of their lengths, the second of two rounds; the link's
+limit is bytes streamed a token over the rate of pinned copies, which each cell measures first. `caps`: the time from
+the end of the prefill to the end of the last decode step, over the steps. Cells that are in OUT.jsonl
 already are not run again.
 """
 
@@ -160,13 +161,15 @@ def capped(folder: str, cell: dict[str, Any]) -> dict[str, Any]:
     load_kernels(profile.weights)
     limit(cell["cap"])
     with qv.load(folder, profile=profile, vram=1_000 * GIB, **work, progress=False) as llm:
+        ends: list[float] = []
+        hook = llm.model.register_forward_hook(lambda *_: (torch.cuda.synchronize(), ends.append(time.perf_counter())))
         began = time.perf_counter()
-        report = llm.probe(max_new_tokens=2)
-        row["first_run_s"] = time.perf_counter() - began
-        new = work["max_new_tokens"]
-        row["ms_per_token"] = ms_per_token(lambda new: llm.probe(max_new_tokens=new), short=2, long=new, rounds=1)
-        report = llm.report()
-        return {**row, **report.measured}
+        measured = llm.probe().measured
+        hook.remove()
+        steps = work["max_new_tokens"] - 1  # the first token is the prefill's
+        row["prefill_s"] = ends[-steps - 1] - began
+        row["ms_per_token"] = 1_000 * (ends[-1] - ends[-steps - 1]) / steps
+        return {**row, **measured}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import mmap
 import weakref
 from collections.abc import Hashable, Mapping
 from contextlib import suppress
@@ -13,9 +14,6 @@ import torch
 from torch import Tensor
 
 _LOGGER = logging.getLogger(__name__)
-
-# What the driver locks. Larger pages elsewhere are multiples of it.
-_PAGE = 4096
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -68,10 +66,9 @@ class HostMemory:
         """`nbytes` bytes of it."""
         if not self.pinned:
             return torch.empty(nbytes, dtype=torch.uint8)
-        whole = -(-nbytes // _PAGE) * _PAGE
-        memory = torch.empty(whole + _PAGE, dtype=torch.uint8)
-        start = -memory.data_ptr() % _PAGE
-        pages = memory[start : start + whole]
+        # A mapping of its own for each block: whole pages, which no other memory shares.
+        whole = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        pages = torch.frombuffer(_map(whole), dtype=torch.uint8)
         status = int(torch.cuda.cudart().cudaHostRegister(pages.data_ptr(), whole, 0))  # type: ignore[no-untyped-call]
         if status == 0:
             self._locked.append(pages)
@@ -82,6 +79,13 @@ class HostMemory:
             text = "streamed layers stay in unpinned host memory, from which copies are slower: CUDA error %d"
             _LOGGER.warning(text, status)
         return pages[:nbytes]
+
+
+def _map(nbytes: int) -> mmap.mmap:
+    """Memory of this process alone, from the system."""
+    if hasattr(mmap, "MAP_PRIVATE"):
+        return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return mmap.mmap(-1, nbytes)
 
 
 def _unlock(locked: list[Tensor], device: torch.device) -> None:
