@@ -34,22 +34,22 @@ def replay_load(architecture: Architecture, profile: Profile) -> CachingAllocato
     allocator.give(allocator.take(int(total)))
     for weight in weights:
         _load_weight(allocator, weight, profile)
-    for _ in range(2):  # the rotary embedding's float32 buffers
+    for _ in range(2 if architecture.starts else 0):  # the rotary embedding's float32 buffers
         allocator.take(architecture.head_dim // 2 * _FP32)
     return allocator
 
 
 def _load_order(architecture: Architecture, profile: Profile) -> list[Weight]:
     """What goes to the device, sorted by name as `transformers` does: head, embedding, layers, last norm."""
-    outer = {weight.role: weight for weight in architecture.outer}
+    outer = {weight.role: [weight] for weight in architecture.outer}
     block = sorted(architecture.block, key=lambda weight: weight.name.split("."))
     streamed = min(profile.streamed_layers, architecture.num_hidden_layers)
     layers = architecture.num_hidden_layers - streamed + min(streamed, STREAMING_SLOTS)
-    head = [outer["head"]] if "head" in outer else []
-    if architecture.tie_word_embeddings and profile.head_format != profile.dtype:
+    head = outer.get("head", [])
+    if architecture.has_head and architecture.tie_word_embeddings and profile.head_format != profile.dtype:
         head = [architecture.head]
-    table = [] if table_on_host(architecture, profile) else [outer["embedding"]]
-    return [*head, *table, *(block * layers), outer["norm"], *architecture.adapter_weights]
+    table = [] if table_on_host(architecture, profile) else outer.get("embedding", [])
+    return [*head, *table, *(block * layers), *outer.get("norm", []), *architecture.adapter_weights]
 
 
 def _announced_bytes(weight: Weight, profile: Profile) -> float:

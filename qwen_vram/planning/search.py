@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
@@ -10,11 +10,13 @@ from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.estimate import Estimate, estimate
 from qwen_vram.arithmetic.model import stored_knobs
 from qwen_vram.arithmetic.profile import Profile, resolve_profile
+from qwen_vram.arithmetic.split import ONE_DEVICE, split_estimate
 from qwen_vram.arithmetic.storage import FORMATS
 from qwen_vram.arithmetic.timing import decode_floor_ms
 from qwen_vram.arithmetic.workload import Workload
 from qwen_vram.errors import DoesNotFitError
 from qwen_vram.planning.budget import Budget
+from qwen_vram.planning.split import balanced
 from qwen_vram.units import format_gib
 
 Prefer = Literal["quality", "speed", "memory"]
@@ -89,22 +91,46 @@ def _is_open(move: Move, start: Profile, workload: Workload, knobs: dict[str, ob
     return not isinstance(chunk, int) or chunk < workload.prompt_len
 
 
-class Search:
-    """One search over profiles for a model, a workload and a budget."""
+class Shortage(NamedTuple):
+    """What a candidate needs and what is allowed, in words; the bytes of the device that is shortest; each GPU's."""
 
-    def __init__(self, label: str, architecture: Architecture, workload: Workload, budget: Budget) -> None:
+    needs: str
+    allowed: str
+    needed_bytes: int
+    budget_bytes: int
+    devices: dict[int, tuple[int, int]]
+
+
+class Search:
+    """One search over profiles for a model, a workload and a budget.
+
+    Args:
+        split: Layers of each of several GPUs where that is settled; otherwise every profile gets its own.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        architecture: Architecture,
+        workload: Workload,
+        budget: Budget,
+        split: Mapping[int, int] | None = None,
+    ) -> None:
         self.label = label
         self.architecture = architecture
         self.workload = workload
         self.budget = budget
+        self.split = split
 
     def candidates(self, start: Profile, moves: tuple[Move, ...]) -> Iterator[Candidate]:
         """Every profile on the way that needs less than all before it, `start` first."""
         steps: tuple[Step, ...] = ()
         current, least = start, 0
         for move in (None, *moves):
+            if self.several and move is not None and any(move.knobs.get(knob) for knob in ONE_DEVICE):
+                continue
             profile = current if move is None else replace(current.replace(**move.knobs), name=start.name)
-            result = estimate(self.label, self.architecture, profile, self.workload)
+            result = self.estimate(profile, self.workload)
             needed = self.needed(result)
             if steps and needed >= least:
                 continue  # it would cost something and save nothing
@@ -132,6 +158,23 @@ class Search:
             return fitting[-1]
         return min(fitting, key=lambda found: found.steps[-1].decode_floor_ms)
 
+    @property
+    def several(self) -> bool:
+        """Whether the budget is of more GPUs than one."""
+        return len(self.budget.devices) > 1
+
+    def estimate(self, profile: Profile, workload: Workload) -> Estimate:
+        """What `profile` takes, on one device or split over the budget's several."""
+        if self.split:
+            return split_estimate(self.label, self.architecture, profile, workload, self.split)
+        if self.several:
+            return balanced(self.label, self.architecture, profile, workload, self.budget.devices)
+        return estimate(self.label, self.architecture, profile, workload)
+
+    def by_device(self, result: Estimate) -> dict[int, tuple[int, int]]:
+        """What each of several GPUs needs, and what it offers."""
+        return {device: (part.needed_bytes, self.budget.devices[device]) for device, part in result.devices.items()}
+
     def needed(self, result: Estimate) -> int:
         """Bytes needed on what the plan runs on: the whole process on a GPU, weights and live tensors on the host."""
         if self.budget.vram is None:
@@ -142,6 +185,9 @@ class Search:
         """Whether both the device and the host hold it."""
         if self.budget.vram is None:
             return self.needed(result) <= self.budget.ram
+        if self.several:
+            each = self.by_device(result).values()
+            return result.host <= self.budget.ram and all(need <= room for need, room in each)
         live = result.weights + result.kv_cache + result.tensors + result.workspace
         if live > self.budget.vram or result.host > self.budget.ram:
             return False  # without a replay, which takes most of an estimate's time
@@ -150,7 +196,7 @@ class Search:
     def holds(self, profile: Profile, prompt_len: int, new: int, batch_size: int) -> bool:
         """Whether `profile` fits the budget at another workload."""
         workload = Workload(prompt_len=prompt_len, max_new_tokens=new, batch_size=batch_size)
-        return self.fits(estimate(self.label, self.architecture, profile, workload))
+        return self.fits(self.estimate(profile, workload))
 
     def longest_prompt(self, profile: Profile, new: int, batch_size: int) -> int:
         """The most prompt tokens that fit before `new` more, 0 where not even one does."""
@@ -160,9 +206,7 @@ class Search:
     def _refusal(self, smallest: Estimate) -> DoesNotFitError:
         """The error for a search that found nothing, with the longest prompt that the smallest profile holds."""
         nearest = self._nearest(smallest.profile)
-        room = self.budget.ram if self.budget.vram is None else self.budget.vram
-        where = "of host memory" if self.budget.vram is None else "on the GPU, CUDA context included"
-        work = self.workload
+        short, work = self.shortage(smallest), self.workload
         advice = (
             f"prompt_len={nearest.prompt_len} with max_new_tokens={nearest.max_new_tokens} and "
             f"batch_size={nearest.batch_size} would fit"
@@ -171,13 +215,26 @@ class Search:
         )
         return DoesNotFitError(
             f"{self.label} with {smallest.profile.weights} weights at {work.prompt_len} + {work.max_new_tokens} "
-            f"tokens, batch {work.batch_size}, needs {format_gib(self.needed(smallest))} {where}; "
-            f"{format_gib(room)} are allowed; {advice}",
-            needed_bytes=self.needed(smallest),
-            budget_bytes=room,
+            f"tokens, batch {work.batch_size}, needs {short.needs}; {short.allowed} are allowed; {advice}",
+            needed_bytes=short.needed_bytes,
+            budget_bytes=short.budget_bytes,
             estimate=smallest,
             nearest=nearest,
+            devices=short.devices,
         )
+
+    def shortage(self, result: Estimate) -> Shortage:
+        """What `result` needs beside what the budget offers."""
+        devices = self.by_device(result)
+        if devices:
+            needed, offered = max(devices.values(), key=lambda pair: pair[0] / max(1, pair[1]))
+            each = " and ".join(f"{format_gib(need)} on GPU {device}" for device, (need, _) in devices.items())
+            allowed = " and ".join(format_gib(room) for _, room in devices.values())
+            return Shortage(f"{each}, CUDA contexts included", allowed, needed, offered, devices)
+        where, room = "on the GPU, CUDA context included", self.budget.vram
+        if room is None:
+            where, room = "of host memory", self.budget.ram
+        return Shortage(f"{format_gib(self.needed(result))} {where}", format_gib(room), self.needed(result), room, {})
 
     def _nearest(self, profile: Profile) -> Workload | None:
         """The longest prompt that fits, with this workload's batch and new tokens, then with a batch of one."""

@@ -23,6 +23,7 @@ from qwen_vram.runtime.adapter import add_adapter, check_peft
 from qwen_vram.runtime.backends import get_backend
 from qwen_vram.runtime.backends.base import Backend, Request
 from qwen_vram.runtime.checkpoint import Checkpoint, open_checkpoint
+from qwen_vram.runtime.devices import check_free, devices_for, weakest
 from qwen_vram.runtime.host_embedding import move_embedding_to_host
 from qwen_vram.runtime.loaded import LoadedModel
 from qwen_vram.runtime.measure import PeakMeter, weight_storages
@@ -45,6 +46,7 @@ def load(
     profile: str | Profile = "auto",
     vram: VramLike = None,
     ram: str | int | None = None,
+    reserve: str | int | None = None,
     prefer: Prefer = "quality",
     prompt_len: int = 512,
     max_new_tokens: int = 512,
@@ -62,21 +64,22 @@ def load(
 
     Args:
         model: A checkpoint folder, a catalog name, or a hub id.
-        vram: As for `plan()`; needs a GPU.
+        vram: As for `plan()`; needs a GPU, and every GPU that a dict names.
         adapter: Folder or hub id of a LoRA adapter, run beside the base by PEFT; the model is then a `PeftModel`.
         device: `"cuda"` or `"cpu"`; `None` takes the GPU where there is one.
         progress: Show transformers' bar while weights load.
         verify: Run one prefill of `prompt_len` random tokens and one decode step before returning.
 
     Raises:
-        DoesNotFitError: no plan fits, or the one asked for does not.
+        DoesNotFitError: no plan fits, or the one asked for does not, or not into what other processes leave free now.
         NotSupportedError: a knob that is counted but cannot be run yet, or a combination that cannot.
         BackendUnavailableError: a library, or the GPU that was asked for, is not here.
         CheckpointError, ConfigError, HubError: the checkpoint cannot be used.
         PlanNotHeldError: `verify=True`, and what was loaded takes more than was planned.
         UnknownNameError, UnitError, WorkloadError: as for `plan()`.
     """
-    place = _device(device, vram)
+    devices = devices_for(device, vram)
+    place = weakest(devices)
     if place.type == "cuda" and profile == "auto" and torch.cuda.get_device_capability(place) < (8, 0):
         knobs.setdefault("attention", "sdpa")  # the flash kernel begins with Ampere
     chosen = plan(
@@ -84,6 +87,7 @@ def load(
         profile=profile,
         vram={} if place.type == "cpu" else vram,
         ram=ram,
+        reserve=reserve,
         prefer=prefer,
         prompt_len=prompt_len,
         max_new_tokens=max_new_tokens,
@@ -92,10 +96,12 @@ def load(
         **knobs,
     )
     backend = get_backend(chosen.profile.weights)
-    check(chosen, backend, place)
+    for one in devices:
+        check(chosen, backend, one)
     if adapter is not None:
         check_peft()
-    llm = _build(open_checkpoint(model), chosen, backend, place, adapter, progress)
+    check_free(chosen, devices)
+    llm = _build(open_checkpoint(model), chosen, backend, devices, adapter, progress)
     if verify:
         try:
             check_plan(llm)
@@ -103,23 +109,6 @@ def load(
             llm.close()
             raise
     return llm
-
-
-def _device(device: str | None, vram: VramLike) -> torch.device:
-    """Where to load: the GPU where there is one, unless the caller says otherwise."""
-    if device not in (None, "cpu", "cuda"):
-        raise BackendUnavailableError(f"unknown device {device!r}; choose from cuda, cpu", backend=str(device))
-    wanted = device == "cuda" or (device is None and vram not in (None, {}))
-    if torch.cuda.is_available() and device != "cpu":
-        return torch.device("cuda", torch.cuda.current_device())
-    if wanted:
-        asked = f"vram={vram!r}" if device is None else f"device={device!r}"
-        raise BackendUnavailableError(
-            f"{asked} asks for a GPU, and torch sees none here; leave it out to load on the CPU, or install a torch "
-            "built for CUDA",
-            backend="cuda",
-        )
-    return torch.device("cpu")
 
 
 def check(chosen: Plan, backend: Backend, device: torch.device) -> None:
@@ -187,13 +176,13 @@ def _build(
     checkpoint: Checkpoint,
     chosen: Plan,
     backend: Backend,
-    device: torch.device,
+    devices: list[torch.device],
     adapter: str | Path | None,
     progress: bool,
 ) -> LoadedModel:
     from transformers import AutoTokenizer
 
-    profile = chosen.profile
+    profile, device, several = chosen.profile, devices[0], len(devices) > 1
     attention.register()
     on_host = chosen.placement.embeddings == "cpu" and device.type != "cpu"
     where: dict[str, int | str] = {"": "cpu" if device.type == "cpu" else device.index}
@@ -201,29 +190,33 @@ def _build(
         folder=str(checkpoint.folder),
         profile=profile,
         device=device,
-        dtype=_dtype(profile, device),
-        device_map=_embedding_first(chosen, device) if on_host else where,
+        dtype=_dtype(profile, weakest(devices)),
+        device_map=chosen.device_map if several else _embedding_first(chosen, device) if on_host else where,
         attention=attention.NAME if profile.attention == "fused" else profile.attention,
         stored=checkpoint.architecture.stored_format is not None,
     )
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
-    meter = PeakMeter(device)
-    meter.start()
+    meters = [PeakMeter(one) for one in devices]
+    for meter in meters:
+        meter.start()
     with _progress_bar(progress):
         model = backend.load(request)
     if on_host:
         _forget_second_device(model, where)
     if profile.embeddings == "host" and chosen.placement.embeddings == "cpu":
         move_embedding_to_host(model, device)
+    if several:
+        _connect(model, chosen, device)
     if adapter is not None:
         model = add_adapter(model, adapter_folder(adapter), request.dtype)
     model.eval()
-    measured = meter.stop()
-    load_peak = {"load_peak": measured["peak_allocated"] - meter.before} if measured else {}
-    weights = sum(weight_storages(model, backend).values())
-    return LoadedModel(
-        model=model, tokenizer=tokenizer, plan=chosen, device=device, measured={"weights": weights, **load_peak}
-    )
+    loaded = {}
+    for meter in meters:
+        measured = meter.stop()
+        load_peak = {"load_peak": measured["peak_allocated"] - meter.before} if measured else {}
+        weights = sum(weight_storages(model, backend, meter.device).values())
+        loaded[meter.device] = {"weights": weights, **load_peak}
+    return LoadedModel(model=model, tokenizer=tokenizer, plan=chosen, measured=loaded)
 
 
 def _forget_second_device(model: Any, where: dict[str, int | str]) -> None:
@@ -232,6 +225,19 @@ def _forget_second_device(model: Any, where: dict[str, int | str]) -> None:
 
     remove_hook_from_submodules(model)
     model.hf_device_map = where
+
+
+def _connect(model: Any, chosen: Plan, first: torch.device) -> None:
+    """Put accelerate's hooks between GPUs: every layer gets its tensors, and `generate` the logits on the first.
+
+    `transformers` has put them on already, with any of the GPUs as the main one, and on a host table too.
+    """
+    from accelerate import dispatch_model
+    from accelerate.hooks import remove_hook_from_submodules
+
+    remove_hook_from_submodules(model)
+    where = {name: first.index if place == "cpu" else place for name, place in chosen.device_map.items()}
+    dispatch_model(model, where, main_device=first.index, skip_keys=model._skip_keys_device_placement)
 
 
 def _embedding_first(chosen: Plan, device: torch.device) -> dict[str, int | str]:
