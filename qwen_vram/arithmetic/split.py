@@ -26,14 +26,7 @@ def split_estimate(
         NotSupportedError: a knob that works on one GPU alone.
         WorkloadError: a context past the model's positions.
     """
-    for knob, off in ONE_DEVICE.items():
-        value = getattr(profile, knob)
-        if value != off:
-            raise NotSupportedError(
-                f"{knob}={value!r} over {len(layers)} GPUs cannot be loaded yet; use {knob}={off!r}, or one GPU",
-                knob=knob,
-                value=value,
-            )
+    check_split(profile, len(layers))
     parts = zip(layers, slices(architecture, tuple(layers.values())), strict=True)
     devices = {device: estimate(label, part, profile, workload) for device, part in parts}
     names = ("weights", "kv_cache", "tensors", "workspace", "load_peak", "host")
@@ -47,6 +40,22 @@ def split_estimate(
         moments=(),
         devices=devices,
     )
+
+
+def check_split(profile: Profile, devices: int) -> None:
+    """Refuse a knob that works on one GPU alone.
+
+    Raises:
+        NotSupportedError: there is one.
+    """
+    for knob, off in ONE_DEVICE.items():
+        value = getattr(profile, knob)
+        if value != off:
+            raise NotSupportedError(
+                f"{knob}={value!r} over {devices} GPUs cannot be loaded yet; use {knob}={off!r}, or one GPU",
+                knob=knob,
+                value=value,
+            )
 
 
 def split_of(known: Estimate) -> dict[int, int]:

@@ -8,9 +8,12 @@ from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.estimate import Estimate, estimate
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.slices import slices
-from qwen_vram.arithmetic.split import split_estimate, split_of
+from qwen_vram.arithmetic.split import check_split, split_estimate, split_of
 from qwen_vram.arithmetic.workload import Workload
 from qwen_vram.errors import WorkloadError
+
+# Layers that are moved at once: fragments can make one more layer look better than one less.
+_MOST_MOVED = 3
 
 
 def balanced(
@@ -19,12 +22,14 @@ def balanced(
     """The split over all of `budgets` (GPU -> bytes) whose fullest GPU needs the smallest share of its budget.
 
     Every GPU gets at least one layer, in the order of `budgets`. Needs grow almost in proportion to layers: a split is
-    taken from that, then moved layer by layer while that helps by exact estimates.
+    taken from that, then layers are moved from the fullest GPU to the roomiest while that helps by exact estimates. The
+    allocator's fragments are no smooth function: another split may be better by less than a hundredth.
 
     Raises:
         WorkloadError: more GPUs than layers; a context past the model's positions.
         NotSupportedError: a knob that works on one GPU alone.
     """
+    check_split(profile, len(budgets))
     if len(budgets) > architecture.num_hidden_layers:
         raise WorkloadError(
             f"vram names {len(budgets)} GPUs for a model of num_hidden_layers {architecture.num_hidden_layers}; name "
@@ -35,14 +40,14 @@ def balanced(
     counts = _first_guess(label, architecture, profile, workload, budgets)
     best = split_estimate(label, architecture, profile, workload, counts)
     while True:
-        shares = _shares(best, budgets)
-        counts = split_of(best)
+        shares, counts = _shares(best, budgets), split_of(best)
         full, roomy = max(shares, key=shares.__getitem__), min(shares, key=shares.__getitem__)
-        if counts[full] == 1 or full == roomy:
-            return best
-        moved = {**counts, full: counts[full] - 1, roomy: counts[roomy] + 1}
-        following = split_estimate(label, architecture, profile, workload, moved)
-        if max(_shares(following, budgets).values()) >= shares[full]:
+        options = [best]
+        for moved in range(1, min(_MOST_MOVED, counts[full] - 1) + 1) if full != roomy else ():
+            other = {**counts, full: counts[full] - moved, roomy: counts[roomy] + moved}
+            options.append(split_estimate(label, architecture, profile, workload, other))
+        following = min(options, key=lambda option: max(_shares(option, budgets).values()))
+        if following is best:
             return best
         best = following
 
