@@ -71,6 +71,31 @@ def test_the_copies_that_accelerate_makes_are_the_ones_counted(untied):
     assert cache_bytes(cache, torch.device("meta")) == 2 * cache_bytes(cache, torch.device("cpu")) > 0
 
 
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"cache": "dynamic"},
+        {"cache": "static"},
+        {"cache": "preallocated", "attention": "fused", "prefill_chunk_size": 16},
+        {"cache": "preallocated", "kv_cache": "int8"},
+        {"cache": "preallocated", "kv_device": "host", "embeddings": "host"},
+        {"weights": "nf4", "embeddings": "host"},
+    ],
+    ids=str,
+)
+def test_hooks_leave_caches_and_a_host_table_alone(demo, knobs):
+    from accelerate import dispatch_model
+
+    prompt = "What is 12 + 30?"
+    with qv.load(demo, profile="default", progress=False, **knobs) as llm:
+        plain = llm.chat(prompt, max_new_tokens=24, do_sample=False)
+        where = {name: "cpu" for name in llm.plan.device_map}
+        skipped = llm.model._skip_keys_device_placement
+        dispatch_model(llm.model, where, main_device="cpu", skip_keys=skipped, force_hooks=True)
+        assert hasattr(llm.model.model.layers[0], "_hf_hook")
+        assert llm.chat(prompt, max_new_tokens=24, do_sample=False) == plain
+
+
 def test_a_host_cache_has_slots_on_every_device():
     host, plain = HostCache(5, max_length=12, split=(2, 3)), PreallocatedCache(5, max_length=12)
     for tokens in (7, 1, 1, 3):
