@@ -6,8 +6,8 @@
 
 A card "of 8 GiB" holds all that nvidia-smi would show: what the process takes beside torch's memory, kernels loaded, is
 measured and taken off. After a yes the plan runs to its last token; after a no the smallest profile is loaded all the
-same, to see whether the no was too cautious. Cells that are in OUT.jsonl already are not run again. Random weights of
-the published shapes.
+same, to see whether the no was too cautious. Every cell has a process of its own. Cells that are in OUT.jsonl already
+are not run again. Random weights of the published shapes.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ import argparse
 import gc
 import json
 import random
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import date
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ import qwen_vram as qv
 from qwen_vram.demo import CHECKPOINT
 from qwen_vram.runtime.measure import process_bytes
 from qwen_vram.tools.accuracy import make_checkpoint
+from qwen_vram.tools.fresh_process import call_each
 
 GIB = 2**30
 CAPS = (4, 6, 8, 12, 16, 24)
@@ -42,27 +46,34 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--count", type=int, default=200, help="random workloads")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no cell after so long")
+    parser.add_argument("--jobs", type=int, default=1, help="cells at a time; the GPU must hold them together")
     options = parser.parse_args()
     done = read(options.out)
-    cells = {"grid": grid, "random": lambda: random_cells(options.count), "chunks": chunks}[options.what]()
-    load_kernels()
-    began, model, folder = time.monotonic(), "", tempfile.TemporaryDirectory()
-    for cell in cells:
-        key = json.dumps(cell, sort_keys=True)
-        if key in done or time.monotonic() - began > options.seconds:
-            continue
-        if cell["model"] != model:
-            folder.cleanup()
-            model, folder = cell["model"], tempfile.TemporaryDirectory(prefix="qwen_vram_caps_")
-            make_checkpoint(model, Path(folder.name))
-            torch.set_default_dtype(torch.float32)
-        found = (measure_chunk if options.what == "chunks" else hold)(folder.name, cell)
-        row = {"cell": cell, **found, "device": torch.cuda.get_device_name(), "torch": torch.__version__}
-        with options.out.open("a") as file:
-            file.write(json.dumps({**row, "date": date.today().isoformat()}) + "\n")
-        print(key, json.dumps(found), flush=True)
-    folder.cleanup()
+    every = {"grid": grid, "random": lambda: random_cells(options.count), "chunks": chunks}[options.what]()
+    missing = [cell for cell in every if json.dumps(cell, sort_keys=True) not in done]
+    measure = measure_chunk if options.what == "chunks" else hold
+    end = time.monotonic() + options.seconds
+    for model, group in groupby(missing, key=lambda cell: cell["model"]):
+        with tempfile.TemporaryDirectory(prefix="qwen_vram_caps_") as folder:
+            list(call_each(partial(make_checkpoint, folder=Path(folder)), [model]))
+            for ended in call_each(partial(run_cell, measure, folder, end), group, jobs=options.jobs):
+                if ended.error:
+                    print(f"{ended.item} failed:\n{ended.error[-1500:]}", file=sys.stderr, flush=True)
+                elif ended.value:
+                    print(json.dumps(ended.value), flush=True)
+                    with options.out.open("a") as file:
+                        file.write(json.dumps(ended.value) + "\n")
     summary(options.out)
+
+
+def run_cell(
+    measure: Callable[[str, dict[str, Any]], dict[str, Any]], folder: str, end: float, cell: dict[str, Any]
+) -> dict[str, Any] | None:
+    """A cell's row, measured in this process; `None` past `end`."""
+    if time.monotonic() > end:
+        return None
+    row = {"cell": cell, **measure(folder, cell), "device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    return {**row, "date": date.today().isoformat()}
 
 
 def read(out: Path) -> dict[str, dict[str, Any]]:
@@ -111,6 +122,7 @@ def hold(folder: str, cell: dict[str, Any]) -> dict[str, Any]:
     shown = {knob: getattr(chosen, knob) for knob in ("weights", "lm_head", "embeddings", "kv_cache", "kv_device")}
     shown["prefill_chunk_size"] = chosen.prefill_chunk_size
     row = {"said": said, "profile": shown, "needed": predicted.needed_bytes, "predicted": predicted.process_total}
+    load_kernels(chosen.weights)
     limit(cell["cap"])
     began = time.monotonic()
     try:
@@ -122,15 +134,13 @@ def hold(folder: str, cell: dict[str, Any]) -> dict[str, Any]:
         row["ran"] = False
     except qv.QwenVramError as error:
         row |= {"ran": False, "refused": str(error)}
-    torch.cuda.set_per_process_memory_fraction(1.0)
     return row
 
 
-def load_kernels() -> None:
-    """Run the bundled model in three formats, so that a card's first cell has as much beside torch as its last."""
-    for weights in ("bf16", "nf4", "int8"):
-        with qv.load(CHECKPOINT, profile="default", weights=weights, prompt_len=1_024, progress=False) as llm:
-            llm.probe(max_new_tokens=64)
+def load_kernels(weights: str) -> None:
+    """Run the bundled model in a format, so that its kernels are on the card before that is cut down."""
+    with qv.load(CHECKPOINT, profile="default", weights=weights, prompt_len=1_024, progress=False) as llm:
+        llm.probe(max_new_tokens=64)
 
 
 def limit(cap: int) -> None:
@@ -155,8 +165,6 @@ def chunks() -> Iterator[dict[str, Any]]:
 
 def measure_chunk(folder: str, cell: dict[str, Any]) -> dict[str, Any]:
     """Peaks of a 32,000-token prompt, and the seconds of its prefill (one new token), the second of two runs."""
-    gc.collect()
-    torch.cuda.empty_cache()
     work = {"prompt_len": cell["prompt_len"], "max_new_tokens": 2, "batch_size": 1}
     with qv.load(folder, profile="default", vram=ROOMY, **cell["knobs"], **work, progress=False) as llm:
         measured = llm.probe().measured
@@ -166,10 +174,11 @@ def measure_chunk(folder: str, cell: dict[str, Any]) -> dict[str, Any]:
 
 
 def summary(out: Path) -> None:
-    """What the rows say together."""
+    """What the rows say together. A forced run that took more than the cap by nvidia-smi does not prove a no wrong."""
     rows = [row for row in read(out).values() if "said" in row]
     yes, no = [r for r in rows if r["said"] == "yes"], [r for r in rows if r["said"] == "no"]
-    failed, cautious = [r for r in yes if not r["ran"]], [r for r in no if r["ran"]]
+    failed = [r for r in yes if not r["ran"]]
+    cautious = [r for r in no if r["ran"] and r["process_total"] <= r["cell"]["cap"]]
     print(f"{len(yes)} yes, {len(failed)} of them out of memory; {len(no)} no, {len(cautious)} of them ran when forced")
 
 

@@ -27,22 +27,17 @@ SHAPE = {
 
 
 def make_checkpoint(
-    folder: Path,
-    *,
-    kind: str = "qwen2",
-    tied: bool = False,
-    max_shard_size: str = "5GB",
-    shape: dict[str, int] = SHAPE,
+    folder: Path, *, kind: str = "qwen2", tied: bool = False, max_shard_size: str = "5GB", **shape: int
 ) -> Path:
     """A checkpoint of random weights with the bundled tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 
     torch.manual_seed(0)
-    config = Qwen2Config(**shape, tie_word_embeddings=tied)
+    config = Qwen2Config(**{**SHAPE, **shape}, tie_word_embeddings=tied)
     if kind == "qwen3":
         # Heads wider than hidden_size / num_attention_heads, as the small Qwen3 have them.
-        config = Qwen3Config(**shape, tie_word_embeddings=tied, head_dim=96)
+        config = Qwen3Config(**{**SHAPE, **shape}, tie_word_embeddings=tied, head_dim=96)
     model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):

@@ -11,6 +11,7 @@ from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.replay_generation import _Generation
 from qwen_vram.arithmetic.slices import slices
 from qwen_vram.arithmetic.workload import Workload
+from qwen_vram.runtime.device_map import device_map
 from qwen_vram.runtime.devices import check_free
 from qwen_vram.runtime.host_cache import HostCache
 from qwen_vram.runtime.kv_cache import PreallocatedCache, cache_bytes
@@ -80,6 +81,7 @@ def test_the_copies_that_accelerate_makes_are_the_ones_counted(untied):
         {"cache": "preallocated", "kv_cache": "int8"},
         {"cache": "preallocated", "kv_device": "host", "embeddings": "host"},
         {"weights": "nf4", "embeddings": "host"},
+        {"weights": "nf4", "dequantization": "tiled"},
     ],
     ids=str,
 )
@@ -94,6 +96,12 @@ def test_hooks_leave_caches_and_a_host_table_alone(demo, knobs):
         dispatch_model(llm.model, where, main_device="cpu", skip_keys=skipped, force_hooks=True)
         assert hasattr(llm.model.model.layers[0], "_hf_hook")
         assert llm.chat(prompt, max_new_tokens=24, do_sample=False) == plain
+
+
+def test_a_split_is_loaded_where_it_was_planned(chosen):
+    where = device_map(chosen, PLACES[0])
+    assert where == chosen.device_map
+    assert {0, 1} == set(where.values())
 
 
 def test_a_host_cache_has_slots_on_every_device():

@@ -46,12 +46,12 @@ LARGE = {
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    return make_checkpoint(tmp_path_factory.mktemp("large"), shape=LARGE)
+    return make_checkpoint(tmp_path_factory.mktemp("large"), **LARGE)
 
 
 @pytest.fixture(scope="module")
 def large_tied(tmp_path_factory):
-    return make_checkpoint(tmp_path_factory.mktemp("large_tied"), kind="qwen3", tied=True, shape=LARGE)
+    return make_checkpoint(tmp_path_factory.mktemp("large_tied"), kind="qwen3", tied=True, **LARGE)
 
 
 @pytest.fixture(autouse=True)

@@ -37,14 +37,14 @@ def check(outcomes: list[dict[str, object]]) -> None:
         assert outcome["base"], outcome
         assert outcome["again"], outcome
         assert outcome["clean"], outcome
-        assert set(outcome["left"]) <= {"out", ".out.merging", ".out.merging.lock"}, outcome
+        assert set(outcome["left"]) <= {"out", ".out.partial", ".out.partial.lock"}, outcome
 
 
 def test_killed_at_fifty_random_instants(pair, tmp_path):
     outcomes = killed(pair, tmp_path, "SIGKILL", 50)
     check(outcomes)
     # The instants are spread over the whole run: many leave a folder half filled, some come too late.
-    assert sum(".out.merging" in outcome["left"] for outcome in outcomes) >= 10
+    assert sum(".out.partial" in outcome["left"] for outcome in outcomes) >= 10
     assert {outcome["code"] for outcome in outcomes} <= {0, -9}
 
 

@@ -180,9 +180,9 @@ def test_overwriting_swaps_the_whole_folder(base, adapter, tmp_path):
 
 
 def test_what_a_killed_run_left_is_cleared_away(base, adapter, tmp_path):
-    (tmp_path / ".out.merging").mkdir()
-    (tmp_path / ".out.merging" / "model.safetensors").write_bytes(b"half")
-    (tmp_path / ".out.merging.lock").write_text("")
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "model.safetensors").write_bytes(b"half")
+    (tmp_path / ".out.partial.lock").write_text("")
     merge(base, adapter, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

@@ -535,17 +535,17 @@ def test_two_runs_for_one_output(base, adapter, tmp_path):
     import fcntl
 
     folder = adapter("plain")
-    with (tmp_path / ".out.merging.lock").open("w") as lock:
+    with (tmp_path / ".out.partial.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         text = "is being written by another run; wait for it, or choose another folder"
         refused(base, folder, tmp_path, qv.CheckpointError, text)
     merge_lora_then_quantize(base, folder, tmp_path / "out", quantize=None, device="cpu", progress=False)
-    assert not (tmp_path / ".out.merging.lock").exists()
+    assert not (tmp_path / ".out.partial.lock").exists()
 
 
 def test_an_output_that_appears_meanwhile(base, adapter, tmp_path):
     """The rename finds it, and leaves it alone."""
-    from qwen_vram.lora.output import OutputFolder
+    from qwen_vram.files.output import OutputFolder
 
     with OutputFolder(tmp_path / "out", needed_bytes=1, sources=[], overwrite=False) as output:
         (tmp_path / "out").mkdir()
@@ -557,7 +557,7 @@ def test_an_output_that_appears_meanwhile(base, adapter, tmp_path):
 
 
 def test_a_disk_that_cannot_swap_folders(base, adapter, tmp_path, monkeypatch):
-    import qwen_vram.lora.output as output
+    import qwen_vram.files.output as output
 
     folder = adapter("plain")
     merge_lora_then_quantize(base, folder, tmp_path / "out", quantize=None, device="cpu", progress=False)

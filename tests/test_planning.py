@@ -39,7 +39,7 @@ def test_what_costs_nothing_comes_before_precision():
         "embeddings='host'",
         "prefill_chunk_size=512",
         "weights='int8'",
-        "weights='nf4'",
+        "weights='nf4', dequantization='tiled'",
     ]
 
 
@@ -69,6 +69,27 @@ def test_a_profile_that_was_asked_for_is_not_searched():
     with pytest.raises(qv.DoesNotFitError, match="with bf16 weights"):
         plan("8GiB", profile="default")
     assert plan("80GiB", profile="default").profile == qv.PROFILES["default"]
+
+
+def test_layers_are_streamed_where_nothing_else_fits_and_as_few_as_do():
+    chosen = plan("4GiB", prompt_len=512)
+    assert (chosen.profile.weights, chosen.profile.kv_cache, chosen.profile.kv_device) == ("nf4", "bf16", "device")
+    layers = chosen.profile.streamed_layers
+    assert 2 < layers < 28
+    assert chosen.steps[-1].change == f"streamed_layers={layers}, kv_cache='bf16'"
+    with pytest.raises(qv.DoesNotFitError):
+        plan("4GiB", prompt_len=512, profile=chosen.profile.replace(streamed_layers=layers - 1))
+    assert list(chosen.device_map.values()).count("cpu") == layers + 1
+    for prefer in ("speed", "memory"):
+        assert plan("8GiB", prefer=prefer).profile.streamed_layers == 0
+    with pytest.raises(qv.DoesNotFitError):
+        plan("4GiB", streamed_layers=0)
+
+
+def test_a_long_cache_goes_to_the_host_before_layers_that_leave_it_no_room():
+    chosen = plan("3GiB", prompt_len=32_000).profile
+    assert (chosen.kv_cache, chosen.kv_device) == ("bf16", "host")
+    assert 0 < chosen.streamed_layers < 28
 
 
 def test_preferences_pick_among_what_fits():

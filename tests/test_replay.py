@@ -6,7 +6,7 @@ import pytest
 
 import qwen_vram as qv
 from qwen_vram.arithmetic import allocator as allocator_module
-from qwen_vram.arithmetic.allocator import CachingAllocator
+from qwen_vram.arithmetic.allocator import CachingAllocator, OutOfRoomError
 from qwen_vram.arithmetic.replay_generation import CUBLAS_WORKSPACE, replay_generation
 from qwen_vram.arithmetic.replay_load import replay_load
 
@@ -68,6 +68,26 @@ def test_a_copy_goes_its_own_way():
     twin.give(block)
     assert (allocator.allocated, twin.allocated) == (3 * MIB, 0)
     assert twin.take(3 * MIB) == block
+
+
+def test_under_a_limit_unused_segments_go_back_first():
+    allocator = CachingAllocator(limit=100 * MIB)
+    small = allocator.take(40 * MIB)
+    allocator.give(small, allocator.take(50 * MIB))
+    kept = allocator.take(80 * MIB)
+    assert (allocator.reserved, allocator.peak) == (80 * MIB, 90 * MIB)
+    with pytest.raises(OutOfRoomError):
+        allocator.take(30 * MIB)
+    allocator.give(kept)
+
+
+def test_the_smallest_budget_counts_what_torch_gives_back():
+    eager = qv.estimate_vram("Qwen2.5-0.5B", prompt_len=10_149, attention="eager", prefill_chunk_size=512)
+    assert eager.peak_allocated < eager.needed_bytes < 0.6 * eager.process_total
+    assert eager.fits(eager.needed_bytes)
+    assert not eager.fits(eager.needed_bytes - 1)
+    fused = qv.estimate_vram("Qwen2.5-0.5B", attention="fused", cache="preallocated")
+    assert fused.needed_bytes == fused.process_total
 
 
 MATRIX = list(

@@ -8,6 +8,7 @@ import torch
 import qwen_vram as qv
 from qwen_vram.arithmetic import allocator as allocator_module
 from qwen_vram.arithmetic.model import resolve_model
+from qwen_vram.arithmetic.overhead import _runs_within
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.replay_generation import CUBLAS_WORKSPACE, replay_generation
 from qwen_vram.arithmetic.replay_load import replay_load
@@ -15,7 +16,8 @@ from qwen_vram.arithmetic.slices import slices
 from qwen_vram.arithmetic.split import split_estimate, split_of
 from qwen_vram.arithmetic.workload import Workload
 from qwen_vram.planning.budget import Budget
-from qwen_vram.planning.search import Search, search_space
+from qwen_vram.planning.fit import fits
+from qwen_vram.planning.search import Search
 
 GIB = 2**30
 RAM = {"ram": "64GiB"}
@@ -84,7 +86,9 @@ def test_each_devices_peak_holds_its_parts(model, knobs):
     for part in split(model, {0: 7, 1: rest(model, 7)}, **knobs).devices.values():
         assert sum(part.parts().values()) == part.peak_allocated
         assert all(size >= 0 for size in part.parts().values())
-        assert part.peak_allocated <= part.peak_reserved < part.process_total <= part.needed_bytes
+        beside = part.process_total - part.peak_reserved
+        assert part.peak_allocated <= part.peak_reserved
+        assert 0 < beside < part.needed_bytes - part.peak_allocated
         assert part.peak_moment in part.moments
 
 
@@ -123,7 +127,7 @@ GOLDEN = [
     (
         ("Qwen2.5-7B", {0: 20, 1: 8}, {"prompt_len": 8_000, "batch_size": 2}, {"weights": "nf4", **FUSED}),
         {
-            0: (3_495_043_632, 656_015_360, 2_286_769_664, 41_974_224, 7_186_939_904, 3_632_044_032, 7_972_323_328),
+            0: (3_495_043_632, 656_015_360, 2_287_425_024, 41_974_224, 7_186_939_904, 3_632_044_032, 7_972_323_328),
             1: (2_052_021_472, 262_406_144, 2_172_449_792, 39_264_032, 4_972_347_392, 2_185_781_248, 5_757_730_816),
         },
     ),
@@ -143,7 +147,7 @@ GOLDEN = [
         ),
         {
             0: (11_620_094_560, 5_244_190_720, 457_853_440, 43_676_064, 17_951_621_120, 11_897_487_360, 18_737_004_544),
-            1: (7_594_921_120, 3_146_514_432, 446_275_584, 40_344_416, 11_691_622_400, 7_869_202_432, 12_477_005_824),
+            1: (7_594_921_120, 3_146_514_432, 446_275_584, 40_344_416, 11_704_205_312, 7_869_202_432, 12_489_588_736),
         },
     ),
 ]
@@ -168,10 +172,9 @@ def test_golden_rows(row, sizes):
 def test_a_plan_fits_every_device_and_takes_the_first_step_that_does(vram):
     chosen = qv.plan("Qwen2.5-32B", vram=vram, **RAM, prompt_len=4_000)
     assert list(chosen.budget.devices) == list(chosen.estimate.devices) == list(vram)
-    search = Search("", chosen.estimate.architecture, chosen.workload, chosen.budget)
-    start, moves = search_space(chosen.estimate.architecture, "auto", chosen.workload, {})
-    candidates = list(search.candidates(start, moves))
-    fitting = [number for number, candidate in enumerate(candidates) if search.fits(candidate.estimate)]
+    search = Search("", chosen.estimate.architecture, chosen.workload, chosen.budget, "auto", {})
+    candidates = list(search.candidates())
+    fitting = [number for number, candidate in enumerate(candidates) if fits(candidate.estimate, chosen.budget)]
     assert len(chosen.steps) == fitting[0] + 1
     assert chosen.profile == candidates[fitting[0]].estimate.profile
     for device, part in chosen.estimate.devices.items():
@@ -191,6 +194,22 @@ def test_no_other_split_of_two_leaves_much_more_room(model, vram):
     first, second = vram
     every = [fullest({first: count, second: rest(model, count)}) for count in range(1, rest(model, 0))]
     assert fullest(split_of(chosen.estimate)) < 1.01 * min(every)
+
+
+def test_a_plan_may_count_on_segments_that_each_device_gives_back():
+    knobs = {"profile": "default", "prefill_chunk_size": 1_024, "prompt_len": 8_000, **RAM}
+    parts = split("Qwen2.5-7B", {0: 14, 1: 14}, {"prompt_len": 8_000, "max_new_tokens": 512}, prefill_chunk_size=1_024)
+    vram = {device: part.needed_bytes for device, part in parts.devices.items()}
+    chosen = qv.plan("Qwen2.5-7B", vram=vram, **knobs)
+    assert chosen.to_dict()["estimate"]["needed_bytes"] == sum(vram.values()) < chosen.estimate.process_total
+    for device, part in chosen.estimate.devices.items():
+        beside = part.process_total - part.peak_reserved
+        limit = chosen.budget.devices[device] - beside
+        assert limit < part.peak_reserved
+        allocator = replay_load(part.architecture, part.profile, limit).copy(limit)
+        replay_generation(allocator, part.architecture, part.profile, part.workload)
+        assert allocator.peak_reserved <= limit
+        assert not _runs_within(part.architecture, part.profile, part.workload, limit * 97 // 100)
 
 
 def test_modules_follow_their_layers_and_a_shared_head_its_table():
@@ -259,8 +278,9 @@ def test_the_inverse_questions_take_several_devices():
 
 def test_a_settled_split_is_kept_for_another_workload():
     chosen = qv.plan("Qwen2.5-7B", vram={0: "24GiB", 1: "9GiB"}, **RAM)
-    search = Search("", chosen.estimate.architecture, chosen.workload, chosen.budget, {0: 10, 1: 18})
-    assert split_of(search.estimate(chosen.profile, chosen.workload)) == {0: 10, 1: 18} != split_of(chosen.estimate)
+    work, profile = chosen.workload, chosen.profile
+    search = Search("", chosen.estimate.architecture, work, chosen.budget, profile, {}, {0: 10, 1: 18})
+    assert split_of(search.estimate(profile, work)) == {0: 10, 1: 18} != split_of(chosen.estimate)
 
 
 def test_an_offload_map_over_two_devices_keeps_every_layer_on_one():
@@ -284,6 +304,29 @@ def test_a_refusal_has_every_devices_bytes():
     assert (error.needed_bytes, error.budget_bytes) in error.devices.values()
     needs = [f"{part.needed_bytes / GIB:.2f} GiB on GPU {device}" for device, part in parts.items()]
     assert f"needs {' and '.join(needs)}, CUDA contexts included; 8.00 GiB and 4.00 GiB are allowed" in str(error)
+
+
+def test_a_refusal_names_the_host_where_that_is_short():
+    ask = {"profile": "int4-flash", "embeddings": "host", "ram": "512MiB"}
+    for vram in (TWO, {0: "20GiB"}, "20GiB"):
+        with pytest.raises(
+            qv.DoesNotFitError, match=r"needs 1\.02 GiB of host memory; 0\.50 GiB are allowed"
+        ) as caught:
+            qv.plan("Qwen2.5-7B", vram=vram, **ask)
+        error = caught.value
+        assert (error.needed_bytes, error.budget_bytes) == (error.estimate.host, GIB // 2)
+        assert error.devices.keys() == ({0, 1} if vram is TWO else set())
+        assert all(needed < offered for needed, offered in error.devices.values())
+    with pytest.raises(qv.DoesNotFitError, match=r"of 28 layers on the host needs .* of host memory; 1\.50 GiB are"):
+        qv.offload_map("Qwen2.5-7B", vram="12GiB", ram="1.5GiB")
+
+
+def test_layers_are_streamed_by_one_device_and_never_by_several():
+    streams = qv.plan("Qwen2.5-32B", vram="14GiB", **RAM)
+    assert streams.profile.streamed_layers > 0
+    with pytest.raises(qv.DoesNotFitError, match=" on GPU 0 and ") as caught:
+        qv.plan("Qwen2.5-32B", vram={0: "7GiB", 1: "7GiB"}, **RAM)
+    assert caught.value.estimate.profile.streamed_layers == 0
 
 
 @pytest.mark.parametrize("knobs", [{"streamed_layers": 3}, {"compiled": True, "cache": "static"}], ids=str)
@@ -316,6 +359,15 @@ def test_a_reserve_comes_off_every_device(reserve, kept):
     assert Budget.of(TWO, "16GiB", reserve).vram == 40 * GIB - 2 * kept
     host = Budget.of({}, "16GiB", reserve)
     assert (host.vram, host.ram) == (None, 16 * GIB - kept)
+
+
+def test_layers_are_streamed_to_keep_a_reserve_free():
+    resident = qv.plan("Qwen2.5-7B", vram="5.5GiB", **RAM)
+    kept = qv.plan("Qwen2.5-7B", vram="5.5GiB", reserve="1.5GiB", **RAM)
+    assert resident.profile.streamed_layers == 0 < kept.profile.streamed_layers
+    assert kept.estimate == qv.plan("Qwen2.5-7B", vram="4GiB", **RAM).estimate
+    assert kept.estimate.needed_bytes <= kept.budget.vram == 4 * GIB
+    assert qv.Plan.from_dict(json.loads(json.dumps(kept.to_dict()))) == kept
 
 
 def test_a_reserve_larger_than_the_device_leaves_nothing():

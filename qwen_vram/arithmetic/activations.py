@@ -21,6 +21,7 @@ from qwen_vram.arithmetic.int8_outliers import outlier_columns
 from qwen_vram.arithmetic.kv_cache import kv_cache_bytes, quantized_tokens
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.storage import ALLOCATION_STEP, FORMATS
+from qwen_vram.arithmetic.tiles import counts_tiles, tile_rows
 from qwen_vram.arithmetic.weights import format_of
 from qwen_vram.arithmetic.workload import Workload
 
@@ -258,10 +259,10 @@ def linear_bytes(weight: Weight, profile: Profile, rows: int, *, adapted: bool =
     """Bytes alive inside `x @ weight.T` for `rows` rows of x: the result, and buffers of the weight's format.
 
     4-bit formats of bitsandbytes dequantize the whole matrix (and, where double quantization is used, make the block
-    maxima twice in float32); int8 quantizes x, takes outliers out, and makes the product in int32, then fp16, then the
-    model's dtype. Exact for those, but for how many outliers the data has; for formats of other libraries the
-    dequantized matrix is counted. A LoRA adapter adds its scaled update and the sum to the result, once the format's
-    own buffers are gone.
+    maxima twice in float32), or by tiles one tile of it (and the maxima once); int8 quantizes x, takes outliers out,
+    and makes the product in int32, then fp16, then the model's dtype. Exact for those, but for how many outliers the
+    data has; for formats of other libraries the dequantized matrix is counted. A LoRA adapter adds its scaled update
+    and the sum to the result, once the format's own buffers are gone.
     """
     out_features, _ = weight.shape
     result = rows * out_features * profile.element_bytes
@@ -280,8 +281,10 @@ def _base_linear_bytes(weight: Weight, profile: Profile, rows: int) -> int:
         return rows * (in_features + _FP32) + max(_int8_working_sets(weight, profile, rows))
     if storage.library == "bitsandbytes" and rows <= FUSED_ROWS:
         return result
-    maxima = 2 * _FP32 * -(-weight.numel // 64) if storage.name in ("nf4", "fp4") else 0
-    return result + weight.numel * element + maxima
+    maxima = _FP32 * -(-weight.numel // 64) if storage.name in ("nf4", "fp4") else 0
+    if counts_tiles(storage, profile, weight.shape, rows):
+        return result + tile_rows(*weight.shape) * in_features * element + maxima
+    return result + weight.numel * element + 2 * maxima
 
 
 def _int8_working_sets(weight: Weight, profile: Profile, rows: int) -> tuple[int, int, int]:

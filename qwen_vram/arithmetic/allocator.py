@@ -4,7 +4,8 @@ Knows sizes and order, not tensors. The rules are those of c10/cuda/CUDACachingA
 default: sizes are rounded up to 512 bytes; requests up to 1 MiB are cut from segments of 2 MiB, those below
 10 MiB from segments of 20 MiB, larger ones get segments of their own rounded up to 2 MiB; the smallest free block that
 is large enough is taken, and its rest is split off where it is at least 512 bytes (small) or more than 1 MiB (large);
-freed neighbours of a segment join.
+freed neighbours of a segment join. Where the device has no room for a new segment, those without a block in use go back
+to it first, and only then is it out of memory.
 """
 
 from __future__ import annotations
@@ -26,19 +27,27 @@ _SEGMENT_STEP = 2 * 2**20
 _TOP, _GAP = 2**80, 2**50
 
 
+class OutOfRoomError(Exception):
+    """A request that the limit has no room for, segments that could be given back included."""
+
+
 class CachingAllocator:
     """Counts, in bytes, what torch would have allocated and reserved after the same requests in the same order.
 
     Attributes:
+        limit: The most that may be reserved; `None` is no limit.
         allocated: Bytes of blocks in use, what could not be split off included (`torch.cuda.memory_allocated`).
         peak: The most that was allocated at once.
         reserved: Bytes of all segments (`torch.cuda.memory_reserved`).
+        peak_reserved: The most that was reserved at once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit = limit
         self.allocated = 0
         self.peak = 0
         self.reserved = 0
+        self.peak_reserved = 0
         self._segments = 0
         # Free blocks by pool (small, large), sorted by size and address; and where each begins and ends.
         self._free: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
@@ -48,10 +57,11 @@ class CachingAllocator:
         self._used: dict[int, tuple[int, int]] = {}
         self._segment_sizes: dict[int, int] = {}
 
-    def copy(self) -> CachingAllocator:
-        """An allocator in the same state that goes its own way."""
-        twin = CachingAllocator()
-        twin.allocated, twin.peak, twin.reserved = self.allocated, self.peak, self.reserved
+    def copy(self, limit: int | None = None) -> CachingAllocator:
+        """An allocator in the same state that goes its own way, under a limit of its own."""
+        twin = CachingAllocator(limit)
+        twin.allocated, twin.peak = self.allocated, self.peak
+        twin.reserved, twin.peak_reserved = self.reserved, self.peak_reserved
         twin._segments = self._segments
         twin._free = (list(self._free[0]), list(self._free[1]))
         twin._size_at, twin._start_before = dict(self._size_at), dict(self._start_before)
@@ -59,7 +69,11 @@ class CachingAllocator:
         return twin
 
     def take(self, nbytes: int) -> int:
-        """Allocate `nbytes` and return the block's address."""
+        """Allocate `nbytes` and return the block's address.
+
+        Raises:
+            OutOfRoomError: more than `limit` would have to be reserved.
+        """
         size = max(1, -(-nbytes // ALLOCATION_STEP)) * ALLOCATION_STEP
         pool = 0 if size <= _SMALL else 1
         free = self._free[pool]
@@ -111,10 +125,15 @@ class CachingAllocator:
             segment = _LARGE_SEGMENT
         else:
             segment = -(-size // _SEGMENT_STEP) * _SEGMENT_STEP
+        if self.limit is not None and self.reserved + segment > self.limit:
+            self.release_unused()
+            if self.reserved + segment > self.limit:
+                raise OutOfRoomError
         self._segments += 1
         address = _TOP - self._segments * _GAP
         self._segment_sizes[address] = segment
         self.reserved += segment
+        self.peak_reserved = max(self.peak_reserved, self.reserved)
         return segment, address
 
     def _remember(self, size: int, address: int, pool: int) -> None:

@@ -17,6 +17,7 @@ from qwen_vram.arithmetic.machine_file import current
 from qwen_vram.arithmetic.model import ModelLike, resolve_model, stored_knobs
 from qwen_vram.arithmetic.overhead import (
     Replayed,
+    least_reserved,
     load_peak_bytes,
     load_reserved_bytes,
     process_bytes,
@@ -132,15 +133,20 @@ class Estimate:
         """
         return self.needed_bytes <= parse_bytes(budget, name="budget")
 
-    @property
+    @cached_property
     def needed_bytes(self) -> int:
-        """The smallest budget that holds the process: while it runs, and while it loads."""
+        """The smallest budget that holds the process: while it runs, and while it loads.
+
+        Where much of `process_total` is fragments, less will do: torch gives unused segments back before it is out of
+        memory. How much less is found by replays under a limit, to 16 MiB, with 1 % left for what a replay can miss.
+        """
         if self.architecture is None:
             return self.peak_allocated
         if self.devices:
             return self.sum("needed_bytes")
+        beside = process_bytes(0, self.profile, self.machine)
         loading = load_reserved_bytes(self.architecture, self.profile)
-        return max(self.process_total, process_bytes(loading, self.profile, self.machine))
+        return beside + least_reserved(self.architecture, self.profile, self.workload, max(self.peak_reserved, loading))
 
     def sum(self, part: str) -> int:
         """A part's bytes on all devices together."""
@@ -158,6 +164,7 @@ class Estimate:
             "peak_allocated": self.peak_allocated,
             "peak_reserved": self.peak_reserved,
             "process_total": self.process_total,
+            "needed_bytes": self.needed_bytes,
             "load_peak": self.load_peak,
             "host": self.host,
             "shares": self.shares(),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
+from qwen_vram.arithmetic.allocator import OutOfRoomError
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.machine import Machine
 from qwen_vram.arithmetic.profile import Profile
@@ -20,6 +21,10 @@ from qwen_vram.arithmetic.workload import Workload
 # What int8's own kernels add to the process on first use, the same on an H100 (65 to 67 MB).
 # measured: NVIDIA H200, torch 2.11.0+cu130, bitsandbytes 0.50.2, 2026-11-22.
 INT8_KERNELS = 69_206_016
+
+# What real runs reserved beyond a replay at most; docs/accuracy.md has the rows.
+_REPLAY_MISS = 0.01
+_SEARCHED_TO = 16 * 2**20
 
 
 def workspace_bytes(architecture: Architecture, profile: Profile) -> int:
@@ -38,8 +43,8 @@ def load_peak_bytes(architecture: Architecture, profile: Profile) -> int:
 
 
 def load_reserved_bytes(architecture: Architecture, profile: Profile) -> int:
-    """What torch has reserved after loading."""
-    return replay_load(architecture, profile).reserved
+    """The most that torch reserves while loading."""
+    return replay_load(architecture, profile).peak_reserved
 
 
 class Replayed(NamedTuple):
@@ -60,6 +65,35 @@ def replay(architecture: Architecture, profile: Profile, workload: Workload) -> 
     allocator.peak = allocator.allocated
     replay_generation(allocator, architecture, profile, workload)
     return Replayed(allocator.peak, allocator.reserved)
+
+
+@lru_cache(maxsize=256)
+def least_reserved(architecture: Architecture, profile: Profile, workload: Workload, roomy: int) -> int:
+    """The least that torch must be able to reserve: `roomy`, where it never gives a segment back, or less.
+
+    Torch gives unused segments back before it is out of memory. Searched where that can save more than twice the
+    share that is added for what a replay can miss.
+    """
+    low = replay(architecture, profile, workload).peak
+    if roomy <= low * (1 + 2 * _REPLAY_MISS):
+        return roomy
+    high = roomy
+    while high - low > _SEARCHED_TO:
+        middle = (low + high) // 2
+        low, high = (low, middle) if _runs_within(architecture, profile, workload, middle) else (middle, high)
+    return min(roomy, int(high * (1 + _REPLAY_MISS)))
+
+
+def _runs_within(architecture: Architecture, profile: Profile, workload: Workload, limit: int) -> bool:
+    """Whether loading and a first run succeed where torch can reserve `limit` bytes."""
+    try:
+        loaded = replay_load(architecture, profile)
+        if loaded.peak_reserved > limit:
+            loaded = replay_load(architecture, profile, limit)
+        replay_generation(loaded.copy(limit), architecture, profile, workload)
+    except OutOfRoomError:
+        return False
+    return True
 
 
 def process_bytes(peak_reserved: int, profile: Profile, machine: Machine) -> int:

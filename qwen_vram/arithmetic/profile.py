@@ -11,6 +11,7 @@ from qwen_vram.errors import UnknownNameError, WorkloadError
 Device = Literal["device", "host"]
 KvFormat = Literal["bf16", "int8", "int4"]
 CacheKind = Literal["preallocated", "dynamic", "static"]
+Dequantization = Literal["whole", "tiled"]
 Attention = Literal["fused", "sdpa", "flash_attention_2", "eager"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -20,6 +21,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "kv_device": get_args(Device),
     "cache": get_args(CacheKind),
     "attention": get_args(Attention),
+    "dequantization": get_args(Dequantization),
 }
 
 
@@ -38,6 +40,8 @@ class Profile:
         cache: `"dynamic"` grows by concatenation, `"preallocated"` and `"static"` take the whole context at once.
         attention: The attention function; `"fused"` expands no heads and builds no mask.
         prefill_chunk_size: Prompt tokens a sequence feeds at once; `None` is the whole prompt.
+        dequantization: How a 4-bit matrix of bitsandbytes meets the rows of a prefill: the `"whole"` matrix in 16 bits
+            beside the result, or one tile of it after the other.
         streamed_layers: Decoder layers that stay on the host and pass through two slots on the device.
         compiled: Decode steps are compiled.
     """
@@ -51,6 +55,7 @@ class Profile:
     cache: CacheKind = "dynamic"
     attention: Attention = "sdpa"
     prefill_chunk_size: int | None = None
+    dequantization: Dequantization = "whole"
     streamed_layers: int = 0
     compiled: bool = False
 
@@ -142,7 +147,7 @@ PROFILES: dict[str, Profile] = {
         # The article's row 1: what a plain from_pretrained and generate do.
         Profile(name="default"),
         # Its row 2: NF4 with double quantization; torch's flash kernel stands in for the flash-attn package.
-        Profile(name="int4-flash", weights="nf4", attention="fused", cache="preallocated"),
+        Profile(name="int4-flash", weights="nf4", attention="fused", cache="preallocated", dequantization="tiled"),
         # Its row 3: three layers on the host.
         Profile(name="cpu-offload", attention="fused", cache="preallocated", streamed_layers=3),
         # Its advice for 12 to 16 GB: layer split and a tuned KV cache.
@@ -161,7 +166,8 @@ PROFILES: dict[str, Profile] = {
             embeddings="host",
             attention="fused",
             cache="preallocated",
-            prefill_chunk_size=2048,
+            prefill_chunk_size=512,
+            dequantization="tiled",
         ),
         Profile(name="speed", weights="int4", lm_head="int4", attention="fused", cache="static", compiled=True),
         Profile(
@@ -174,6 +180,7 @@ PROFILES: dict[str, Profile] = {
             kv_cache="int8",
             streamed_layers=20,
             prefill_chunk_size=512,
+            dequantization="tiled",
         ),
     )
 }

@@ -17,6 +17,7 @@ from qwen_vram.arithmetic.int8_outliers import outlier_columns
 from qwen_vram.arithmetic.kv_cache import HOST_CACHE_LAYERS, layer_kv_bytes, quantized_parts, quantized_tokens
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.storage import FORMATS
+from qwen_vram.arithmetic.tiles import counts_tiles, tile_rows
 from qwen_vram.arithmetic.weights import format_of
 from qwen_vram.arithmetic.workload import Workload
 
@@ -407,6 +408,12 @@ class _Generation:
         if storage.name == "int8":
             return self.int8_product(weight, rows)
         maxima = []
+        if counts_tiles(storage, self.profile, weight.shape, rows):
+            if storage.name != "nf4-plain":
+                maxima = [take(-(-weight.numel // 64) * _FP32)]
+            result, tile = take(result_size), take(tile_rows(*weight.shape) * weight.shape[1] * self.element)
+            give(tile, *maxima)
+            return result
         if storage.name in ("nf4", "fp4"):
             maxima = [take(-(-weight.numel // 64) * _FP32) for _ in range(2)]
         dequantized = take(weight.numel * self.element)

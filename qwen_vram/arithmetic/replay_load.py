@@ -13,38 +13,57 @@ from qwen_vram.arithmetic.architecture import Architecture, Weight
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.replay_stored import replay_stored
 from qwen_vram.arithmetic.storage import FORMATS
-from qwen_vram.arithmetic.weights import STREAMING_SLOTS, format_of, table_on_host
+from qwen_vram.arithmetic.weights import STREAMING_SLOTS, block_bytes, format_of, table_on_host
 
 _FP32 = 4
 _FP16 = 2
 
 
 @lru_cache(maxsize=64)
-def replay_load(architecture: Architecture, profile: Profile) -> CachingAllocator:
-    """The allocator after `from_pretrained`: its `allocated` is the weights', its `peak` the load peak.
+def replay_load(architecture: Architecture, profile: Profile, limit: int | None = None) -> CachingAllocator:
+    """The allocator after `load`: its `allocated` is the weights', its `peak` the load peak.
 
     `transformers` first takes all bytes in one piece and frees them, so that later requests are cut from it; then it
-    brings tensors over in the order of their names and quantizes each as it comes.
+    brings tensors over in the order of their names, as they are stored, or in the model's own dtype to be quantized
+    as they come. In the end the loader gives back what segments are free.
+
+    Raises:
+        OutOfRoomError: loading takes more than `limit`.
     """
+    allocator = CachingAllocator(limit)
     if architecture.stored:
-        return replay_stored(architecture, architecture.stored, profile)
-    allocator = CachingAllocator()
+        replay_stored(allocator, architecture, architecture.stored, profile)
+        allocator.release_unused()
+        return allocator
     weights = _load_order(architecture, profile)
     total = sum(_announced_bytes(weight, profile) for weight in weights)
     allocator.give(allocator.take(int(total)))
+    load = _load_weight if architecture.stored_format is None else _load_stored
     for weight in weights:
-        _load_weight(allocator, weight, profile)
+        load(allocator, weight, profile)
     for _ in range(2 if architecture.starts else 0):  # the rotary embedding's float32 buffers
         allocator.take(architecture.head_dim // 2 * _FP32)
+    if profile.streamed_layers:
+        _load_streamed(allocator, architecture, profile)
+    allocator.release_unused()
     return allocator
 
 
+def _load_streamed(allocator: CachingAllocator, architecture: Architecture, profile: Profile) -> None:
+    """Streamed layers: each matrix is quantized on the device and leaves it again, then the slots are taken."""
+    for weight in architecture.block:
+        if not FORMATS[format_of(weight, profile)].is_dense:
+            allocator.give(*_load_weight(allocator, weight, profile))
+    allocator.release_unused()
+    for _ in range(min(profile.streamed_layers, STREAMING_SLOTS)):
+        allocator.take(block_bytes(architecture, profile))
+
+
 def _load_order(architecture: Architecture, profile: Profile) -> list[Weight]:
-    """What goes to the device, sorted by name as `transformers` does: head, embedding, layers, last norm."""
+    """What goes to the device to stay, sorted by name as `transformers` does: head, embedding, layers, last norm."""
     outer = {weight.role: [weight] for weight in architecture.outer}
     block = sorted(architecture.block, key=lambda weight: weight.name.split("."))
-    streamed = min(profile.streamed_layers, architecture.num_hidden_layers)
-    layers = architecture.num_hidden_layers - streamed + min(streamed, STREAMING_SLOTS)
+    layers = architecture.num_hidden_layers - min(profile.streamed_layers, architecture.num_hidden_layers)
     head = outer.get("head", [])
     if architecture.has_head and architecture.tie_word_embeddings and profile.head_format != profile.dtype:
         head = [architecture.head]
@@ -58,32 +77,34 @@ def _announced_bytes(weight: Weight, profile: Profile) -> float:
     return weight.numel * storage.bits / 8
 
 
-def _load_weight(allocator: CachingAllocator, weight: Weight, profile: Profile) -> None:
+def _load_stored(allocator: CachingAllocator, weight: Weight, profile: Profile) -> None:
+    """The parts come over one by one and stay. bitsandbytes' JSON text, which goes again, is left out: 512 bytes."""
+    for nbytes in FORMATS[format_of(weight, profile)].part_sizes(weight.shape):
+        allocator.take(nbytes)
+
+
+def _load_weight(allocator: CachingAllocator, weight: Weight, profile: Profile) -> list[int]:
+    """Bring a weight over and quantize it; the blocks that hold it then."""
     storage = FORMATS[format_of(weight, profile)]
     arriving = allocator.take(weight.numel * profile.element_bytes)
     if storage.is_dense:
-        return
+        return [arriving]
     blocks = -(-weight.numel // 64)
     if storage.name in ("nf4", "fp4"):
         maxima = allocator.take(blocks * _FP32)
-        allocator.take(-(-weight.numel // 2))
-        allocator.take(64)  # code
-        allocator.take(_FP32)  # offset
+        kept = [allocator.take(-(-weight.numel // 2))]
+        kept += [allocator.take(64), allocator.take(_FP32)]  # code, offset
         centred = allocator.take(blocks * _FP32)
-        allocator.take(-(-blocks // 256) * _FP32)
-        allocator.take(blocks)
-        allocator.take(1024)  # code of the maxima
+        kept += [allocator.take(-(-blocks // 256) * _FP32), allocator.take(blocks)]
+        kept += [allocator.take(1024)]  # code of the maxima
         allocator.give(centred, maxima)
     elif storage.name == "nf4-plain":
-        allocator.take(blocks * _FP32)
-        allocator.take(-(-weight.numel // 2))
-        allocator.take(64)
+        kept = [allocator.take(size) for size in (blocks * _FP32, -(-weight.numel // 2), 64)]
     elif storage.name == "int8":
         half = allocator.take(weight.numel * _FP16)
-        for size in storage.part_sizes(weight.shape):
-            allocator.take(size)
+        kept = [allocator.take(size) for size in storage.part_sizes(weight.shape)]
         allocator.give(half)
     else:
-        for size in storage.part_sizes(weight.shape):
-            allocator.take(size)
+        kept = [allocator.take(size) for size in storage.part_sizes(weight.shape)]
     allocator.give(arriving)
+    return kept

@@ -17,9 +17,8 @@ from qwen_vram.arithmetic.weights import STREAMING_SLOTS, table_on_host
 _FP32 = 4
 
 
-def replay_stored(architecture: Architecture, stored: Stored, profile: Profile) -> CachingAllocator:
-    """The allocator after loading: its `allocated` is the weights', its `peak` the load peak. An upper bound."""
-    allocator = CachingAllocator()
+def replay_stored(allocator: CachingAllocator, architecture: Architecture, stored: Stored, profile: Profile) -> None:
+    """Load through `allocator`: its `allocated` is then the weights', its `peak` the load peak. An upper bound."""
     streamed = min(profile.streamed_layers, architecture.num_hidden_layers)
     table = () if table_on_host(architecture, profile) else stored.embedding
     layers = [tensor for layer in stored.on_device(streamed, STREAMING_SLOTS) for tensor in layer]
@@ -32,4 +31,3 @@ def replay_stored(architecture: Architecture, stored: Stored, profile: Profile) 
     allocator.give(allocator.take(max(tensor.nbytes for tensor in packed)))
     for _ in range(2 if architecture.starts else 0):  # the rotary embedding's float32 buffers
         allocator.take(architecture.head_dim // 2 * _FP32)
-    return allocator

@@ -47,11 +47,3 @@ class Codec(Protocol):
 
     def config(self, dtype: torch.dtype) -> dict[str, Any]:
         """config.json's `quantization_config`."""
-
-
-def bitsandbytes_config(**options: Any) -> dict[str, Any]:
-    """config.json's `quantization_config` for bitsandbytes, as transformers writes it; the head stays as it is."""
-    from transformers import BitsAndBytesConfig
-
-    config: dict[str, Any] = BitsAndBytesConfig(llm_int8_skip_modules=["lm_head"], **options).to_dict()
-    return config

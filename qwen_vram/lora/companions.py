@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qwen_vram.files.local import CONFIG, read_config
+from qwen_vram.files.companions import companion_files, matching
+from qwen_vram.files.local import read_config
 from qwen_vram.lora.adapter import Adapter
 from qwen_vram.lora.tables import TABLES
 from qwen_vram.lora.targets import Targets
 
-REPORT = "merge_report.json"
-
-_CARRIED = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "LICENSE*", "additional_chat_templates/*.jinja")
-_LEFT = ("*.index.json", CONFIG, REPORT, "adapter_config.json", "trainer_state.json")
 _TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json",
     "special_tokens_map.json", "chat_template.json", "*.jinja",
@@ -29,12 +25,12 @@ def carried_files(base: Path, adapters: Sequence[Adapter], targets: Targets) -> 
     The tokenizer is the base's, or the last adapter's that has one where the adapters changed a table of tokens: new
     tokens are known to that one only.
     """
-    files = _matching(base, _CARRIED, without=_LEFT)
+    files = companion_files(base)
     source = tokenizer_source(base, adapters, targets)
     if source != base:
-        for name in _matching(base, _TOKENIZER):
+        for name in matching(base, _TOKENIZER):
             files.pop(name, None)
-        files |= _matching(source, _TOKENIZER)
+        files |= matching(source, _TOKENIZER)
     return files
 
 
@@ -47,12 +43,6 @@ def tokenizer_source(base: Path, adapters: Sequence[Adapter], targets: Targets) 
     return base
 
 
-def _matching(folder: Path, patterns: Sequence[str], *, without: Sequence[str] = ()) -> dict[str, Path]:
-    paths = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
-    kept = [path for path in paths if not any(path.match(pattern) for pattern in without)]
-    return {str(path.relative_to(folder)): path for path in sorted(kept)}
-
-
 def merged_config(base: Path, targets: Targets, quantization_config: Mapping[str, Any] | None) -> str:
     """The text of the output's config.json: the base's, with what the merge changed."""
     config = read_config(base)
@@ -61,10 +51,3 @@ def merged_config(base: Path, targets: Targets, quantization_config: Mapping[str
     if quantization_config is not None:
         config["quantization_config"] = dict(quantization_config)
     return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-
-
-def copy_files(files: Mapping[str, Path], folder: Path) -> None:
-    """Copy `files` into `folder`."""
-    for name, path in files.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, folder / name)

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from qwen_vram.lora.codec import Part, bitsandbytes_config
+from qwen_vram.lora.codec import Part
 from qwen_vram.lora.scratch import scratch
+from qwen_vram.runtime.backends.bnb import quantization_config
 
 # Source: bitsandbytes 0.50.2, nn/modules.py (Params4bit, blocksize 64) and functional.py (nested blocks of 256).
 _BLOCK = 64
@@ -92,12 +93,9 @@ class FourBit:
 
     def config(self, dtype: torch.dtype) -> dict[str, Any]:
         """The head is not quantized, and products are computed in the checkpoint's dtype."""
-        return bitsandbytes_config(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=self.quant_type,
-            bnb_4bit_use_double_quant=self.scales_wait,
-            bnb_4bit_compute_dtype=dtype,
-        )
+        name = self.quant_type if self.scales_wait else f"{self.quant_type}-plain"
+        config: dict[str, Any] = quantization_config(name, head=False, dtype=dtype).to_dict()
+        return config
 
 
 def _encode_on_cpu(values: torch.Tensor, quant_type: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from qwen_vram.errors import BackendUnavailableError, CheckpointError
+from qwen_vram.files.companions import REPORT, copy_files
 from qwen_vram.files.local import read_config
+from qwen_vram.files.output import OutputFolder
 from qwen_vram.lora.adapter import AdapterLike, open_adapters, shortened
-from qwen_vram.lora.companions import REPORT, copy_files
 from qwen_vram.lora.errors import AdapterError
-from qwen_vram.lora.output import OutputFolder
 from qwen_vram.lora.plan import MergePlan, plan_merge
 from qwen_vram.lora.proof import Proof
 from qwen_vram.lora.quantize import codec_for
 from qwen_vram.lora.report import ENOUGH, MergeReport, ModuleReport
 from qwen_vram.lora.scaling import alpha_is_ambiguous
 from qwen_vram.lora.stream import Streamer
-from qwen_vram.lora.writer import CheckpointWriter
 from qwen_vram.runtime.checkpoint import Checkpoint, open_checkpoint
+from qwen_vram.runtime.progress import progress_bar
+from qwen_vram.runtime.writer import CheckpointWriter
 from qwen_vram.units import parse_bytes
 
 Quantization = Literal["nf4", "nf4-plain", "fp4", "int8", "gptq-int4", "int4"]
@@ -129,7 +128,8 @@ def _write_weights(plan: MergePlan, folder: Path, device: torch.device, progress
     """Write the shards and their index; the proofs by tensor, and the bytes of all tensors."""
     writer = CheckpointWriter(folder, plan.shards)
     try:
-        with _bar(plan, shown=progress) as advance:
+        total = sum(target.base.nbytes for target in plan.targets.targets)
+        with progress_bar("merging", total, shown=progress) as advance:
             proofs = Streamer(writer, device, advance).run(plan.shards)
         for name, proof in proofs.items():
             if not proof.largest_error < float("inf"):
@@ -180,16 +180,3 @@ def _warn_of_losses(report: MergeReport) -> None:
             "more bits where the adapter's skill is gone",
             stacklevel=3,
         )
-
-
-@contextmanager
-def _bar(plan: MergePlan, *, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A progress bar over the base's bytes, on standard error."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    total = sum(target.base.nbytes for target in plan.targets.targets)
-    columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not shown) as progress:
-        task = progress.add_task("merging", total=total)
-        yield lambda count: progress.advance(task, count)

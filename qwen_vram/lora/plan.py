@@ -6,16 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from qwen_vram.files.layout import Shard, disk_bytes, lay_out
 from qwen_vram.lora.adapter import Adapter, check_finite
 from qwen_vram.lora.codec import Codec
 from qwen_vram.lora.companions import carried_files, merged_config, tokenizer_source
-from qwen_vram.lora.layout import Shard, lay_out, weight_of
+from qwen_vram.lora.layout import Weight, weight_of
 from qwen_vram.lora.stored import stored_tensors
 from qwen_vram.lora.targets import Targets, merge_targets
 from qwen_vram.runtime.checkpoint import Checkpoint
-
-# Index, report and the folder itself; far more than they take.
-_SMALL_FILES = 2**22
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +28,7 @@ class MergePlan:
     checkpoint: Checkpoint
     adapters: tuple[Adapter, ...]
     targets: Targets
-    shards: tuple[Shard, ...]
+    shards: tuple[Shard[Weight], ...]
     files: dict[str, Path]
     config: str
     tokenizer: Path
@@ -38,8 +36,7 @@ class MergePlan:
     @property
     def needed_bytes(self) -> int:
         """The most that the output takes on the disk; exact but for a few MiB of small files."""
-        copied = sum(path.stat().st_size for path in self.files.values())
-        return sum(shard.largest_size for shard in self.shards) + copied + len(self.config) + _SMALL_FILES
+        return disk_bytes(self.shards, self.files.values(), self.config)
 
     @property
     def sources(self) -> list[Path]:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from qwen_vram.errors import BackendUnavailableError, UnknownNameError
-from qwen_vram.lora.codec import Codec, Part, bitsandbytes_config
+from qwen_vram.lora.codec import Codec, Part
 from qwen_vram.lora.fourbit import FourBit
+from qwen_vram.runtime.backends.bnb import quantization_config
 
 QUANTIZATIONS = ("nf4", "nf4-plain", "fp4", "int8")
 _LATER = ("gptq-int4", "int4")
@@ -78,4 +79,5 @@ class Int8:
 
     def config(self, dtype: torch.dtype) -> dict[str, Any]:
         """The head is not quantized."""
-        return bitsandbytes_config(load_in_8bit=True)
+        config: dict[str, Any] = quantization_config("int8", head=False, dtype=dtype).to_dict()
+        return config

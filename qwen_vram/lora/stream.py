@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 
 import torch
 
+from qwen_vram.files.layout import Shard
 from qwen_vram.lora.codec import Codec
 from qwen_vram.lora.delta import LoadedUpdate
-from qwen_vram.lora.layout import Shard, Weight
+from qwen_vram.lora.layout import Weight
 from qwen_vram.lora.proof import Blocks, Proof
 from qwen_vram.lora.scratch import scratch
 from qwen_vram.lora.stored import byte_pieces, pieces
-from qwen_vram.lora.writer import CheckpointWriter
+from qwen_vram.runtime.writer import CheckpointWriter
 
 # More threads than this wait for the disk.
 _MOST_THREADS = 8
@@ -37,7 +38,7 @@ class _Job:
         quantized: Its pieces, where they are quantized: their scales, and what is to be settled when those are final.
     """
 
-    shard: Shard
+    shard: Shard[Weight]
     weight: Weight
     updates: list[LoadedUpdate]
     proof: Proof = field(default_factory=Proof)
@@ -58,7 +59,7 @@ class Streamer:
         self.advance = advance
         self.proofs: dict[str, Proof] = {}
 
-    def run(self, shards: tuple[Shard, ...]) -> dict[str, Proof]:
+    def run(self, shards: tuple[Shard[Weight], ...]) -> dict[str, Proof]:
         """Write the shards; the proofs of the weights that the adapters change, by name."""
         under_way: deque[_Job] = deque()
         self.missing = Counter({shard.file: len(shard.weights) for shard in shards})
@@ -73,7 +74,7 @@ class Streamer:
                 self._finish(under_way.popleft())
         return self.proofs
 
-    def _start(self, shard: Shard, weight: Weight) -> _Job:
+    def _start(self, shard: Shard[Weight], weight: Weight) -> _Job:
         target, codec = weight.target, weight.codec
         job = _Job(shard, weight, [LoadedUpdate(update, target.base, self.device) for update in target.updates])
         columns = torch.Size(target.shape[1:]).numel()

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.model import ModelLike, resolve_model
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.workload import Workload
 from qwen_vram.planning.budget import Budget, VramLike
-from qwen_vram.planning.search import Search, most, search_space
+from qwen_vram.planning.search import Search, most
 
 # Batches are looked for up to here; no card of today holds more.
 _MOST_SEQUENCES = 4096
@@ -42,8 +40,8 @@ def max_context(
     """
     label, architecture = resolve_model(model)
     longest = _workload(architecture, max_new_tokens, batch_size)
-    search = Search(label, architecture, longest, Budget.of(vram, ram))
-    smallest = _smallest(search, profile, knobs)
+    search = Search(label, architecture, longest, Budget.of(vram, ram), profile, knobs)
+    smallest = _smallest(search)
     prompt = search.longest_prompt(smallest, max_new_tokens, batch_size)
     return prompt + max_new_tokens if prompt else 0
 
@@ -64,8 +62,8 @@ def max_batch(
     """
     label, architecture = resolve_model(model)
     workload = Workload(prompt_len=prompt_len, max_new_tokens=max_new_tokens)
-    search = Search(label, architecture, workload, Budget.of(vram, ram))
-    smallest = _smallest(search, profile, knobs)
+    search = Search(label, architecture, workload, Budget.of(vram, ram), profile, knobs)
+    smallest = _smallest(search)
     return most(_MOST_SEQUENCES, lambda number: search.holds(smallest, prompt_len, max_new_tokens, number))
 
 
@@ -88,9 +86,8 @@ def min_vram(
     """
     label, architecture = resolve_model(model)
     workload = Workload(prompt_len=prompt_len, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    start, moves = search_space(architecture, profile, workload, knobs)
-    search = Search(label, architecture, workload, Budget(vram=0, ram=0))
-    return min(candidate.estimate.needed_bytes for candidate in search.candidates(start, moves))
+    search = Search(label, architecture, workload, Budget(vram=0, ram=0), profile, knobs)
+    return min(candidate.estimate.needed_bytes for candidate in search.candidates())
 
 
 def _workload(architecture: Architecture, max_new_tokens: int, batch_size: int) -> Workload:
@@ -104,7 +101,6 @@ def _workload(architecture: Architecture, max_new_tokens: int, batch_size: int) 
     )
 
 
-def _smallest(search: Search, profile: str | Profile, knobs: dict[str, Any]) -> Profile:
+def _smallest(search: Search) -> Profile:
     """The profile that needs the least at the search's workload."""
-    start, moves = search_space(search.architecture, profile, search.workload, knobs)
-    return list(search.candidates(start, moves))[-1].estimate.profile
+    return list(search.candidates())[-1].estimate.profile

@@ -15,8 +15,9 @@ from qwen_vram.arithmetic.weights import table_on_host
 from qwen_vram.arithmetic.workload import Workload
 from qwen_vram.errors import DoesNotFitError, WorkloadError
 from qwen_vram.planning.budget import Budget, VramLike
+from qwen_vram.planning.fit import fits
+from qwen_vram.planning.refusal import shortage
 from qwen_vram.planning.search import Search
-from qwen_vram.units import format_gib
 
 Where = int | Literal["cpu"]
 
@@ -148,21 +149,20 @@ def offload_map(
     else:
         on_host = chosen.replace(embeddings="host")
         tried = [chosen, on_host, *(on_host.replace(streamed_layers=count) for count in range(1, layers + 1))]
-    search = Search(label, architecture, workload, Budget.of(vram, ram, reserve))
-    budget = search.budget
+    budget = Budget.of(vram, ram, reserve)
     if budget.vram is None:
         return place(architecture, chosen, device="cpu").device_map
+    search = Search(label, architecture, workload, budget, chosen, {})
     if search.several and layers_on_cpu is None:
         tried = tried[:2]
     for candidate in tried:
         result = search.estimate(candidate, workload)
-        if search.fits(result):
+        if fits(result, budget):
             return place_on(budget, result).device_map
-    short = search.shortage(result)
+    short = shortage(result, budget)
     raise DoesNotFitError(
-        f"{label} needs {short.needs}, and {format_gib(result.host)} on the host with "
-        f"{tried[-1].streamed_layers} of {layers} layers there; {short.allowed} and "
-        f"{format_gib(budget.ram)} are allowed; use weights='nf4', a prefill_chunk_size, or a shorter context",
+        f"{label} with {result.profile.streamed_layers} of {layers} layers on the host needs {short.needs}; "
+        f"{short.allowed} are allowed; use weights='nf4', a prefill_chunk_size, or a shorter context",
         needed_bytes=short.needed_bytes,
         budget_bytes=short.budget_bytes,
         estimate=result,

@@ -16,7 +16,7 @@ from qwen_vram.arithmetic.workload import Workload
 from qwen_vram.errors import ConfigError, QwenVramError, UnknownNameError
 from qwen_vram.planning.budget import Budget, VramLike
 from qwen_vram.planning.placement import Placement, Where, place_on
-from qwen_vram.planning.search import Prefer, Search, Step, search_space
+from qwen_vram.planning.search import Prefer, Search, Step
 from qwen_vram.units import format_bytes, format_gib
 
 
@@ -180,10 +180,9 @@ def plan(
     workload = Workload(prompt_len=prompt_len, max_new_tokens=max_new_tokens, batch_size=batch_size)
     if prefer not in ("quality", "speed", "memory"):
         raise UnknownNameError("prefer", prefer, ("quality", "speed", "memory"))
-    start, moves = search_space(architecture, profile, workload, knobs)
     workload.check(architecture)
     budget = Budget.of(vram, ram, reserve)
-    found = Search(label, architecture, workload, budget).run(start, moves, prefer)
+    found = Search(label, architecture, workload, budget, profile, knobs).run(prefer)
     return _plan(found.estimate, budget, found.steps, str(model) if isinstance(model, str | Path) else None)
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.estimate import Estimate, estimate
+from qwen_vram.arithmetic.overhead import process_bytes
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.slices import slices
 from qwen_vram.arithmetic.split import check_split, split_estimate, split_of
 from qwen_vram.arithmetic.workload import Workload
 from qwen_vram.errors import WorkloadError
+from qwen_vram.planning.fit import live_bytes
 
 # Layers that are moved at once: fragments can make one more layer look better than one less.
 _MOST_MOVED = 3
@@ -42,19 +44,35 @@ def balanced(
     while True:
         shares, counts = _shares(best, budgets), split_of(best)
         full, roomy = max(shares, key=shares.__getitem__), min(shares, key=shares.__getitem__)
-        options = [best]
+        following, fullest = best, shares[full]
         for moved in range(1, min(_MOST_MOVED, counts[full] - 1) + 1) if full != roomy else ():
-            other = {**counts, full: counts[full] - moved, roomy: counts[roomy] + moved}
-            options.append(split_estimate(label, architecture, profile, workload, other))
-        following = min(options, key=lambda option: max(_shares(option, budgets).values()))
+            moved_counts = {**counts, full: counts[full] - moved, roomy: counts[roomy] + moved}
+            other = split_estimate(label, architecture, profile, workload, moved_counts)
+            # Most are no better already by what they need at least, which takes no replay.
+            if _fullest(other, budgets, _at_least) < fullest and _fullest(other, budgets) < fullest:
+                following, fullest = other, _fullest(other, budgets)
         if following is best:
             return best
         best = following
 
 
-def _shares(result: Estimate, budgets: Mapping[int, int]) -> dict[int, float]:
+def _needed(part: Estimate) -> int:
+    return part.needed_bytes
+
+
+def _at_least(part: Estimate) -> int:
+    return live_bytes(part) + process_bytes(0, part.profile, part.machine)
+
+
+def _shares(
+    result: Estimate, budgets: Mapping[int, int], size: Callable[[Estimate], int] = _needed
+) -> dict[int, float]:
     """What each GPU needs of its budget."""
-    return {device: part.needed_bytes / max(1, budgets[device]) for device, part in result.devices.items()}
+    return {device: size(part) / max(1, budgets[device]) for device, part in result.devices.items()}
+
+
+def _fullest(result: Estimate, budgets: Mapping[int, int], size: Callable[[Estimate], int] = _needed) -> float:
+    return max(_shares(result, budgets, size).values())
 
 
 def _first_guess(
@@ -71,7 +89,7 @@ def _first_guess(
             part = list(slices(architecture, [number for number in around if number]))[-1 if place else 0]
         else:
             part = list(slices(architecture, (1, count, others - 1)))[1]
-        return estimate(label, part, profile, workload).needed_bytes
+        return _at_least(estimate(label, part, profile, workload))
 
     line = {}
     for place, device in enumerate(budgets):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from threading import Event, Thread
 from types import TracebackType
 from typing import Any, cast
@@ -30,6 +31,8 @@ from qwen_vram.planning.search import Search
 from qwen_vram.runtime.host_cache import HostCache
 from qwen_vram.runtime.kv_cache import PreallocatedCache, cache_bytes
 from qwen_vram.runtime.measure import PeakMeter, Report
+from qwen_vram.runtime.save import SaveReport, save
+from qwen_vram.runtime.streaming import Streamer
 
 Message = Mapping[str, str]
 
@@ -56,6 +59,8 @@ class LoadedModel:
         tokenizer: PreTrainedTokenizerBase,
         plan: Plan,
         measured: Mapping[torch.device, dict[str, int]],
+        folder: Path,
+        streamer: Streamer | None = None,
     ) -> None:
         self._model: PreTrainedModel | None = cast("PreTrainedModel", model)
         self.tokenizer = tokenizer
@@ -63,6 +68,8 @@ class LoadedModel:
         self.devices = tuple(measured)
         self.device = self.devices[0]
         self._loaded = measured
+        self._folder = folder
+        self._streamer = streamer
         self._last: Workload | None = None
         self._run: dict[torch.device, dict[str, int]] = {device: {} for device in self.devices}
         if plan.profile.prefill_chunk_size is not None:
@@ -100,6 +107,8 @@ class LoadedModel:
     def close(self) -> None:
         """Give the memory back; calling it again changes nothing."""
         self._model = None
+        if self._streamer is not None:
+            self._streamer.close()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -190,6 +199,42 @@ class LoadedModel:
         """Predicted beside measured, part by part: the load, and the last generation where there was one."""
         measured = {device: {**self._loaded[device], **self._run[device]} for device in self.devices}
         return Report.of(self._prediction(), measured)
+
+    def save_quantized(
+        self,
+        out: str | Path,
+        *,
+        max_shard_size: str | int = "4GB",
+        overwrite: bool = False,
+        progress: bool = True,
+    ) -> SaveReport:
+        """Write the quantized weights as they are: a checkpoint that loads without the 16-bit file, bit for bit.
+
+        `load()` takes it with no knob, `transformers` with `from_pretrained`. A table on the host is in it too. One
+        tensor at a time passes through the host. Nothing appears at `out` before all is there, and then all at once.
+
+        Args:
+            out: A new folder.
+            max_shard_size: The most tensor data in one file, a single larger module apart.
+            overwrite: Replace a checkpoint that is at `out`; it stays there until the new one is complete.
+            progress: Show a bar on standard error.
+
+        Raises:
+            NotSupportedError: the weights are not quantized, their backend cannot save, or an adapter is on the model.
+            CheckpointError: `out` exists, holds what is read, or its disk is too full or fails.
+        """
+        architecture = self.plan.estimate.architecture
+        assert architecture is not None
+        return save(
+            self.model,
+            architecture,
+            self.plan.profile,
+            source=self._folder,
+            out=Path(out),
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            progress=progress,
+        )
 
     def probe(
         self,
@@ -287,8 +332,8 @@ class LoadedModel:
         if workload.context_len <= planned.context_len and workload.prompt_len <= planned.prompt_len:
             if workload.batch_size <= planned.batch_size:
                 return
-        search = Search(known.model, known.architecture, workload, self.plan.budget, split_of(known))
-        search.run(known.profile, (), "quality")
+        split = split_of(known)
+        Search(known.model, known.architecture, workload, self.plan.budget, known.profile, {}, split).run("quality")
 
     def _note(self, workload: Workload, output: Any, meters: list[PeakMeter]) -> None:
         """Keep what the generation took, under the names of the estimate's parts."""

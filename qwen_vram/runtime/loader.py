@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
+import gc
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +13,24 @@ import torch
 from qwen_vram.arithmetic.adapter import adapter_folder
 from qwen_vram.arithmetic.model import ModelLike
 from qwen_vram.arithmetic.profile import Profile
-from qwen_vram.errors import BackendUnavailableError, NotSupportedError
 from qwen_vram.planning.budget import VramLike
 from qwen_vram.planning.planner import Plan, plan
 from qwen_vram.planning.search import Prefer
 from qwen_vram.runtime import attention
 from qwen_vram.runtime.adapter import add_adapter, check_peft
 from qwen_vram.runtime.backends import get_backend
-from qwen_vram.runtime.backends.base import Backend, Request
+from qwen_vram.runtime.backends.base import Backend, Request, StreamingBackend
+from qwen_vram.runtime.blob import HostMemory
+from qwen_vram.runtime.blocks import pack_layers
+from qwen_vram.runtime.check import check, dtype_for
 from qwen_vram.runtime.checkpoint import Checkpoint, open_checkpoint
+from qwen_vram.runtime.device_map import connect, device_map, streamed_layers, undispatched
 from qwen_vram.runtime.devices import check_free, devices_for, weakest
 from qwen_vram.runtime.host_embedding import move_embedding_to_host
 from qwen_vram.runtime.loaded import LoadedModel
 from qwen_vram.runtime.measure import PeakMeter, weight_storages
+from qwen_vram.runtime.streaming import Streamer
 from qwen_vram.runtime.verify import verify as check_plan
-
-_LOGGER = logging.getLogger(__name__)
-
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-# Knobs that the estimator counts and nothing here runs yet: their values that do run.
-_RUNS: dict[str, tuple[object, ...]] = {
-    "streamed_layers": (0,),
-    "compiled": (False,),
-}
 
 
 def load(
@@ -67,7 +60,7 @@ def load(
         vram: As for `plan()`; needs a GPU, and every GPU that a dict names.
         adapter: Folder or hub id of a LoRA adapter, run beside the base by PEFT; the model is then a `PeftModel`.
         device: `"cuda"` or `"cpu"`; `None` takes the GPU where there is one.
-        progress: Show transformers' bar while weights load.
+        progress: Show transformers' bars while weights load and streamed layers are packed.
         verify: Run one prefill of `prompt_len` random tokens and one decode step before returning.
 
     Raises:
@@ -111,67 +104,6 @@ def load(
     return llm
 
 
-def check(chosen: Plan, backend: Backend, device: torch.device) -> None:
-    """Refuse by name what cannot be run here, before anything is allocated.
-
-    Raises:
-        NotSupportedError: a knob without its mechanism, or a combination.
-        BackendUnavailableError: a missing library or GPU feature.
-    """
-    profile = chosen.profile
-    for knob, runs in _RUNS.items():
-        value = getattr(profile, knob)
-        if value not in runs:
-            raise NotSupportedError(
-                f"{knob}={value!r} is counted by estimate_vram() but cannot be loaded yet; use {knob}={runs[0]!r}",
-                knob=knob,
-                value=value,
-            )
-    architecture = chosen.estimate.architecture
-    assert architecture is not None
-    if architecture.tie_word_embeddings and profile.head_format != profile.dtype:
-        raise NotSupportedError(
-            f"lm_head={profile.head_format!r}: this model's head is its embedding (tie_word_embeddings), and a head of "
-            "its own cannot be loaded yet; leave lm_head out",
-            knob="lm_head",
-            value=profile.lm_head,
-        )
-    backend.check(profile, device)
-    if profile.attention == "fused":
-        reason = attention.kernel_runs(_dtype(profile, device), architecture.head_dim, device)
-        if reason:
-            raise NotSupportedError(
-                f"attention='fused' cannot run: {reason}; use attention='sdpa'", knob="attention", value="fused"
-            )
-    if profile.attention == "flash_attention_2":
-        _check_flash_attention_2(device)
-
-
-def _check_flash_attention_2(device: torch.device) -> None:
-    install = "pip install flash-attn --no-build-isolation"
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
-        raise BackendUnavailableError(
-            "attention='flash_attention_2' needs a GPU of the Ampere generation or newer; use attention='fused' or "
-            "'sdpa'",
-            backend="flash-attn",
-        )
-    if find_spec("flash_attn") is None:
-        raise BackendUnavailableError(
-            f"attention='flash_attention_2' needs flash-attn, which is not installed; run: {install}, or use "
-            "attention='fused', which runs torch's own flash kernel",
-            backend="flash-attn",
-            install=install,
-        )
-
-
-def _dtype(profile: Profile, device: torch.device) -> torch.dtype:
-    """The model's dtype: fp16 in bf16's place where the GPU has no bf16."""
-    if profile.dtype == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        _LOGGER.warning("this GPU has no bf16 (compute capability below 8.0): the model runs in fp16, of the same size")
-        return torch.float16
-    return _DTYPES[profile.dtype]
-
-
 def _build(
     checkpoint: Checkpoint,
     chosen: Plan,
@@ -182,16 +114,14 @@ def _build(
 ) -> LoadedModel:
     from transformers import AutoTokenizer
 
-    profile, device, several = chosen.profile, devices[0], len(devices) > 1
+    profile, device = chosen.profile, devices[0]
     attention.register()
-    on_host = chosen.placement.embeddings == "cpu" and device.type != "cpu"
-    where: dict[str, int | str] = {"": "cpu" if device.type == "cpu" else device.index}
     request = Request(
         folder=str(checkpoint.folder),
         profile=profile,
         device=device,
-        dtype=_dtype(profile, weakest(devices)),
-        device_map=chosen.device_map if several else _embedding_first(chosen, device) if on_host else where,
+        dtype=dtype_for(profile, weakest(devices)),
+        device_map=device_map(chosen, device),
         attention=attention.NAME if profile.attention == "fused" else profile.attention,
         stored=checkpoint.architecture.stored_format is not None,
     )
@@ -199,59 +129,55 @@ def _build(
     meters = [PeakMeter(one) for one in devices]
     for meter in meters:
         meter.start()
-    with _progress_bar(progress):
-        model = backend.load(request)
-    if on_host:
-        _forget_second_device(model, where)
+    streamer = None
+    with _progress_bar(progress) as bar:
+        model = undispatched(backend, request)
+        if profile.streamed_layers:
+            assert isinstance(backend, StreamingBackend)
+            memory = HostMemory(device)
+            streamer = Streamer(pack_layers(model, streamed_layers(chosen), backend, request, memory, bar), memory)
     if profile.embeddings == "host" and chosen.placement.embeddings == "cpu":
         move_embedding_to_host(model, device)
-    if several:
-        _connect(model, chosen, device)
+    if profile.dequantization == "tiled" and backend.name == "bnb":
+        from qwen_vram.runtime.tiled_linear import dequantize_in_tiles
+
+        dequantize_in_tiles(model)
+    if len(devices) > 1:
+        connect(model, chosen, device)
     if adapter is not None:
         model = add_adapter(model, adapter_folder(adapter), request.dtype)
     model.eval()
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        plan=chosen,
+        measured=_loaded(model, backend, meters),
+        folder=checkpoint.folder,
+        streamer=streamer,
+    )
+
+
+def _loaded(model: Any, backend: Backend, meters: list[PeakMeter]) -> dict[torch.device, dict[str, int]]:
+    """What loading took of each device; what torch has reserved beside that goes back to all of them."""
+    found = [(meter, meter.stop()) for meter in meters]
+    if meters[0].cuda:
+        gc.collect()
+        torch.cuda.empty_cache()  # a segment that held what was quantized would never be whole again
     loaded = {}
-    for meter in meters:
-        measured = meter.stop()
-        load_peak = {"load_peak": measured["peak_allocated"] - meter.before} if measured else {}
-        weights = sum(weight_storages(model, backend, meter.device).values())
-        loaded[meter.device] = {"weights": weights, **load_peak}
-    return LoadedModel(model=model, tokenizer=tokenizer, plan=chosen, measured=loaded)
-
-
-def _forget_second_device(model: Any, where: dict[str, int | str]) -> None:
-    """Take off the hooks that `transformers` puts on a model with two devices: ours moves rows, not tables."""
-    from accelerate.hooks import remove_hook_from_submodules
-
-    remove_hook_from_submodules(model)
-    model.hf_device_map = where
-
-
-def _connect(model: Any, chosen: Plan, first: torch.device) -> None:
-    """Put accelerate's hooks between GPUs: every layer gets its tensors, and `generate` the logits on the first.
-
-    `transformers` has put them on already, with any of the GPUs as the main one, and on a host table too.
-    """
-    from accelerate import dispatch_model
-    from accelerate.hooks import remove_hook_from_submodules
-
-    remove_hook_from_submodules(model)
-    where = {name: first.index if place == "cpu" else place for name, place in chosen.device_map.items()}
-    dispatch_model(model, where, main_device=first.index, skip_keys=model._skip_keys_device_placement)
-
-
-def _embedding_first(chosen: Plan, device: torch.device) -> dict[str, int | str]:
-    """The plan's device map with everything but the token table on `device`."""
-    return {name: "cpu" if where == "cpu" else device.index for name, where in chosen.device_map.items()}
+    for meter, peaks in found:
+        load_peak = {"load_peak": peaks["peak_allocated"] - meter.before} if peaks else {}
+        loaded[meter.device] = {"weights": sum(weight_storages(model, backend, meter.device).values()), **load_peak}
+    return loaded
 
 
 @contextmanager
-def _progress_bar(shown: bool) -> Iterator[None]:
+def _progress_bar(shown: bool) -> Iterator[Callable[..., Any]]:
+    """Have `transformers` show its bars, or not; gives its `tqdm`."""
     from transformers.utils import logging
 
     was_shown = logging.is_progress_bar_enabled()
     (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
     try:
-        yield
+        yield logging.tqdm
     finally:
         (logging.enable_progress_bar if was_shown else logging.disable_progress_bar)()

@@ -1,33 +1,31 @@
 """Predicted beside measured memory on this machine's GPU: `python -m qwen_vram.tools.accuracy`.
 
-Every model and format gets a fresh process, which loads random weights of the published shape with several sets of
-knobs and generates from random tokens. Memory does not depend on the values of weights, but for int8's outliers, of
-which trained models have their own. Rows go to `accuracy.jsonl`, the tables to `accuracy.md`.
+Every run gets a fresh process, which loads random weights of the published shape and generates from random tokens, as
+the estimate counts it: blocks that earlier runs leave behind would keep segments from going back. Memory does not
+depend on the values of weights, but for int8's outliers, of which trained models have their own. Rows go to
+`accuracy.jsonl`, the tables to `accuracy.md`.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from qwen_vram.tools.accuracy_report import KEPT_FROM, report
+from qwen_vram.tools.fresh_process import call_each
 
 MODELS = ("Qwen2.5-0.5B", "Qwen2.5-7B", "Qwen2.5-14B", "Qwen3-4B")
 WEIGHTS = ("bf16", "nf4", "fp4", "int8")
 
 
 class Case(NamedTuple):
-    """One load with `knobs` and what it runs: (batch_size, prompt_len, max_new_tokens) each, the largest first."""
+    """One set of knobs and what it runs: (batch_size, prompt_len, max_new_tokens) each."""
 
     knobs: dict[str, Any]
     workloads: tuple[tuple[int, int, int], ...]
@@ -38,6 +36,12 @@ CASES = (
     Case({"attention": "sdpa"}, ((1, 8192, 16), (4, 1024, 16), (1, 512, 16))),
     Case(_FUSED, ((1, 8192, 16), (4, 1024, 16), (1, 512, 16))),
     Case({**_FUSED, "prefill_chunk_size": 1024, "embeddings": "host"}, ((1, 8192, 16),)),
+    Case(
+        {**_FUSED, "prefill_chunk_size": 512, "embeddings": "host", "dequantization": "tiled"},
+        ((1, 8192, 16), (1, 512, 16)),
+    ),
+    Case({**_FUSED, "kv_cache": "int8"}, ((1, 8192, 16),)),
+    Case({**_FUSED, "kv_device": "host"}, ((1, 8192, 16),)),
     Case({"attention": "sdpa", "prefill_chunk_size": 1024}, ((1, 4096, 16),)),
     Case({"attention": "sdpa", "cache": "static"}, ((1, 4096, 16),)),
     Case({"attention": "eager"}, ((1, 2048, 16),)),
@@ -57,62 +61,66 @@ def make_checkpoint(model: str, folder: Path) -> None:
     shape = {**row.shape._asdict(), "max_position_embeddings": row.max_position_embeddings}
     config = AutoConfig.for_model(shape.pop("model_type"), **shape)
     torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         AutoModelForCausalLM.from_config(config).save_pretrained(folder, max_shard_size="4GB")
     AutoTokenizer.from_pretrained(CHECKPOINT).save_pretrained(folder)
 
 
-def measure(model: str, folder: Path, weights: str) -> Iterator[dict[str, Any]]:
-    """One row a workload, in this process: the measured bytes of every part."""
+class Cell(NamedTuple):
+    """One run: what is loaded, and what it generates."""
+
+    model: str
+    weights: str
+    knobs: dict[str, Any]
+    batch_size: int
+    prompt_len: int
+    max_new_tokens: int
+
+
+def cells(model: str, weights: list[str]) -> list[Cell]:
+    """Every run of a model, format by format."""
+    return [
+        Cell(model, name, case.knobs, *workload) for name in weights for case in CASES for workload in case.workloads
+    ]
+
+
+def measure(cell: Cell, folder: str) -> dict[str, Any]:
+    """The row of a cell, run in this process: the measured bytes of every part."""
     import torch
     import transformers
 
     import qwen_vram as qv
 
-    made_on = {
+    work = {name: getattr(cell, name) for name in ("batch_size", "prompt_len", "max_new_tokens")}
+    with qv.load(folder, profile="default", weights=cell.weights, **cell.knobs, **work, progress=False) as llm:
+        measured = llm.probe().measured
+    return {
+        **cell._asdict(),
+        "measured": measured,
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "date": date.today().isoformat(),
     }
-    fresh = True
-    for case in CASES:
-        batch_size, prompt_len, new = case.workloads[0]
-        largest: dict[str, Any] = {"batch_size": batch_size, "prompt_len": prompt_len, "max_new_tokens": new}
-        with qv.load(folder, profile="default", weights=weights, **case.knobs, **largest, progress=False) as llm:
-            for batch_size, prompt_len, new in case.workloads:
-                # Segments without a block in use go back, as in a process that has run nothing yet.
-                gc.collect()
-                torch.cuda.empty_cache()
-                workload = {"batch_size": batch_size, "prompt_len": prompt_len, "max_new_tokens": new}
-                measured = llm.probe(**workload).measured
-                tag = {"model": model, "weights": weights, "knobs": case.knobs, **workload, "fresh_process": fresh}
-                yield {**tag, "measured": measured, **made_on}
-                fresh = False
-
-
-def _rows_of(model: str, folder: str, weights: str) -> list[str]:
-    """The rows of one fresh process, as lines of JSON."""
-    command = [sys.executable, "-m", "qwen_vram.tools.accuracy", "--cell", model, folder, weights]
-    ended = subprocess.run(command, capture_output=True, text=True)
-    rows = [line[4:] for line in ended.stdout.splitlines() if line.startswith("ROW ")]
-    print(f"{model} {weights}: {len(rows)} of {sum(len(case.workloads) for case in CASES)} rows", flush=True)
-    if ended.returncode:
-        print(f"{model} {weights} failed:\n{ended.stderr[-2000:]}", file=sys.stderr, flush=True)
-    return rows
 
 
 def run(folder: Path, models: list[str], weights: list[str], jobs: int) -> None:
-    """Measure the grid. Rows and tables in `folder` are replaced after every format; rows of other models stay."""
-    rows = [row for row in read_rows(folder) if row["model"] not in models]
+    """Measure the grid. Rows and tables in `folder` are replaced after every model; other rows stay."""
     for model in models:
         with tempfile.TemporaryDirectory(prefix="qwen_vram_accuracy_") as checkpoint:
-            make = [sys.executable, "-m", "qwen_vram.tools.accuracy", "--make", model, checkpoint]
-            subprocess.run(make, check=True, capture_output=True)
-            with ThreadPoolExecutor(jobs) as pool:
-                for found in pool.map(partial(_rows_of, model, checkpoint), weights):
-                    rows += map(json.loads, found)
-                    write(folder, rows)
+            for made in call_each(partial(make_checkpoint, folder=Path(checkpoint)), [model]):
+                if made.error:
+                    raise SystemExit(f"{model} cannot be made:\n{made.error}")
+            every = cells(model, weights)
+            rows = {}
+            for ended in call_each(partial(measure, folder=checkpoint), every, jobs=jobs):
+                if ended.error:
+                    print(f"{ended.item} failed:\n{ended.error[-2000:]}", file=sys.stderr, flush=True)
+                else:
+                    rows[every.index(ended.item)] = ended.value
+                    print(f"{model}: {len(rows)} of {len(every)} runs", flush=True)
+        kept = [row for row in read_rows(folder) if row["model"] != model or row["weights"] not in weights]
+        write(folder, kept + [rows[index] for index in sorted(rows)])
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
@@ -141,17 +149,10 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("."), help="where accuracy.jsonl and accuracy.md go")
     parser.add_argument("--models", nargs="+", default=list(MODELS), help="names of the catalog")
     parser.add_argument("--weights", nargs="+", default=list(WEIGHTS), help="storage formats")
-    parser.add_argument("--jobs", type=int, default=1, help="formats at a time; the GPU must hold them together")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; the GPU must hold them together")
     parser.add_argument("--report", action="store_true", help="write the tables of the rows that are there, and stop")
-    parser.add_argument("--cell", nargs=3, metavar=("MODEL", "FOLDER", "WEIGHTS"), help=argparse.SUPPRESS)
-    parser.add_argument("--make", nargs=2, metavar=("MODEL", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.make:
-        make_checkpoint(options.make[0], Path(options.make[1]))
-    elif options.cell:
-        for row in measure(options.cell[0], Path(options.cell[1]), options.cell[2]):
-            print("ROW " + json.dumps(row), flush=True)
-    elif options.report:
+    if options.report:
         write(options.folder, read_rows(options.folder))
     else:
         _check(options)

@@ -34,7 +34,7 @@ def report(rows: list[Row]) -> str:
     sections = [
         "# Predicted beside measured",
         f"Written by `python -m qwen_vram.tools.accuracy`. {where}. Random weights of the published shapes, loaded and "
-        "run by this library; a fresh process for each model and format, unused segments given back between its runs. "
+        "run by this library, a fresh process for each run. "
         '`error = predicted / measured - 1`; "too low" is the share of cells with any byte too few.',
     ]
     for title, chosen in (("On what the formulas were derived on", derived), ("Held out", held_out)):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +19,7 @@ class Request(NamedTuple):
     profile: Profile
     device: torch.device
     dtype: torch.dtype
-    device_map: Mapping[str, int | str]
+    device_map: Mapping[str, int | str | torch.device]
     attention: str
     stored: bool = False
 
@@ -42,6 +42,39 @@ class Backend(Protocol):
 
     def storages(self, module: nn.Module) -> list[torch.Tensor]:
         """Tensors that `module` holds beside its parameters for the sake of its format (scales, code tables)."""
+
+
+@runtime_checkable
+class SavingBackend(Backend, Protocol):
+    """A backend whose models can be saved: `state_dict()` of each module is what its checkpoint holds."""
+
+    def saved_config(self, model: nn.Module, profile: Profile) -> dict[str, Any]:
+        """config.json's `quantization_config`.
+
+        Raises:
+            NotSupportedError: a module no longer holds what was quantized.
+        """
+
+
+@runtime_checkable
+class StreamingBackend(Backend, Protocol):
+    """A backend whose decoder layers can stream: it says what their modules hold, and swaps it."""
+
+    def build(self, module: nn.Module, weights: Mapping[str, torch.Tensor], request: Request) -> nn.Module:
+        """The module that takes the place of `module`, a leaf on the meta device, in the request's format.
+
+        `weights` are its tensors in the checkpoint, on the host, in the request's dtype. What is quantized is quantized
+        on the request's device, to the same bytes as `load` makes; the rest may stay on the host.
+        """
+
+    def tensors(self, module: nn.Module) -> dict[str, torch.Tensor]:
+        """Everything that `module` computes with, by name: its parameters, and what `storages` lists."""
+
+    def binding(self, module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Callable[[], None]:
+        """A call that makes `module` use these tensors, named as by `tensors()`, in place of its own.
+
+        It is made before the module has run, and called for every layer of every token: it only assigns.
+        """
 
 
 def from_pretrained(request: Request, **options: Any) -> nn.Module:

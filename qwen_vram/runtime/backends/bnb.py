@@ -1,8 +1,10 @@
-"""nf4, nf4-plain, fp4 and int8 by bitsandbytes, quantized tensor by tensor while they load."""
+"""nf4, nf4-plain, fp4 and int8 by bitsandbytes, quantized tensor by tensor while they load, and saved as they are."""
 
 from __future__ import annotations
 
+import copy
 import logging
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -12,12 +14,20 @@ from torch import nn
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.errors import BackendUnavailableError, NotSupportedError
 from qwen_vram.runtime.backends.base import Request, from_pretrained
+from qwen_vram.runtime.backends.bnb_cpu import check_scales, keep_scales
+from qwen_vram.runtime.backends.dense import DenseBackend, filled, parameters
 
 _INSTALL = 'pip install "bitsandbytes>=0.50"'
 
 # LLM.int8 multiplies with int8 tensor cores from Turing on, the 4-bit kernels run from Pascal on.
 # Source: bitsandbytes 0.50.2, its documentation's hardware table.
 _OLDEST = {"int8": (7, 5), "nf4": (6, 0), "nf4-plain": (6, 0), "fp4": (6, 0)}
+
+_QUANT_TYPE = {"nf4": "nf4", "nf4-plain": "nf4", "fp4": "fp4"}
+
+# Columns of activations with a larger value are multiplied in 16 bits.
+# Source: transformers 5.23, BitsAndBytesConfig, llm_int8_threshold.
+_THRESHOLD = 6.0
 
 
 class _Once(logging.Filter):
@@ -47,8 +57,30 @@ def _import_quietly() -> None:
         logger.setLevel(level)
 
 
+def quantization_config(weights: str, *, head: bool, dtype: torch.dtype) -> Any:
+    """`transformers`' BitsAndBytesConfig for a storage format, with its surprising defaults all set.
+
+    Args:
+        head: Whether the head is quantized too.
+        dtype: The model's own, in which products are computed.
+    """
+    from transformers import BitsAndBytesConfig
+
+    # transformers skips the head unless it is given a list; an empty one skips nothing.
+    options: dict[str, Any] = {"llm_int8_skip_modules": [] if head else ["lm_head"]}
+    if weights == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, **options)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="fp4" if weights == "fp4" else "nf4",
+        bnb_4bit_use_double_quant=weights != "nf4-plain",
+        bnb_4bit_compute_dtype=dtype,
+        **options,
+    )
+
+
 class BnbBackend:
-    """bitsandbytes through `transformers`' own quantizer, with its surprising defaults all set."""
+    """bitsandbytes through `transformers`' own quantizer."""
 
     name = "bnb"
 
@@ -77,36 +109,124 @@ class BnbBackend:
 
     def load(self, request: Request) -> nn.Module:
         """The model with its matrices quantized; embeddings, norms and biases keep the model's dtype."""
-        from transformers import BitsAndBytesConfig
+        from transformers import AutoConfig
 
         _import_quietly()
         logging.getLogger("bitsandbytes.autograd._functions").addFilter(_ONCE)
-        if request.stored:
-            return from_pretrained(request)
         profile = request.profile
-        # transformers skips the head unless it is given a list; an empty one skips nothing.
-        skipped = [] if profile.head_format == profile.weights else ["lm_head"]
-        options: dict[str, Any] = {"llm_int8_skip_modules": skipped}
-        if profile.weights == "int8":
-            options["load_in_8bit"] = True
+        # transformers quantizes nothing there: the embedding never is, streamed layers are in `build`.
+        elsewhere = set(request.device_map.values())
+        two_devices = "disk" in elsewhere or ("cpu" in elsewhere and request.device.type != "cpu")
+        if request.stored:
+            # The checkpoint's own settings win over any that are passed, so they are changed where they stand.
+            config = AutoConfig.from_pretrained(request.folder, local_files_only=True, trust_remote_code=False)
+            config.quantization_config["llm_int8_enable_fp32_cpu_offload"] = two_devices
+            config.quantization_config["bnb_4bit_compute_dtype"] = str(request.dtype).removeprefix("torch.")
+            model: Any = from_pretrained(request, config=config)
         else:
-            options |= {
-                "load_in_4bit": True,
-                "bnb_4bit_quant_type": "fp4" if profile.weights == "fp4" else "nf4",
-                "bnb_4bit_use_double_quant": profile.weights != "nf4-plain",
-                "bnb_4bit_compute_dtype": request.dtype,
-            }
-        if "cpu" in request.device_map.values() and request.device.type != "cpu":
-            # Only the embedding is on the host, which is not quantized anyway.
-            options["llm_int8_enable_fp32_cpu_offload"] = True
-        return from_pretrained(request, quantization_config=BitsAndBytesConfig(**options))
+            settings = quantization_config(
+                profile.weights, head=profile.head_format == profile.weights, dtype=request.dtype
+            )
+            settings.llm_int8_enable_fp32_cpu_offload = two_devices
+            model = from_pretrained(request, quantization_config=settings)
+            # Or the model, once saved, would be taken for an unquantized one on the CPU.
+            model.config.quantization_config.llm_int8_enable_fp32_cpu_offload = False
+        if request.device.type == "cpu":
+            keep_scales(model)
+        loaded: nn.Module = model
+        return loaded
+
+    def saved_config(self, model: nn.Module, profile: Profile) -> dict[str, Any]:
+        """What config.json says of the quantization."""
+        check_scales(model)
+        config: dict[str, Any] = quantization_config(
+            profile.weights,
+            head=profile.head_format == profile.weights,
+            dtype=model.dtype,  # type: ignore[arg-type]
+        ).to_dict()
+        return config
+
+    def build(self, module: nn.Module, weights: Mapping[str, torch.Tensor], request: Request) -> nn.Module:
+        """The linear layer of bitsandbytes in the place of torch's, as `transformers` puts it; others stay."""
+        if not isinstance(module, nn.Linear):
+            return filled(module, weights)
+        import bitsandbytes as bnb
+
+        sizes = {"input_features": module.in_features, "output_features": module.out_features, "device": "meta"}
+        name, bias = request.profile.weights, module.bias is not None
+        made: nn.Module
+        if name == "int8":
+            made = bnb.nn.Linear8bitLt(**sizes, bias=bias, has_fp16_weights=False, threshold=_THRESHOLD)
+            weight = bnb.nn.Int8Params(weights["weight"], requires_grad=False)
+        else:
+            kind = {"quant_type": _QUANT_TYPE[name], "compress_statistics": name != "nf4-plain"}
+            made = bnb.nn.Linear4bit(**sizes, bias=bias, compute_dtype=request.dtype, **kind)
+            weight = bnb.nn.Params4bit(weights["weight"], requires_grad=False, module=made, **kind)
+        made.weight = weight.to(request.device)
+        made.source_cls = type(module)  # type: ignore[assignment]  # as transformers marks what it replaced
+        return filled(made, {name: tensor for name, tensor in weights.items() if name != "weight"}).train(
+            module.training
+        )
 
     def storages(self, module: nn.Module) -> list[torch.Tensor]:
         """Block maxima, code tables and offset of a 4-bit matrix, row scales of an int8 one."""
-        weight = getattr(module, "weight", None)
-        state = getattr(weight, "quant_state", None)
-        if state is not None:
-            nested = [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
-            return [state.absmax, state.code, *nested]
-        scales = getattr(weight, "SCB", None)
-        return [scales] if isinstance(scales, torch.Tensor) else []
+        return list(_quantization(module).values())
+
+    def tensors(self, module: nn.Module) -> dict[str, torch.Tensor]:
+        """Codes, biases, and the quantization state."""
+        return {**parameters(module), **_quantization(module)}
+
+    def binding(self, module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Callable[[], None]:
+        """Put the tensors into parameters and quantization state; an int8 matrix is left as after its first product."""
+        own = parameters(module)
+        bind_parameters = DenseBackend().binding(module, {name: tensors[name] for name in own})
+        if len(tensors) == len(own):
+            return bind_parameters
+        weight: Any = module.weight
+        if "SCB" in tensors:
+            state: Any = module.state
+
+            def bind() -> None:
+                bind_parameters()
+                weight.CB = weight.SCB = None
+                state.CB, state.SCB = tensors["weight"], tensors["SCB"]
+
+        else:
+            made = _with_tensors(weight.quant_state, tensors)
+            # On the CPU the first product changes the state, and the codes that it belongs to.
+            fresh = copy.copy if tensors["weight"].device.type == "cpu" else _itself
+
+            def bind() -> None:
+                bind_parameters()
+                weight.quant_state = module.quant_state = fresh(made)
+
+        return bind
+
+
+def _quantization(module: nn.Module) -> dict[str, torch.Tensor]:
+    """What bitsandbytes keeps beside the codes of a matrix, by name."""
+    weight = getattr(module, "weight", None)
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        found = {"absmax": state.absmax, "code": state.code}
+        if state.nested:
+            found |= {"offset": state.offset, "state2.absmax": state.state2.absmax, "state2.code": state.state2.code}
+        return found
+    scales = getattr(weight, "SCB", None)
+    if scales is None:  # from the first product on
+        scales = getattr(getattr(module, "state", None), "SCB", None)
+    return {"SCB": scales} if isinstance(scales, torch.Tensor) else {}
+
+
+def _with_tensors(state: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """A `QuantState` like `state` of other tensors."""
+    made = copy.copy(state)
+    made.absmax, made.code = tensors["absmax"], tensors["code"]
+    if state.nested:
+        made.offset, made.state2 = tensors["offset"], copy.copy(state.state2)
+        made.state2.absmax, made.state2.code = tensors["state2.absmax"], tensors["state2.code"]
+    return made
+
+
+def _itself(state: Any) -> Any:
+    return state

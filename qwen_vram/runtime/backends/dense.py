@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import nn
 
@@ -31,6 +33,36 @@ class DenseBackend:
         """The model in its own dtype."""
         return from_pretrained(request)
 
+    def build(self, module: nn.Module, weights: Mapping[str, torch.Tensor], request: Request) -> nn.Module:
+        """The same module, its weights on the host."""
+        return filled(module, weights)
+
     def storages(self, module: nn.Module) -> list[torch.Tensor]:
         """Nothing beside the parameters."""
         return []
+
+    def tensors(self, module: nn.Module) -> dict[str, torch.Tensor]:
+        """The parameters."""
+        return parameters(module)
+
+    def binding(self, module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Callable[[], None]:
+        """Put the tensors into the parameters."""
+        pairs = [(module.get_parameter(name), tensor) for name, tensor in tensors.items()]
+
+        def bind() -> None:
+            for parameter, tensor in pairs:
+                parameter.data = tensor
+
+        return bind
+
+
+def filled(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.Module:
+    """The same module with `weights` as its parameters."""
+    for name, tensor in weights.items():
+        module.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+    return module
+
+
+def parameters(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The module's own parameters, by name."""
+    return {name: parameter.data for name, parameter in module.named_parameters(recurse=False)}

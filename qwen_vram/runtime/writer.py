@@ -7,11 +7,12 @@ import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import torch
 
+from qwen_vram.files.layout import Shard, header
 from qwen_vram.files.local import INDEX
-from qwen_vram.lora.layout import Shard, header
 
 # Bytes after which the disk is set to work. The system itself waits for 10 % of memory or for seconds, and then has the
 # rest of the time to catch up in.
@@ -21,7 +22,7 @@ _SYNC_BYTES = 2**28
 class CheckpointWriter:
     """Writes the shards of one checkpoint into a folder. Files are valid after `finish()`, and safe after `close()`."""
 
-    def __init__(self, folder: Path, shards: tuple[Shard, ...]) -> None:
+    def __init__(self, folder: Path, shards: tuple[Shard[Any], ...]) -> None:
         self._folder = folder
         self._shards = shards
         self._places = {name: (shard, offset) for shard in shards for name, offset in shard.offsets.items()}
@@ -39,7 +40,7 @@ class CheckpointWriter:
         """Bytes of all tensors in finished shards."""
         return self._total_bytes
 
-    def open(self, shard: Shard) -> None:
+    def open(self, shard: Shard[Any]) -> None:
         """Make the file of `shard`, with room for all that is known of it."""
         descriptor = os.open(self._folder / shard.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         self._descriptors[shard.file] = descriptor
@@ -58,7 +59,7 @@ class CheckpointWriter:
                 self._unsynced = 0
                 self._synced.append(self._syncer.submit(os.fdatasync, self._descriptors[shard.file]))
 
-    def finish(self, shard: Shard) -> None:
+    def finish(self, shard: Shard[Any]) -> None:
         """Append what came out last, write the header, and send the file to the disk in the background."""
         descriptor = self._descriptors[shard.file]
         end = shard.data_end

@@ -10,8 +10,8 @@ from pathlib import Path
 from types import TracebackType
 
 from qwen_vram.errors import CheckpointError
+from qwen_vram.files.interrupts import Interrupts
 from qwen_vram.files.local import CONFIG
-from qwen_vram.lora.interrupts import Interrupts
 from qwen_vram.units import format_bytes
 
 # Source: linux/fs.h and linux/fcntl.h.
@@ -38,8 +38,8 @@ class OutputFolder:
     def __init__(self, out: Path, *, needed_bytes: int, sources: Sequence[Path], overwrite: bool) -> None:
         self.out = out.absolute()
         self.overwrite = overwrite
-        self.folder = self.out.parent / f".{self.out.name}.merging"
-        self._lock_path = self.out.parent / f".{self.out.name}.merging.lock"
+        self.folder = self.out.parent / f".{self.out.name}.partial"
+        self._lock_path = self.out.parent / f".{self.out.name}.partial.lock"
         self._check_place(sources)
         self._check_room(needed_bytes)
 
@@ -48,7 +48,7 @@ class OutputFolder:
 
     def _check_place(self, sources: Sequence[Path]) -> None:
         if not self.out.name or self.out.name in (".", ".."):
-            raise self._error("is not a folder's name; pass a new folder such as 'merged'")
+            raise self._error("is not a folder's name; pass a new folder such as 'model-nf4'")
         for source in sources:
             if source.resolve().is_relative_to(self.out.resolve()):
                 raise self._error(f"is, or holds, {str(source)!r}, which is read; choose another folder")

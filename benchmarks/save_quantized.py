@@ -1,0 +1,145 @@
+"""Loading a saved quantized copy beside quantizing on the fly: seconds, weights and load peak.
+
+    python benchmarks/save_quantized.py                    # Qwen2.5-7B on a GPU, Qwen2.5-0.5B on the CPU
+    python benchmarks/save_quantized.py --model Qwen2.5-14B --folder /disk/with/45/GB --cold
+
+Random bf16 weights of the published shape, which are removed at the end. Every load has a process of its own, which has
+loaded and run the bundled model before, so that neither imports nor kernels are timed. Files are in the page cache, or
+with --cold out of it. Prints a table and one line of JSON for each load; the last column is the share of the time that
+quantizing on the fly takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import qwen_vram as qv
+from qwen_vram.arithmetic.catalog import catalog_row
+from qwen_vram.demo import CHECKPOINT
+from qwen_vram.tools.accuracy import make_checkpoint
+
+WORK = {"prompt_len": 64, "max_new_tokens": 1}
+PARTS = ("weights", "load_peak")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="Qwen2.5-7B" if torch.cuda.is_available() else "Qwen2.5-0.5B")
+    parser.add_argument("--folder", type=Path, help="where to work; default: the system's temporary folder")
+    parser.add_argument("--cold", action="store_true", help="take files out of the page cache before every load")
+    parser.add_argument("--repeat", type=int, default=3, help="loads of each kind; the fastest counts")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        checkpoint, knobs, out = options.child
+        child(Path(checkpoint), json.loads(knobs), Path(out) if out else None)
+        return
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="qwen_vram_save_", dir=options.folder) as work:
+        base = Path(work, "base")
+        make_checkpoint(options.model, base)
+        for name, knobs in formats(options.model).items():
+            out = Path(work, name)
+            save = measure(base, knobs, out, cold=options.cold)
+            fly = fastest(base, knobs, options)
+            copy = fastest(out, {"embeddings": knobs.get("embeddings", "device")}, options)
+            rows += [{"format": name, "loads": "16-bit", **fly}, {"format": name, "loads": "copy", **copy}]
+            rows[-1] |= {"share": copy["seconds"] / fly["seconds"], "saving_s": save["saving_s"]}
+    show(rows)
+    for row in rows:
+        facts = {"model": options.model, "cold": options.cold, "device": device(), "torch": torch.__version__}
+        print(json.dumps({**facts, **row, "date": date.today().isoformat()}))
+
+
+def formats(model: str) -> dict[str, dict[str, Any]]:
+    """The knobs to save with, by name; a tied head is not quantized."""
+    row = catalog_row(model)
+    assert row is not None
+    compact: dict[str, Any] = {"weights": "nf4", "embeddings": "host"}
+    if not row.shape.tie_word_embeddings:
+        compact["lm_head"] = "nf4"
+    return {"nf4": {"weights": "nf4"}, "compact": compact, "int8": {"weights": "int8"}}
+
+
+def fastest(checkpoint: Path, knobs: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """The fastest of some loads."""
+    loads = [measure(checkpoint, knobs, None, cold=options.cold) for _ in range(options.repeat)]
+    return min(loads, key=lambda row: row["seconds"])
+
+
+def measure(checkpoint: Path, knobs: dict[str, Any], out: Path | None, *, cold: bool) -> dict[str, Any]:
+    """One load in a fresh process, which saves what it loaded where `out` is given."""
+    for path in checkpoint.glob("*.safetensors"):
+        (forget if cold else read)(path)
+    command = [sys.executable, __file__, "--child", str(checkpoint), json.dumps(knobs), str(out or "")]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    if finished.returncode:
+        raise SystemExit(f"loading {checkpoint} with {knobs} failed:\n{finished.stderr}")
+    figures: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
+    return figures
+
+
+def read(path: Path) -> None:
+    """Bring a file into the page cache."""
+    with path.open("rb") as file:
+        while file.read(2**26):
+            pass
+
+
+def forget(path: Path) -> None:
+    """Take a file out of the page cache."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
+
+
+def child(checkpoint: Path, knobs: dict[str, Any], out: Path | None) -> None:
+    """One load, its figures on standard output."""
+    with qv.load(CHECKPOINT, profile="default", weights=knobs.get("weights", "nf4"), progress=False, **WORK) as llm:
+        llm.probe()
+    began = time.monotonic()
+    with qv.load(checkpoint, profile="default", progress=False, **WORK, **knobs) as llm:
+        if llm.device.type == "cuda":
+            torch.cuda.synchronize()
+        else:  # files are mapped on the CPU, and read when they are first touched
+            for tensor in llm.model.state_dict().values():
+                tensor.view(-1).view(torch.uint8)[::4096].sum()
+        row: dict[str, Any] = {"seconds": time.monotonic() - began}
+        measured, promised = llm.report().measured, llm.plan.estimate
+        for part in PARTS:
+            row |= {part: measured.get(part), f"predicted_{part}": getattr(promised, part)}
+        if out is not None:
+            row["saving_s"] = llm.save_quantized(out, progress=False).seconds
+    print(json.dumps(row))
+
+
+def device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """The rows as a table."""
+    print(f"{'format':9}{'loads':>8}{'seconds':>9}{'weights':>17}{'load peak':>17}{'predicted':>17}{'share':>8}")
+    for row in rows:
+        peak = "-" if row["load_peak"] is None else f"{row['load_peak']:,}"
+        share = f"{row['share']:.0%}" if "share" in row else ""
+        print(
+            f"{row['format']:9}{row['loads']:>8}{row['seconds']:>9.2f}{row['weights']:>17,}{peak:>17}"
+            f"{row['predicted_load_peak']:>17,}{share:>8}"
+        )
+
+
+if __name__ == "__main__":
+    main()

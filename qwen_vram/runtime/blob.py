@@ -1,0 +1,91 @@
+"""A block of weights as one piece of memory: its tensors side by side, so that one copy moves them all."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Hashable, Mapping
+from contextlib import suppress
+from math import prod
+from typing import Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+_LOGGER = logging.getLogger(__name__)
+
+# What the driver locks. Larger pages elsewhere are multiples of it.
+_PAGE = 4096
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+class _Place(NamedTuple):
+    offset: int
+    dtype: torch.dtype
+    shape: torch.Size
+
+
+class Layout(Generic[Key]):
+    """Where each of some tensors lies in one piece of memory of exactly their bytes.
+
+    Sizes with more factors of two go first: each tensor then starts at a multiple of the largest power of two that
+    divides its size, and no byte is lost between them. Matrices of Qwen's shapes so keep 256 bytes or more, by which
+    cuBLAS chooses its kernels, and bitsandbytes reads block maxima one by one.
+    """
+
+    def __init__(self, tensors: Mapping[Key, Tensor]) -> None:
+        self.places: dict[Key, _Place] = {}
+        self.nbytes = 0
+        for key, tensor in sorted(tensors.items(), key=lambda item: item[1].nbytes & -item[1].nbytes, reverse=True):
+            self.places[key] = _Place(self.nbytes, tensor.dtype, tensor.shape)
+            self.nbytes += tensor.nbytes
+
+    def views(self, memory: Tensor) -> dict[Key, Tensor]:
+        """The tensors that lie in `memory`, bytes on any device."""
+        return {
+            key: memory[offset : offset + prod(shape) * dtype.itemsize].view(dtype).view(shape)
+            for key, (offset, dtype, shape) in self.places.items()
+        }
+
+
+class HostMemory:
+    """Host memory for blocks, locked in place where a GPU copies from it: until `give_back()`, or with this object.
+
+    Pages are registered with the driver one block at a time: torch's own pinned memory would round each block up to a
+    power of two, and keep it for later. Where the system allows no more, one warning says so, and the rest stays
+    ordinary memory.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.pinned = device.type == "cuda"
+        self._locked: list[Tensor] = []
+        self.give_back = weakref.finalize(self, _unlock, self._locked, device)
+        self.give_back.atexit = False  # a process that ends gives everything back
+
+    def take(self, nbytes: int) -> Tensor:
+        """`nbytes` bytes of it."""
+        if not self.pinned:
+            return torch.empty(nbytes, dtype=torch.uint8)
+        whole = -(-nbytes // _PAGE) * _PAGE
+        memory = torch.empty(whole + _PAGE, dtype=torch.uint8)
+        start = -memory.data_ptr() % _PAGE
+        pages = memory[start : start + whole]
+        status = int(torch.cuda.cudart().cudaHostRegister(pages.data_ptr(), whole, 0))  # type: ignore[no-untyped-call]
+        if status == 0:
+            self._locked.append(pages)
+        else:
+            self.pinned = False
+            with suppress(RuntimeError):  # the next kernel would report the refusal as its own
+                torch.ones(1, device=self.device)
+            text = "streamed layers stay in unpinned host memory, from which copies are slower: CUDA error %d"
+            _LOGGER.warning(text, status)
+        return pages[:nbytes]
+
+
+def _unlock(locked: list[Tensor], device: torch.device) -> None:
+    if locked:
+        torch.cuda.synchronize(device)  # copies may still read
+    while locked:
+        torch.cuda.cudart().cudaHostUnregister(locked.pop().data_ptr())  # type: ignore[no-untyped-call]

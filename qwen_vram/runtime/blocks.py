@@ -1,0 +1,138 @@
+"""Blocks: decoder layers on the host, each in one piece; read and quantized one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from qwen_vram.files.local import read_tensors
+from qwen_vram.runtime.backends.base import Request, StreamingBackend
+from qwen_vram.runtime.blob import HostMemory, Layout
+
+# Makes a module use prepared tensors: assignments alone.
+Binding = Callable[[], None]
+
+
+class Block:
+    """One decoder layer on the host.
+
+    Attributes:
+        layer: The layer; its parameters and quantization state are views, into a slot or into `blob`.
+        blob: All of its tensors as bytes.
+    """
+
+    def __init__(
+        self, layer: nn.Module, modules: Sequence[nn.Module], backend: StreamingBackend, memory: HostMemory
+    ) -> None:
+        self.layer = layer
+        self._modules, self._backend = modules, backend
+        tensors = {
+            (index, name): one for index, module in enumerate(modules) for name, one in backend.tensors(module).items()
+        }
+        self._layout = Layout(tensors)
+        self.blob = memory.take(self._layout.nbytes)
+        views = self._layout.views(self.blob)
+        for key, view in views.items():
+            view.copy_(tensors[key])
+        self._on_host = self._bindings(views)
+        self._empty = self._bindings({key: view.new_empty(0) for key, view in views.items()})
+        self._in_slots: list[list[Binding]] = []
+        self.bind_host()
+
+    def prepare(self, slots: Sequence[Tensor]) -> None:
+        """Make the views into each slot's memory, once for all steps to come."""
+        self._in_slots = [self._bindings(self._layout.views(memory)) for memory in slots]
+
+    def bind(self, slot: int) -> None:
+        """Let the layer use what lies in a slot."""
+        for bind in self._in_slots[slot]:
+            bind()
+
+    def bind_host(self) -> None:
+        """Let the layer use what lies on the host."""
+        for bind in self._on_host:
+            bind()
+
+    def drop(self) -> None:
+        """Let go of all memory: the layer's tensors are left empty."""
+        for bind in self._empty:
+            bind()
+        self._on_host, self._in_slots = [], []
+        self.blob = self.blob.new_empty(0)
+
+    def _bindings(self, views: Mapping[tuple[int, str], Tensor]) -> list[Binding]:
+        by_module: list[dict[str, Tensor]] = [{} for _ in self._modules]
+        for (index, name), view in views.items():
+            by_module[index][name] = view
+        return [self._backend.binding(module, own) for module, own in zip(self._modules, by_module, strict=True)]
+
+
+def pack_layers(
+    model: Any,
+    numbers: Collection[int],
+    backend: StreamingBackend,
+    request: Request,
+    memory: HostMemory,
+    progress: Callable[..., Iterable[int]],
+) -> list[Block]:
+    """Build the decoder layers with these numbers, which stand on the meta device, and leave them in host memory.
+
+    The device holds one matrix at a time beside what it held before; the host, one layer in the request's format beside
+    the blocks.
+
+    Args:
+        progress: Wraps the numbers in a progress bar, as `tqdm` does.
+    """
+    model.requires_grad_(False)
+    model.generation_config.disable_compile = True  # a compiled step would keep the first addresses of all weights
+    blocks = []
+    with ExitStack() as files:
+        read = _reader(Path(request.folder), files)
+        for number in progress(sorted(numbers), desc="Packing streamed layers"):
+            layer = model.model.layers[number]
+            modules = [
+                _build(layer, name, f"model.layers.{number}.{name}", read, backend, request)
+                for name, module in list(layer.named_modules())
+                if next(module.parameters(recurse=False), None) is not None
+            ]
+            blocks.append(Block(layer, modules, backend, memory))
+    return blocks
+
+
+def _build(
+    layer: nn.Module,
+    name: str,
+    full_name: str,
+    read: Callable[[str], Tensor],
+    backend: StreamingBackend,
+    request: Request,
+) -> nn.Module:
+    """Put the module called `name` into `layer` with its weights, and bring all that it holds to the host."""
+    module = layer.get_submodule(name)
+    own = [parameter for parameter, _ in module.named_parameters(recurse=False)]
+    weights = {parameter: read(f"{full_name}.{parameter}").to(request.dtype) for parameter in own}
+    made = backend.build(module, weights, request)
+    layer.set_submodule(name, made)
+    backend.binding(made, {key: tensor.to("cpu") for key, tensor in backend.tensors(made).items()})()
+    return made
+
+
+def _reader(folder: Path, files: ExitStack) -> Callable[[str], Tensor]:
+    """A call that gives a tensor of the checkpoint by its name, mapped from disk; `files` keeps files open."""
+    from safetensors import safe_open
+
+    places = read_tensors(folder)
+    opened: dict[str, Any] = {}
+
+    def read(name: str) -> Tensor:
+        file = places[name].file
+        if file not in opened:
+            opened[file] = files.enter_context(safe_open(folder / file, framework="pt"))
+        tensor: Tensor = opened[file].get_tensor(name)
+        return tensor
+
+    return read

@@ -1,0 +1,152 @@
+"""Streamed layers: decoder layers that stay in host memory and pass through a ring of slots on the device.
+
+While one layer computes in its slot, the next ones are copied into the others, on a stream of their own. A layer is one
+piece of memory, so that it is one copy. From token to token nothing is allocated, and the host waits for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qwen_vram.arithmetic.weights import STREAMING_SLOTS
+from qwen_vram.errors import NotSupportedError, QwenVramError
+from qwen_vram.runtime.blob import HostMemory
+from qwen_vram.runtime.blocks import Block
+
+
+class Slot:
+    """Room on the device for one block, and which block it holds."""
+
+    def __init__(self, index: int, memory: Tensor) -> None:
+        self.index = index
+        self.memory = memory
+        self.block: Block | None = None
+        if memory.is_cuda:
+            self.filled = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self.computed = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self.computes_on = torch.cuda.current_stream(memory.device)
+
+
+class Streamer:
+    """Brings each block into a slot before its layer runs, and the blocks that follow while it does.
+
+    Blocks follow each other in a circle, as tokens make them; any other order works too, more slowly. One thread at a
+    time may run the model. Between its runs a layer's parameters show whatever its last slot holds now, except to
+    `state_dict()`, which reads the host: what writes into parameters, as merging an adapter does, is lost. Layers that
+    stream compute no gradients.
+    """
+
+    def __init__(self, blocks: Sequence[Block], memory: HostMemory) -> None:
+        self.blocks = list(blocks)
+        self.device = memory.device
+        self._memory = memory
+        self.stream: torch.cuda.Stream | None = None
+        if self.device.type == "cuda":
+            self.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            torch.cuda.empty_cache()  # what packing reserved, matrix by matrix, does not fit slots
+        largest = max(block.blob.nbytes for block in blocks)
+        self.slots = [
+            Slot(index, torch.empty(largest, dtype=torch.uint8, device=self.device))
+            for index in range(min(len(blocks), STREAMING_SLOTS))
+        ]
+        self._hooks: list[Any] = []
+        for slot in self.slots:
+            if self.stream is not None:
+                # The last copy may still run when a model is dropped: its slot must not go to anyone before.
+                slot.memory.record_stream(self.stream)
+        for number, block in enumerate(self.blocks):
+            block.prepare([slot.memory for slot in self.slots])
+            self._attach(number, block)
+        for block, slot in zip(self.blocks, self.slots, strict=False):
+            self._fetch(block, slot)
+
+    def close(self) -> None:
+        """Give back the slots and the host's memory; the layers cannot run any more."""
+        if self.stream is not None:
+            self.stream.synchronize()
+        for block in self.blocks:
+            block.drop()
+        for hook in self._hooks:
+            hook.remove()
+        for block in self.blocks:
+            block.layer.register_forward_pre_hook(_refuse)
+        self.blocks, self.slots, self._hooks = [], [], []
+        self._memory.give_back()
+
+    def _attach(self, number: int, block: Block) -> None:
+        resting = number % len(self.slots)
+        block.bind(resting)
+        self._hooks += [
+            block.layer.register_forward_pre_hook(partial(self._before, number)),
+            block.layer.register_forward_hook(partial(self._after, number)),
+            block.layer.register_state_dict_pre_hook(lambda *_: block.bind_host()),  # type: ignore[no-untyped-call]
+            block.layer.register_state_dict_post_hook(  # type: ignore[no-untyped-call]
+                lambda *_: block.bind(resting)
+            ),
+        ]
+
+    def _before(self, number: int, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """Have the layer's block in a slot, wait for its copy, and let the layer use it."""
+        if torch.is_grad_enabled():
+            _check_no_gradient(layer, inputs)
+        block = self.blocks[number]
+        slot = self._holding(block)
+        if slot is None:
+            slot = self._fetch(block, self._idle(self._following(number)))
+        if self.stream is not None:
+            slot.computes_on = torch.cuda.current_stream(self.device)
+            slot.filled.wait(slot.computes_on)
+        block.bind(slot.index)
+
+    def _after(self, number: int, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        """Start copying what follows into slots that hold nothing of it."""
+        following = self._following(number)
+        for block in following:
+            if self._holding(block) is None:
+                self._fetch(block, self._idle(following))
+
+    def _following(self, number: int) -> list[Block]:
+        """The blocks that fill the slots once block `number` is done."""
+        return [self.blocks[(number + step) % len(self.blocks)] for step in range(1, len(self.slots) + 1)]
+
+    def _holding(self, block: Block) -> Slot | None:
+        return next((slot for slot in self.slots if slot.block is block), None)
+
+    def _idle(self, wanted: Sequence[Block]) -> Slot:
+        """The slot whose block is not wanted next, or wanted last."""
+        return max(self.slots, key=lambda slot: wanted.index(slot.block) if slot.block in wanted else len(wanted))
+
+    def _fetch(self, block: Block, slot: Slot) -> Slot:
+        """Start copying a block into a slot, once all that computes there is done."""
+        slot.block = None  # in case this is interrupted
+        room = slot.memory[: block.blob.nbytes]
+        if self.stream is None:
+            room.copy_(block.blob)
+        else:
+            slot.computed.record(slot.computes_on)
+            self.stream.wait_event(slot.computed)
+            with torch.cuda.stream(self.stream):
+                room.copy_(block.blob, non_blocking=True)
+                slot.filled.record(self.stream)
+        slot.block = block
+        return slot
+
+
+def _check_no_gradient(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+    tensors = [one for one in inputs if isinstance(one, Tensor)]
+    if any(tensor.requires_grad for tensor in (*tensors, *layer.parameters())):
+        raise NotSupportedError(
+            "a streamed layer computes no gradients, for its weights are gone from the device by then; run it under "
+            "torch.no_grad(), or load with streamed_layers=0 to train",
+            knob="streamed_layers",
+            value=None,
+        )
+
+
+def _refuse(*_: Any) -> None:
+    raise QwenVramError("this model is closed; load it again")

@@ -1,0 +1,68 @@
+"""4-bit matrices of bitsandbytes that are dequantized tile by tile, not whole, where many rows are multiplied."""
+
+from __future__ import annotations
+
+import torch
+from bitsandbytes import functional
+from bitsandbytes.nn import Linear4bit
+from torch import Tensor, nn
+
+from qwen_vram.arithmetic.tiles import is_tiled, tile_rows
+
+
+class TiledLinear4bit(Linear4bit):  # type: ignore[misc]
+    """`Linear4bit` whose product with many rows holds one tile of the matrix in 16 bits at a time.
+
+    The same sums as bitsandbytes' own product, which dequantizes the whole matrix first; small products, training, and
+    weights that bitsandbytes has repacked for a CPU are left to it.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x @ weight.T + bias`: (..., in_features) to (..., out_features)."""
+        state = self.weight.quant_state
+        rows = x.numel() // x.shape[-1]
+        if (
+            not is_tiled(tuple(state.shape), rows)
+            or x.dtype != state.dtype
+            or getattr(state, "packing_format_for_cpu", False)
+            or (x.device.type == "cpu" and self.support_avx512bf16_for_cpu)
+            or (torch.is_grad_enabled() and x.requires_grad)
+        ):
+            product: Tensor = super().forward(x)
+            return product
+        return _product(x.reshape(rows, -1), self.weight, state, self.bias).view(*x.shape[:-1], -1)
+
+
+def dequantize_in_tiles(model: nn.Module) -> None:
+    """Let every 4-bit matrix of `model` multiply by tiles."""
+    for module in model.modules():
+        if type(module) is Linear4bit:
+            module.__class__ = TiledLinear4bit
+
+
+def _product(x: Tensor, weight: Tensor, state: functional.QuantState, bias: Tensor | None) -> Tensor:
+    out_features, in_features = state.shape
+    step = tile_rows(out_features, in_features)
+    absmax = state.absmax
+    if state.nested:
+        absmax = functional.dequantize_blockwise(absmax, state.state2)
+        absmax += state.offset
+    result = x.new_empty(x.shape[0], out_features)
+    packed, blocks = weight.view(-1), in_features / state.blocksize
+    for start in range(0, out_features, step):
+        end = min(start + step, out_features)
+        tile = torch.ops.bitsandbytes.dequantize_4bit.default(
+            packed[start * in_features // 2 : end * in_features // 2].view(-1, 1),
+            absmax[int(start * blocks) : int(end * blocks)],
+            state.blocksize,
+            state.quant_type,
+            (end - start, in_features),
+            state.dtype,
+        )
+        columns = result[:, start:end]
+        if bias is None:
+            torch.mm(x, tile.t(), out=columns)
+        else:
+            torch.addmm(bias[start:end], x, tile.t(), out=columns)
+        del tile  # before the next one is made
+    return result
