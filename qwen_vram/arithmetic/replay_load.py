@@ -13,6 +13,7 @@ from qwen_vram.arithmetic.architecture import Architecture, Weight
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.replay_stored import replay_stored
 from qwen_vram.arithmetic.storage import FORMATS
+from qwen_vram.arithmetic.tiles import head_by_tiles, tile_rows
 from qwen_vram.arithmetic.weights import STREAMING_SLOTS, block_bytes, format_of, table_on_host
 
 _FP32 = 4
@@ -50,13 +51,35 @@ def replay_load(architecture: Architecture, profile: Profile, limit: int | None 
 
 
 def _load_streamed(allocator: CachingAllocator, architecture: Architecture, profile: Profile) -> None:
-    """Streamed layers: each matrix is quantized on the device and leaves it again, then the slots are taken."""
+    """A quantized head is built by tiles and stays, streamed matrices leave again, and then the slots are taken."""
+    if head_by_tiles(profile):
+        _load_by_tiles(allocator, architecture.head, profile)
     for weight in architecture.block:
         if not FORMATS[format_of(weight, profile)].is_dense:
-            allocator.give(*_load_weight(allocator, weight, profile))
+            allocator.give(*_load_by_tiles(allocator, weight, profile))
     allocator.release_unused()
     for _ in range(min(profile.streamed_layers, STREAMING_SLOTS)):
         allocator.take(block_bytes(architecture, profile))
+
+
+def _load_by_tiles(allocator: CachingAllocator, weight: Weight, profile: Profile) -> list[int]:
+    """Quantize a weight tile by tile into its codes and scales; the blocks that hold it then."""
+    storage = FORMATS[format_of(weight, profile)]
+    rows, columns = tile_rows(*weight.shape), weight.shape[1]
+    blocks = -(-weight.numel // 64)
+    scales = weight.shape[0] if storage.name == "int8" else blocks
+    kept = [allocator.take(-(-weight.numel * storage.bits // 8)), allocator.take(scales * _FP32)]
+    tile = [allocator.take(rows * columns * (_FP16 if storage.name == "int8" else profile.element_bytes))]
+    tile += [allocator.take(rows * columns * storage.bits // 8), allocator.take(rows * columns // 64 * _FP32)]
+    allocator.give(*tile)
+    if storage.name in ("nf4", "fp4"):
+        offset, centred = allocator.take(_FP32), allocator.take(blocks * _FP32)
+        nested = [allocator.take(-(-blocks // 256) * _FP32), allocator.take(blocks), allocator.take(1024)]
+        allocator.give(centred, kept.pop())
+        kept += [offset, *nested]
+    if storage.bits == 4:
+        kept.append(allocator.take(64))  # code
+    return kept
 
 
 def _load_order(architecture: Architecture, profile: Profile) -> list[Weight]:
@@ -67,6 +90,8 @@ def _load_order(architecture: Architecture, profile: Profile) -> list[Weight]:
     head = outer.get("head", [])
     if architecture.has_head and architecture.tie_word_embeddings and profile.head_format != profile.dtype:
         head = [architecture.head]
+    if head_by_tiles(profile):
+        head = []  # it comes afterwards
     table = [] if table_on_host(architecture, profile) else outer.get("embedding", [])
     return [*head, *table, *(block * layers), *outer.get("norm", []), *architecture.adapter_weights]
 

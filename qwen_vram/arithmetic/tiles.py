@@ -1,6 +1,6 @@
-"""Tiles: how many rows of a 4-bit matrix are dequantized at once where `dequantization="tiled"`.
+"""Tiles: how many rows of a matrix are dequantized at once where `dequantization="tiled"`, or quantized for streaming.
 
-The estimator counts what `runtime.tiled_linear` takes by these two functions.
+The estimator counts what `runtime.tiled_linear` and `runtime.backends.bnb_rows` take by these functions.
 """
 
 from __future__ import annotations
@@ -32,3 +32,8 @@ def counts_tiles(storage: StorageFormat, profile: Profile, shape: tuple[int, ...
     """The same for a matrix in a storage format."""
     four_bit = storage.library == "bitsandbytes" and storage.bits == 4
     return profile.dequantization == "tiled" and four_bit and is_tiled(shape, rows)
+
+
+def head_by_tiles(profile: Profile) -> bool:
+    """Whether a quantized head is brought to the device tile by tile: where layers stream, it is the largest tensor."""
+    return profile.streamed_layers > 0 and profile.head_format != profile.dtype

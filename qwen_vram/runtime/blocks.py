@@ -81,8 +81,8 @@ def pack_layers(
 ) -> list[Block]:
     """Build the decoder layers with these numbers, which stand on the meta device, and leave them in host memory.
 
-    The device holds one matrix at a time beside what it held before; the host, one layer in the request's format beside
-    the blocks.
+    A quantized head that stands there too is built first, to stay on the device. The device holds one matrix and a tile
+    at a time beside what it held before; the host, one layer in the request's format beside the blocks.
 
     Args:
         progress: Wraps the numbers in a progress bar, as `tqdm` does.
@@ -92,32 +92,34 @@ def pack_layers(
     blocks = []
     with ExitStack() as files:
         read = _reader(Path(request.folder), files)
+        if model.lm_head.weight.is_meta:
+            _build(model, "lm_head", "lm_head", read, backend, request)
         for number in progress(sorted(numbers), desc="Packing streamed layers"):
             layer = model.model.layers[number]
-            modules = [
-                _build(layer, name, f"model.layers.{number}.{name}", read, backend, request)
-                for name, module in list(layer.named_modules())
-                if next(module.parameters(recurse=False), None) is not None
-            ]
+            modules = []
+            for name, module in list(layer.named_modules()):
+                if next(module.parameters(recurse=False), None) is not None:
+                    made = _build(layer, name, f"model.layers.{number}.{name}", read, backend, request)
+                    backend.binding(made, {key: one.to("cpu") for key, one in backend.tensors(made).items()})()
+                    modules.append(made)
             blocks.append(Block(layer, modules, backend, memory))
     return blocks
 
 
 def _build(
-    layer: nn.Module,
+    parent: nn.Module,
     name: str,
     full_name: str,
     read: Callable[[str], Tensor],
     backend: StreamingBackend,
     request: Request,
 ) -> nn.Module:
-    """Put the module called `name` into `layer` with its weights, and bring all that it holds to the host."""
-    module = layer.get_submodule(name)
+    """Put the module called `name` into `parent` with its weights; what is quantized is on the device."""
+    module = parent.get_submodule(name)
     own = [parameter for parameter, _ in module.named_parameters(recurse=False)]
     weights = {parameter: read(f"{full_name}.{parameter}").to(request.dtype) for parameter in own}
     made = backend.build(module, weights, request)
-    layer.set_submodule(name, made)
-    backend.binding(made, {key: tensor.to("cpu") for key, tensor in backend.tensors(made).items()})()
+    parent.set_submodule(name, made)
     return made
 
 

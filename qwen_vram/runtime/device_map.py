@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from qwen_vram.arithmetic.tiles import head_by_tiles
 from qwen_vram.planning.placement import spread
 from qwen_vram.planning.planner import Plan
 from qwen_vram.runtime.backends.base import Backend, Request
@@ -29,8 +30,9 @@ def streamed_layers(chosen: Plan) -> frozenset[int]:
 
 
 def device_map(chosen: Plan, device: torch.device) -> dict[str, int | str | torch.device]:
-    """Everything on `device`, but for a token table on the host, and streamed layers, which are left on "meta".
+    """Everything on `device`, but for a token table on the host, and what is left on "meta" to be built afterwards.
 
+    That is streamed layers, and beside them a quantized head: `transformers` would bring it to the device whole first.
     Over several GPUs it is the plan's own, where no layer streams.
     """
     if chosen.estimate.devices:
@@ -50,6 +52,8 @@ def device_map(chosen: Plan, device: torch.device) -> dict[str, int | str | torc
         del where[f"model.layers.{number}"]
         # By their children: transformers 5.17 takes "model.layers.1" for the beginning of layer 12 too.
         where |= {f"model.layers.{number}.{child}": "disk" for child in children}
+    if head_by_tiles(chosen.profile):
+        where["lm_head"] = "disk"
     return where
 
 

@@ -152,18 +152,26 @@ class BnbBackend:
             return filled(module, weights)
         import bitsandbytes as bnb
 
+        from qwen_vram.runtime.backends.bnb_rows import eight_bit, four_bit
+
         sizes = {"input_features": module.in_features, "output_features": module.out_features, "device": "meta"}
         name, bias = request.profile.weights, module.bias is not None
-        made: nn.Module
+        made: Any
         if name == "int8":
             made = bnb.nn.Linear8bitLt(**sizes, bias=bias, has_fp16_weights=False, threshold=_THRESHOLD)
-            weight = bnb.nn.Int8Params(weights["weight"], requires_grad=False)
+            codes, scales = eight_bit(weights["weight"], request.device)
+            made.weight = bnb.nn.Int8Params(codes, requires_grad=False, CB=codes, SCB=scales)
         else:
             kind = {"quant_type": _QUANT_TYPE[name], "compress_statistics": name != "nf4-plain"}
             made = bnb.nn.Linear4bit(**sizes, bias=bias, compute_dtype=request.dtype, **kind)
-            weight = bnb.nn.Params4bit(weights["weight"], requires_grad=False, module=made, **kind)
-        made.weight = weight.to(request.device)
-        made.source_cls = type(module)  # type: ignore[assignment]  # as transformers marks what it replaced
+            codes, state = four_bit(
+                weights["weight"], request.device, quant_type=_QUANT_TYPE[name], nested=name != "nf4-plain"
+            )
+            made.weight = bnb.nn.Params4bit(
+                codes, requires_grad=False, quant_state=state, module=made, bnb_quantized=True, **kind
+            )
+            made.quant_state = state
+        made.source_cls = type(module)  # as transformers marks what it replaced
         return filled(made, {name: tensor for name, tensor in weights.items() if name != "weight"}).train(
             module.training
         )

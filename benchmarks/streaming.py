@@ -1,0 +1,173 @@
+"""Streamed layers beside the link's limit and beside accelerate, on a GPU; and long prompts on very small cards.
+
+    python benchmarks/streaming.py speed OUT.jsonl    # 512-token prompt: ours, accelerate on the same maps, resident
+    python benchmarks/streaming.py caps OUT.jsonl     # 32,000 tokens under 4, 3 and 2 GiB, planned by profile="auto"
+
+Qwen2.5-7B's shape, random weights; every cell in a fresh process, one after another. Milliseconds a token are the
+difference of two generations' times over the difference of their lengths, the second of two rounds. The link's limit is
+bytes streamed a token over the rate of pinned copies, which each cell measures first. Cells that are in OUT.jsonl
+already are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from caps import limit, load_kernels, read
+
+import qwen_vram as qv
+from qwen_vram.arithmetic.timing import decode_floor_ms, link_bytes
+from qwen_vram.tools.accuracy import make_checkpoint
+from qwen_vram.tools.fresh_process import call_each
+
+MODEL = "Qwen2.5-7B"
+GIB = 2**30
+PROMPT = 512
+SPEED = [
+    {"by": by, "weights": weights, "streamed_layers": layers}
+    for weights, layers in (("bf16", 3), ("bf16", 28), ("nf4", 3), ("nf4", 28))
+    for by in ("ours", "accelerate")
+]
+SPEED += [{"by": "ours", "weights": weights, "streamed_layers": 0} for weights in ("bf16", "nf4")]
+CAPS = [{"cap": cap * GIB, "prompt_len": 32_000, "max_new_tokens": 64} for cap in (4, 3, 2)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("speed", "caps"))
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--model", default=MODEL)
+    options = parser.parse_args()
+    done = read(options.out)
+    cells = [{"model": options.model, **cell} for cell in (SPEED if options.what == "speed" else CAPS)]
+    missing = [cell for cell in cells if json.dumps(cell, sort_keys=True) not in done]
+    with tempfile.TemporaryDirectory(prefix="qwen_vram_streaming_") as folder:
+        list(call_each(partial(make_checkpoint, folder=Path(folder)), [options.model]))
+        for ended in call_each(partial(measure, folder, options.what), missing):
+            if ended.error:
+                print(f"{ended.item} failed:\n{ended.error[-1500:]}", file=sys.stderr, flush=True)
+                continue
+            print(json.dumps(ended.value), flush=True)
+            with options.out.open("a") as file:
+                file.write(json.dumps(ended.value) + "\n")
+
+
+def measure(folder: str, what: str, cell: dict[str, Any]) -> dict[str, Any]:
+    if what == "caps":
+        found = capped(folder, cell)
+    elif cell["by"] == "accelerate":
+        found = {"pinned_gb_s": pinned_rate(), **by_accelerate(folder, cell)}
+    else:
+        found = {"pinned_gb_s": pinned_rate(), **by_us(folder, cell)}
+    versions = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    return {"cell": cell, **found, **versions, "date": date.today().isoformat()}
+
+
+def pinned_rate() -> float:
+    """GB/s of copies from pinned memory, as they stream: pieces of 466 MB."""
+    host = torch.empty(466_000_000, dtype=torch.uint8, pin_memory=True)
+    device = torch.empty_like(host, device="cuda")
+    device.copy_(host, non_blocking=True)
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(10):
+        device.copy_(host, non_blocking=True)
+    torch.cuda.synchronize()
+    return 10 * host.nbytes / 1e9 / (time.perf_counter() - began)
+
+
+def by_us(folder: str, cell: dict[str, Any]) -> dict[str, Any]:
+    """This library's streamed layers, and what was promised of them."""
+    work = {"prompt_len": PROMPT, "max_new_tokens": 34}
+    knobs = {"weights": cell["weights"], "streamed_layers": cell["streamed_layers"]}
+    settings = {**knobs, "attention": "fused", "cache": "preallocated", "profile": "default", "progress": False}
+    began = time.perf_counter()
+    with qv.load(folder, vram=1_000 * GIB, **settings, **work) as llm:
+        loading = time.perf_counter() - began
+        estimate = llm.plan.estimate
+        ms = ms_per_token(lambda new: llm.probe(prompt_len=PROMPT, max_new_tokens=new), short=2, long=34)
+        measured = llm.report().measured
+        return {
+            "ms_per_token": ms,
+            "floor_ms": decode_floor_ms(estimate.architecture, estimate.profile, estimate.workload),
+            "link_bytes": link_bytes(estimate.architecture, estimate.profile, estimate.workload),
+            "loading_s": loading,
+            "predicted_peak": estimate.peak_allocated,
+            **measured,
+        }
+
+
+def by_accelerate(folder: str, cell: dict[str, Any]) -> dict[str, Any]:
+    """The same map, run by the hooks that `transformers` puts on it."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    where = qv.offload_map(MODEL, layers_on_cpu=cell["streamed_layers"])
+    options: dict[str, Any] = {}
+    if cell["weights"] == "nf4":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map=where, **options)
+    except ValueError as error:
+        return {"refused": str(error).strip()[:200]}
+    ids = torch.randint(0, model.config.vocab_size, (1, PROMPT), device="cuda")
+
+    def generate(new: int) -> None:
+        model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False
+        )
+
+    torch.cuda.reset_peak_memory_stats()
+    ms = ms_per_token(generate, short=2, long=2 + (8 if cell["streamed_layers"] < 10 else 3), rounds=1)
+    return {"ms_per_token": ms, "peak_allocated": torch.cuda.max_memory_allocated()}
+
+
+def ms_per_token(generate: Callable[[int], Any], *, short: int, long: int, rounds: int = 2) -> float:
+    """Milliseconds of a decode step: of the last of so many rounds, after one short generation."""
+    generate(short)
+    for _ in range(rounds):
+        times = []
+        for new in (short, long):
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            generate(new)
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - began)
+    return 1_000 * (times[1] - times[0]) / (long - short)
+
+
+def capped(folder: str, cell: dict[str, Any]) -> dict[str, Any]:
+    """Plan for a small card, cut this one down to it, load what was planned and run it to the last token."""
+    work = {name: cell[name] for name in ("prompt_len", "max_new_tokens")}
+    plan = qv.plan(folder, vram=cell["cap"], **work)
+    profile = plan.profile
+    row: dict[str, Any] = {"call": plan.call, "needed": plan.estimate.needed_bytes}
+    row |= {"predicted_ms": plan.steps[-1].decode_floor_ms, "predicted_peak": plan.estimate.peak_allocated}
+    load_kernels(profile.weights)
+    limit(cell["cap"])
+    with qv.load(folder, profile=profile, vram=1_000 * GIB, **work, progress=False) as llm:
+        began = time.perf_counter()
+        report = llm.probe(max_new_tokens=2)
+        row["first_run_s"] = time.perf_counter() - began
+        new = work["max_new_tokens"]
+        row["ms_per_token"] = ms_per_token(lambda new: llm.probe(max_new_tokens=new), short=2, long=new, rounds=1)
+        report = llm.report()
+        return {**row, **report.measured}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Matrices quantized some rows at a time: bitsandbytes' bytes for the whole, and a tile's memory on the way.
+
+A head of 152,064 x 3,584 takes 1.09 GB in 16 bits, more than all else that a streamed model holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from bitsandbytes import functional
+from torch import Tensor
+
+from qwen_vram.arithmetic.tiles import tile_rows
+
+# Source: bitsandbytes 0.50.2, nn/modules.py (Params4bit, blocksize 64) and functional.py (nested blocks of 256).
+_BLOCK = 64
+_NESTED_BLOCK = 256
+
+
+def four_bit(
+    weight: Tensor, device: torch.device, *, quant_type: str, nested: bool
+) -> tuple[Tensor, functional.QuantState]:
+    """Codes and state on `device`, as `quantize_4bit` makes them of a whole (out_features, in_features) matrix."""
+    codes = torch.empty(-(-weight.numel() // 2), 1, dtype=torch.uint8, device=device)
+    absmax = torch.empty(-(-weight.numel() // _BLOCK), device=device)
+    for start, rows in _tiles(weight):
+        first = start * weight.shape[1]
+        some, largest = torch.ops.bitsandbytes.quantize_4bit.default(rows.to(device), _BLOCK, quant_type, torch.uint8)
+        codes[first // 2 : first // 2 + len(some)] = some
+        absmax[first // _BLOCK : first // _BLOCK + len(largest)] = largest
+        del some, largest
+    offset = state2 = None
+    if nested:
+        offset = absmax.mean()
+        absmax, state2 = functional.quantize_blockwise(absmax - offset, blocksize=_NESTED_BLOCK)
+    state = functional.QuantState(
+        absmax=absmax,
+        shape=weight.shape,
+        dtype=weight.dtype,
+        blocksize=_BLOCK,
+        code=functional.get_4bit_type(quant_type, device=device),
+        quant_type=quant_type,
+        offset=offset,
+        state2=state2,
+    )
+    return codes, state
+
+
+def eight_bit(weight: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Codes and row scales on `device`, as `int8_vectorwise_quant` makes them of a whole matrix."""
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=device)
+    scales = torch.empty(weight.shape[0], device=device)
+    for start, rows in _tiles(weight):
+        some, largest, _ = functional.int8_vectorwise_quant(rows.to(device, torch.float16))
+        codes[start : start + len(rows)] = some
+        scales[start : start + len(rows)] = largest
+        del some
+    return codes, scales
+
+
+def _tiles(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
+    step = tile_rows(*weight.shape)
+    for start in range(0, weight.shape[0], step):
+        yield start, weight[start : start + step]
