@@ -30,7 +30,16 @@ PromptLen = Annotated[int, typer.Option(help="Prompt tokens of one sequence.")]
 NewTokens = Annotated[int, typer.Option(help="Tokens generated after it.")]
 BatchSize = Annotated[int, typer.Option(help="Sequences at once.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-Vram = Annotated[str | None, typer.Option(help="Most that nvidia-smi may show, such as 8GiB; default: what is free.")]
+Vram = Annotated[
+    str | None,
+    typer.Option(
+        help="Most that nvidia-smi may show, such as 8GiB, or of each of several GPUs, such as 0=20GiB,1=20GiB; "
+        "default: what is free."
+    ),
+]
+Reserve = Annotated[
+    str | None, typer.Option(help="Kept free of it; default: 256MiB where --vram is left out, else nothing.")
+]
 Ram = Annotated[str | None, typer.Option(help="Most host memory; default: what is free.")]
 Prefer = Annotated[str, typer.Option(help="quality, speed or memory.")]
 Knobs = Annotated[
@@ -46,11 +55,26 @@ def main() -> None:
         app()
     except qv.QwenVramError as error:
         if as_json:
-            facts = {name: value for name, value in vars(error).items() if isinstance(value, (str, int, tuple))}
+            facts = {name: value for name, value in vars(error).items() if isinstance(value, (str, int, tuple, dict))}
             print(json.dumps({"error": type(error).__name__, "message": str(error), **facts}))
         else:
             errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(2) from None
+
+
+def _vram(text: str | None) -> str | dict[int, str] | None:
+    """`"8GiB"` as it is, `"0=20GiB,1=20GiB"` as a dict by device number."""
+    if text is None or "=" not in text:
+        return text
+    sizes: dict[int, str] = {}
+    for entry in text.split(","):
+        device, separator, size = entry.partition("=")
+        if not separator or not device.strip().isdecimal() or int(device) in sizes:
+            raise qv.UnitError(
+                f"--vram names a size for each GPU once, such as 0=20GiB,1=20GiB; got {text!r}", got=text
+            )
+        sizes[int(device)] = size
+    return sizes
 
 
 def _knobs(pairs: list[str] | None) -> dict[str, Any]:
@@ -98,6 +122,7 @@ def plan(
     model: Model,
     vram: Vram = None,
     ram: Ram = None,
+    reserve: Reserve = None,
     profile: Annotated[str, typer.Option(help="auto, " + ", ".join(qv.PROFILES))] = "auto",
     prefer: Prefer = "quality",
     prompt_len: PromptLen = 512,
@@ -110,15 +135,16 @@ def plan(
     result = qv.plan(
         model,
         profile=profile,
-        vram=vram,
+        vram=_vram(vram),
         ram=ram,
+        reserve=reserve,
         prefer=prefer,  # type: ignore[arg-type]
         prompt_len=prompt_len,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         **_knobs(knobs),
     )
-    room: dict[str, Any] = {"vram": result.budget.vram or {}, "ram": result.budget.ram}
+    room: dict[str, Any] = {"vram": result.budget.given, "ram": result.budget.ram}
     asked: dict[str, Any] = {**_knobs(knobs), "profile": profile, "max_new_tokens": max_new_tokens}
     limits = {
         "max_context": qv.max_context(model, **room, **asked, batch_size=batch_size),
@@ -145,6 +171,7 @@ def chat(
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     vram: Vram = None,
     ram: Ram = None,
+    reserve: Reserve = None,
     profile: Annotated[str, typer.Option(help="auto, " + ", ".join(qv.PROFILES))] = "auto",
     prefer: Prefer = "quality",
     prompt_len: PromptLen = 2048,
@@ -155,8 +182,9 @@ def chat(
     with qv.load(
         model,
         profile=profile,
-        vram=vram,
+        vram=_vram(vram),
         ram=ram,
+        reserve=reserve,
         prefer=prefer,  # type: ignore[arg-type]
         prompt_len=prompt_len,
         max_new_tokens=max_new_tokens,
@@ -334,6 +362,14 @@ def show_estimate(result: qv.Estimate) -> None:
             table.add_section()
     console.print(render.headline(result), style="bold", soft_wrap=True, highlight=False)
     console.print(table)
+    if result.devices:
+        (corner, names), *rows = render.by_device(result)
+        each = Table(corner, *names)
+        for column in each.columns[1:]:
+            column.justify = "right"
+        for label, texts in rows:
+            each.add_row(label, *texts)
+        console.print(each)
 
 
 def show_steps(result: qv.Plan) -> None:

@@ -107,6 +107,7 @@ class DoesNotFitError(QwenVramError):
         budget_bytes: What that device offers.
         estimate: The estimate of that plan.
         nearest: A workload that would fit, or `None` where even one token does not.
+        devices: What it needs of each GPU by its number, and what that offers, where the budget names several.
     """
 
     def __init__(
@@ -117,12 +118,14 @@ class DoesNotFitError(QwenVramError):
         budget_bytes: int,
         estimate: Estimate,
         nearest: Workload | None,
+        devices: dict[int, tuple[int, int]] | None = None,
     ) -> None:
         super().__init__(message)
         self.needed_bytes = needed_bytes
         self.budget_bytes = budget_bytes
         self.estimate = estimate
         self.nearest = nearest
+        self.devices = devices or {}
 
 
 class PlanNotHeldError(QwenVramError):

@@ -42,6 +42,31 @@ def test_plan_prints_json_and_nothing_else():
     assert data["device_map"]["lm_head"] == 0
 
 
+def test_plan_takes_several_gpus_and_a_reserve():
+    two = ["plan", "Qwen2.5-14B", "--vram", "0=20GiB,1=16GiB", "--ram", "32GiB", "--reserve", "512MiB"]
+    table = run(*two).stdout
+    assert "19.50 GiB of GPU 0 and 15.50 GiB of GPU 1 (512.0 MiB more kept free)" in table
+    data = json.loads(run(*two, "--json").stdout)
+    assert data["budget"]["devices"] == {"0": 39 * 2**29, "1": 31 * 2**29}
+    assert sum(data["split"].values()) == 48
+    assert {data["device_map"]["model.layers.0"], data["device_map"]["model.layers.47"]} == {0, 1}
+    assert data["limits"]["max_context"] > 1_024
+
+
+def test_a_refusal_over_several_gpus_has_every_devices_bytes():
+    data = json.loads(run("plan", "Qwen2.5-72B", "--vram", "0=8GiB,1=4GiB", "--ram", "64GiB", "--json").stdout)
+    assert data["error"] == "DoesNotFitError"
+    assert [data["devices"][device][1] for device in ("0", "1")] == [8 * 2**30, 4 * 2**30]
+    assert data["devices"]["0"][0] > 8 * 2**30
+
+
+def test_gpus_are_named_with_a_size_each():
+    for wrong in ("0=8GiB,8GiB", "cuda:0=8GiB", "0=8GiB,0=9GiB", "=8GiB"):
+        result = run("plan", "Qwen2.5-7B", "--vram", wrong)
+        assert result.returncode == 2
+        assert f"names a size for each GPU once, such as 0=20GiB,1=20GiB; got '{wrong}'" in result.stderr
+
+
 def test_a_refusal_is_one_line_and_status_2():
     result = run("plan", "Qwen2.5-7B-Instruct", "--vram", "8")
     assert result.returncode == 2

@@ -53,11 +53,15 @@ def test_training_through_a_tiled_matrix_has_gradients():
     assert x.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("streamed", [0, 2])
 @pytest.mark.parametrize("dequantization", ["whole", "tiled"])
-def test_the_loader_obeys(dequantization):
-    with qv.load(CHECKPOINT, profile="default", weights="nf4", dequantization=dequantization, progress=False) as llm:
-        kinds = {type(module).__name__ for module in llm.model.modules() if isinstance(module, bnb.nn.Linear4bit)}
-    assert kinds == {"TiledLinear4bit" if dequantization == "tiled" else "Linear4bit"}
+def test_the_loader_obeys(dequantization, streamed):
+    knobs = {"weights": "nf4", "dequantization": dequantization, "streamed_layers": streamed}
+    with qv.load(CHECKPOINT, profile="default", progress=False, **knobs) as llm:
+        matrices = [module for module in llm.model.modules() if isinstance(module, bnb.nn.Linear4bit)]
+        # accelerate's hooks, once taken off, leave the forward of the class before.
+        assert {module.forward.__func__ for module in matrices} == {type(matrices[0]).forward}
+    assert type(matrices[0]).__name__ == ("TiledLinear4bit" if dequantization == "tiled" else "Linear4bit")
 
 
 def test_resident_layers_beside_streamed_ones_go_by_tiles_too():

@@ -4,6 +4,9 @@ A step feeds `q` tokens of each of `b` sequences, so T = b x q rows. In the fram
 these tensors stay alive through a decoder layer, each T x hidden_size: the embeddings (held by the model), the layer's
 input (held by its caller), the sum after attention, and the normed input of the MLP. Names follow the modules.
 
+Of a model on several devices, the first holds the embeddings, and gets the logits for `generate`; a later one holds
+copies of mask, cosines, sines and position ids for as long as a layer runs (accelerate 1.15, `AlignDevicesHook`).
+
 Source of what is alive when: transformers 5.17 and 5.23, modeling_qwen2.py and modeling_qwen3.py, sdpa_attention.py;
 bitsandbytes 0.50.2, gemm_4bit and int8 kernels; torch 2.11, `softmax` and the memory-efficient attention kernel.
 """
@@ -105,6 +108,7 @@ class _Rows:
         self.rows = workload.batch_size * step.queries
         self.element = profile.element_bytes
         self.hidden = architecture.hidden_size * self.element
+        self.embeddings = self.rows * self.hidden if architecture.starts else 0
         self.inner = architecture.intermediate_size * self.element
         self.queries = architecture.attention_width * self.element
         self.keys = architecture.key_value_width * self.element
@@ -114,17 +118,23 @@ class _Rows:
 
     def moments(self) -> Iterator[tuple[str, int]]:
         """Name and live bytes of each moment of this step."""
-        held = self._ids() + self._rotary() + self._mask()
-        yield "embedding", self._ids() + self.rows * self.hidden
-        norm = self.rows * self.architecture.hidden_size * 2 * _FP32  # the float32 copy and its product
-        yield "attention norm", held + 2 * self.rows * self.hidden + norm
+        part, hidden = self.architecture, self.rows * self.hidden
+        held = self._ids() + self._rotary() + self._mask() + self.embeddings
+        if part.starts:
+            yield "embedding", self._ids() + hidden
+        norm = self.rows * part.hidden_size * 2 * _FP32  # the float32 copy and its product
+        yield "attention norm", held + hidden + norm
         yield from ((name, held + live) for name, live in self._attention())
-        yield "mlp norm", held + 3 * self.rows * self.hidden + norm + self._softmax()
+        yield "mlp norm", held + 2 * hidden + norm + self._softmax()
         yield from ((name, held + live) for name, live in self._mlp())
-        yield "last norm", held + 2 * self.rows * self.hidden + norm
-        yield "head", self._ids() + self._head()
+        if part.ends:
+            yield "last norm", (held if part.starts else 0) + hidden + norm
+        if part.starts or part.has_head:
+            yield "head", self._ids() + self._head()
 
     def _ids(self) -> int:
+        if not self.architecture.starts:
+            return 0
         tokens = self.workload.batch_size * self.workload.prompt_len
         if self.workload.logits == "all":
             return tokens * _INT64
@@ -133,8 +143,9 @@ class _Rows:
         return tokens * _INT64 * _ID_TENSORS + _FLAG_BYTES
 
     def _rotary(self) -> int:
-        """Cosines and sines, one row each of head_dim."""
-        return 2 * self.rows * self.architecture.head_dim * self.element
+        """Cosines and sines, one row each of head_dim; position ids come along to a later device."""
+        along = 0 if self.architecture.starts else self.rows * _INT64
+        return 2 * self.rows * self.architecture.head_dim * self.element + along
 
     def _masked(self) -> bool:
         """Whether attention gets an explicit mask: padding, an unfinished cache before the chunk, or a static cache."""
@@ -155,8 +166,8 @@ class _Rows:
 
     def _attention(self) -> Iterator[tuple[str, int]]:
         rows = self.rows
-        # Alive all through: embeddings, the layer's input, its normed copy.
-        held = 3 * rows * self.hidden
+        # Alive all through beside the embeddings: the layer's input, its normed copy.
+        held = 2 * rows * self.hidden
         for name in ("q_proj", "k_proj", "v_proj"):
             before = {"q_proj": 0, "k_proj": self.queries, "v_proj": self.queries + self.keys}[name]
             yield f"attention {name}", held + rows * before + self._linear(name)
@@ -221,7 +232,7 @@ class _Rows:
 
     def _mlp(self) -> Iterator[tuple[str, int]]:
         rows = self.rows
-        held = 4 * rows * self.hidden + self._softmax()
+        held = 3 * rows * self.hidden + self._softmax()
         yield "mlp gate_proj", held + self._linear("gate_proj")
         yield "mlp up_proj", held + rows * self.inner + self._linear("up_proj")
         yield "mlp product", held + 3 * rows * self.inner
@@ -233,15 +244,15 @@ class _Rows:
 
     def _head(self) -> int:
         """The last hidden states, the logits, and generate's float32 copy of them."""
-        every = self.workload.logits == "all"
-        rows = self.rows if every else self.workload.batch_size
-        hidden = self.rows * self.hidden
-        adapted = "lm_head" in self.architecture.adapted
-        logits = linear_bytes(self.architecture.head, self.profile, rows, adapted=adapted)
-        if every:
-            return hidden + logits
-        sampled = rows * self.architecture.vocab_size * (self.element + _FP32)
-        return max(hidden + logits, sampled)
+        part = self.architecture
+        rows = self.rows if self.workload.logits == "all" else self.workload.batch_size
+        logits = rows * part.vocab_size * self.element
+        sampled = logits if self.workload.logits == "all" else logits + rows * part.vocab_size * _FP32
+        if not part.has_head:
+            return sampled
+        hidden = (self.rows if part.ends else rows) * self.hidden
+        made = hidden + linear_bytes(part.head, self.profile, rows, adapted="lm_head" in part.adapted)
+        return max(made, sampled) if part.starts else made
 
 
 def linear_bytes(weight: Weight, profile: Profile, rows: int, *, adapted: bool = False) -> int:

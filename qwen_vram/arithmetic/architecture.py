@@ -63,6 +63,8 @@ class Architecture:
         stored_head: Whether its head is quantized too.
         stored: Its tensors' bytes, where its headers were read for them.
         adapter_weights: The tensors of a LoRA adapter that runs beside the base.
+        first_layer: How many decoder layers come before these, where this is one device's part of a model (`slices`).
+        layers_after: How many come behind them.
     """
 
     model_type: str
@@ -80,6 +82,8 @@ class Architecture:
     stored_head: bool = False
     stored: Stored | None = field(default=None, repr=False)
     adapter_weights: tuple[Weight, ...] = ()
+    first_layer: int = 0
+    layers_after: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data that `from_dict` takes, also by way of JSON."""
@@ -139,6 +143,21 @@ class Architecture:
         )
 
     @property
+    def starts(self) -> bool:
+        """Whether the token table, the rotary tables and what `generate` keeps are here."""
+        return self.first_layer == 0
+
+    @property
+    def ends(self) -> bool:
+        """Whether the last norm is here."""
+        return self.layers_after == 0
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the head is here: behind the last layer, or where it is the token table, with that."""
+        return self.starts if self.tie_word_embeddings else self.ends
+
+    @property
     def attention_width(self) -> int:
         """Elements of one token's queries: `num_attention_heads * head_dim`."""
         return self.num_attention_heads * self.head_dim
@@ -178,12 +197,10 @@ class Architecture:
     def outer(self) -> tuple[Weight, ...]:
         """The weights outside the decoder layers: embedding, last norm, and the head if it is a tensor of its own."""
         table = (self.vocab_size, self.hidden_size)
-        head = () if self.tie_word_embeddings else (Weight("lm_head.weight", table, "head"),)
-        return (
-            Weight("model.embed_tokens.weight", table, "embedding"),
-            Weight("model.norm.weight", (self.hidden_size,), "norm"),
-            *head,
-        )
+        embedding = (Weight("model.embed_tokens.weight", table, "embedding"),) if self.starts else ()
+        norm = (Weight("model.norm.weight", (self.hidden_size,), "norm"),) if self.ends else ()
+        head = (self.head,) if self.has_head and not self.tie_word_embeddings else ()
+        return (*embedding, *norm, *head)
 
     @property
     def head(self) -> Weight:
@@ -197,11 +214,11 @@ class Architecture:
 
     def weights(self) -> Iterator[Weight]:
         """Every weight of the model by the name it has in the checkpoint; a tied head is not listed twice."""
-        yield self.outer[0]
-        for layer in range(self.num_hidden_layers):
+        yield from (weight for weight in self.outer if weight.role == "embedding")
+        for layer in range(self.first_layer, self.first_layer + self.num_hidden_layers):
             for weight in self.block:
                 yield weight._replace(name=f"model.layers.{layer}.{weight.name}")
-        yield from self.outer[1:]
+        yield from (weight for weight in self.outer if weight.role != "embedding")
 
     @cached_property
     def num_parameters(self) -> int:

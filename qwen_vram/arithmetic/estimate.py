@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -56,6 +57,8 @@ class Estimate:
         host: Host memory for streamed layers, a host embedding and a host cache.
         moments: Cache and activations at each moment of the steps that can hold the peak.
         machine: Whose CUDA context and kernels the process counts: measured by `qwen-vram calibrate`, or the default.
+        devices: Where a model is split over several GPUs, the estimate of each one's part by the GPU's number; every
+            size here is then their sum.
     """
 
     model: str
@@ -70,6 +73,7 @@ class Estimate:
     host: int
     moments: tuple[Moment, ...]
     machine: Machine = field(default_factory=current)
+    devices: Mapping[int, Estimate] = field(default_factory=dict, hash=False)
 
     @cached_property
     def _replayed(self) -> Replayed:
@@ -81,6 +85,8 @@ class Estimate:
         """What else the peak moment holds, and what stays with blocks that the allocator cannot split."""
         if self.architecture is None:
             return self.tensors
+        if self.devices:
+            return self.sum("activations")
         return max(self.tensors, self._replayed.peak - self.weights - self.kv_cache - self.workspace)
 
     @property
@@ -91,11 +97,15 @@ class Estimate:
     @property
     def peak_reserved(self) -> int:
         """What torch reserves, fragments included."""
+        if self.devices:
+            return self.sum("peak_reserved")
         return self.peak_allocated if self.architecture is None else max(self.peak_allocated, self._replayed.reserved)
 
     @property
     def process_total(self) -> int:
         """What nvidia-smi shows for the process, CUDA context and loaded kernels included."""
+        if self.devices:
+            return self.sum("process_total")
         return (
             self.peak_allocated
             if self.architecture is None
@@ -104,7 +114,7 @@ class Estimate:
 
     @property
     def peak_moment(self) -> Moment | None:
-        """The moment that holds the peak; `None` for a bare number of parameters."""
+        """The moment that holds the peak; `None` for a bare number of parameters, and for several devices together."""
         return max(self.moments, key=lambda moment: moment.total, default=None)
 
     def parts(self) -> dict[str, int]:
@@ -132,12 +142,19 @@ class Estimate:
         """
         if self.architecture is None:
             return self.peak_allocated
+        if self.devices:
+            return self.sum("needed_bytes")
         beside = process_bytes(0, self.profile, self.machine)
         loading = load_reserved_bytes(self.architecture, self.profile)
         return beside + least_reserved(self.architecture, self.profile, self.workload, max(self.peak_reserved, loading))
 
+    def sum(self, part: str) -> int:
+        """A part's bytes on all devices together."""
+        return sum(getattr(one, part) for one in self.devices.values())
+
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data that `json.dumps` takes; sizes in bytes."""
+        several = {"devices": {device: _of_device(one) for device, one in self.devices.items()}} if self.devices else {}
         return {
             "model": self.model,
             "num_parameters": self.architecture.num_parameters if self.architecture else None,
@@ -153,6 +170,7 @@ class Estimate:
             "shares": self.shares(),
             "moments": [moment._asdict() for moment in self.moments],
             "machine": asdict(self.machine),
+            **several,
         }
 
     def __str__(self) -> str:
@@ -260,6 +278,19 @@ def estimate(label: str, architecture: Architecture, profile: Profile, workload:
         host=stored.host + host_kv_bytes(architecture, profile, batch_size=batch, context_len=context),
         moments=every,
     )
+
+
+def _of_device(part: Estimate) -> dict[str, Any]:
+    """One of several devices' parts as plain data."""
+    assert part.architecture is not None
+    totals = ("peak_allocated", "peak_reserved", "process_total", "needed_bytes", "load_peak", "host")
+    return {
+        "first_layer": part.architecture.first_layer,
+        "layers": part.architecture.num_hidden_layers,
+        **part.parts(),
+        **{name: getattr(part, name) for name in totals},
+        "moments": [moment._asdict() for moment in part.moments],
+    }
 
 
 def _rule_of_thumb(params: float | None, profile: Profile, workload: Workload) -> Estimate:

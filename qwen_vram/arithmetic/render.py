@@ -53,7 +53,18 @@ def text(estimate: Estimate) -> str:
     for label, size, share in rows(estimate):
         percent = "" if share is None else f"{share:8.1%}"
         lines.append(f"{label:22}{size:>18,}{size / 10**9:>9.2f}{size / 2**30:>9.2f}{percent}")
+    if estimate.devices:
+        lines.extend(f"{label:22}" + "".join(f"{cell:>18}" for cell in cells) for label, cells in by_device(estimate))
     return "\n".join(lines)
+
+
+def by_device(estimate: Estimate) -> list[tuple[str, list[str]]]:
+    """Label, and a text for each of several GPUs: its number, its layers, and its bytes part by part."""
+    parts = list(estimate.devices.values())
+    shapes = [part.architecture for part in parts if part.architecture]
+    spans = [f"{one.first_layer}-{one.first_layer + one.num_hidden_layers - 1}" for one in shapes]
+    table = [("GPU", [str(device) for device in estimate.devices]), ("layers", spans)]
+    return table + [(label, [f"{getattr(part, name):,}" for part in parts]) for name, label in _LABELS.items()]
 
 
 def html(estimate: Estimate) -> str:
@@ -67,6 +78,9 @@ def html(estimate: Estimate) -> str:
         cells = (f"{size:,}", f"{size / 10**9:.2f}", f"{size / 2**30:.2f}", percent)
         numbers = "".join(f'<td style="text-align:right">{cell}</td>' for cell in cells)
         body.append(f'<tr><th style="text-align:left">{label}</th>{numbers}</tr>')
+    for label, texts in by_device(estimate) if estimate.devices else ():
+        each = "".join(f'<td style="text-align:right">{cell}</td>' for cell in texts)
+        body.append(f'<tr><th style="text-align:left">{label}</th>{each}</tr>')
     caption = f"<caption>{escape(headline(estimate))}</caption>"
     return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
 

@@ -35,6 +35,10 @@ def replay_generation(
 ) -> None:
     """Run a process's first `generate` (or, for `logits="all"`, one plain forward) through `allocator`, in place.
 
+    For one device's part of a model, what crosses to it is taken too: accelerate's hooks bring a step's hidden states
+    before the part's first layer, and for every layer anew what the model hands to all of them (mask, cosines and
+    sines, position ids), which goes with the layer. The logits go back to the first device, where `generate` is.
+
     cuBLAS's workspace is taken on the way and stays; everything else is given back.
     Of the decode steps the first three and the last two are run: between them nothing changes but a length.
     """
@@ -61,12 +65,12 @@ class _Generation:
 
     def run(self) -> None:
         prompt = self.batch * self.workload.prompt_len * _INT64
-        inputs = [self.take(prompt), self.take(prompt)]
+        inputs = self.of_generate(prompt, prompt)
         if self.workload.logits == "all":
-            self.give(self.step(self.workload.prompt_len, 0), *inputs)
+            self.give(*self.step(self.workload.prompt_len, 0), *inputs)
             return
-        positions = [self.take(prompt), self.take(prompt)]
-        flags = [self.take(self.batch * _INT64) for _ in range(3)]
+        positions = self.of_generate(prompt, prompt)
+        flags = self.of_generate(*[self.batch * _INT64] * 3)
         logits = self.prefill()
         ids: list[int] = []
         length = self.workload.prompt_len
@@ -80,53 +84,78 @@ class _Generation:
             ids = self.sample(logits, ids, length)
         self.give(*ids, *flags, *positions, *inputs, *(block for layer in self.cache for block in layer))
 
-    def prefill(self) -> int:
+    def of_generate(self, *sizes: int) -> list[int]:
+        """Tensors of `generate`'s own, which are where the model starts."""
+        return [self.take(size) for size in sizes] if self.architecture.starts else []
+
+    def prefill(self) -> list[int]:
         """All chunks; where neither cache nor mask grows, the first three and the last two, which are all alike."""
         prompt = self.workload.prompt_len
         chunk = self.profile.prefill_chunk_size or prompt
         starts = list(range(0, prompt, chunk))
         if self.profile.cache != "dynamic" and not self.masked(2, chunk) and len(starts) > 5:
             starts = starts[:3] + starts[-2:]
-        logits = None
+        logits: list[int] = []
         for start in starts:
             following = self.step(min(chunk, prompt - start), start)
-            if logits is not None:
-                self.give(logits)
+            self.give(*logits)
             logits = following
-        assert logits is not None
         return logits
 
-    def sample(self, logits: int, ids: list[int], length: int) -> list[int]:
+    def sample(self, logits: list[int], ids: list[int], length: int) -> list[int]:
+        if not self.architecture.starts:
+            return []
         scores = self.take(self.batch * self.architecture.vocab_size * _FP32)
-        self.give(logits)
+        self.give(*logits)
         token = self.take(self.batch * _INT64)
         longer = self.take(self.batch * (length + 1) * _INT64)
         self.give(*ids, scores, token)
         return [longer]
 
-    def step(self, queries: int, past: int) -> int:
-        """One forward; returns the logits' block."""
+    def step(self, queries: int, past: int) -> list[int]:
+        """One forward; returns the logits' block where `generate` reads it."""
         take, give = self.take, self.give
         rows = self.batch * queries
         hidden_size = rows * self.architecture.hidden_size * self.element
-        embeddings = take(hidden_size)
-        give(take(self.batch * (past + queries)), take(1))  # the padding mask as booleans, and whether it is all true
-        mask = self.mask(queries, past)
-        cosines = self.rotary_tables(rows)
-        hidden = embeddings
+        hidden = take(hidden_size)  # the embeddings, or what comes from the device before
+        kept = [hidden, *self.shared(rows, queries, past)] if self.architecture.starts else []
         for layer in range(self.architecture.num_hidden_layers):
+            copies = [] if self.architecture.starts else self.copies(rows, queries, past)
             following = self.layer(layer, hidden_size, queries, past)
-            if hidden != embeddings:
+            give(*copies)
+            if hidden not in kept:
                 give(hidden)
             hidden = following
-        normed = self.norm(rows, self.architecture.hidden_size)
-        if hidden != embeddings:
-            give(hidden)
-        give(embeddings, *cosines, *mask)
-        every = rows if self.workload.logits == "all" else self.batch
-        logits = self.product(self.architecture.head, every)
-        give(normed)
-        return logits
+        normed = [self.norm(rows, self.architecture.hidden_size)] if self.architecture.ends else []
+        give(hidden, *kept)
+        return self.logits(rows if self.workload.logits == "all" else self.batch, normed)
+
+    def shared(self, rows: int, queries: int, past: int) -> list[int]:
+        """What the model makes once for all layers: cosines and sines, and the mask."""
+        # The padding mask as booleans, and whether it is all true.
+        self.give(self.take(self.batch * (past + queries)), self.take(1))
+        mask = self.mask(queries, past)
+        return [*self.rotary_tables(rows), *mask]
+
+    def copies(self, rows: int, queries: int, past: int) -> list[int]:
+        """The same, brought over for one layer of a later device; position ids come along."""
+        mask = rows * self.seen(queries, past) * (self.element if self.profile.attention == "eager" else 1)
+        tables = rows * self.architecture.head_dim * self.element
+        sizes = [*([mask] if self.masked(queries, past) else []), tables, tables, rows * _INT64]
+        return [self.take(size) for size in sizes]
+
+    def logits(self, rows: int, normed: list[int]) -> list[int]:
+        """The head's product, or its copy for `generate`; a shared head gets the last rows from the last device."""
+        if not self.architecture.has_head:
+            self.give(*normed)
+            return self.of_generate(rows * self.architecture.vocab_size * self.element)
+        normed = normed or [self.take(rows * self.architecture.hidden_size * self.element)]
+        logits = self.product(self.architecture.head, rows)
+        self.give(*normed)
+        if self.architecture.starts:
+            return [logits]
+        self.give(logits)
+        return []
 
     def masked(self, queries: int, past: int) -> bool:
         """Whether attention gets an explicit mask; the rules are `activations`'."""
@@ -159,10 +188,7 @@ class _Generation:
         wide = rows * self.architecture.head_dim
         positions = take(rows * _FP32)
         angles = take(wide // 2 * _FP32)
-        if not self.warm:  # the rotary angles are a fresh process's first matrix product
-            self.warm = True
-            for size in CUBLAS_WORKSPACE:
-                take(size)
+        self.warm_up()  # the rotary angles are a fresh process's first matrix product
         give(positions)
         both = take(wide * _FP32)
         scaled = []
@@ -173,6 +199,13 @@ class _Generation:
         tables = [take(wide * self.element), take(wide * self.element)]
         give(angles, both, *scaled)
         return tables
+
+    def warm_up(self) -> None:
+        """The first matrix product on a device takes workspaces that stay."""
+        if not self.warm:
+            self.warm = True
+            for size in CUBLAS_WORKSPACE:
+                self.take(size)
 
     def layer(self, layer: int, hidden_size: int, queries: int, past: int) -> int:
         take, give = self.take, self.give
@@ -352,6 +385,7 @@ class _Generation:
 
     def product(self, weight: Weight, rows: int) -> int:
         """A matrix product in the weight's format, and an adapter's update on top; returns the result."""
+        self.warm_up()
         result = self.base_product(weight, rows)
         if weight.module not in self.architecture.adapted:
             return result

@@ -42,7 +42,7 @@ def replay_load(architecture: Architecture, profile: Profile, limit: int | None 
     load = _load_weight if architecture.stored_format is None else _load_stored
     for weight in weights:
         load(allocator, weight, profile)
-    for _ in range(2):  # the rotary embedding's float32 buffers
+    for _ in range(2 if architecture.starts else 0):  # the rotary embedding's float32 buffers
         allocator.take(architecture.head_dim // 2 * _FP32)
     if profile.streamed_layers:
         _load_streamed(allocator, architecture, profile)
@@ -84,14 +84,16 @@ def _load_by_tiles(allocator: CachingAllocator, weight: Weight, profile: Profile
 
 def _load_order(architecture: Architecture, profile: Profile) -> list[Weight]:
     """What goes to the device to stay, sorted by name as `transformers` does: head, embedding, layers, last norm."""
-    outer = {weight.role: weight for weight in architecture.outer}
+    outer = {weight.role: [weight] for weight in architecture.outer}
     block = sorted(architecture.block, key=lambda weight: weight.name.split("."))
     layers = architecture.num_hidden_layers - min(profile.streamed_layers, architecture.num_hidden_layers)
-    head = [outer["head"]] if "head" in outer and not head_by_tiles(profile) else []
-    if architecture.tie_word_embeddings and profile.head_format != profile.dtype:
+    head = outer.get("head", [])
+    if architecture.has_head and architecture.tie_word_embeddings and profile.head_format != profile.dtype:
         head = [architecture.head]
-    table = [] if table_on_host(architecture, profile) else [outer["embedding"]]
-    return [*head, *table, *(block * layers), outer["norm"], *architecture.adapter_weights]
+    if head_by_tiles(profile):
+        head = []  # it comes afterwards
+    table = [] if table_on_host(architecture, profile) else outer.get("embedding", [])
+    return [*head, *table, *(block * layers), *outer.get("norm", []), *architecture.adapter_weights]
 
 
 def _announced_bytes(weight: Weight, profile: Profile) -> float:

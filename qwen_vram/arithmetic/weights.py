@@ -52,7 +52,7 @@ def stored_weights(architecture: Architecture, profile: Profile) -> Iterator[Sto
         yield StoredWeight(weight, name, nbytes)
     for weight in architecture.adapter_weights:
         yield StoredWeight(weight, profile.dtype, weight.numel * profile.element_bytes)
-    if _head_is_a_copy(architecture, profile):
+    if architecture.has_head and _head_is_a_copy(architecture, profile):
         yield StoredWeight(architecture.head, profile.head_format, head_bytes(architecture, profile))
 
 
@@ -100,7 +100,7 @@ def weight_bytes(architecture: Architecture, profile: Profile) -> WeightBytes:
             host += storage.nbytes(weight.shape)
         else:
             device += storage.nbytes(weight.shape)
-    if _head_is_a_copy(architecture, profile):
+    if architecture.has_head and _head_is_a_copy(architecture, profile):
         device += head_bytes(architecture, profile)
     return WeightBytes(device + _adapter_bytes(architecture, profile), host)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
-from qwen_vram.errors import NotSupportedError, UnitError
+from qwen_vram.errors import UnitError
 from qwen_vram.planning.devices import available_ram, visible_gpus
-from qwen_vram.units import parse_bytes
+from qwen_vram.units import format_bytes, format_gib, parse_bytes
 
 VramLike = str | int | Mapping[int, str | int] | None
 
@@ -17,44 +18,88 @@ FREE_RESERVE = 256 * 2**20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """What may be used: `vram` bytes of one GPU as nvidia-smi counts them (`None`: no GPU), `ram` bytes of the host."""
+    """What may be used: `vram` bytes of GPUs as nvidia-smi counts them (`None`: no GPU), `ram` bytes of the host.
+
+    Attributes:
+        devices: What each GPU offers by its number, where the caller named them; `vram` is their sum.
+        reserve: What was taken off each GPU, or the host where there is none, to be kept free.
+    """
 
     vram: int | None
     ram: int
+    devices: Mapping[int, int] = field(default_factory=dict, hash=False)
+    reserve: int = 0
 
     @classmethod
-    def of(cls, vram: VramLike = None, ram: str | int | None = None) -> Budget:
+    def of(cls, vram: VramLike = None, ram: str | int | None = None, reserve: str | int | None = None) -> Budget:
         """A budget from what a caller wrote; `None` asks the machine what is free now.
 
         Args:
-            vram: `"8GiB"`, an `int` of bytes, or a dict of one device (`{0: "8GiB"}`). `None`: what the first visible
-                GPU has free, plus what this process holds already, less 256 MiB. No GPU where there is none, and
+            vram: `"8GiB"`, an `int` of bytes, or a dict by device number (`{0: "20GiB", 1: "20GiB"}`). `None`: what
+                the first visible GPU has free, plus what this process holds already. No GPU where there is none, and
                 none for `{}`.
             ram: Likewise for the host; `None` is what is available now.
+            reserve: Kept free of each GPU, or of the host where there is no GPU: a size, or 0. `None` is 256 MiB where
+                `vram` is read from the machine, and 0 otherwise.
 
         Raises:
             UnitError: a size without a unit, or a dict that is not keyed by device numbers.
-            NotSupportedError: a dict of several devices.
         """
-        return cls(
-            vram=_free_vram() if vram is None else _one_device(vram) if vram != {} else None,
-            ram=available_ram() if ram is None else parse_bytes(ram, name="ram"),
-        )
+        devices = by_device(vram)
+        size = sum(devices.values()) if devices else _free_vram() if vram is None else None
+        if isinstance(vram, str | int):
+            size = parse_bytes(vram, name="vram")
+        host = available_ram() if ram is None else parse_bytes(ram, name="ram")
+        kept = _reserve(reserve, FREE_RESERVE if vram is None and size is not None else 0)
+        if size is None:
+            return cls(vram=None, ram=max(0, host - kept), reserve=kept)
+        devices = {device: max(0, offered - kept) for device, offered in devices.items()}
+        left = sum(devices.values()) if devices else max(0, size - kept)
+        return cls(vram=left, ram=host, devices=devices, reserve=kept)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Budget:
+        """What `dataclasses.asdict` gave, also by way of JSON, which makes texts of numbers.
+
+        Raises:
+            TypeError, ValueError: a part is missing or of another form.
+        """
+        devices = {int(device): size for device, size in data.get("devices", {}).items()}
+        return cls(**{**data, "devices": devices})
+
+    @property
+    def given(self) -> VramLike:
+        """What to pass as `vram` for this budget again."""
+        return {} if self.vram is None else dict(self.devices) or self.vram
+
+    def __str__(self) -> str:
+        """In words, such as `8.00 GiB of the GPU`."""
+        kept = f" ({format_bytes(self.reserve)} more kept free)" if self.reserve else ""
+        if self.vram is None:
+            return f"{format_gib(self.ram)} of the host{kept}"
+        each = " and ".join(f"{format_gib(size)} of GPU {device}" for device, size in self.devices.items())
+        return (each or f"{format_gib(self.vram)} of the GPU") + kept
 
 
-def _one_device(vram: str | int | Mapping[int, str | int]) -> int:
+def by_device(vram: VramLike) -> dict[int, int]:
+    """Bytes by device number where `vram` is a dict, in the order of the numbers; empty where it is not.
+
+    Raises:
+        UnitError: another key than a device number, or a size without a unit.
+    """
     if not isinstance(vram, Mapping):
-        return parse_bytes(vram, name="vram")
-    if not all(isinstance(device, int) for device in vram):
+        return {}
+    if not all(type(device) is int and device >= 0 for device in vram):
         raise UnitError(f"vram maps device numbers to sizes, got {dict(vram)!r}; write {{0: '8GiB'}}", got=vram)
-    if len(vram) > 1:
-        raise NotSupportedError(
-            f"vram for {len(vram)} devices: a plan uses one GPU; pass one size", knob="vram", value=dict(vram)
-        )
-    device, size = next(iter(vram.items()))
-    return parse_bytes(size, name=f"vram[{device}]")
+    return {device: parse_bytes(vram[device], name=f"vram[{device}]") for device in sorted(vram)}
+
+
+def _reserve(reserve: str | int | None, default: int) -> int:
+    if reserve is None:
+        return default
+    return 0 if type(reserve) is int and reserve == 0 else parse_bytes(reserve, name="reserve")
 
 
 def _free_vram() -> int | None:
     gpus = visible_gpus()
-    return max(0, gpus[0].free + gpus[0].used_here - FREE_RESERVE) if gpus else None
+    return gpus[0].free + gpus[0].used_here if gpus else None

@@ -2,35 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from qwen_vram.arithmetic.architecture import Architecture
-from qwen_vram.arithmetic.estimate import estimate
+from qwen_vram.arithmetic.estimate import Estimate
 from qwen_vram.arithmetic.model import ModelLike, resolve_model, stored_knobs
 from qwen_vram.arithmetic.profile import Profile, resolve_profile
+from qwen_vram.arithmetic.split import split_of
 from qwen_vram.arithmetic.weights import table_on_host
 from qwen_vram.arithmetic.workload import Workload
 from qwen_vram.errors import DoesNotFitError, WorkloadError
 from qwen_vram.planning.budget import Budget, VramLike
-from qwen_vram.units import format_gib
+from qwen_vram.planning.fit import fits
+from qwen_vram.planning.refusal import shortage
+from qwen_vram.planning.search import Search
 
 Where = int | Literal["cpu"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """Where each part of a model lives: on the device, or on the host.
+    """Where each part of a model lives: on a device, or on the host.
 
     Attributes:
         embeddings: The token table.
         layers: One entry for each decoder layer.
-        rest: Last norm, rotary tables and head.
+        rotary: The rotary tables.
+        norm: The last norm.
+        head: The head.
     """
 
     embeddings: Where
     layers: tuple[Where, ...]
-    rest: Where
+    rotary: Where
+    norm: Where
+    head: Where
 
     @property
     def device_map(self) -> dict[str, Where]:
@@ -39,9 +47,9 @@ class Placement:
         return {
             "model.embed_tokens": self.embeddings,
             **layers,
-            "model.norm": self.rest,
-            "model.rotary_emb": self.rest,
-            "lm_head": self.rest,
+            "model.norm": self.norm,
+            "model.rotary_emb": self.rotary,
+            "lm_head": self.head,
         }
 
 
@@ -59,7 +67,31 @@ def place(architecture: Architecture, profile: Profile, *, device: Where = 0) ->
     on_host = spread(profile.streamed_layers, architecture.num_hidden_layers) if profile.streamed_layers else ()
     layers = tuple("cpu" if index in on_host else device for index in range(architecture.num_hidden_layers))
     table: Where = "cpu" if table_on_host(architecture, profile) else device
-    return Placement(embeddings=table, layers=layers, rest=device)
+    return Placement(embeddings=table, layers=layers, rotary=device, norm=device, head=device)
+
+
+def place_split(architecture: Architecture, profile: Profile, counts: Mapping[int, int]) -> Placement:
+    """Where each module goes with `counts` layers on each of several GPUs, in order.
+
+    A token's way begins on the first and ends on the last; a head that is the token table is where that is.
+    """
+    first, *_, last = counts
+    return Placement(
+        embeddings="cpu" if table_on_host(architecture, profile) else first,
+        layers=tuple(device for device, count in counts.items() for _ in range(count)),
+        rotary=first,
+        norm=last,
+        head=first if architecture.tie_word_embeddings else last,
+    )
+
+
+def place_on(budget: Budget, result: Estimate) -> Placement:
+    """Where the modules of an estimate go: on its budget's devices, or all on the host where there is no GPU."""
+    assert result.architecture is not None
+    if result.devices:
+        return place_split(result.architecture, result.profile, split_of(result))
+    device: Where = "cpu" if budget.vram is None else next(iter(budget.devices), 0)
+    return place(result.architecture, result.profile, device=device)
 
 
 def offload_map(
@@ -67,6 +99,7 @@ def offload_map(
     *,
     vram: VramLike = None,
     ram: str | int | None = None,
+    reserve: str | int | None = None,
     layers_on_cpu: int | None = None,
     profile: str | Profile = "default",
     prompt_len: int = 512,
@@ -81,13 +114,16 @@ def offload_map(
 
     Args:
         model: As for `estimate_vram`.
-        vram: The most that nvidia-smi may show; `None` is what is free now.
+        vram: The most that nvidia-smi may show; `None` is what is free now. Over several GPUs (a dict by number) every
+            layer stays on one of them.
+        reserve: As for `plan`.
         layers_on_cpu: This many layers go to the host whatever fits, and the table stays: the article's third row is
             `layers_on_cpu=3`. The budget is then checked where `vram` is given.
         profile: The profile whose weights, cache and attention are counted.
 
     Raises:
         DoesNotFitError: not even all layers on the host fit the budget.
+        NotSupportedError: layers on the host and several GPUs.
         WorkloadError: a length out of range, or more layers than there are.
         UnknownNameError, UnitError, ConfigError: as for `estimate_vram`.
 
@@ -108,24 +144,28 @@ def offload_map(
                 got=layers_on_cpu,
             )
         tried = [chosen.replace(streamed_layers=layers_on_cpu)]
-        if vram is None:
+        if vram is None and reserve is None:
             return place(architecture, tried[0]).device_map
     else:
         on_host = chosen.replace(embeddings="host")
         tried = [chosen, on_host, *(on_host.replace(streamed_layers=count) for count in range(1, layers + 1))]
-    budget = Budget.of(vram, ram)
+    budget = Budget.of(vram, ram, reserve)
     if budget.vram is None:
         return place(architecture, chosen, device="cpu").device_map
+    search = Search(label, architecture, workload, budget, chosen, {})
+    if search.several and layers_on_cpu is None:
+        tried = tried[:2]
     for candidate in tried:
-        result = estimate(label, architecture, candidate, workload)
-        if result.needed_bytes <= budget.vram and result.host <= budget.ram:
-            return place(architecture, candidate).device_map
+        result = search.estimate(candidate, workload)
+        if fits(result, budget):
+            return place_on(budget, result).device_map
+    short = shortage(result, budget)
     raise DoesNotFitError(
-        f"{label} needs {format_gib(result.needed_bytes)} on the device and {format_gib(result.host)} on the host with "
-        f"{tried[-1].streamed_layers} of {layers} layers there; {format_gib(budget.vram)} and "
-        f"{format_gib(budget.ram)} are allowed; use weights='nf4', a prefill_chunk_size, or a shorter context",
-        needed_bytes=result.needed_bytes,
-        budget_bytes=budget.vram,
+        f"{label} with {result.profile.streamed_layers} of {layers} layers on the host needs {short.needs}; "
+        f"{short.allowed} are allowed; use weights='nf4', a prefill_chunk_size, or a shorter context",
+        needed_bytes=short.needed_bytes,
+        budget_bytes=short.budget_bytes,
         estimate=result,
         nearest=None,
+        devices=short.devices,
     )

@@ -11,10 +11,11 @@ from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.estimate import Estimate, estimate
 from qwen_vram.arithmetic.model import ModelLike, resolve_model
 from qwen_vram.arithmetic.profile import KNOBS, PROFILES, Profile
+from qwen_vram.arithmetic.split import split_estimate, split_of
 from qwen_vram.arithmetic.workload import Workload
-from qwen_vram.errors import ConfigError, UnknownNameError
+from qwen_vram.errors import ConfigError, QwenVramError, UnknownNameError
 from qwen_vram.planning.budget import Budget, VramLike
-from qwen_vram.planning.placement import Placement, Where, place
+from qwen_vram.planning.placement import Placement, Where, place_on
 from qwen_vram.planning.search import Prefer, Search, Step
 from qwen_vram.units import format_bytes, format_gib
 
@@ -55,20 +56,18 @@ class Plan:
     @property
     def on_cpu(self) -> bool:
         """Whether everything runs on the host, because there is no GPU or the caller chose so."""
-        return self.placement.rest == "cpu"
+        return self.placement.norm == "cpu"
 
     @property
     def room(self) -> str:
         """The budget in words, such as `8.00 GiB of the GPU`."""
-        if self.budget.vram is None or self.on_cpu:
-            return f"{format_gib(self.budget.ram)} of the host"
-        return f"{format_gib(self.budget.vram)} of the GPU"
+        return str(self.budget)
 
     @property
     def call(self) -> str:
         """The `load` call that builds this plan without a search."""
         model = "config" if self.model is None else repr(self.model)
-        where = ", device='cpu'" if self.budget.vram is None else f", vram={self.budget.vram}"
+        where = ", device='cpu'" if self.budget.vram is None else f", vram={self.budget.given}"
         plain, work = PROFILES["default"], self.workload
         chosen = {knob: getattr(self.profile, knob) for knob in KNOBS}
         knobs = "".join(f", {knob}={value!r}" for knob, value in chosen.items() if value != getattr(plain, knob))
@@ -87,6 +86,7 @@ class Plan:
             "profile": asdict(self.profile),
             "estimate": self.estimate.to_dict(),
             "budget": asdict(self.budget),
+            "split": split_of(self.estimate),
             "device_map": self.device_map,
             "steps": [step._asdict() for step in self.steps],
             "architecture": self.estimate.architecture.to_dict(),
@@ -97,23 +97,34 @@ class Plan:
         """The plan of what `to_dict` gave, also from JSON; its estimate is made anew, by this version and machine.
 
         Raises:
-            ConfigError: a part is missing or of another form.
+            ConfigError: a part is missing or of another form, or the split is not the model's.
             UnknownNameError, WorkloadError: a knob or a length out of range.
         """
         try:
             architecture = Architecture.from_dict(data["architecture"])
             profile = Profile(**data["profile"])
             workload = Workload(**data["estimate"]["workload"])
-            budget = Budget(**data["budget"])
+            budget = Budget.from_dict(data["budget"])
+            split = {int(device): count for device, count in data.get("split", {}).items()}
             steps = tuple(Step(**step) for step in data["steps"])
             label, model = data["model"], data["source"]
-        except (KeyError, TypeError, AttributeError) as error:
+        except QwenVramError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ConfigError(
                 f"this is no plan ({type(error).__name__}: {error}); pass what Plan.to_dict() gave, or "
                 "qwen-vram plan --json"
             ) from error
-        result = estimate(label, architecture, profile, workload)
-        return _plan(result, budget, steps, model)
+        if not split and len(budget.devices) < 2:
+            return _plan(estimate(label, architecture, profile, workload), budget, steps, model)
+        layers = architecture.num_hidden_layers
+        counted = all(type(count) is int and count > 0 for count in split.values())
+        if not counted or sum(split.values()) != layers or split.keys() != budget.devices.keys():
+            raise ConfigError(
+                f"this is no plan (split {split} of {layers} layers over the GPUs {list(budget.devices)}); pass what "
+                "Plan.to_dict() gave, or qwen-vram plan --json"
+            )
+        return _plan(split_estimate(label, architecture, profile, workload, split), budget, steps, model)
 
     def __str__(self) -> str:
         """The steps of the search, the table of the estimate, and the equivalent `load` call."""
@@ -132,6 +143,7 @@ def plan(
     profile: str | Profile = "auto",
     vram: VramLike = None,
     ram: str | int | None = None,
+    reserve: str | int | None = None,
     prefer: Prefer = "quality",
     prompt_len: int = 512,
     max_new_tokens: int = 512,
@@ -149,15 +161,19 @@ def plan(
     Args:
         model: As for `estimate_vram`.
         profile: `"auto"`, a name from `PROFILES`, or a `Profile`.
-        vram: The most that nvidia-smi may show for the process: `"8GiB"`, an `int` of bytes, `{0: "8GiB"}`, or `None`
-            for what is free now; without a GPU the plan is for the host.
+        vram: The most that nvidia-smi may show for the process: `"8GiB"`, an `int` of bytes, a dict by GPU number, or
+            `None` for what is free now; without a GPU the plan is for the host. A dict of several GPUs
+            (`{0: "20GiB", 1: "20GiB"}`) splits the layers over all of them.
         ram: Likewise for the host.
+        reserve: Kept free of each GPU, or of the host where there is no GPU: a size, or 0. `None` is 256 MiB where
+            `vram` is read from the machine, and 0 where it is given.
         prefer: `"quality"` takes the first profile that fits, `"memory"` the smallest one, `"speed"` the one that
             moves the fewest bytes for a token among those that fit.
         adapter: Folder or hub id of a LoRA adapter that runs beside the base.
 
     Raises:
         DoesNotFitError: nothing fits; the exception carries the bytes, the estimate and the nearest workload.
+        NotSupportedError: a knob that works on one GPU alone, and several GPUs.
         UnknownNameError, WorkloadError, ConfigError, UnitError, HubError: as for `estimate_vram`.
     """
     label, architecture = resolve_model(model, adapter)
@@ -165,13 +181,10 @@ def plan(
     if prefer not in ("quality", "speed", "memory"):
         raise UnknownNameError("prefer", prefer, ("quality", "speed", "memory"))
     workload.check(architecture)
-    budget = Budget.of(vram, ram)
+    budget = Budget.of(vram, ram, reserve)
     found = Search(label, architecture, workload, budget, profile, knobs).run(prefer)
     return _plan(found.estimate, budget, found.steps, str(model) if isinstance(model, str | Path) else None)
 
 
 def _plan(result: Estimate, budget: Budget, steps: tuple[Step, ...], model: str | None) -> Plan:
-    assert result.architecture is not None
-    device: Where = "cpu" if budget.vram is None else 0
-    placement = place(result.architecture, result.profile, device=device)
-    return Plan(estimate=result, budget=budget, placement=placement, steps=steps, model=model)
+    return Plan(estimate=result, budget=budget, placement=place_on(budget, result), steps=steps, model=model)

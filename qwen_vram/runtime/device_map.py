@@ -1,6 +1,7 @@
-"""Where `transformers` is told to put modules, and the model without what it adds for a second device.
+"""Where `transformers` is told to put modules, and the model with hooks between GPUs alone.
 
-accelerate's hooks would copy a whole token table and every offloaded parameter, one by one, whenever a module runs.
+Those that it adds for a second device would copy a whole token table and every offloaded parameter, one by one,
+whenever a module runs.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ def device_map(chosen: Plan, device: torch.device) -> dict[str, int | str | torc
     """Everything on `device`, but for a token table on the host, and what is left on "meta" to be built afterwards.
 
     That is streamed layers, and beside them a quantized head: `transformers` would bring it to the device whole first.
+    Over several GPUs it is the plan's own, where no layer streams.
     """
+    if chosen.estimate.devices:
+        return dict(chosen.device_map)
     on_host = chosen.placement.embeddings == "cpu" and device.type != "cpu"
     streamed = streamed_layers(chosen)
     if not on_host and not streamed:
@@ -63,9 +67,22 @@ def undispatched(backend: Backend, request: Request) -> Any:
         model: Any = backend.load(request)
     remove_hook_from_submodules(model)
     for module in model.modules():
-        module.__dict__.pop("forward", None)  # the hook leaves its class's own method there, which shadows any other
+        # accelerate leaves the bound method behind, which would hide the forward of a class that takes its place.
+        if getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward:
+            del module.forward
     del model.hf_device_map
     return model
+
+
+def connect(model: Any, chosen: Plan, first: torch.device) -> None:
+    """Put accelerate's hooks between GPUs: every layer gets its tensors, and `generate` the logits on the first.
+
+    It is done last: a hook keeps the forward that it finds.
+    """
+    from accelerate import dispatch_model
+
+    where = {name: first.index if place == "cpu" else place for name, place in chosen.device_map.items()}
+    dispatch_model(model, where, main_device=first.index, skip_keys=model._skip_keys_device_placement)
 
 
 @contextmanager

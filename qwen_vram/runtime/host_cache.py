@@ -7,6 +7,7 @@ block, which crosses the link in one copy. A view in the usual order would cross
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -25,12 +26,18 @@ class HostCache(Cache):  # type: ignore[misc]
 
     Memory is taken at the first token: on the device exactly what `arithmetic.kv_cache` predicts. The host's is pinned
     where it can be; torch rounds a pinned block, a layer, up to a power of two.
+
+    Args:
+        split: Layers of each GPU in order, where a model is on several: each has slots of its own.
     """
 
-    def __init__(self, num_hidden_layers: int, *, max_length: int) -> None:
-        slots = _Slots()
-        slots.layers.extend(HostLayer(max_length, slots) for _ in range(num_hidden_layers))
-        super().__init__(layers=slots.layers)
+    def __init__(self, num_hidden_layers: int, *, max_length: int, split: Sequence[int] = ()) -> None:
+        layers: list[HostLayer] = []
+        for count in split or (num_hidden_layers,):
+            slots = _Slots()
+            slots.layers.extend(HostLayer(max_length, slots) for _ in range(count))
+            layers.extend(slots.layers)
+        super().__init__(layers=layers)
 
 
 class HostLayer(PreallocatedLayer):
@@ -135,7 +142,8 @@ class _Slots:
             self._after_compute()
             slot = self._fetch(layer)
         if slot.filled is not None:
-            slot.filled.wait()
+            # The stream of the layer's own device, which need not be the current one.
+            slot.filled.wait(torch.cuda.current_stream(slot.rows.device))
         self.newest = slot
         return slot
 

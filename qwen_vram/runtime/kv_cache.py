@@ -91,8 +91,8 @@ class PreallocatedLayer(CacheLayerMixin):  # type: ignore[misc]
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences at `indices`."""
         if self.is_initialized:
-            self.keys = self.keys[indices]
-            self.values = self.values[indices]
+            self.keys = self.keys[indices.to(self.device)]
+            self.values = self.values[indices.to(self.device)]
 
 
 class PreallocatedCache(Cache):  # type: ignore[misc]
@@ -110,12 +110,13 @@ class PreallocatedCache(Cache):  # type: ignore[misc]
         super().__init__(layers=layers)
 
 
-def cache_bytes(cache: Cache) -> int:
-    """Bytes on the device of the tensors that a cache holds."""
+def cache_bytes(cache: Cache, device: torch.device | None = None) -> int:
+    """Bytes of the tensors that a cache holds on devices, or on `device` alone where one is given."""
     tensors = [
         tensor
         for layer in cache.layers
         for tensor in (layer.tensors() if hasattr(layer, "tensors") else (layer.keys, layer.values))
     ]
     # Layers on the host share their slots.
-    return sum({id(tensor): tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor)}.values())
+    held = {id(tensor): tensor for tensor in tensors if isinstance(tensor, torch.Tensor)}
+    return sum(tensor.nbytes for tensor in held.values() if device is None or tensor.device == device)

@@ -22,10 +22,12 @@ from transformers import (
     TextIteratorStreamer,
 )
 
-from qwen_vram.arithmetic.estimate import Estimate, estimate
+from qwen_vram.arithmetic.estimate import Estimate
+from qwen_vram.arithmetic.split import at_workload, split_of
 from qwen_vram.arithmetic.workload import Workload
 from qwen_vram.errors import QwenVramError, WorkloadError
-from qwen_vram.planning.planner import Plan, plan
+from qwen_vram.planning.planner import Plan
+from qwen_vram.planning.search import Search
 from qwen_vram.runtime.host_cache import HostCache
 from qwen_vram.runtime.kv_cache import PreallocatedCache, cache_bytes
 from qwen_vram.runtime.measure import PeakMeter, Report
@@ -46,6 +48,8 @@ class LoadedModel:
         model: The `transformers` model.
         tokenizer: Its tokenizer.
         plan: What was promised.
+        device: Where inputs go: the first of `devices`.
+        devices: Where its layers are, in order.
     """
 
     def __init__(
@@ -54,20 +58,20 @@ class LoadedModel:
         model: torch.nn.Module,
         tokenizer: PreTrainedTokenizerBase,
         plan: Plan,
-        device: torch.device,
-        measured: dict[str, int],
+        measured: Mapping[torch.device, dict[str, int]],
         folder: Path,
         streamer: Streamer | None = None,
     ) -> None:
         self._model: PreTrainedModel | None = cast("PreTrainedModel", model)
         self.tokenizer = tokenizer
         self.plan = plan
-        self.device = device
+        self.devices = tuple(measured)
+        self.device = self.devices[0]
         self._loaded = measured
         self._folder = folder
         self._streamer = streamer
         self._last: Workload | None = None
-        self._run: dict[str, int] = {}
+        self._run: dict[torch.device, dict[str, int]] = {device: {} for device in self.devices}
         if plan.profile.prefill_chunk_size is not None:
             self.model.generation_config.prefill_chunk_size = plan.profile.prefill_chunk_size
         if tokenizer.pad_token_id is None:
@@ -97,7 +101,7 @@ class LoadedModel:
         self.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self._model is None else f"on {self.device}"
+        state = "closed" if self._model is None else f"on {', '.join(map(str, self.devices))}"
         return f"<LoadedModel {self.plan.estimate.model}, {self.plan.profile.weights} weights, {state}>"
 
     def close(self) -> None:
@@ -188,12 +192,13 @@ class LoadedModel:
         """A preallocated cache of `max_length` tokens, where the plan has it, for `generate(past_key_values=...)`."""
         layers, profile = self.model.config.num_hidden_layers, self.plan.profile
         if profile.kv_device == "host":
-            return HostCache(layers, max_length=max_length)
+            return HostCache(layers, max_length=max_length, split=tuple(split_of(self.plan.estimate).values()))
         return PreallocatedCache(layers, max_length=max_length, kv_cache=profile.kv_cache)
 
     def report(self) -> Report:
         """Predicted beside measured, part by part: the load, and the last generation where there was one."""
-        return Report(estimate=self._prediction(), measured={**self._loaded, **self._run})
+        measured = {device: {**self._loaded[device], **self._run[device]} for device in self.devices}
+        return Report.of(self._prediction(), measured)
 
     def save_quantized(
         self,
@@ -262,7 +267,7 @@ class LoadedModel:
         known = self.plan.estimate
         if self._last is None or known.architecture is None:
             return known
-        return estimate(known.model, known.architecture, known.profile, self._last)
+        return at_workload(known, self._last)
 
     def _conversation(self, message: str | Sequence[Message], system: str | None) -> dict[str, torch.Tensor]:
         messages = [{"role": "user", "content": message}] if isinstance(message, str) else [dict(m) for m in message]
@@ -299,12 +304,13 @@ class LoadedModel:
             padded=not bool(inputs["attention_mask"].all()),
         )
         self._check_room(workload)
-        meter = PeakMeter(self.device)
-        meter.start()
+        meters = [PeakMeter(device) for device in self.devices]
+        for meter in meters:
+            meter.start()
         on_device = {name: tensor.to(self.device) for name, tensor in inputs.items()}
         settings = {"max_new_tokens": new, **self._cache_settings(workload), **options}
         output = model.generate(**on_device, **{**settings, "return_dict_in_generate": True})
-        self._note(workload, output, meter)
+        self._note(workload, output, meters)
         return cast("torch.Tensor", output.sequences)
 
     def _cache_settings(self, workload: Workload) -> dict[str, Any]:
@@ -326,32 +332,26 @@ class LoadedModel:
         if workload.context_len <= planned.context_len and workload.prompt_len <= planned.prompt_len:
             if workload.batch_size <= planned.batch_size:
                 return
-        plan(
-            known.architecture,
-            profile=known.profile,
-            vram={} if self.plan.budget.vram is None else self.plan.budget.vram,
-            ram=self.plan.budget.ram,
-            prompt_len=workload.prompt_len,
-            max_new_tokens=workload.max_new_tokens,
-            batch_size=workload.batch_size,
-        )
+        split = split_of(known)
+        Search(known.model, known.architecture, workload, self.plan.budget, known.profile, {}, split).run("quality")
 
-    def _note(self, workload: Workload, output: Any, meter: PeakMeter) -> None:
+    def _note(self, workload: Workload, output: Any, meters: list[PeakMeter]) -> None:
         """Keep what the generation took, under the names of the estimate's parts."""
         if self.plan.profile.cache == "dynamic":
             # A growing cache holds what was really made, which an early end keeps short.
             made = output.sequences.shape[1] - workload.prompt_len
             workload = replace(workload, max_new_tokens=made)
         self._last = workload
-        held = cache_bytes(output.past_key_values)
-        measured = meter.stop()
-        self._run = {"kv_cache": held, **measured}
-        if measured:
-            weights = self._loaded["weights"]
-            # What stays allocated at rest beside the weights: workspace, rounding, buffers.
-            resting = meter.allocated() - held - output.sequences.nbytes
-            self._run["workspace"] = max(0, resting - weights)
-            self._run["activations"] = measured["peak_allocated"] - weights - held - self._run["workspace"]
+        for meter in meters:
+            held = cache_bytes(output.past_key_values, meter.device)
+            run = {"kv_cache": held, **meter.stop()}
+            if "peak_allocated" in run:
+                weights = self._loaded[meter.device]["weights"]
+                # What stays allocated at rest beside the weights: workspace, rounding, buffers.
+                answer = output.sequences.nbytes if meter.device == self.device else 0
+                run["workspace"] = max(0, meter.allocated() - held - answer - weights)
+                run["activations"] = run["peak_allocated"] - weights - held - run["workspace"]
+            self._run[meter.device] = run
 
 
 class _StopWhen(StoppingCriteria):  # type: ignore[misc]

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gc
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ from qwen_vram.arithmetic.adapter import adapter_folder
 from qwen_vram.arithmetic.model import ModelLike
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.weights import streaming_slots
-from qwen_vram.errors import BackendUnavailableError, NotSupportedError
 from qwen_vram.planning.budget import VramLike
 from qwen_vram.planning.planner import Plan, plan
 from qwen_vram.planning.search import Prefer
@@ -26,22 +23,15 @@ from qwen_vram.runtime.backends import get_backend
 from qwen_vram.runtime.backends.base import Backend, Request, StreamingBackend
 from qwen_vram.runtime.blob import HostMemory
 from qwen_vram.runtime.blocks import pack_layers
+from qwen_vram.runtime.check import check, dtype_for
 from qwen_vram.runtime.checkpoint import Checkpoint, open_checkpoint
-from qwen_vram.runtime.device_map import device_map, streamed_layers, undispatched
+from qwen_vram.runtime.device_map import connect, device_map, streamed_layers, undispatched
+from qwen_vram.runtime.devices import check_free, devices_for, weakest
 from qwen_vram.runtime.host_embedding import move_embedding_to_host
 from qwen_vram.runtime.loaded import LoadedModel
 from qwen_vram.runtime.measure import PeakMeter, weight_storages
 from qwen_vram.runtime.streaming import Streamer
 from qwen_vram.runtime.verify import verify as check_plan
-
-_LOGGER = logging.getLogger(__name__)
-
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-# Knobs that the estimator counts and nothing here runs yet: their values that do run.
-_RUNS: dict[str, tuple[object, ...]] = {
-    "compiled": (False,),
-}
 
 
 def load(
@@ -50,6 +40,7 @@ def load(
     profile: str | Profile = "auto",
     vram: VramLike = None,
     ram: str | int | None = None,
+    reserve: str | int | None = None,
     prefer: Prefer = "quality",
     prompt_len: int = 512,
     max_new_tokens: int = 512,
@@ -67,21 +58,22 @@ def load(
 
     Args:
         model: A checkpoint folder, a catalog name, or a hub id.
-        vram: As for `plan()`; needs a GPU.
+        vram: As for `plan()`; needs a GPU, and every GPU that a dict names.
         adapter: Folder or hub id of a LoRA adapter, run beside the base by PEFT; the model is then a `PeftModel`.
         device: `"cuda"` or `"cpu"`; `None` takes the GPU where there is one.
         progress: Show transformers' bars while weights load and streamed layers are packed.
         verify: Run one prefill of `prompt_len` random tokens and one decode step before returning.
 
     Raises:
-        DoesNotFitError: no plan fits, or the one asked for does not.
+        DoesNotFitError: no plan fits, or the one asked for does not, or not into what other processes leave free now.
         NotSupportedError: a knob that is counted but cannot be run yet, or a combination that cannot.
         BackendUnavailableError: a library, or the GPU that was asked for, is not here.
         CheckpointError, ConfigError, HubError: the checkpoint cannot be used.
         PlanNotHeldError: `verify=True`, and what was loaded takes more than was planned.
         UnknownNameError, UnitError, WorkloadError: as for `plan()`.
     """
-    place = _device(device, vram)
+    devices = devices_for(device, vram)
+    place = weakest(devices)
     if place.type == "cuda" and profile == "auto" and torch.cuda.get_device_capability(place) < (8, 0):
         knobs.setdefault("attention", "sdpa")  # the flash kernel begins with Ampere
     chosen = plan(
@@ -89,6 +81,7 @@ def load(
         profile=profile,
         vram={} if place.type == "cpu" else vram,
         ram=ram,
+        reserve=reserve,
         prefer=prefer,
         prompt_len=prompt_len,
         max_new_tokens=max_new_tokens,
@@ -97,10 +90,12 @@ def load(
         **knobs,
     )
     backend = get_backend(chosen.profile.weights)
-    check(chosen, backend, place)
+    for one in devices:
+        check(chosen, backend, one)
     if adapter is not None:
         check_peft()
-    llm = _build(open_checkpoint(model), chosen, backend, place, adapter, progress)
+    check_free(chosen, devices)
+    llm = _build(open_checkpoint(model), chosen, backend, devices, adapter, progress)
     if verify:
         try:
             check_plan(llm)
@@ -110,127 +105,31 @@ def load(
     return llm
 
 
-def _device(device: str | None, vram: VramLike) -> torch.device:
-    """Where to load: the GPU where there is one, unless the caller says otherwise."""
-    if device not in (None, "cpu", "cuda"):
-        raise BackendUnavailableError(f"unknown device {device!r}; choose from cuda, cpu", backend=str(device))
-    wanted = device == "cuda" or (device is None and vram not in (None, {}))
-    if torch.cuda.is_available() and device != "cpu":
-        return torch.device("cuda", torch.cuda.current_device())
-    if wanted:
-        asked = f"vram={vram!r}" if device is None else f"device={device!r}"
-        raise BackendUnavailableError(
-            f"{asked} asks for a GPU, and torch sees none here; leave it out to load on the CPU, or install a torch "
-            "built for CUDA",
-            backend="cuda",
-        )
-    return torch.device("cpu")
-
-
-def check(chosen: Plan, backend: Backend, device: torch.device) -> None:
-    """Refuse by name what cannot be run here, before anything is allocated.
-
-    Raises:
-        NotSupportedError: a knob without its mechanism, or a combination.
-        BackendUnavailableError: a missing library or GPU feature.
-    """
-    profile = chosen.profile
-    for knob, runs in _RUNS.items():
-        value = getattr(profile, knob)
-        if value not in runs:
-            raise NotSupportedError(
-                f"{knob}={value!r} is counted by estimate_vram() but cannot be loaded yet; use {knob}={runs[0]!r}",
-                knob=knob,
-                value=value,
-            )
-    architecture = chosen.estimate.architecture
-    assert architecture is not None
-    if profile.streamed_layers:
-        _check_streaming(profile, backend, stored=architecture.stored_format is not None)
-    if architecture.tie_word_embeddings and profile.head_format != profile.dtype:
-        raise NotSupportedError(
-            f"lm_head={profile.head_format!r}: this model's head is its embedding (tie_word_embeddings), and a head of "
-            "its own cannot be loaded yet; leave lm_head out",
-            knob="lm_head",
-            value=profile.lm_head,
-        )
-    backend.check(profile, device)
-    if profile.attention == "fused":
-        reason = attention.kernel_runs(_dtype(profile, device), architecture.head_dim, device)
-        if reason:
-            raise NotSupportedError(
-                f"attention='fused' cannot run: {reason}; use attention='sdpa'", knob="attention", value="fused"
-            )
-    if profile.attention == "flash_attention_2":
-        _check_flash_attention_2(device)
-
-
-def _check_streaming(profile: Profile, backend: Backend, *, stored: bool) -> None:
-    why = ""
-    if stored:
-        why = (
-            "layers of a checkpoint that is quantized already cannot be streamed yet; load the 16-bit original with "
-            f"weights={profile.weights!r}"
-        )
-    elif not isinstance(backend, StreamingBackend):
-        why = f"the backend {backend.name!r} of weights={profile.weights!r} does not say how its layers are moved"
-    if why:
-        raise NotSupportedError(
-            f"streamed_layers={profile.streamed_layers}: {why}; or use streamed_layers=0",
-            knob="streamed_layers",
-            value=profile.streamed_layers,
-        )
-
-
-def _check_flash_attention_2(device: torch.device) -> None:
-    install = "pip install flash-attn --no-build-isolation"
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
-        raise BackendUnavailableError(
-            "attention='flash_attention_2' needs a GPU of the Ampere generation or newer; use attention='fused' or "
-            "'sdpa'",
-            backend="flash-attn",
-        )
-    if find_spec("flash_attn") is None:
-        raise BackendUnavailableError(
-            f"attention='flash_attention_2' needs flash-attn, which is not installed; run: {install}, or use "
-            "attention='fused', which runs torch's own flash kernel",
-            backend="flash-attn",
-            install=install,
-        )
-
-
-def _dtype(profile: Profile, device: torch.device) -> torch.dtype:
-    """The model's dtype: fp16 in bf16's place where the GPU has no bf16."""
-    if profile.dtype == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        _LOGGER.warning("this GPU has no bf16 (compute capability below 8.0): the model runs in fp16, of the same size")
-        return torch.float16
-    return _DTYPES[profile.dtype]
-
-
 def _build(
     checkpoint: Checkpoint,
     chosen: Plan,
     backend: Backend,
-    device: torch.device,
+    devices: list[torch.device],
     adapter: str | Path | None,
     progress: bool,
 ) -> LoadedModel:
     from transformers import AutoTokenizer
 
-    profile = chosen.profile
+    profile, device = chosen.profile, devices[0]
     attention.register()
     request = Request(
         folder=str(checkpoint.folder),
         profile=profile,
         device=device,
-        dtype=_dtype(profile, device),
+        dtype=dtype_for(profile, weakest(devices)),
         device_map=device_map(chosen, device),
         attention=attention.NAME if profile.attention == "fused" else profile.attention,
         stored=checkpoint.architecture.stored_format is not None,
     )
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
-    meter = PeakMeter(device)
-    meter.start()
+    meters = [PeakMeter(one) for one in devices]
+    for meter in meters:
+        meter.start()
     streamer = None
     with _progress_bar(progress) as bar:
         model = undispatched(backend, request)
@@ -245,24 +144,32 @@ def _build(
         from qwen_vram.runtime.tiled_linear import dequantize_in_tiles
 
         dequantize_in_tiles(model)
+    if len(devices) > 1:
+        connect(model, chosen, device)
     if adapter is not None:
         model = add_adapter(model, adapter_folder(adapter), request.dtype)
     model.eval()
-    measured = meter.stop()
-    if device.type == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()  # a segment that held what was quantized would never be whole again
-    load_peak = {"load_peak": measured["peak_allocated"] - meter.before} if measured else {}
-    weights = sum(weight_storages(model, backend).values())
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
         plan=chosen,
-        device=device,
-        measured={"weights": weights, **load_peak},
+        measured=_loaded(model, backend, meters),
         folder=checkpoint.folder,
         streamer=streamer,
     )
+
+
+def _loaded(model: Any, backend: Backend, meters: list[PeakMeter]) -> dict[torch.device, dict[str, int]]:
+    """What loading took of each device; what torch has reserved beside that goes back to all of them."""
+    found = [(meter, meter.stop()) for meter in meters]
+    if meters[0].cuda:
+        gc.collect()
+        torch.cuda.empty_cache()  # a segment that held what was quantized would never be whole again
+    loaded = {}
+    for meter, peaks in found:
+        load_peak = {"load_peak": peaks["peak_allocated"] - meter.before} if peaks else {}
+        loaded[meter.device] = {"weights": sum(weight_storages(model, backend, meter.device).values()), **load_peak}
+    return loaded
 
 
 @contextmanager

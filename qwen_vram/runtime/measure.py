@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,19 +34,37 @@ class Report:
     Attributes:
         estimate: The prediction for the workload that ran.
         measured: Bytes by part; a part that cannot be measured here (peaks on the CPU) is absent.
+        devices: The same of each of several GPUs, by its number; the parts above are then sums.
     """
 
     estimate: Estimate
     measured: dict[str, int]
+    devices: Mapping[int, Report] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, estimate: Estimate, measured: Mapping[torch.device, dict[str, int]]) -> Report:
+        """What was measured on each device beside the estimate of its part."""
+        if not estimate.devices:
+            (alone,) = measured.values()
+            return cls(estimate=estimate, measured=alone)
+        devices = {
+            device.index: cls(estimate=estimate.devices[device.index], measured=found)
+            for device, found in measured.items()
+        }
+        every = list(measured.values())
+        sums = {part: sum(found[part] for found in every) for part in PARTS if all(part in found for found in every)}
+        return cls(estimate=estimate, measured=sums, devices=devices)
 
     def lines(self) -> Iterator[tuple[str, int, int | None]]:
         """Part, predicted bytes, measured bytes or `None`."""
         for part in PARTS:
             yield part, getattr(self.estimate, part), self.measured.get(part)
 
-    def to_dict(self) -> dict[str, dict[str, int | None]]:
-        """Predicted and measured bytes by part, as plain data."""
-        return {part: {"predicted": predicted, "measured": measured} for part, predicted, measured in self.lines()}
+    def to_dict(self) -> dict[str, Any]:
+        """Predicted and measured bytes by part, as plain data; of several GPUs each one's under `devices` too."""
+        parts = {part: {"predicted": predicted, "measured": measured} for part, predicted, measured in self.lines()}
+        each = {device: one.to_dict() for device, one in self.devices.items()}
+        return {**parts, "devices": each} if each else parts
 
     def __str__(self) -> str:
         """A table with the error of each prediction; parts that were not measured are left out."""
@@ -59,12 +78,15 @@ class Report:
             rows.append(f"{part:15}{predicted:>16,}{measured:>16,}{format_bytes(measured):>12}{error:>9}")
         if unmeasured:
             rows.append(f"not measured (peaks need a GPU and a generation): {', '.join(unmeasured)}")
+        for device, one in self.devices.items():
+            rows.append(f"GPU {device}\n{one}")
         return "\n".join(rows)
 
 
-def weight_storages(model: nn.Module, backend: Backend) -> dict[str, int]:
+def weight_storages(model: nn.Module, backend: Backend, device: torch.device | None = None) -> dict[str, int]:
     """Bytes of every weight's real storages by its name in the checkpoint, quantization state included.
 
+    Those on `device` alone, where one is given.
     A tensor that two modules share is counted under its first name. Tables on the host are left out; buffers that are
     no weights (rotary frequencies) too.
     """
@@ -72,6 +94,8 @@ def weight_storages(model: nn.Module, backend: Backend) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for module_name, module in model.named_modules(remove_duplicate=False):
         for name, parameter in module.named_parameters(recurse=False):
+            if device is not None and parameter.device != device:
+                continue
             extra = backend.storages(module) if name == "weight" else []
             size = 0
             for tensor in (parameter.data, *extra):

@@ -191,7 +191,7 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences at `indices`."""
         if self.is_initialized:
-            self._rebatch(indices)
+            self._rebatch(indices.to(self.device))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Put the sequences in the order of `beam_idx`."""

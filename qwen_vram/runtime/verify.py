@@ -27,7 +27,6 @@ def verify(llm: LoadedModel) -> Report:
     Raises:
         PlanNotHeldError: a part is more than 1 % above the plan, the process is above its budget, or memory ran out.
     """
-    budget = llm.plan.budget.vram if llm.device.type == "cuda" else None
     try:
         report = llm.probe(steps=2)
     except torch.OutOfMemoryError as error:
@@ -40,17 +39,27 @@ def verify(llm: LoadedModel) -> Report:
         gc.collect()
         if llm.device.type == "cuda":
             torch.cuda.empty_cache()
+    budget = llm.plan.budget
+    if not report.devices:
+        room = budget.vram if llm.device.type == "cuda" else None
+        _check(report, room, "")
+    for device, one in report.devices.items():
+        _check(one, budget.devices[device], f" on GPU {device}")
+    return report
+
+
+def _check(report: Report, budget: int | None, where: str) -> None:
+    """Hold one device's parts against what was promised of it."""
     parts = {
-        part: (predicted, measured)
+        part + where: (predicted, measured)
         for part, predicted, measured in report.lines()
         if part in _PROMISED and measured is not None and measured > predicted * (1 + _TOLERANCE) + _SLACK
     }
     process = report.measured.get("process_total")
     if budget is not None and process is not None and process > budget:
-        parts["process_total"] = (report.estimate.process_total, process)
+        parts["process_total" + where] = (report.estimate.process_total, process)
     if parts:
         raise PlanNotHeldError(_message(parts, budget), parts=parts)
-    return report
 
 
 def _message(parts: dict[str, tuple[int, int]], budget: int | None) -> str:

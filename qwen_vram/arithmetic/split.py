@@ -1,0 +1,75 @@
+"""Splitting: the estimate of a model whose layers lie on several GPUs, part by part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from qwen_vram.arithmetic.architecture import Architecture
+from qwen_vram.arithmetic.estimate import Estimate, estimate
+from qwen_vram.arithmetic.profile import Profile
+from qwen_vram.arithmetic.slices import slices
+from qwen_vram.arithmetic.workload import Workload
+from qwen_vram.errors import NotSupportedError
+
+# Knobs that work on one device alone, and what turns them off.
+ONE_DEVICE: dict[str, object] = {"streamed_layers": 0, "compiled": False}
+
+
+def split_estimate(
+    label: str, architecture: Architecture, profile: Profile, workload: Workload, layers: Mapping[int, int]
+) -> Estimate:
+    """The estimate of a model with `layers` on each GPU (number -> how many, in the order in which they follow).
+
+    What crosses from one GPU to the next is counted where it arrives.
+
+    Raises:
+        NotSupportedError: a knob that works on one GPU alone.
+        WorkloadError: a context past the model's positions.
+    """
+    check_split(profile, len(layers))
+    parts = zip(layers, slices(architecture, tuple(layers.values())), strict=True)
+    devices = {device: estimate(label, part, profile, workload) for device, part in parts}
+    names = ("weights", "kv_cache", "tensors", "workspace", "load_peak", "host")
+    sums = {name: sum(getattr(one, name) for one in devices.values()) for name in names}
+    return Estimate(
+        model=label,
+        architecture=architecture,
+        profile=profile,
+        workload=workload,
+        **sums,
+        moments=(),
+        devices=devices,
+    )
+
+
+def check_split(profile: Profile, devices: int) -> None:
+    """Refuse a knob that works on one GPU alone.
+
+    Raises:
+        NotSupportedError: there is one.
+    """
+    for knob, off in ONE_DEVICE.items():
+        value = getattr(profile, knob)
+        if value != off:
+            raise NotSupportedError(
+                f"{knob}={value!r} over {devices} GPUs cannot be loaded yet; use {knob}={off!r}, or one GPU",
+                knob=knob,
+                value=value,
+            )
+
+
+def split_of(known: Estimate) -> dict[int, int]:
+    """How many layers each GPU has, by its number; empty for one."""
+    return {device: part.architecture.num_hidden_layers for device, part in known.devices.items() if part.architecture}
+
+
+def at_workload(known: Estimate, workload: Workload) -> Estimate:
+    """The same model, profile and split at another workload.
+
+    Raises:
+        WorkloadError: a context past the model's positions.
+    """
+    assert known.architecture is not None
+    if known.devices:
+        return split_estimate(known.model, known.architecture, known.profile, workload, split_of(known))
+    return estimate(known.model, known.architecture, known.profile, workload)

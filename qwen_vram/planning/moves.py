@@ -1,0 +1,80 @@
+"""Moves: what the planner may change from a starting profile, least lossy first, and what each change costs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+from qwen_vram.arithmetic.architecture import Architecture
+from qwen_vram.arithmetic.model import stored_knobs
+from qwen_vram.arithmetic.profile import Profile, resolve_profile
+from qwen_vram.arithmetic.storage import FORMATS
+from qwen_vram.arithmetic.workload import Workload
+
+# Where the search begins: nothing lost, nothing expanded, nothing that grows.
+_LOSSLESS = Profile(name="auto", attention="fused", cache="preallocated")
+
+
+class Move(NamedTuple):
+    """One step of the search: the knobs it turns, and what that costs."""
+
+    knobs: dict[str, object]
+    cost: str
+
+
+# Least lossy first: what costs nothing, then precision, then speed. Each move builds on those before it.
+_MOVES = (
+    Move({"prefill_chunk_size": 4096}, "nothing lost: the same tokens, fed in chunks"),
+    Move({"prefill_chunk_size": 2048}, "nothing lost: the same tokens, fed in chunks"),
+    Move({"prefill_chunk_size": 1024}, "nothing lost: the same tokens, slightly slower prefill"),
+    Move({"embeddings": "host"}, "nothing lost: rows are gathered on the host"),
+    Move({"prefill_chunk_size": 512}, "nothing lost: the same tokens, slower prefill"),
+    Move({"dequantization": "tiled"}, "nothing lost: 4-bit matrices are dequantized tile by tile"),
+    Move({"weights": "int8"}, "8-bit weights: close to lossless, slow"),
+    Move({"weights": "nf4", "dequantization": "tiled"}, "4-bit weights"),
+    Move({"weights": "nf4", "lm_head": "nf4"}, "4-bit head"),
+    Move({"kv_cache": "int8"}, "8-bit keys and values but for the newest 128 tokens"),
+    Move({"kv_cache": "int4"}, "4-bit keys and values but for the newest 128 tokens"),
+    Move({"kv_cache": "bf16", "kv_device": "host"}, "whole keys and values, brought over the link for every token"),
+)
+
+
+def search_space(
+    architecture: Architecture, profile: str | Profile, workload: Workload, knobs: dict[str, object]
+) -> tuple[Profile, tuple[Move, ...]]:
+    """The profile to start from, and the moves that touch only what caller and checkpoint left open."""
+    knobs = stored_knobs(architecture, knobs)
+    if profile != "auto":
+        return resolve_profile(profile, **knobs), ()
+    start = replace(_LOSSLESS.replace(**knobs), name="auto")
+    if architecture.tie_word_embeddings:
+        knobs = {"lm_head": None, **knobs}  # the loader makes no head of its own for them
+    stream = Move({"streamed_layers": architecture.num_hidden_layers}, "layers cross the link for every token")
+    return start, tuple(move for move in (*_MOVES, stream) if _is_open(move, start, workload, knobs))
+
+
+def _is_open(move: Move, start: Profile, workload: Workload, knobs: dict[str, object]) -> bool:
+    """Whether a move keeps what the caller chose, and can save: a chunk that the prompt does not fill cannot."""
+    if any(knobs.get(knob, value) != value for knob, value in move.knobs.items()):
+        return False
+    if "kv_cache" in move.knobs and start.cache != "preallocated":
+        return False
+    if "streamed_layers" in move.knobs and start.compiled:
+        return False
+    chunk = move.knobs.get("prefill_chunk_size")
+    return not isinstance(chunk, int) or chunk < workload.prompt_len
+
+
+def change_of(before: Profile, candidate: Profile, move: Move | None) -> str:
+    """What `move` turned, in words; of the starting profile (`None`), what it is."""
+    if move is None:
+        return f"{candidate.weights} weights, {candidate.attention} attention, {candidate.cache} cache"
+    turned = {knob: value for knob, value in move.knobs.items() if getattr(before, knob) != value}
+    return ", ".join(f"{knob}={value!r}" for knob, value in turned.items())
+
+
+def cost_of(candidate: Profile, move: Move | None) -> str:
+    """What `move` costs, in words; of the starting profile (`None`), whether its weights lose anything."""
+    if move is None:
+        return "nothing lost" if FORMATS[candidate.weights].is_dense else f"{candidate.weights} weights"
+    return move.cost

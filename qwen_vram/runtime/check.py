@@ -1,0 +1,103 @@
+"""What can be run here: knobs, formats and devices, checked before anything is read or allocated."""
+
+from __future__ import annotations
+
+import logging
+from importlib.util import find_spec
+
+import torch
+
+from qwen_vram.arithmetic.profile import Profile
+from qwen_vram.errors import BackendUnavailableError, NotSupportedError
+from qwen_vram.planning.planner import Plan
+from qwen_vram.runtime import attention
+from qwen_vram.runtime.backends.base import Backend, StreamingBackend
+
+_LOGGER = logging.getLogger(__name__)
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+# Knobs that the estimator counts and nothing here runs yet: their values that do run.
+_RUNS: dict[str, tuple[object, ...]] = {
+    "compiled": (False,),
+}
+
+
+def check(chosen: Plan, backend: Backend, device: torch.device) -> None:
+    """Refuse by name what cannot be run here, before anything is allocated.
+
+    Raises:
+        NotSupportedError: a knob without its mechanism, or a combination.
+        BackendUnavailableError: a missing library or GPU feature.
+    """
+    profile = chosen.profile
+    for knob, runs in _RUNS.items():
+        value = getattr(profile, knob)
+        if value not in runs:
+            raise NotSupportedError(
+                f"{knob}={value!r} is counted by estimate_vram() but cannot be loaded yet; use {knob}={runs[0]!r}",
+                knob=knob,
+                value=value,
+            )
+    architecture = chosen.estimate.architecture
+    assert architecture is not None
+    if profile.streamed_layers:
+        _check_streaming(profile, backend, stored=architecture.stored_format is not None)
+    if architecture.tie_word_embeddings and profile.head_format != profile.dtype:
+        raise NotSupportedError(
+            f"lm_head={profile.head_format!r}: this model's head is its embedding (tie_word_embeddings), and a head of "
+            "its own cannot be loaded yet; leave lm_head out",
+            knob="lm_head",
+            value=profile.lm_head,
+        )
+    backend.check(profile, device)
+    if profile.attention == "fused":
+        reason = attention.kernel_runs(dtype_for(profile, device), architecture.head_dim, device)
+        if reason:
+            raise NotSupportedError(
+                f"attention='fused' cannot run: {reason}; use attention='sdpa'", knob="attention", value="fused"
+            )
+    if profile.attention == "flash_attention_2":
+        _check_flash_attention_2(device)
+
+
+def _check_streaming(profile: Profile, backend: Backend, *, stored: bool) -> None:
+    why = ""
+    if stored:
+        why = (
+            "layers of a checkpoint that is quantized already cannot be streamed yet; load the 16-bit original with "
+            f"weights={profile.weights!r}"
+        )
+    elif not isinstance(backend, StreamingBackend):
+        why = f"the backend {backend.name!r} of weights={profile.weights!r} does not say how its layers are moved"
+    if why:
+        raise NotSupportedError(
+            f"streamed_layers={profile.streamed_layers}: {why}; or use streamed_layers=0",
+            knob="streamed_layers",
+            value=profile.streamed_layers,
+        )
+
+
+def _check_flash_attention_2(device: torch.device) -> None:
+    install = "pip install flash-attn --no-build-isolation"
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        raise BackendUnavailableError(
+            "attention='flash_attention_2' needs a GPU of the Ampere generation or newer; use attention='fused' or "
+            "'sdpa'",
+            backend="flash-attn",
+        )
+    if find_spec("flash_attn") is None:
+        raise BackendUnavailableError(
+            f"attention='flash_attention_2' needs flash-attn, which is not installed; run: {install}, or use "
+            "attention='fused', which runs torch's own flash kernel",
+            backend="flash-attn",
+            install=install,
+        )
+
+
+def dtype_for(profile: Profile, device: torch.device) -> torch.dtype:
+    """The model's dtype: fp16 in bf16's place where the GPU has no bf16."""
+    if profile.dtype == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        _LOGGER.warning("this GPU has no bf16 (compute capability below 8.0): the model runs in fp16, of the same size")
+        return torch.float16
+    return _DTYPES[profile.dtype]

@@ -1,0 +1,77 @@
+"""The devices that a model is loaded on: which they are, whether they are here, and whether they have room now."""
+
+from __future__ import annotations
+
+import torch
+
+from qwen_vram.errors import BackendUnavailableError, DoesNotFitError
+from qwen_vram.planning.budget import VramLike, by_device
+from qwen_vram.planning.planner import Plan
+from qwen_vram.units import format_gib
+
+
+def devices_for(device: str | None, vram: VramLike) -> list[torch.device]:
+    """Where to load: the GPUs that `vram` names or the current one, unless the caller says otherwise.
+
+    Raises:
+        BackendUnavailableError: an unknown device, or a GPU that is not here.
+        UnitError: `vram` is a dict with other keys than device numbers.
+    """
+    if device not in (None, "cpu", "cuda"):
+        raise BackendUnavailableError(f"unknown device {device!r}; choose from cuda, cpu", backend=str(device))
+    wanted = device == "cuda" or (device is None and vram not in (None, {}))
+    if torch.cuda.is_available() and device != "cpu":
+        numbers = list(by_device(vram)) or [torch.cuda.current_device()]
+        _check_numbers(numbers)
+        return [torch.device("cuda", number) for number in numbers]
+    if wanted:
+        asked = f"vram={vram!r}" if device is None else f"device={device!r}"
+        raise BackendUnavailableError(
+            f"{asked} asks for a GPU, and torch sees none here; leave it out to load on the CPU, or install a torch "
+            "built for CUDA",
+            backend="cuda",
+        )
+    return [torch.device("cpu")]
+
+
+def _check_numbers(numbers: list[int]) -> None:
+    count = torch.cuda.device_count()
+    missing = [str(number) for number in numbers if number >= count]
+    if missing:
+        raise BackendUnavailableError(
+            f"vram names GPU {' and '.join(missing)}, and torch sees {count} here, numbered from 0; name those, or "
+            "check CUDA_VISIBLE_DEVICES",
+            backend="cuda",
+        )
+
+
+def weakest(devices: list[torch.device]) -> torch.device:
+    """The device of the oldest compute capability, which says what all can run."""
+    return devices[0] if len(devices) == 1 else min(devices, key=torch.cuda.get_device_capability)
+
+
+def check_free(chosen: Plan, devices: list[torch.device]) -> None:
+    """Hold a plan against what is free now, whatever budget it was made for.
+
+    Asking the driver makes the CUDA context, which the plan counts: it is not asked for again.
+
+    Raises:
+        DoesNotFitError: other processes, or other tensors of this one, leave too little.
+    """
+    for device in devices:
+        if device.type != "cuda":
+            continue
+        part = chosen.estimate.devices.get(device.index, chosen.estimate)
+        free, total = torch.cuda.mem_get_info(device)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        room = free + unused + part.machine.cuda_context
+        if part.needed_bytes > room:
+            raise DoesNotFitError(
+                f"{chosen.estimate.model} needs {format_gib(part.needed_bytes)} of GPU {device.index}, and of its "
+                f"{format_gib(total)} only {format_gib(room)} are free now: other processes or tensors hold the rest; "
+                f"free them, or leave vram out to plan for what is free",
+                needed_bytes=part.needed_bytes,
+                budget_bytes=room,
+                estimate=part,
+                nearest=None,
+            )
