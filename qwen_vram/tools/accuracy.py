@@ -105,22 +105,42 @@ def measure(cell: Cell, folder: str) -> dict[str, Any]:
 
 
 def run(folder: Path, models: list[str], weights: list[str], jobs: int) -> None:
-    """Measure the grid. Rows and tables in `folder` are replaced after every model; other rows stay."""
+    """Measure what of the grid is not in `folder` yet. Rows and tables there are replaced after every run.
+
+    A row of another date counts as missing, and goes once the new one is there: a grid that broke off goes on.
+    """
+    today = date.today().isoformat()
     for model in models:
+        rows = read_rows(folder)
+        done = [cell_of(row) for row in rows if row["date"] == today]
+        missing = [cell for cell in cells(model, weights) if cell not in done]
+        if not missing:
+            continue
         with tempfile.TemporaryDirectory(prefix="qwen_vram_accuracy_") as checkpoint:
             for made in call_each(partial(make_checkpoint, folder=Path(checkpoint)), [model]):
                 if made.error:
                     raise SystemExit(f"{model} cannot be made:\n{made.error}")
-            every = cells(model, weights)
-            rows = {}
-            for ended in call_each(partial(measure, folder=checkpoint), every, jobs=jobs):
+            for number, ended in enumerate(call_each(partial(measure, folder=checkpoint), missing, jobs=jobs), 1):
+                print(f"{model}: {number} of {len(missing)} runs", flush=True)
                 if ended.error:
                     print(f"{ended.item} failed:\n{ended.error[-2000:]}", file=sys.stderr, flush=True)
-                else:
-                    rows[every.index(ended.item)] = ended.value
-                    print(f"{model}: {len(rows)} of {len(every)} runs", flush=True)
-        kept = [row for row in read_rows(folder) if row["model"] != model or row["weights"] not in weights]
-        write(folder, kept + [rows[index] for index in sorted(rows)])
+                    continue
+                rows = [row for row in rows if cell_of(row) != ended.item] + [ended.value]
+                write(folder, sorted(rows, key=_place))
+
+
+def cell_of(row: dict[str, Any]) -> Cell:
+    """What a row is a measurement of."""
+    return Cell(*(row[name] for name in Cell._fields))
+
+
+def _place(row: dict[str, Any]) -> tuple[int, int]:
+    """Models and formats in the order in which they are measured; those of other grids last."""
+    model, weights = row["model"], row["weights"]
+    return (
+        MODELS.index(model) if model in MODELS else len(MODELS),
+        WEIGHTS.index(weights) if weights in WEIGHTS else len(WEIGHTS),
+    )
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:

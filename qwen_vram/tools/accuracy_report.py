@@ -29,12 +29,14 @@ def report(rows: list[Row]) -> str:
         f"{row['device']}, torch {row['torch']}, transformers {row['transformers']}, {row['date']}" for row in rows
     )
     where = "; ".join(dict.fromkeys(made_on))
+    later = sum(not row.get("fresh_process", True) for row in rows)
+    reused = f" ({later} of them, of an earlier version, after other runs in theirs)" if later else ""
     held_out = [row for row in rows if is_held_out(row)]
     derived = [row for row in rows if not is_held_out(row)]
     sections = [
         "# Predicted beside measured",
         f"Written by `python -m qwen_vram.tools.accuracy`. {where}. Random weights of the published shapes, loaded and "
-        "run by this library, a fresh process for each run. "
+        f"run by this library, a fresh process for each run{reused}. "
         '`error = predicted / measured - 1`; "too low" is the share of cells with any byte too few.',
     ]
     for title, chosen in (("On what the formulas were derived on", derived), ("Held out", held_out)):
