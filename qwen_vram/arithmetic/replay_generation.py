@@ -17,7 +17,7 @@ from qwen_vram.arithmetic.int8_outliers import outlier_columns
 from qwen_vram.arithmetic.kv_cache import HOST_CACHE_LAYERS, layer_kv_bytes, quantized_parts, quantized_tokens
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.storage import FORMATS
-from qwen_vram.arithmetic.tiles import counts_tiles, tile_rows
+from qwen_vram.arithmetic.tiles import counts_tiles, tile_rows, unpacks
 from qwen_vram.arithmetic.weights import format_of
 from qwen_vram.arithmetic.workload import Workload
 
@@ -369,7 +369,9 @@ class _Generation:
         storage = FORMATS[format_of(weight, self.profile)]
         result_size = rows * out * self.element
         fused = storage.library == "bitsandbytes" and storage.bits == 4 and rows <= FUSED_ROWS
-        if storage.is_dense or storage.library == "tinygemm" or fused:
+        if unpacks(storage, rows):
+            return self.unpacked_product(weight, result_size, storage.bits)
+        if storage.is_dense or storage.library == "torch" or fused:
             return take(result_size)
         if storage.name == "int8":
             return self.int8_product(weight, rows)
@@ -385,6 +387,18 @@ class _Generation:
         dequantized = take(weight.numel * self.element)
         result = take(result_size)
         give(*maxima, dequantized)
+        return result
+
+    def unpacked_product(self, weight: Weight, result_size: int, bits: int) -> int:
+        """The result, and the first and largest tile; int4 takes its codes apart in two halves before."""
+        take, give = self.take, self.give
+        result = take(result_size)
+        tile = tile_rows(*weight.shape) * weight.shape[1]
+        codes = [take(tile)] if bits == 4 else []
+        for _ in range(2 if codes else 0):
+            give(take(tile // 2))
+        dequantized = take(tile * self.element)
+        give(*codes, dequantized)
         return result
 
     def int8_product(self, weight: Weight, rows: int) -> int:

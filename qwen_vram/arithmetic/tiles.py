@@ -1,6 +1,7 @@
-"""Tiles: how many rows of a 4-bit matrix are dequantized at once where `dequantization="tiled"`.
+"""Tiles: how many rows of a matrix are quantized or dequantized at once.
 
-The estimator counts what `runtime.tiled_linear` takes by these two functions.
+The estimator counts by these functions what `runtime.tiled_linear` takes of a 4-bit matrix of bitsandbytes where
+`dequantization="tiled"`, and `runtime.weight_only` of the formats that run on torch's own operators.
 """
 
 from __future__ import annotations
@@ -12,6 +13,11 @@ from qwen_vram.arithmetic.storage import StorageFormat
 # nothing, are left to choose.
 _TILE_ELEMENTS = 2**24
 _FROM_ROWS = 64
+# Elements that are quantized at once: 16 MiB in float32.
+_CHUNK_ELEMENTS = 2**22
+# torch's int4 kernel reads the matrix once for every 16 rows of input; from so many on it is dequantized.
+# Source: torch 2.11, int4mm.cu, kMTileSize. The number is a choice, not measured.
+UNPACK_FROM_ROWS = 128
 
 
 def tile_rows(out_features: int, in_features: int) -> int:
@@ -32,3 +38,17 @@ def counts_tiles(storage: StorageFormat, profile: Profile, shape: tuple[int, ...
     """The same for a matrix in a storage format."""
     four_bit = storage.library == "bitsandbytes" and storage.bits == 4
     return profile.dequantization == "tiled" and four_bit and is_tiled(shape, rows)
+
+
+def chunk_rows(out_features: int, in_features: int) -> int:
+    """Rows of a matrix that are quantized at once; a multiple of 64 where they are not all.
+
+    >>> chunk_rows(18944, 3584), chunk_rows(512, 3584)
+    (1152, 512)
+    """
+    return min(out_features, max(64, _CHUNK_ELEMENTS // in_features // 64 * 64))
+
+
+def unpacks(storage: StorageFormat, rows: int) -> bool:
+    """Whether a format of torch's own operators is dequantized by tiles for a product of `rows` rows, on a GPU."""
+    return storage.library == "torch" and (storage.bits > 4 or rows >= UNPACK_FROM_ROWS)
