@@ -16,7 +16,7 @@ _FROM_ROWS = 64
 # Elements that are quantized at once: 16 MiB in float32.
 _CHUNK_ELEMENTS = 2**22
 # torch's int4 kernel reads the matrix once for every 16 rows of input; from so many on it is dequantized.
-# Source: torch 2.11, int4mm.cu, kMTileSize. The number is a choice, not measured.
+# Source: torch 2.11, int4mm.cu, kMTileSize. The number is a choice; benchmarks/unpack_rows.py measures.
 UNPACK_FROM_ROWS = 128
 
 

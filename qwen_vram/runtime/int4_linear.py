@@ -58,7 +58,7 @@ class Int4Linear(WeightOnlyLinear):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """Codes as pairs, in every device's checkpoint alike."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not self.weight.is_meta:
+        if self.loaded:
             parts = [
                 pair(unpack(rows_of(self.weight, *rows)).add_(8))
                 for rows in row_ranges(self.out_features, self.in_features)
@@ -75,8 +75,11 @@ class Int4Linear(WeightOnlyLinear):
 
     def multiply(self, x: Tensor) -> Tensor | None:
         """By torch's kernel, up to as many rows as it is fast for."""
-        if x.shape[0] >= UNPACK_FROM_ROWS or x.dtype != torch.bfloat16:
-            return None
+        few = x.shape[0] < UNPACK_FROM_ROWS and x.dtype == torch.bfloat16
+        return self.read(x) if few else None
+
+    def read(self, x: Tensor) -> Tensor:
+        """`x @ matrix.T` for x in bf16, by torch's kernel."""
         aten = torch.ops.aten
         kernel = aten._weight_int4pack_mm_for_cpu if x.device.type == "cpu" else aten._weight_int4pack_mm
         product: Tensor = kernel(x.contiguous(), self.weight, _GROUP, self.scales_and_zeros)

@@ -43,9 +43,11 @@ class WeightOnlyQuantizer(HfQuantizer):  # type: ignore[misc]
                 _LINEARS[config.weights].adopt(module, stored=self.pre_quantized)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> None:
-        for module in model.modules() if self.pre_quantized else ():
+        for module in model.modules():
             if isinstance(module, WeightOnlyLinear):
-                module.restore()
+                if self.pre_quantized:
+                    module.restore()
+                module.loaded = True
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
         """A matrix whose layer was replaced."""

@@ -23,6 +23,7 @@ class WeightOnlyLinear(nn.Linear):
 
     format: ClassVar[str]
     scales: ClassVar[str]  # the buffer's name
+    loaded = False  # accelerate takes a `state_dict()` while it loads, which must cost nothing
 
     @classmethod
     def adopt(cls, linear: nn.Linear, *, stored: bool) -> None:
@@ -49,7 +50,7 @@ class WeightOnlyLinear(nn.Linear):
         """`weight` and scales of a matrix, on its device; beside them one chunk of it in float32 at a time."""
 
     def restore(self) -> None:
-        """Bring codes from the order that checkpoints have to that of their device's kernel."""
+        """Bring stored codes from the order that checkpoints have to that of their device's kernel."""
 
     @abstractmethod
     def dequantize(self, start: int, end: int, dtype: torch.dtype) -> Tensor:
