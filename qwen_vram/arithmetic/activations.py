@@ -267,8 +267,8 @@ def _base_linear_bytes(weight: Weight, profile: Profile, rows: int) -> int:
     storage = FORMATS[format_of(weight, profile)]
     if unpacks(storage, rows):
         tile = tile_rows(*weight.shape) * in_features
-        # Codes of int4 are taken apart, a byte each, before the tile is made of them.
-        return result + tile * element + (tile if storage.bits == 4 else 0)
+        # int4 takes its pairs of codes apart, half of them at a time, a byte each.
+        return result + tile * element + (tile // 2 if storage.bits == 4 else 0)
     if storage.is_dense or storage.library == "torch":
         return result
     if storage.name == "int8":

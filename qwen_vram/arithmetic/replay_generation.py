@@ -390,15 +390,13 @@ class _Generation:
         return result
 
     def unpacked_product(self, weight: Weight, result_size: int, bits: int) -> int:
-        """The result, and the first and largest tile; int4 takes its codes apart in two halves before."""
+        """The result, and the first and largest tile, which int4 fills from two halves of its codes."""
         take, give = self.take, self.give
-        result = take(result_size)
-        tile = tile_rows(*weight.shape) * weight.shape[1]
-        codes = [take(tile)] if bits == 4 else []
-        for _ in range(2 if codes else 0):
-            give(take(tile // 2))
-        dequantized = take(tile * self.element)
-        give(*codes, dequantized)
+        elements = tile_rows(*weight.shape) * weight.shape[1]
+        result, tile = take(result_size), take(elements * self.element)
+        for _ in range(2 if bits == 4 else 0):
+            give(take(elements // 2))
+        give(tile)
         return result
 
     def int8_product(self, weight: Weight, rows: int) -> int:

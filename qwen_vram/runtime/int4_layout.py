@@ -46,52 +46,50 @@ def rows_of(packed: Tensor, start: int, end: int) -> Tensor:
     return packed[start:end] if packed.device.type == "cpu" else packed[start // 8 : end // 8]
 
 
-def unpack(packed: Tensor) -> Tensor:
-    """Codes less 8, (rows, columns) in int8, of whole packed codes or of `rows_of` them."""
-    return _unpack_cpu(packed) if packed.device.type == "cpu" else unpack_tiles(packed)
+def unpack(packed: Tensor, codes: Tensor) -> None:
+    """Write the codes less 8 of `rows_of` packed ones to `codes`, (rows, columns) in any dtype that has signs."""
+    (_unpack_cpu if packed.device.type == "cpu" else unpack_tiles)(packed, codes)
 
 
-def unpack_tiles(packed: Tensor) -> Tensor:
+def unpack_tiles(packed: Tensor, codes: Tensor) -> None:
     """`unpack` for CUDA's layout, (rows / 8, columns / 128, 32, 4) in int32, on any device.
 
     Lane 4 r + c of a tile holds row r; in word j the low half has the even columns 32 j + 16 a + 8 b + 2 c, the high
     half the odd ones after them, (a, b) = 00, 01, 10, 11 from its lowest nibble on.
     """
-    rows, blocks = packed.shape[0] * 8, packed.shape[1]
+    blocks = packed.shape[1]
     stored = packed.view(torch.int8).view(-1, blocks, 8, 4, 4, 2, 2)  # tile, block, r, c, j, odd, a; b: the nibble
-    codes = torch.empty((rows, blocks * 128), dtype=torch.int8, device=packed.device)
     # tile, r, block, j, a, b, c, odd -> the order of `stored`, with b last.
     places = codes.view(-1, 8, blocks, 4, 2, 2, 4, 2).permute(0, 2, 1, 6, 3, 7, 4, 5)
-    places[..., 0] = stored & 15
-    places[..., 1] = (stored >> 4).bitwise_and_(15)
-    return codes.sub_(8)
+    places[..., 0] = (stored & 15).sub_(8)
+    places[..., 1] = (stored >> 4).bitwise_and_(15).sub_(8)
 
 
 def order_is_known() -> bool:
     """Whether codes come back as they were packed on the CPU: torch may keep another order on other CPUs."""
     probe = torch.arange(112 * 128).view(112, 128) * 7 % 16
-    return torch.equal(unpack(arrange(pair(probe))) + 8, probe.to(torch.int8))
+    codes = torch.empty_like(probe)
+    unpack(arrange(pair(probe)), codes)
+    return torch.equal(codes + 8, probe)
 
 
-def _unpack_cpu(packed: Tensor) -> Tensor:
+def _unpack_cpu(packed: Tensor, codes: Tensor) -> None:
     """`unpack` for the CPU's layout: blocks of rows, and what is left of them, each column of a block together.
 
     With AVX a byte of a whole block has a row of its first half and one of its second half; neighbours elsewhere.
     """
-    rows, columns = packed.shape[0], packed.shape[1] * 2
+    rows, columns = codes.shape
     capability = torch.backends.cpu.get_cpu_capability()
     block = 64 if capability == "AVX512" else 32
-    codes = torch.empty((rows, columns), dtype=torch.int8)
     whole = rows // block * block
     for start, end, width in ((0, whole, block), (whole, rows, rows - whole)):
         if start == end:
             continue
-        stored = packed[start:end].reshape(-1, columns, width // 2)
+        stored = packed[start:end].view(torch.int8).reshape(-1, columns, width // 2)
         places = codes[start:end].view(-1, width, columns).transpose(1, 2)
         if width == block and capability in ("AVX512", "AVX2"):
             low, high = places[..., : width // 2], places[..., width // 2 :]
         else:
             low, high = places[..., ::2], places[..., 1::2]
-        low.copy_(stored & 15)
-        high.copy_(stored >> 4)
-    return codes.sub_(8)
+        low.copy_((stored & 15).sub_(8))
+        high.copy_((stored >> 4).bitwise_and_(15).sub_(8))

@@ -59,15 +59,18 @@ class Int4Linear(WeightOnlyLinear):
         """Codes as pairs, in every device's checkpoint alike."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.loaded:
-            parts = [
-                pair(unpack(rows_of(self.weight, *rows)).add_(8))
-                for rows in row_ranges(self.out_features, self.in_features)
-            ]
-            destination[f"{prefix}weight"] = torch.cat(parts)
+            ranges = row_ranges(self.out_features, self.in_features)
+            destination[f"{prefix}weight"] = torch.cat([self._pairs(start, end) for start, end in ranges])
+
+    def _pairs(self, start: int, end: int) -> Tensor:
+        codes = torch.empty((end - start, self.in_features), dtype=torch.int8, device=self.weight.device)
+        unpack(rows_of(self.weight, start, end), codes)
+        return pair(codes.add_(8))
 
     def dequantize(self, start: int, end: int, dtype: torch.dtype) -> Tensor:
         """Codes times scales plus zeros, rounded once, as the kernel does."""
-        tile = unpack(rows_of(self.weight, start, end)).to(dtype)
+        tile = torch.empty((end - start, self.in_features), dtype=dtype, device=self.weight.device)
+        unpack(rows_of(self.weight, start, end), tile)
         groups = tile.view(end - start, -1, _GROUP)
         scale, zero = self.scales_and_zeros[:, start:end].to(dtype).transpose(0, 1)[..., None].unbind(2)
         torch.addcmul(zero, groups, scale, out=groups)
