@@ -274,7 +274,7 @@ def _weighted(entry: str) -> tuple[str, float]:
 def quantize(
     model: Annotated[str, typer.Argument(help="16-bit checkpoint: folder, catalog name or hub id.")],
     out: Annotated[str, typer.Argument(help="New folder for the quantized checkpoint.")],
-    weights: Annotated[str, typer.Option(help="nf4, nf4-plain, fp4 or int8.")] = "nf4",
+    weights: Annotated[str, typer.Option(help="nf4, nf4-plain, fp4, int8, int4, int8-wo or fp8.")] = "nf4",
     lm_head: Annotated[str | None, typer.Option(help="The same, for the head too; default: 16 bit.")] = None,
     device: Annotated[str | None, typer.Option(help="cuda or cpu; default: the GPU where there is one.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Most tensor data in one file.")] = "4GB",

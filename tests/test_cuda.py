@@ -19,7 +19,7 @@ SAVERS = [
 QUESTIONS = [example for name in ("math", "recall") for example in examples(name, "held_out", seed=7, count=5)]
 
 
-@pytest.mark.parametrize("weights", ["bf16", "fp16", "nf4", "nf4-plain", "fp4", "int8"])
+@pytest.mark.parametrize("weights", ["bf16", "fp16", "nf4", "nf4-plain", "fp4", "int8", "int4", "int8-wo", "fp8"])
 def test_weights_take_the_predicted_bytes_on_the_device(demo, weights):
     with qv.load(demo, profile="default", weights=weights, progress=False) as llm:
         assert llm.device.type == "cuda"
@@ -28,7 +28,7 @@ def test_weights_take_the_predicted_bytes_on_the_device(demo, weights):
 
 
 @pytest.mark.parametrize("knobs", SAVERS, ids=str)
-@pytest.mark.parametrize("weights", ["bf16", "nf4"])
+@pytest.mark.parametrize("weights", ["bf16", "nf4", "int4", "int8-wo", "fp8"])
 def test_every_saver_answers_right_and_takes_what_was_promised(demo, weights, knobs):
     with qv.load(demo, profile="default", weights=weights, prompt_len=3_000, progress=False, **knobs) as llm:
         for example in QUESTIONS:

@@ -93,7 +93,7 @@ def test_the_smallest_budget_counts_what_torch_gives_back():
 MATRIX = list(
     itertools.product(
         ["Qwen2.5-0.5B", "Qwen2.5-7B", "Qwen3-0.6B", "Qwen3-8B"],
-        [{"weights": "bf16"}, {"weights": "fp32"}, {"weights": "nf4"}, {"weights": "int8"}],
+        [{"weights": name} for name in ("bf16", "fp32", "nf4", "int8", "int4", "int8-wo", "fp8")],
         [
             {"attention": "sdpa"},
             {"attention": "eager"},

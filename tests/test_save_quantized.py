@@ -17,7 +17,7 @@ from qwen_vram.runtime.backends import get_backend
 from qwen_vram.runtime.measure import weight_storages
 from tests.lora_models import assert_same, stored
 
-QUANTIZED = ("nf4", "nf4-plain", "fp4", "int8")
+QUANTIZED = ("nf4", "nf4-plain", "fp4", "int8", "int4", "int8-wo", "fp8")
 INPUTS = {"input_ids": torch.arange(3, 40)[None]}
 # Model, and whether its head is quantized: a tied head cannot be.
 HEADS = [("demo", False), ("demo", True), ("tied", False), ("qwen3", False)]
@@ -370,7 +370,7 @@ def test_quantize_writes_a_checkpoint_that_chat_loads(demo, tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("weights", ["nf4", "int8"])
+@pytest.mark.parametrize("weights", ["nf4", "int8", "int4", "int8-wo", "fp8"])
 @pytest.mark.parametrize("head", [False, True])
 def test_on_a_gpu(demo, tmp_path, weights, head):
     out = tmp_path / "out"

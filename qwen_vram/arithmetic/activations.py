@@ -21,7 +21,7 @@ from qwen_vram.arithmetic.int8_outliers import outlier_columns
 from qwen_vram.arithmetic.kv_cache import kv_cache_bytes, quantized_tokens
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.storage import ALLOCATION_STEP, FORMATS
-from qwen_vram.arithmetic.tiles import counts_tiles, tile_rows
+from qwen_vram.arithmetic.tiles import counts_tiles, tile_rows, unpacks
 from qwen_vram.arithmetic.weights import format_of
 from qwen_vram.arithmetic.workload import Workload
 
@@ -261,7 +261,8 @@ def linear_bytes(weight: Weight, profile: Profile, rows: int, *, adapted: bool =
     4-bit formats of bitsandbytes dequantize the whole matrix (and, where double quantization is used, make the block
     maxima twice in float32), or by tiles one tile of it (and the maxima once); int8 quantizes x, takes outliers out,
     and makes the product in int32, then fp16, then the model's dtype. Exact for those, but for how many outliers the
-    data has; for formats of other libraries the dequantized matrix is counted. A LoRA adapter adds its scaled update
+    data has. Formats of torch's own operators are dequantized by tiles, int4 only for many rows; for formats of other
+    libraries the dequantized matrix is counted. A LoRA adapter adds its scaled update
     and the sum to the result, once the format's own buffers are gone.
     """
     out_features, _ = weight.shape
@@ -275,7 +276,11 @@ def _base_linear_bytes(weight: Weight, profile: Profile, rows: int) -> int:
     element = profile.element_bytes
     result = rows * out_features * element
     storage = FORMATS[format_of(weight, profile)]
-    if storage.is_dense or storage.library == "tinygemm":
+    if unpacks(storage, rows):
+        tile = tile_rows(*weight.shape) * in_features
+        # int4 takes its pairs of codes apart, half of them at a time, a byte each.
+        return result + tile * element + (tile // 2 if storage.bits == 4 else 0)
+    if storage.is_dense or storage.library == "torch":
         return result
     if storage.name == "int8":
         return rows * (in_features + _FP32) + max(_int8_working_sets(weight, profile, rows))

@@ -17,7 +17,7 @@ from qwen_vram.arithmetic.int8_outliers import outlier_columns
 from qwen_vram.arithmetic.kv_cache import HOST_CACHE_LAYERS, layer_kv_bytes, quantized_parts, quantized_tokens
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.storage import FORMATS
-from qwen_vram.arithmetic.tiles import counts_tiles, tile_rows
+from qwen_vram.arithmetic.tiles import counts_tiles, tile_rows, unpacks
 from qwen_vram.arithmetic.weights import format_of
 from qwen_vram.arithmetic.workload import Workload
 
@@ -403,7 +403,9 @@ class _Generation:
         storage = FORMATS[format_of(weight, self.profile)]
         result_size = rows * out * self.element
         fused = storage.library == "bitsandbytes" and storage.bits == 4 and rows <= FUSED_ROWS
-        if storage.is_dense or storage.library == "tinygemm" or fused:
+        if unpacks(storage, rows):
+            return self.unpacked_product(weight, result_size, storage.bits)
+        if storage.is_dense or storage.library == "torch" or fused:
             return take(result_size)
         if storage.name == "int8":
             return self.int8_product(weight, rows)
@@ -419,6 +421,16 @@ class _Generation:
         dequantized = take(weight.numel * self.element)
         result = take(result_size)
         give(*maxima, dequantized)
+        return result
+
+    def unpacked_product(self, weight: Weight, result_size: int, bits: int) -> int:
+        """The result, and the first and largest tile, which int4 fills from two halves of its codes."""
+        take, give = self.take, self.give
+        elements = tile_rows(*weight.shape) * weight.shape[1]
+        result, tile = take(result_size), take(elements * self.element)
+        for _ in range(2 if bits == 4 else 0):
+            give(take(elements // 2))
+        give(tile)
         return result
 
     def int8_product(self, weight: Weight, rows: int) -> int:

@@ -13,7 +13,7 @@ from qwen_vram.arithmetic.architecture import Architecture, Weight
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.replay_stored import replay_stored
 from qwen_vram.arithmetic.storage import FORMATS
-from qwen_vram.arithmetic.tiles import head_by_tiles, tile_rows
+from qwen_vram.arithmetic.tiles import chunk_rows, head_by_tiles, tile_rows
 from qwen_vram.arithmetic.weights import block_bytes, format_of, streaming_slots, table_on_host
 
 _FP32 = 4
@@ -65,6 +65,8 @@ def _load_streamed(allocator: CachingAllocator, architecture: Architecture, prof
 def _load_by_tiles(allocator: CachingAllocator, weight: Weight, profile: Profile) -> list[int]:
     """Quantize a weight tile by tile into its codes and scales; the blocks that hold it then."""
     storage = FORMATS[format_of(weight, profile)]
+    if storage.library != "bitsandbytes":
+        return _load_weight(allocator, weight, profile)
     rows, columns = tile_rows(*weight.shape), weight.shape[1]
     blocks = -(-weight.numel // 64)
     scales = weight.shape[0] if storage.name == "int8" else blocks
@@ -97,13 +99,19 @@ def _load_order(architecture: Architecture, profile: Profile) -> list[Weight]:
 
 
 def _announced_bytes(weight: Weight, profile: Profile) -> float:
-    """What `transformers` expects a weight to take: code bits alone, block maxima left out."""
+    """What `transformers` expects a weight to take: code bits alone, and scales where a model declares them."""
     storage = FORMATS[format_of(weight, profile)]
+    if storage.library == "torch":
+        return storage.nbytes(weight.shape)
     return weight.numel * storage.bits / 8
 
 
 def _load_stored(allocator: CachingAllocator, weight: Weight, profile: Profile) -> None:
-    """The parts come over one by one and stay. bitsandbytes' JSON text, which goes again, is left out: 512 bytes."""
+    """The parts come over one by one and stay.
+
+    Left out is what goes again and is small: bitsandbytes' JSON text (512 bytes), and a chunk of int4's codes in its
+    kernel's order (2 MiB), once all are there.
+    """
     for nbytes in FORMATS[format_of(weight, profile)].part_sizes(weight.shape):
         allocator.take(nbytes)
 
@@ -131,5 +139,14 @@ def _load_weight(allocator: CachingAllocator, weight: Weight, profile: Profile) 
         allocator.give(half)
     else:
         kept = [allocator.take(size) for size in storage.part_sizes(weight.shape)]
+        if storage.library == "torch":
+            _quantize_chunk(allocator, weight, storage.bits)
     allocator.give(arriving)
     return kept
+
+
+def _quantize_chunk(allocator: CachingAllocator, weight: Weight, bits: int) -> None:
+    """The first and largest chunk in float32; int4 seeks its levels with two more such tensors."""
+    elements = chunk_rows(*weight.shape) * weight.shape[1]
+    chunk = [allocator.take(elements * _FP32) for _ in range(3 if bits == 4 else 1)]
+    allocator.give(*chunk)

@@ -36,7 +36,8 @@ class StorageFormat(NamedTuple):
         parts: What is stored, in storage order; empty where only a checkpoint's headers say it.
         bits: Code bits per weight, scales not counted; 0 where only a checkpoint's headers say it.
         group_size: Weights that share a scale, where they do so along a row; 0 otherwise.
-        library: The extra dependency that writes and runs it; empty for plain dtypes.
+        library: The library that writes and runs it; empty for plain dtypes.
+        multiples: What a matrix's rows and columns must be multiples of.
     """
 
     name: str
@@ -44,6 +45,7 @@ class StorageFormat(NamedTuple):
     bits: int
     group_size: int = 0
     library: str = ""
+    multiples: tuple[int, int] = (1, 1)
 
     @property
     def is_dense(self) -> bool:
@@ -54,7 +56,7 @@ class StorageFormat(NamedTuple):
         """Bytes of each part for a tensor of `shape`, `(rows, columns)` or one dimension. Exact.
 
         Raises:
-            ConfigError: a format whose bytes only a checkpoint's headers say.
+            ConfigError: a format whose bytes only a checkpoint's headers say, or that has no place for such a matrix.
         """
         if not self.parts:
             raise ConfigError(
@@ -63,6 +65,11 @@ class StorageFormat(NamedTuple):
                 f"{', '.join(name for name, row in FORMATS.items() if row.parts)}"
             )
         rows, columns = (shape[0], shape[1]) if len(shape) == 2 else (1, shape[0])
+        if len(shape) == 2 and (rows % self.multiples[0] or columns % self.multiples[1]):
+            raise ConfigError(
+                f"{self.name!r} stores matrices whose rows are a multiple of {self.multiples[0]} and whose columns are "
+                f"one of {self.multiples[1]}, got {rows:,} x {columns:,}; use 'nf4', which has no such limit"
+            )
         group = self.group_size or columns
         counts = {
             "weights": rows * columns,
@@ -131,10 +138,10 @@ FORMATS: dict[str, StorageFormat] = {
             128,
             "gptqmodel",
         ),
-        # tinygemm: scale and zero in bf16 side by side. Source: torch's _weight_int4pack_mm.
-        StorageFormat("int4", (_CODES4, Part("scales_and_zeros", 4, 1, "row_groups")), 4, 128, "tinygemm"),
-        StorageFormat("int8-wo", (Part("weight", 1, 1, "weights"), Part("scale", 2, 1, "rows")), 8, 0, "torchao"),
-        StorageFormat("fp8", (Part("weight", 1, 1, "weights"), Part("scale", 4, 1, "rows")), 8, 0, "torchao"),
+        # tinygemm: scale and zero in bf16 side by side. Source: torch's _weight_int4pack_mm, on the CPU too.
+        StorageFormat("int4", (_CODES4, Part("scales_and_zeros", 4, 1, "row_groups")), 4, 128, "torch", (16, 128)),
+        StorageFormat("int8-wo", (Part("weight", 1, 1, "weights"), Part("scale", 2, 1, "rows")), 8, 0, "torch"),
+        StorageFormat("fp8", (Part("weight", 1, 1, "weights"), Part("scale", 4, 1, "rows")), 8, 0, "torch"),
         # What checkpoints are published in: bits, groups and skipped modules vary, so headers say the bytes (`stored`).
         StorageFormat("gptq", (), 0, 0, "gptqmodel"),
         StorageFormat("awq", (), 0, 0, "gptqmodel"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple, cast
 
-from qwen_vram.arithmetic.storage import FormatName
+from qwen_vram.arithmetic.storage import FORMATS, FormatName
 
 # quant_method of config.json -> storage format. Bits, groups and skipped modules vary, so that only headers say bytes.
 METHODS: dict[str, FormatName] = {
@@ -17,6 +17,8 @@ METHODS: dict[str, FormatName] = {
     "fp8": "fp8-block",
     "compressed-tensors": "compressed-tensors",
 }
+# What this library writes itself, of formats on torch's own operators.
+OWN_METHOD = "qwen_vram"
 _FOUR_BIT: dict[tuple[object, bool], FormatName] = {
     ("nf4", True): "nf4",
     ("nf4", False): "nf4-plain",
@@ -89,11 +91,15 @@ def quantization_of(config: Mapping[str, object]) -> object:
 def stored_format(quantization: object) -> tuple[FormatName | None, bool]:
     """The storage format that a `quantization_config` names, and whether only the headers say its bytes.
 
-    `None` where it is none that is counted. A bitsandbytes checkpoint is counted from its config alone, unless
-    modules beside the head are left in 16 bits.
+    `None` where it is none that is counted. A checkpoint of bitsandbytes or of this library itself is counted from its
+    config alone, unless modules beside the head are left in 16 bits.
     """
     settings = quantization if isinstance(quantization, Mapping) else {}
     method = settings.get("quant_method")
+    if method == OWN_METHOD:
+        own = settings.get("weights")
+        known = isinstance(own, str) and own in FORMATS and FORMATS[own].library == "torch"
+        return (cast("FormatName", own) if known else None), bool(set(skipped_modules(settings)) - {"lm_head"})
     if method != "bitsandbytes":
         return (METHODS.get(method), True) if isinstance(method, str) else (None, False)
     name: FormatName | None = None
@@ -106,6 +112,6 @@ def stored_format(quantization: object) -> tuple[FormatName | None, bool]:
 
 
 def skipped_modules(settings: Mapping[str, object]) -> list[str]:
-    """The modules that bitsandbytes left as they were; the head alone where config.json does not say."""
-    skipped = settings.get("llm_int8_skip_modules")
+    """The modules that were left as they were; the head alone where config.json does not say."""
+    skipped = settings.get("llm_int8_skip_modules", settings.get("modules_to_not_convert"))
     return [str(name) for name in cast("list[object]", skipped)] if isinstance(skipped, list) else ["lm_head"]

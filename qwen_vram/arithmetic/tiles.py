@@ -1,6 +1,8 @@
-"""Tiles: how many rows of a matrix are dequantized at once where `dequantization="tiled"`, or quantized for streaming.
+"""Tiles: how many rows of a matrix are quantized or dequantized at once.
 
-The estimator counts what `runtime.tiled_linear` and `runtime.backends.bnb_rows` take by these functions.
+The estimator counts by these functions what `runtime.tiled_linear` takes of a 4-bit matrix of bitsandbytes where
+`dequantization="tiled"`, `runtime.backends.bnb_rows` of a matrix that is quantized for streaming, and
+`runtime.weight_only` of the formats that run on torch's own operators.
 """
 
 from __future__ import annotations
@@ -12,6 +14,11 @@ from qwen_vram.arithmetic.storage import StorageFormat
 # nothing, are left to choose.
 _TILE_ELEMENTS = 2**24
 _FROM_ROWS = 64
+# Elements that are quantized at once: 16 MiB in float32.
+_CHUNK_ELEMENTS = 2**22
+# torch's int4 kernel reads the matrix once for every 16 rows of input; from so many on it is dequantized.
+# Source: torch 2.11, int4mm.cu, kMTileSize. The number is a choice; benchmarks/unpack_rows.py measures.
+UNPACK_FROM_ROWS = 128
 
 
 def tile_rows(out_features: int, in_features: int) -> int:
@@ -37,3 +44,17 @@ def counts_tiles(storage: StorageFormat, profile: Profile, shape: tuple[int, ...
 def head_by_tiles(profile: Profile) -> bool:
     """Whether a quantized head is brought to the device tile by tile: where layers stream, it is the largest tensor."""
     return profile.streamed_layers > 0 and profile.head_format != profile.dtype
+
+
+def chunk_rows(out_features: int, in_features: int) -> int:
+    """Rows of a matrix that are quantized at once; a multiple of 64 where they are not all.
+
+    >>> chunk_rows(18944, 3584), chunk_rows(512, 3584)
+    (1152, 512)
+    """
+    return min(out_features, max(64, _CHUNK_ELEMENTS // in_features // 64 * 64))
+
+
+def unpacks(storage: StorageFormat, rows: int) -> bool:
+    """Whether a format of torch's own operators is dequantized by tiles for a product of `rows` rows, on a GPU."""
+    return storage.library == "torch" and (storage.bits > 4 or rows >= UNPACK_FROM_ROWS)

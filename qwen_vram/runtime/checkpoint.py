@@ -65,8 +65,8 @@ def _check_quantized(
     """Hold a matrix that is stored quantized against its format: the bytes of its codes, and its scales beside it."""
     name = str(architecture.stored_format)
     codes = FORMATS[name].part_sizes(weight.shape)[0]
-    module = weight.name.removesuffix(".weight")
-    scales = f"{module}.SCB" if name == "int8" else f"{weight.name}.absmax"
+    part = FORMATS[name].parts[1].name
+    scales = f"{weight.name if part == 'absmax' else weight.name.removesuffix('.weight')}.{part}"
     if tensor.nbytes != codes or scales not in stored:
         found = f"{tensor.nbytes} bytes" if tensor.nbytes != codes else f"no {scales!r}"
         raise CheckpointError(

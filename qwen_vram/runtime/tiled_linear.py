@@ -7,7 +7,8 @@ from bitsandbytes import functional
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 
-from qwen_vram.arithmetic.tiles import is_tiled, tile_rows
+from qwen_vram.arithmetic.tiles import is_tiled
+from qwen_vram.runtime.tiled_product import tiled_product
 
 
 class TiledLinear4bit(Linear4bit):  # type: ignore[misc]
@@ -42,16 +43,14 @@ def dequantize_in_tiles(model: nn.Module) -> None:
 
 def _product(x: Tensor, weight: Tensor, state: functional.QuantState, bias: Tensor | None) -> Tensor:
     out_features, in_features = state.shape
-    step = tile_rows(out_features, in_features)
     absmax = state.absmax
     if state.nested:
         absmax = functional.dequantize_blockwise(absmax, state.state2)
         absmax += state.offset
-    result = x.new_empty(x.shape[0], out_features)
     packed, blocks = weight.view(-1), in_features / state.blocksize
-    for start in range(0, out_features, step):
-        end = min(start + step, out_features)
-        tile = torch.ops.bitsandbytes.dequantize_4bit.default(
+
+    def dequantize(start: int, end: int) -> Tensor:
+        tile: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
             packed[start * in_features // 2 : end * in_features // 2].view(-1, 1),
             absmax[int(start * blocks) : int(end * blocks)],
             state.blocksize,
@@ -59,10 +58,6 @@ def _product(x: Tensor, weight: Tensor, state: functional.QuantState, bias: Tens
             (end - start, in_features),
             state.dtype,
         )
-        columns = result[:, start:end]
-        if bias is None:
-            torch.mm(x, tile.t(), out=columns)
-        else:
-            torch.addmm(bias[start:end], x, tile.t(), out=columns)
-        del tile  # before the next one is made
-    return result
+        return tile
+
+    return tiled_product(x, out_features, dequantize, bias)

@@ -1,0 +1,71 @@
+"""int4, int8-wo and fp8 by operators that torch carries, quantized tensor by tensor while they load."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from qwen_vram.arithmetic.profile import Profile
+from qwen_vram.errors import BackendUnavailableError, NotSupportedError
+from qwen_vram.runtime.backends.base import Request, from_pretrained
+from qwen_vram.runtime.int4_layout import order_is_known
+from qwen_vram.runtime.weight_only import WeightOnlyLinear
+
+# tinygemm multiplies by bf16 tensor cores. Source: torch 2.11, int4mm.cu.
+_OLDEST_INT4 = (8, 0)
+
+
+class TorchBackend:
+    """Weight-only formats on torch's own operators: no library beside it."""
+
+    name = "torch"
+
+    def check(self, profile: Profile, device: torch.device) -> None:
+        """Refuse int4 where its kernels do not run, and a head in a third format."""
+        if profile.head_format not in (profile.dtype, profile.weights):
+            raise NotSupportedError(
+                f"lm_head={profile.head_format!r} with weights={profile.weights!r}: one format is quantized for a "
+                f"model; use lm_head={profile.weights!r}, or leave it out",
+                knob="lm_head",
+                value=profile.head_format,
+            )
+        reason = _int4_cannot_run(device) if profile.weights == "int4" else ""
+        if reason:
+            raise BackendUnavailableError(f"weights='int4' cannot run: {reason}; use weights='nf4'", backend=self.name)
+
+    def load(self, request: Request) -> nn.Module:
+        """The model with its matrices quantized; embeddings, norms and biases keep the model's dtype."""
+        config = _config(request.profile)  # registers the quantizer, which a stored checkpoint needs too
+        return from_pretrained(request, **({} if request.stored else {"quantization_config": config}))
+
+    def saved_config(self, model: nn.Module, profile: Profile) -> dict[str, Any]:
+        """What config.json says of the quantization."""
+        config: dict[str, Any] = _config(profile).to_dict()
+        return config
+
+    def storages(self, module: nn.Module) -> list[torch.Tensor]:
+        """Scales, and zeros where the format has them."""
+        return [getattr(module, module.scales)] if isinstance(module, WeightOnlyLinear) else []
+
+
+def _config(profile: Profile) -> Any:
+    from qwen_vram.runtime.quantize_on_load import WeightOnlyConfig
+
+    return WeightOnlyConfig(profile.weights, [] if profile.head_format == profile.weights else ["lm_head"])
+
+
+def _int4_cannot_run(device: torch.device) -> str:
+    """Why torch's int4 kernels do not run on `device`; empty where they do."""
+    kernel = "_weight_int4pack_mm_for_cpu" if device.type == "cpu" else "_weight_int4pack_mm"
+    if not hasattr(torch.ops.aten, kernel):
+        return f"torch {torch.__version__} lacks {kernel}"
+    if device.type == "cpu":
+        return "" if order_is_known() else "torch keeps its codes in an order that is not known here, on this CPU"
+    if torch.version.hip:
+        return "its codes are laid out for NVIDIA's GPUs"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _OLDEST_INT4:
+        return f"it needs a GPU of compute capability 8.0, got {capability[0]}.{capability[1]}"
+    return ""
