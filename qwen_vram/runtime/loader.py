@@ -13,14 +13,16 @@ from typing import Any
 import torch
 
 from qwen_vram.arithmetic.adapter import adapter_folder
+from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.model import ModelLike
 from qwen_vram.arithmetic.profile import Profile
+from qwen_vram.arithmetic.weights import head_is_a_copy, table_on_host
 from qwen_vram.errors import BackendUnavailableError, NotSupportedError
 from qwen_vram.planning.budget import VramLike
 from qwen_vram.planning.planner import Plan, plan
 from qwen_vram.planning.search import Prefer
 from qwen_vram.runtime import attention
-from qwen_vram.runtime.adapter import add_adapter, check_peft
+from qwen_vram.runtime.adapter import add_adapter, check_adapter, check_peft
 from qwen_vram.runtime.backends import get_backend
 from qwen_vram.runtime.backends.base import Backend, Request
 from qwen_vram.runtime.checkpoint import Checkpoint, open_checkpoint
@@ -96,6 +98,8 @@ def load(
     check(chosen, backend, place)
     if adapter is not None:
         check_peft()
+        assert chosen.estimate.architecture is not None
+        check_adapter(adapter_folder(adapter), chosen.estimate.architecture, chosen.profile)
     llm = _build(open_checkpoint(model), chosen, backend, place, adapter, progress)
     if verify:
         try:
@@ -141,13 +145,7 @@ def check(chosen: Plan, backend: Backend, device: torch.device) -> None:
             )
     architecture = chosen.estimate.architecture
     assert architecture is not None
-    if architecture.tie_word_embeddings and profile.head_format != profile.dtype:
-        raise NotSupportedError(
-            f"lm_head={profile.head_format!r}: this model's head is its embedding (tie_word_embeddings), and a head of "
-            "its own cannot be loaded yet; leave lm_head out",
-            knob="lm_head",
-            value=profile.lm_head,
-        )
+    _check_tied(profile, architecture)
     backend.check(profile, device)
     if profile.attention == "fused":
         reason = attention.kernel_runs(_dtype(profile, device), architecture.head_dim, device)
@@ -157,6 +155,22 @@ def check(chosen: Plan, backend: Backend, device: torch.device) -> None:
             )
     if profile.attention == "flash_attention_2":
         _check_flash_attention_2(device)
+
+
+def _check_tied(profile: Profile, architecture: Architecture) -> None:
+    """Refuse a quantized head that a quantized checkpoint has not; say it where a shared head keeps the table."""
+    if head_is_a_copy(architecture, profile) and architecture.stored_format is not None:
+        raise NotSupportedError(
+            f"lm_head={profile.lm_head!r}: this checkpoint's head is its token table (tie_word_embeddings), which is "
+            "stored in 16 bits; load the 16-bit checkpoint, whose table is quantized into a head of its own",
+            knob="lm_head",
+            value=profile.lm_head,
+        )
+    if profile.embeddings == "host" and not table_on_host(architecture, profile):
+        _LOGGER.warning(
+            "embeddings='host' leaves the token table where it is: it is this model's head too (tie_word_embeddings); "
+            "with quantized weights, lm_head in their format is a head of its own, and the table goes to the host"
+        )
 
 
 def _check_flash_attention_2(device: torch.device) -> None:
@@ -206,6 +220,7 @@ def _build(
         device_map=_embedding_first(chosen, device) if on_host else where,
         attention=attention.NAME if profile.attention == "fused" else profile.attention,
         stored=checkpoint.architecture.stored_format is not None,
+        own_head=head_is_a_copy(checkpoint.architecture, profile),
     )
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
     meter = PeakMeter(device)
@@ -214,7 +229,7 @@ def _build(
         model = backend.load(request)
     if on_host:
         _forget_second_device(model, where)
-    if profile.embeddings == "host" and chosen.placement.embeddings == "cpu":
+    if table_on_host(checkpoint.architecture, profile):
         move_embedding_to_host(model, device)
     if profile.dequantization == "tiled" and backend.name == "bnb":
         from qwen_vram.runtime.tiled_linear import dequantize_in_tiles
