@@ -73,12 +73,16 @@ def cases():
         yield from ((formats[number % len(formats)], pair) for number, pair in enumerate(PAIRS))
 
 
-def expected_refusal(savers):
+def expected_refusal(weights, savers):
     """What a refusal of these savers must name, as a pattern; empty where they must work."""
     chosen = set(savers)
     if any(chosen & some and chosen & others for some, others in EXCLUDED):
         return "kv_(cache|device)="
     refused = [NOT_HERE[saver] for saver in savers if saver in NOT_HERE]
+    try:
+        get_backend(weights).check(qv.Profile(weights=weights), torch.device("cpu"))
+    except REFUSALS:
+        refused.append("weights")
     return f"({'|'.join(refused)})=" if refused else ""
 
 
@@ -199,7 +203,7 @@ def check_run(watched):
 @pytest.mark.parametrize("model", ["untied", "tied"])
 def test_savers_work_with_a_backend_or_are_refused_by_name(folders, texts, references, caplog, model, weights, savers):
     folder, knobs = folders[model], {"cache": "preallocated", **knobs_of(savers, weights)}
-    named = expected_refusal(savers)
+    named = expected_refusal(weights, savers)
     if named:
         with pytest.raises(REFUSALS, match=named):
             load(folder, weights, **knobs)
