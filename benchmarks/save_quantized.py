@@ -25,12 +25,16 @@ from typing import Any
 import torch
 
 import qwen_vram as qv
-from qwen_vram.arithmetic.catalog import catalog_row
 from qwen_vram.demo import CHECKPOINT
 from qwen_vram.tools.accuracy import make_checkpoint
 
 WORK = {"prompt_len": 64, "max_new_tokens": 1}
 PARTS = ("weights", "load_peak")
+FORMATS: dict[str, dict[str, Any]] = {
+    "nf4": {"weights": "nf4"},
+    "compact": {"weights": "nf4", "lm_head": "nf4", "embeddings": "host"},
+    "int8": {"weights": "int8"},
+}
 
 
 def main() -> None:
@@ -49,7 +53,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="qwen_vram_save_", dir=options.folder) as work:
         base = Path(work, "base")
         make_checkpoint(options.model, base)
-        for name, knobs in formats(options.model).items():
+        for name, knobs in FORMATS.items():
             out = Path(work, name)
             save = measure(base, knobs, out, cold=options.cold)
             fly = fastest(base, knobs, options)
@@ -60,16 +64,6 @@ def main() -> None:
     for row in rows:
         facts = {"model": options.model, "cold": options.cold, "device": device(), "torch": torch.__version__}
         print(json.dumps({**facts, **row, "date": date.today().isoformat()}))
-
-
-def formats(model: str) -> dict[str, dict[str, Any]]:
-    """The knobs to save with, by name; a tied head is not quantized."""
-    row = catalog_row(model)
-    assert row is not None
-    compact: dict[str, Any] = {"weights": "nf4", "embeddings": "host"}
-    if not row.shape.tie_word_embeddings:
-        compact["lm_head"] = "nf4"
-    return {"nf4": {"weights": "nf4"}, "compact": compact, "int8": {"weights": "int8"}}
 
 
 def fastest(checkpoint: Path, knobs: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:

@@ -474,11 +474,6 @@ def test_a_knob_that_is_counted_and_cannot_be_loaded_is_refused_by_name(untied, 
     assert caught.value.knob in knobs
 
 
-def test_a_quantized_head_of_tied_embeddings_is_refused_by_name(tied):
-    with pytest.raises(qv.NotSupportedError, match=r"lm_head='nf4': this model's head is its embedding"):
-        qv.load(tied, profile="default", weights="nf4", lm_head="nf4")
-
-
 @pytest.mark.parametrize("weights", ["gptq-int4", "gptq-int8"])
 def test_a_format_without_a_backend_is_refused_by_name(untied, weights):
     with pytest.raises(qv.BackendUnavailableError, match=f"no backend loads '{weights}' yet: .* load\\(\\) takes fp32"):

@@ -87,8 +87,16 @@ def test_every_knob_changes_the_estimate():
         assert changed.moments != base.moments or changed.weights != base.weights, knob
 
 
-def test_a_tied_table_stays_on_the_device():
+def test_a_tied_table_stays_on_the_device_unless_the_head_is_a_copy():
     assert qv.estimate_vram("Qwen2.5-3B", embeddings="host").weights == qv.estimate_vram("Qwen2.5-3B").weights
+    table = 151_936 * 1_536
+    # Codes, a byte for 64 weights, four for 16,384 of them (rounded up), and 1,092 for tables and offset.
+    head = table // 2 + table // 64 + 4 * 14_244 + 1_092
+    shared, compact = (qv.estimate_vram("Qwen2.5-1.5B", profile) for profile in ("int4-flash", "compact"))
+    assert (compact.weights, compact.host) == (796_784_740, 2 * table)
+    assert shared.weights - compact.weights == 2 * table - head
+    # The head comes first, so that its 16-bit source is gone before the layers come.
+    assert compact.weights < compact.load_peak < compact.weights + 2**26
 
 
 def test_an_estimate_is_plain_data_a_table_and_html():

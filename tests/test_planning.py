@@ -99,11 +99,28 @@ def test_preferences_pick_among_what_fits():
     assert fast.profile.weights == "nf4"
 
 
-def test_a_tied_model_keeps_its_table_and_head():
+def test_a_tied_model_keeps_its_table_until_its_head_is_a_copy():
     chosen = qv.plan("Qwen2.5-3B", vram="3.6GiB", **RAM)
     assert chosen.profile.embeddings == "device"
     assert chosen.profile.lm_head is None
     assert set(chosen.device_map.values()) == {0}
+    chosen = qv.plan("Qwen2.5-3B", vram="2.5GiB", **RAM)
+    assert chosen.steps[-1].change == "lm_head='nf4', embeddings='host'"
+    assert [name for name, where in chosen.device_map.items() if where == "cpu"] == ["model.embed_tokens"]
+    head = qv.plan("Qwen2.5-3B", vram="2.5GiB", embeddings="host", **RAM)
+    assert head.steps[-1].change == "lm_head='nf4'"
+    assert head.estimate.parts() == chosen.estimate.parts()
+    for knobs in ({"embeddings": "device"}, {"lm_head": None}):
+        steps = qv.plan("Qwen2.5-3B", vram="2.5GiB", **RAM, **knobs).steps
+        assert not any("lm_head" in step.change or "embeddings" in step.change for step in steps)
+
+
+def test_a_map_of_a_tied_model_lets_the_table_go_with_a_head_of_its_own():
+    knobs = {"profile": "int4-flash", "vram": "2.5GiB", **RAM}
+    shared, own = qv.offload_map("Qwen2.5-3B", **knobs), qv.offload_map("Qwen2.5-3B", lm_head="nf4", **knobs)
+    assert shared["model.embed_tokens"] == 0
+    assert any(where == "cpu" for where in shared.values())
+    assert [name for name, where in own.items() if where == "cpu"] == ["model.embed_tokens"]
 
 
 def test_without_a_gpu_the_plan_is_for_the_host():

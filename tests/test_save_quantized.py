@@ -19,8 +19,8 @@ from tests.lora_models import assert_same, stored
 
 QUANTIZED = ("nf4", "nf4-plain", "fp4", "int8", "int4", "int8-wo", "fp8")
 INPUTS = {"input_ids": torch.arange(3, 40)[None]}
-# Model, and whether its head is quantized: a tied head cannot be.
-HEADS = [("demo", False), ("demo", True), ("tied", False), ("qwen3", False)]
+# Model, and whether its head is quantized: a tied one into a tensor of its own.
+HEADS = [(model, head) for model in ("demo", "tied", "qwen3") for head in (False, True)]
 
 
 def load(model, **knobs):
@@ -64,9 +64,10 @@ def test_it_loads_again_bit_for_bit_with_no_knob(request, tmp_path, model, head,
 
 
 @pytest.mark.parametrize("weights", QUANTIZED)
-@pytest.mark.parametrize("head", [False, True])
-def test_plain_transformers_load_it(demo, tmp_path, weights, head):
-    with load(demo, weights=weights, lm_head=weights if head else None, embeddings="host") as llm:
+@pytest.mark.parametrize(("model", "head"), [("demo", False), ("demo", True), ("tied", True)])
+def test_plain_transformers_load_it(request, tmp_path, model, weights, head):
+    knobs = {"weights": weights, "lm_head": weights if head else None, "embeddings": "host"}
+    with load(request.getfixturevalue(model), **knobs) as llm:
         llm.save_quantized(tmp_path / "out", progress=False)
         before, expected = tensors(llm.model), logits(llm.model)
         prompt = llm.tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)

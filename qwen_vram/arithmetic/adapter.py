@@ -15,12 +15,24 @@ from qwen_vram.files.local import parse_config
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+# PEFT saves the base's own table and head beside an adapter of them, and loads them over the base's.
+BASE_LAYER = ".base_layer."
 
 
 def adapter_folder(adapter: str | Path) -> Path:
     """The local folder of an adapter, downloaded where it is a hub id."""
     folder = Path(adapter)
     return folder if folder.is_dir() or folder.is_absolute() else hub_snapshot(str(adapter))
+
+
+def adapter_tensors(folder: Path) -> tuple[Weight, ...]:
+    """Every tensor of an adapter's file, by the name that the base's module has.
+
+    Raises:
+        CheckpointError: the file is missing or broken.
+    """
+    tensors = read_header(folder / WEIGHTS)
+    return tuple(Weight(name.removeprefix(_PREFIX), tensor.shape, "adapter") for name, tensor in tensors.items())
 
 
 def with_adapter(architecture: Architecture, adapter: str | Path) -> Architecture:
@@ -35,8 +47,7 @@ def with_adapter(architecture: Architecture, adapter: str | Path) -> Architectur
         raise CheckpointError(f"no {CONFIG} in {str(folder)!r}; point to an adapter that PEFT saved", path=str(folder))
     config = parse_config((folder / CONFIG).read_text(encoding="utf-8"), source=str(folder / CONFIG))
     _check(config)
-    tensors = read_header(folder / WEIGHTS)
-    weights = tuple(Weight(name.removeprefix(_PREFIX), tensor.shape, "adapter") for name, tensor in tensors.items())
+    weights = tuple(weight for weight in adapter_tensors(folder) if BASE_LAYER not in weight.name)
     adapted = replace(architecture, adapter_weights=weights)
     _check_shapes(adapted, folder)
     return adapted
@@ -59,7 +70,8 @@ def _check(config: Mapping[str, object]) -> None:
 
 def _check_shapes(architecture: Architecture, folder: Path) -> None:
     """Refuse an adapter whose factors do not fit the base's matrices."""
-    base = {weight.name.removesuffix(".weight"): weight.shape for weight in architecture.weights()}
+    every = (*architecture.weights(), architecture.head)  # a tied head is a module too
+    base = {weight.name.removesuffix(".weight"): weight.shape for weight in every}
     for weight in architecture.adapter_weights:
         module, factor, _ = weight.name.partition(".lora_")
         if not factor:

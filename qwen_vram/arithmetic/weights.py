@@ -52,7 +52,7 @@ def stored_weights(architecture: Architecture, profile: Profile) -> Iterator[Sto
         yield StoredWeight(weight, name, nbytes)
     for weight in architecture.adapter_weights:
         yield StoredWeight(weight, profile.dtype, weight.numel * profile.element_bytes)
-    if architecture.has_head and _head_is_a_copy(architecture, profile):
+    if architecture.has_head and head_is_a_copy(architecture, profile):
         yield StoredWeight(architecture.head, profile.head_format, head_bytes(architecture, profile))
 
 
@@ -100,7 +100,7 @@ def weight_bytes(architecture: Architecture, profile: Profile) -> WeightBytes:
             host += storage.nbytes(weight.shape)
         else:
             device += storage.nbytes(weight.shape)
-    if architecture.has_head and _head_is_a_copy(architecture, profile):
+    if architecture.has_head and head_is_a_copy(architecture, profile):
         device += head_bytes(architecture, profile)
     return WeightBytes(device + _adapter_bytes(architecture, profile), host)
 
@@ -124,9 +124,10 @@ def _adapter_bytes(architecture: Architecture, profile: Profile) -> int:
 
 def table_on_host(architecture: Architecture, profile: Profile) -> bool:
     """Whether the token table leaves the device: not where a tied head needs it there."""
-    shared_head = architecture.tie_word_embeddings and not _head_is_a_copy(architecture, profile)
+    shared_head = architecture.tie_word_embeddings and not head_is_a_copy(architecture, profile)
     return profile.embeddings == "host" and not shared_head
 
 
-def _head_is_a_copy(architecture: Architecture, profile: Profile) -> bool:
+def head_is_a_copy(architecture: Architecture, profile: Profile) -> bool:
+    """Whether a tied head is quantized into a tensor of its own, which leaves the table to the lookup alone."""
     return architecture.tie_word_embeddings and profile.head_format != profile.dtype

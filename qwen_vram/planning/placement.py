@@ -110,7 +110,8 @@ def offload_map(
     """A `device_map` that leaves room for cache and activations, with as little on the host as the budget allows.
 
     The token table goes first (rows can be gathered on the host), then decoder layers, spread evenly. Two slots on the
-    device are counted for layers that pass through. With tied embeddings the table stays, because the head needs it.
+    device are counted for layers that pass through. A tied table stays, because the head needs it, unless the head is a
+    copy (`lm_head`).
 
     Args:
         model: As for `estimate_vram`.

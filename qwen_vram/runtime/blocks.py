@@ -92,8 +92,8 @@ def pack_layers(
     blocks = []
     with ExitStack() as files:
         read = _reader(Path(request.folder), files)
-        if model.lm_head.weight.is_meta:
-            _build(model, "lm_head", "lm_head", read, backend, request)
+        if request.late_head:
+            _build(model, "lm_head", "model.embed_tokens" if _untie(model) else "lm_head", read, backend, request)
         for number in progress(sorted(numbers), desc="Packing streamed layers"):
             layer = model.model.layers[number]
             modules = []
@@ -104,6 +104,14 @@ def pack_layers(
                     modules.append(made)
             blocks.append(Block(layer, modules, backend, memory))
     return blocks
+
+
+def _untie(model: Any) -> bool:
+    """Whether the head was the token table; from here on it is not."""
+    tied: bool = model.config.tie_word_embeddings
+    model.config.tie_word_embeddings = False
+    model.all_tied_weights_keys = {}
+    return tied
 
 
 def _build(

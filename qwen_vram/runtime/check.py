@@ -7,7 +7,9 @@ from importlib.util import find_spec
 
 import torch
 
+from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.profile import Profile
+from qwen_vram.arithmetic.weights import head_is_a_copy, table_on_host
 from qwen_vram.errors import BackendUnavailableError, NotSupportedError
 from qwen_vram.planning.planner import Plan
 from qwen_vram.runtime import attention
@@ -43,13 +45,7 @@ def check(chosen: Plan, backend: Backend, device: torch.device) -> None:
     assert architecture is not None
     if profile.streamed_layers:
         _check_streaming(profile, backend, stored=architecture.stored_format is not None)
-    if architecture.tie_word_embeddings and profile.head_format != profile.dtype:
-        raise NotSupportedError(
-            f"lm_head={profile.head_format!r}: this model's head is its embedding (tie_word_embeddings), and a head of "
-            "its own cannot be loaded yet; leave lm_head out",
-            knob="lm_head",
-            value=profile.lm_head,
-        )
+    _check_tied(profile, architecture)
     backend.check(profile, device)
     if profile.attention == "fused":
         reason = attention.kernel_runs(dtype_for(profile, device), architecture.head_dim, device)
@@ -59,6 +55,22 @@ def check(chosen: Plan, backend: Backend, device: torch.device) -> None:
             )
     if profile.attention == "flash_attention_2":
         _check_flash_attention_2(device)
+
+
+def _check_tied(profile: Profile, architecture: Architecture) -> None:
+    """Refuse a quantized head that a quantized checkpoint has not; say it where a shared head keeps the table."""
+    if head_is_a_copy(architecture, profile) and architecture.stored_format is not None:
+        raise NotSupportedError(
+            f"lm_head={profile.lm_head!r}: this checkpoint's head is its token table (tie_word_embeddings), which is "
+            "stored in 16 bits; load the 16-bit checkpoint, whose table is quantized into a head of its own",
+            knob="lm_head",
+            value=profile.lm_head,
+        )
+    if profile.embeddings == "host" and not table_on_host(architecture, profile):
+        _LOGGER.warning(
+            "embeddings='host' leaves the token table where it is: it is this model's head too (tie_word_embeddings); "
+            "with quantized weights, lm_head in their format is a head of its own, and the table goes to the host"
+        )
 
 
 def _check_streaming(profile: Profile, backend: Backend, *, stored: bool) -> None:

@@ -53,7 +53,8 @@ def device_map(chosen: Plan, device: torch.device) -> dict[str, int | str | torc
         # By their children: transformers 5.17 takes "model.layers.1" for the beginning of layer 12 too.
         where |= {f"model.layers.{number}.{child}": "disk" for child in children}
     if head_by_tiles(chosen.profile):
-        where["lm_head"] = "disk"
+        tied = chosen.estimate.architecture.tie_word_embeddings
+        where["lm_head"] = where["model.embed_tokens"] if tied else "disk"
     return where
 
 

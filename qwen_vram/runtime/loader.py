@@ -13,12 +13,13 @@ import torch
 from qwen_vram.arithmetic.adapter import adapter_folder
 from qwen_vram.arithmetic.model import ModelLike
 from qwen_vram.arithmetic.profile import Profile
-from qwen_vram.arithmetic.weights import streaming_slots
+from qwen_vram.arithmetic.tiles import head_by_tiles
+from qwen_vram.arithmetic.weights import head_is_a_copy, streaming_slots, table_on_host
 from qwen_vram.planning.budget import VramLike
 from qwen_vram.planning.planner import Plan, plan
 from qwen_vram.planning.search import Prefer
 from qwen_vram.runtime import attention
-from qwen_vram.runtime.adapter import add_adapter, check_peft
+from qwen_vram.runtime.adapter import add_adapter, check_adapter, check_peft
 from qwen_vram.runtime.backends import get_backend
 from qwen_vram.runtime.backends.base import Backend, Request, StreamingBackend
 from qwen_vram.runtime.blob import HostMemory
@@ -94,6 +95,8 @@ def load(
         check(chosen, backend, one)
     if adapter is not None:
         check_peft()
+        assert chosen.estimate.architecture is not None
+        check_adapter(adapter_folder(adapter), chosen.estimate.architecture, chosen.profile)
     check_free(chosen, devices)
     llm = _build(open_checkpoint(model), chosen, backend, devices, adapter, progress)
     if verify:
@@ -125,6 +128,8 @@ def _build(
         device_map=device_map(chosen, device),
         attention=attention.NAME if profile.attention == "fused" else profile.attention,
         stored=checkpoint.architecture.stored_format is not None,
+        own_head=head_is_a_copy(checkpoint.architecture, profile) and not head_by_tiles(profile),
+        late_head=head_by_tiles(profile),
     )
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
     meters = [PeakMeter(one) for one in devices]
@@ -138,7 +143,7 @@ def _build(
             memory = HostMemory(device)
             blocks = pack_layers(model, streamed_layers(chosen), backend, request, memory, bar)
             streamer = Streamer(blocks, memory, streaming_slots(checkpoint.architecture, profile))
-    if profile.embeddings == "host" and chosen.placement.embeddings == "cpu":
+    if table_on_host(checkpoint.architecture, profile):
         move_embedding_to_host(model, device)
     if profile.dequantization == "tiled" and backend.name == "bnb":
         from qwen_vram.runtime.tiled_linear import dequantize_in_tiles

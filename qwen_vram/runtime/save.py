@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,7 +110,8 @@ def save(
     max_shard_bytes = parse_bytes(max_shard_size, name="max_shard_size")
     config = _config(source, model, saving_backend(profile.weights).saved_config(model, profile))
     modules = list(_modules(model))
-    _check(modules, architecture)
+    # A tied head may have been given a tensor of its own.
+    _check(modules, replace(architecture, tie_word_embeddings=model.config.tie_word_embeddings))
     shards = lay_out(modules, max_shard_bytes)
     files = companion_files(source)
     needed = disk_bytes(shards, files.values(), config)
@@ -175,7 +176,7 @@ def _config(source: Path, model: PreTrainedModel, quantization: dict[str, Any]) 
     config = read_config(source)
     for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:
         config[key] = str(model.dtype).removeprefix("torch.")
-    config["quantization_config"] = quantization
+    config |= {"tie_word_embeddings": model.config.tie_word_embeddings, "quantization_config": quantization}
     return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+
+from qwen_vram.runtime.own_head import load_with_own_head
 
 if TYPE_CHECKING:
     import torch
@@ -13,7 +16,11 @@ if TYPE_CHECKING:
 
 
 class Request(NamedTuple):
-    """What a backend is asked to load; `stored`: the checkpoint is in the profile's format already."""
+    """What a backend is asked to load.
+
+    `stored`: the checkpoint is in the profile's format already. `own_head`: its head is the token table, and is to be
+    quantized into a tensor of its own. `late_head`: the head is built after `load`, with the layers that stream.
+    """
 
     folder: str
     profile: Profile
@@ -22,6 +29,8 @@ class Request(NamedTuple):
     device_map: Mapping[str, int | str | torch.device]
     attention: str
     stored: bool = False
+    own_head: bool = False
+    late_head: bool = False
 
 
 class Backend(Protocol):
@@ -81,14 +90,15 @@ def from_pretrained(request: Request, **options: Any) -> nn.Module:
     """`AutoModelForCausalLM.from_pretrained` with what every backend passes: local safetensors, no remote code."""
     from transformers import AutoModelForCausalLM
 
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(
-        request.folder,
-        dtype=request.dtype,
-        device_map=dict(request.device_map),
-        attn_implementation=request.attention,
-        local_files_only=True,
-        use_safetensors=True,
-        trust_remote_code=False,
-        **options,
-    )
+    options |= {
+        "dtype": request.dtype,
+        "device_map": dict(request.device_map),
+        "attn_implementation": request.attention,
+        "local_files_only": True,
+        "use_safetensors": True,
+        "trust_remote_code": False,
+    }
+    if request.own_head:
+        return load_with_own_head(Path(request.folder), **options)
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(request.folder, **options)
     return model

@@ -124,13 +124,13 @@ class BnbBackend:
             config.quantization_config["bnb_4bit_compute_dtype"] = str(request.dtype).removeprefix("torch.")
             model: Any = from_pretrained(request, config=config)
         else:
-            settings = quantization_config(
-                profile.weights, head=profile.head_format == profile.weights, dtype=request.dtype
-            )
+            head = profile.head_format == profile.weights
+            settings = quantization_config(profile.weights, head=head and not request.late_head, dtype=request.dtype)
             settings.llm_int8_enable_fp32_cpu_offload = two_devices
             model = from_pretrained(request, quantization_config=settings)
             # Or the model, once saved, would be taken for an unquantized one on the CPU.
             model.config.quantization_config.llm_int8_enable_fp32_cpu_offload = False
+            model.config.quantization_config.llm_int8_skip_modules = [] if head else ["lm_head"]
         if request.device.type == "cpu":
             keep_scales(model)
         loaded: nn.Module = model

@@ -1,0 +1,310 @@
+"""Every saver with every backend, alone and in pairs: it works, with its mechanism in place, or is refused by name."""
+
+import gc
+import json
+import shutil
+from collections import Counter
+from itertools import combinations
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DynamicCache, StaticCache
+
+import qwen_vram as qv
+from qwen_vram.arithmetic.storage import FORMATS
+from qwen_vram.arithmetic.weights import head_bytes, table_on_host
+from qwen_vram.demo.tasks import examples
+from qwen_vram.runtime import attention
+from qwen_vram.runtime.backends import TARGETS, get_backend
+from qwen_vram.runtime.backends.base import StreamingBackend
+from qwen_vram.runtime.host_cache import HostCache
+from qwen_vram.runtime.host_embedding import HostEmbedding
+from qwen_vram.runtime.kv_cache import PreallocatedCache, PreallocatedLayer
+from qwen_vram.runtime.measure import host_bytes, weight_storages
+from qwen_vram.runtime.quantized_cache import QuantizedLayer
+from qwen_vram.tools.accuracy import make_checkpoint
+
+# The long one is past the 128 tokens that a quantized cache keeps whole; the short one is padded.
+PROMPTS = [one.prompt for name in ("recall", "math") for one in examples(name, "held_out", seed=5, count=1)]
+NEW = 4
+CHUNK = 48
+OWN, OTHER = "the weights' format", "another format"
+SAVERS = {
+    "host table": {"embeddings": "host"},
+    "head": {"lm_head": OWN},
+    "other head": {"lm_head": OTHER},
+    "fused": {"attention": "fused"},
+    "sdpa": {"attention": "sdpa"},
+    "eager": {"attention": "eager"},
+    "flash": {"attention": "flash_attention_2"},
+    "chunks": {"prefill_chunk_size": CHUNK},
+    "kv int8": {"kv_cache": "int8"},
+    "kv int4": {"kv_cache": "int4"},
+    "kv host": {"kv_device": "host"},
+    "dynamic": {"cache": "dynamic"},
+    "static": {"cache": "static"},
+    "preallocated": {"cache": "preallocated"},
+    "tiles": {"dequantization": "tiled"},
+    "streamed": {"streamed_layers": 2},
+    "compiled": {"compiled": True},
+}
+PAIRS = [(one, two) for one, two in combinations(SAVERS, 2) if not SAVERS[one].keys() & SAVERS[two].keys()]
+TOGETHER = [
+    ("host table", "fused", "chunks", "kv host", "tiles"),
+    ("host table", "head", "fused", "chunks", "kv int8", "tiles"),
+    ("host table", "head", "fused", "chunks", "kv int4", "tiles"),
+    ("host table", "head", "fused", "chunks", "kv host", "tiles", "streamed"),
+]
+
+# What this machine, or this version, refuses whatever else is asked for: the saver, and the knob that is named.
+NOT_HERE = {"other head": "lm_head", "flash": "attention", "compiled": "compiled"}
+# What excludes each other in a profile.
+EXCLUDED = [({"kv int8", "kv int4"}, {"dynamic", "static", "kv host"}), ({"kv host"}, {"dynamic", "static"})]
+REFUSALS = (qv.NotSupportedError, qv.WorkloadError, qv.BackendUnavailableError)
+STAYS = "embeddings='host' leaves the token table where it is"
+
+
+def cases():
+    """Every saver, and many at once, with every format; every pair with every backend, whose formats take turns."""
+    backends = {}
+    for weights, backend in TARGETS.items():
+        backends.setdefault(backend, []).append(weights)
+        yield from ((weights, savers) for savers in (*((name,) for name in SAVERS), *TOGETHER))
+    for formats in backends.values():
+        yield from ((formats[number % len(formats)], pair) for number, pair in enumerate(PAIRS))
+
+
+def expected_refusal(weights, savers):
+    """What a refusal of these savers must name, as a pattern; empty where they must work."""
+    chosen = set(savers)
+    if any(chosen & some and chosen & others for some, others in EXCLUDED):
+        return "kv_(cache|device)="
+    refused = [NOT_HERE[saver] for saver in savers if saver in NOT_HERE]
+    if "streamed" in chosen and not isinstance(get_backend(weights), StreamingBackend):
+        refused.append("streamed_layers")
+    try:
+        get_backend(weights).check(qv.Profile(weights=weights), torch.device("cpu"))
+    except REFUSALS:
+        refused.append("weights")
+    return f"({'|'.join(refused)})=" if refused else ""
+
+
+def knobs_of(savers, weights):
+    heads = {OWN: weights, OTHER: "fp32" if weights == "bf16" else "nf4" if weights == "int8" else "int8"}
+    return {knob: heads.get(value, value) for saver in savers for knob, value in SAVERS[saver].items()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections():
+    """Every `close()` collects garbage; what is there before need not be looked through a thousand times."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def with_tied_head(folder, out):
+    """The same checkpoint with its table as its head."""
+    shutil.copytree(folder, out)
+    tensors = load_file(out / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    return out
+
+
+@pytest.fixture(scope="module")
+def folders(demo, tmp_path_factory):
+    return {"untied": demo, "tied": with_tied_head(demo, tmp_path_factory.mktemp("tied_demo") / "demo")}
+
+
+@pytest.fixture(scope="module")
+def texts(demo):
+    tokenizer = AutoTokenizer.from_pretrained(demo)
+    chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+    return [tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
+
+
+@pytest.fixture(scope="module")
+def references():
+    """Tokens of plain profiles, made once for each model, format and head."""
+    return {}
+
+
+class Watched:
+    """A loaded model's generations: their tokens, the lengths that each forward was fed, and the cache."""
+
+    def __init__(self, llm):
+        self.llm, self.fed, self.cache = llm, [], None
+        llm.model.register_forward_pre_hook(self._note, with_kwargs=True)
+
+    def _note(self, module, args, kwargs):
+        self.fed.append(kwargs["input_ids"].shape[1])
+        self.cache = kwargs["past_key_values"]
+
+    def tokens(self, texts):
+        inputs = self.llm.tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+        output = self.llm._generate(dict(inputs), NEW, {"do_sample": False, "eos_token_id": None})
+        return output[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+def load(folder, weights, **knobs):
+    return qv.load(folder, profile="default", weights=weights, prompt_len=600, progress=False, **knobs)
+
+
+def reference(references, folder, weights, knobs, texts):
+    """What the plain profile makes of the texts, with the same formats.
+
+    Eager attention rounds in a way of its own, and so does attention over the whole of a static cache: on the tied
+    model, whose head was never trained as one, fp8's tokens part over that.
+    """
+    attention = "eager" if knobs.get("attention") == "eager" else "sdpa"
+    static = knobs.get("cache") == "static" and weights == "fp8"
+    key = (folder, weights, knobs.get("lm_head"), attention, "static" if static else "dynamic")
+    if key not in references:
+        with load(folder, weights, lm_head=key[2], attention=attention, cache=key[4]) as llm:
+            references[key] = Watched(llm).tokens(texts)
+    return references[key]
+
+
+def check_weights(llm):
+    """Formats, table and products are where the profile says, to the byte."""
+    profile, estimate, config = llm.plan.profile, llm.plan.estimate, llm.model.config
+    real = weight_storages(llm.model, get_backend(profile.weights))
+    assert sum(real.values()) == estimate.weights == llm.report().measured["weights"]
+    on_host = table_on_host(estimate.architecture, profile)
+    assert on_host is (profile.embeddings == "host" and not config.tie_word_embeddings)
+    assert isinstance(llm.model.get_input_embeddings(), HostEmbedding) is on_host
+    assert host_bytes(llm.model) == estimate.architecture.head.numel * profile.element_bytes * on_host
+    if not config.tie_word_embeddings:
+        assert real["lm_head.weight"] == head_bytes(estimate.architecture, profile)
+    kinds = Counter(type(module).__name__ for module in llm.model.modules())
+    four_bit = FORMATS[profile.weights].library == "bitsandbytes" and FORMATS[profile.weights].bits == 4
+    tiled = four_bit and profile.dequantization == "tiled"
+    assert bool(kinds["TiledLinear4bit"]) is tiled
+    assert bool(kinds["Linear4bit"]) is (four_bit and not tiled)
+    assert config._attn_implementation == {"fused": attention.NAME}.get(profile.attention, profile.attention)
+
+
+def check_run(watched):
+    """The cache is of the profile's kind and format, and the prompt went in by its chunks."""
+    profile, cache, report = watched.llm.plan.profile, watched.cache, watched.llm.report()
+    prompt_len = report.estimate.workload.prompt_len
+    chunk = profile.prefill_chunk_size or prompt_len
+    left = [prompt_len % chunk] if prompt_len % chunk else []
+    assert watched.fed == [chunk] * (prompt_len // chunk) + left + [1] * (NEW - 1)
+    if profile.cache != "preallocated":
+        assert type(cache) is {"dynamic": DynamicCache, "static": StaticCache}[profile.cache]
+        return
+    assert report.measured["kv_cache"] == report.estimate.kv_cache
+    assert type(cache) is (HostCache if profile.kv_device == "host" else PreallocatedCache)
+    kinds = {"bf16": PreallocatedLayer, "int8": QuantizedLayer, "int4": QuantizedLayer}
+    assert all(isinstance(layer, kinds[profile.kv_cache]) for layer in cache.layers)
+    assert all(layer.max_length == prompt_len + NEW for layer in cache.layers)
+    if profile.kv_cache != "bf16":
+        assert {layer.bits for layer in cache.layers} == {FORMATS[profile.kv_cache].bits}
+        assert all(layer.quantized > 0 for layer in cache.layers)
+
+
+@pytest.mark.parametrize(("weights", "savers"), [pytest.param(*one, id="+".join((one[0], *one[1]))) for one in cases()])
+@pytest.mark.parametrize("model", ["untied", "tied"])
+def test_savers_work_with_a_backend_or_are_refused_by_name(folders, texts, references, caplog, model, weights, savers):
+    folder, knobs = folders[model], {"cache": "preallocated", **knobs_of(savers, weights)}
+    named = expected_refusal(weights, savers)
+    if named:
+        with pytest.raises(REFUSALS, match=named):
+            load(folder, weights, **knobs)
+        return
+    expected = reference(references, folder, weights, knobs, texts)
+    caplog.clear()
+    with load(folder, weights, **knobs) as llm:
+        check_weights(llm)
+        watched = Watched(llm)
+        tokens = watched.tokens(texts)
+        check_run(watched)
+        # int8 takes the columns that it keeps in 16 bits anew for every chunk.
+        lossy = "kv_cache" in knobs or (weights == "int8" and "prefill_chunk_size" in knobs)
+        assert lossy or tokens == expected
+        asked = knobs.get("embeddings") == "host"
+        assert (STAYS in caplog.text) is (asked and not host_bytes(llm.model))
+
+
+# against plain transformers
+
+LOSSLESS = [
+    {},
+    {"embeddings": "host"},
+    {"prefill_chunk_size": CHUNK},
+    {"cache": "preallocated"},
+    {"cache": "preallocated", "kv_device": "host"},
+    {"attention": "fused"},
+    {"dequantization": "tiled"},
+]
+ALL = {knob: value for knobs in LOSSLESS for knob, value in knobs.items()}
+
+
+@pytest.mark.parametrize("weights", ["bf16", "fp32"])
+def test_lossless_savers_give_the_tokens_of_plain_transformers(demo, texts, weights):
+    tokenizer = AutoTokenizer.from_pretrained(demo)
+    plain = AutoModelForCausalLM.from_pretrained(demo, dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[weights])
+    batches, expected = [texts[:1], texts[1:], texts], []
+    for batch in batches:
+        inputs = tokenizer(batch, return_tensors="pt", padding=True, padding_side="left")
+        output = plain.generate(**inputs, max_new_tokens=24, do_sample=False)
+        answers = output[:, inputs["input_ids"].shape[1] :]
+        expected.append(tokenizer.batch_decode(answers, skip_special_tokens=True))
+    assert not inputs["attention_mask"].all()
+    for knobs in (*LOSSLESS, ALL):
+        with load(demo, weights, **knobs) as llm:
+            found = [llm.generate(batch, max_new_tokens=24, do_sample=False) for batch in batches]
+        assert found == expected, knobs
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """Random weights of Qwen2.5-0.5B's shape."""
+    folder = tmp_path_factory.mktemp("published")
+    make_checkpoint("Qwen2.5-0.5B", folder)
+    return folder
+
+
+def tokens_and_logits(model, inputs, **options):
+    output = model.generate(
+        **inputs, max_new_tokens=24, do_sample=False, output_logits=True, return_dict_in_generate=True, **options
+    )
+    return output.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(output.logits, dim=1).float()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("knobs", [*LOSSLESS, ALL], ids=str)
+@pytest.mark.parametrize("weights", ["bf16", "nf4"])
+def test_on_a_gpu_they_give_them_up_to_ties(published, weights, knobs):
+    """Random weights have near ties: tokens may part where plain transformers' two logits are within rounding."""
+    options = {}
+    if weights == "nf4":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    plain = AutoModelForCausalLM.from_pretrained(published, dtype=torch.bfloat16, device_map={"": 0}, **options)
+    ids = torch.randint(1_000, 100_000, (2, 700), generator=torch.Generator().manual_seed(3))
+    for padding in (0, 300):
+        mask = torch.ones_like(ids)
+        mask[1, :padding] = 0
+        inputs = {"input_ids": ids.cuda(), "attention_mask": mask.cuda()}
+        expected, logits = tokens_and_logits(plain, inputs)
+        with load(published, weights, batch_size=2, max_new_tokens=24, **knobs) as llm:
+            cache = {} if llm.plan.profile.cache == "dynamic" else {"past_key_values": llm.new_cache(max_length=724)}
+            found, ours = tokens_and_logits(llm.model, inputs, **cache)
+        steps = 2**-7 * logits.abs().amax(-1)  # of bf16, at the largest logit
+        assert ((ours[:, 0] - logits[:, 0]).abs().amax(-1) <= 4 * steps[:, 0]).all()
+        for row in range(2):
+            parted = (found[row] != expected[row]).nonzero()
+            if len(parted):
+                at = int(parted[0])
+                gap = logits[row, at].max() - logits[row, at, found[row, at]]
+                assert gap <= 4 * steps[row, at], (padding, row, at)
