@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import qwen_vram as qv
-from qwen_vram.arithmetic.replay_generation import CUBLAS_WORKSPACE
+from qwen_vram.arithmetic.replay_products import CUBLAS_WORKSPACE
 
 ROWS = [json.loads(line) for line in (Path(__file__).parent / "data" / "h200.jsonl").read_text().splitlines()]
 WEIGHTS = {"bf16": "bf16", "nf4-dq": "nf4", "nf4": "nf4-plain", "int8": "int8"}

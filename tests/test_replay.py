@@ -7,8 +7,9 @@ import pytest
 import qwen_vram as qv
 from qwen_vram.arithmetic import allocator as allocator_module
 from qwen_vram.arithmetic.allocator import CachingAllocator, OutOfRoomError
-from qwen_vram.arithmetic.replay_generation import CUBLAS_WORKSPACE, replay_generation
+from qwen_vram.arithmetic.replay_generation import replay_generation
 from qwen_vram.arithmetic.replay_load import replay_load
+from qwen_vram.arithmetic.replay_products import CUBLAS_WORKSPACE
 
 KIB, MIB = 2**10, 2**20
 

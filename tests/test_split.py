@@ -10,8 +10,9 @@ from qwen_vram.arithmetic import allocator as allocator_module
 from qwen_vram.arithmetic.model import resolve_model
 from qwen_vram.arithmetic.overhead import _runs_within
 from qwen_vram.arithmetic.profile import Profile
-from qwen_vram.arithmetic.replay_generation import CUBLAS_WORKSPACE, replay_generation
+from qwen_vram.arithmetic.replay_generation import replay_generation
 from qwen_vram.arithmetic.replay_load import replay_load
+from qwen_vram.arithmetic.replay_products import CUBLAS_WORKSPACE
 from qwen_vram.arithmetic.slices import slices
 from qwen_vram.arithmetic.split import split_estimate, split_of
 from qwen_vram.arithmetic.workload import Workload

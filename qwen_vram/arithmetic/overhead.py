@@ -13,8 +13,9 @@ from qwen_vram.arithmetic.allocator import OutOfRoomError
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.machine import Machine
 from qwen_vram.arithmetic.profile import Profile
-from qwen_vram.arithmetic.replay_generation import CUBLAS_WORKSPACE, replay_generation
+from qwen_vram.arithmetic.replay_generation import replay_generation
 from qwen_vram.arithmetic.replay_load import replay_load
+from qwen_vram.arithmetic.replay_products import CUBLAS_WORKSPACE
 from qwen_vram.arithmetic.weights import weight_bytes
 from qwen_vram.arithmetic.workload import Workload
 

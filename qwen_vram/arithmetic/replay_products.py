@@ -1,0 +1,148 @@
+"""Norms and matrix products as sequences of allocations, for `replay_generation`.
+
+Source of the order: transformers 5.17 and 5.23 (modeling_qwen2.py, modeling_qwen3.py), bitsandbytes 0.50.2 (ops.py of
+backends/cuda and default).
+"""
+
+from __future__ import annotations
+
+from qwen_vram.arithmetic.activations import FUSED_ROWS
+from qwen_vram.arithmetic.allocator import CachingAllocator
+from qwen_vram.arithmetic.architecture import Architecture, Weight
+from qwen_vram.arithmetic.int8_outliers import outlier_columns
+from qwen_vram.arithmetic.profile import Profile
+from qwen_vram.arithmetic.storage import FORMATS
+from qwen_vram.arithmetic.tiles import counts_tiles, tile_rows, unpacks
+from qwen_vram.arithmetic.weights import format_of
+
+# cuBLAS's workspace (32 MiB) and cuBLASLt's (1 MiB), which torch keeps from the first product on.
+# measured: NVIDIA H200, torch 2.11.0+cu130, 2026-11-22.
+CUBLAS_WORKSPACE = (32 * 2**20, 2**20)
+
+_FP32 = 4
+_FP16 = 2
+
+
+class Products:
+    """What norms and linear layers take and give. Every method returns the block of its result; sizes are bytes."""
+
+    def __init__(self, allocator: CachingAllocator, architecture: Architecture, profile: Profile) -> None:
+        self.take, self.give = allocator.take, allocator.give
+        self.architecture = architecture
+        self.profile = profile
+        self.element = profile.element_bytes
+        self.linears = {weight.module: weight for weight in architecture.block if weight.is_linear}
+        self.warm = False
+
+    def warm_up(self) -> None:
+        """The first matrix product on a device takes workspaces that stay."""
+        if not self.warm:
+            self.warm = True
+            for size in CUBLAS_WORKSPACE:
+                self.take(size)
+
+    def replace(self, old: int, new: int) -> int:
+        """Let go of `old` for `new`."""
+        self.give(old)
+        return new
+
+    def norm(self, rows: int, width: int) -> int:
+        """RMSNorm: in float32 on the way, for rows of `width`; the heads' norms see the same bytes."""
+        take, give = self.take, self.give
+        wide = rows * width * _FP32
+        upcast = take(wide)
+        squares = take(wide)
+        mean = take(rows * _FP32)
+        give(squares)
+        shifted = take(rows * _FP32)
+        root = take(rows * _FP32)
+        give(shifted)
+        scaled = take(wide)
+        give(root, upcast)
+        rounded = take(rows * width * self.element)
+        result = take(rows * width * self.element)
+        give(rounded, scaled, mean)
+        return result
+
+    def linear(self, name: str, rows: int) -> int:
+        """The product of one of the block's matrices, by the name of its module."""
+        return self.product(self.linears[name], rows)
+
+    def product(self, weight: Weight, rows: int) -> int:
+        """A matrix product in the weight's format, and an adapter's update on top; returns the result."""
+        self.warm_up()
+        result = self.base_product(weight, rows)
+        if weight.module not in self.architecture.adapted:
+            return result
+        size = rows * weight.shape[0] * self.element
+        update = self.take(size)
+        scaled = self.take(size)
+        self.give(update)
+        total = self.take(size)
+        self.give(result, scaled)
+        return total
+
+    def base_product(self, weight: Weight, rows: int) -> int:
+        """A matrix product in the weight's format."""
+        take, give = self.take, self.give
+        out = weight.shape[0]
+        storage = FORMATS[format_of(weight, self.profile)]
+        result_size = rows * out * self.element
+        fused = storage.library == "bitsandbytes" and storage.bits == 4 and rows <= FUSED_ROWS
+        if unpacks(storage, rows):
+            return self.unpacked_product(weight, result_size, storage.bits)
+        if storage.is_dense or storage.library == "torch" or fused:
+            return take(result_size)
+        if storage.name == "int8":
+            return self.int8_product(weight, rows)
+        maxima = []
+        if counts_tiles(storage, self.profile, weight.shape, rows):
+            if storage.name != "nf4-plain":
+                maxima = [take(-(-weight.numel // 64) * _FP32)]
+            result, tile = take(result_size), take(tile_rows(*weight.shape) * weight.shape[1] * self.element)
+            give(tile, *maxima)
+            return result
+        if storage.name in ("nf4", "fp4"):
+            maxima = [take(-(-weight.numel // 64) * _FP32) for _ in range(2)]
+        dequantized = take(weight.numel * self.element)
+        result = take(result_size)
+        give(*maxima, dequantized)
+        return result
+
+    def unpacked_product(self, weight: Weight, result_size: int, bits: int) -> int:
+        """The result, and the first and largest tile, which int4 fills from two halves of its codes."""
+        take, give = self.take, self.give
+        elements = tile_rows(*weight.shape) * weight.shape[1]
+        result, tile = take(result_size), take(elements * self.element)
+        for _ in range(2 if bits == 4 else 0):
+            give(take(elements // 2))
+        give(tile)
+        return result
+
+    def int8_product(self, weight: Weight, rows: int) -> int:
+        """LLM.int8(): quantize the input, take outlier columns out, multiply, put them back."""
+        take, give = self.take, self.give
+        out, inner = weight.shape
+        outliers = outlier_columns(weight, rows)
+        half = take(rows * inner * _FP16)
+        scales, codes = take(rows * _FP32), take(rows * inner)
+        magnitudes = take(rows * inner * _FP16)
+        flags = take(rows * inner)
+        give(magnitudes)
+        give(flags, half)
+        apart = []
+        if outliers:
+            columns = outliers * out
+            apart.append(take(rows * outliers * _FP16))
+            stored, raw, scaled = take(columns), take(columns * _FP32), take(columns * _FP32)
+            give(raw, stored)
+            apart.append(take(columns * _FP16))
+            give(scaled)
+        product = take(rows * out * _FP32)
+        rounded = take(rows * out * _FP16)
+        result = take(rows * out * self.element)
+        give(rounded, product)
+        if outliers:
+            result = self.replace(result, take(rows * out * self.element))
+        give(*apart, codes, scales)
+        return result
