@@ -44,8 +44,8 @@ def test_the_smallest_card_holds_the_plan_and_one_byte_less_does_not(prompt_len)
 
 
 def test_nothing_fits_on_a_card_that_is_too_small():
-    assert qv.max_context(SEVEN, "2GiB", **RAM) == 0
-    assert qv.max_batch(SEVEN, "2GiB", **RAM) == 0
+    assert qv.max_context(SEVEN, "1.2GiB", **RAM) == 0
+    assert qv.max_batch(SEVEN, "1.2GiB", **RAM) == 0
 
 
 def test_positions_bound_the_context():

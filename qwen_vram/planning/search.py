@@ -11,6 +11,7 @@ from qwen_vram.arithmetic.estimate import Estimate, estimate
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.split import ONE_DEVICE, split_estimate
 from qwen_vram.arithmetic.timing import decode_floor_ms
+from qwen_vram.arithmetic.weights import streaming_slots
 from qwen_vram.arithmetic.workload import Workload
 from qwen_vram.planning.budget import Budget
 from qwen_vram.planning.fit import fits, needed, on_device
@@ -72,7 +73,7 @@ class Search:
         steps: tuple[Step, ...] = ()
         current, least = self.start, 0
         for move in (None, *self.moves):
-            profile = current if move is None else replace(current.replace(**move.knobs), name=current.name)
+            profile = current if move is None else self._after(move, current)
             result = self.estimate(profile, self.workload)
             need = needed(result, self.budget)
             if steps and need >= least:
@@ -82,6 +83,12 @@ class Search:
             steps = (*steps, Step(change, need, saved, cost, self._floor(profile)))
             current, least = profile, need
             yield Candidate(result, steps)
+
+    def _after(self, move: Move, current: Profile) -> Profile:
+        """`current` with a move made. The last layer stays where streaming it would only make room for a third slot."""
+        profile = replace(current.replace(**move.knobs), name=current.name)
+        spare = self._may_stream(profile) and streaming_slots(self.architecture, profile) > 2
+        return replace(profile, streamed_layers=profile.streamed_layers - 1) if spare else profile
 
     def run(self, prefer: Prefer) -> Candidate:
         """The candidate that `prefer` asks for. Layers are streamed only where nothing else fits, and on one GPU.
