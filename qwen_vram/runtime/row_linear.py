@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qwen_vram.arithmetic.tiles import UNPACK_FROM_ROWS
 from qwen_vram.runtime.weight_only import WeightOnlyLinear, chunks
 
 _LARGEST_INT8 = 127
@@ -44,13 +43,12 @@ class Int8Linear(WeightOnlyLinear):
         return torch.mul(self.weight[start:end], self.scale[start:end, None].to(dtype))
 
     def multiply(self, x: Tensor) -> Tensor | None:
-        """By torch's kernel for CPUs; its kernel for CUDA works in float32, one thread a result."""
-        # The CPU's kernel reads past the end of other widths. Seen with torch 2.13: 7 x 100 crashes.
-        whole = self.in_features % 32 == 0 and self.out_features % 16 == 0
-        if x.device.type != "cpu" or not whole or x.shape[0] >= UNPACK_FROM_ROWS or x.dtype != self.scale.dtype:
-            return None
-        product: Tensor = torch.ops.aten._weight_int8pack_mm(x.contiguous(), self.weight, self.scale)
-        return product
+        """By tiles alone: torch's kernel for CPUs reads past the end of its codes, whatever the shape.
+
+        Seen with torch 2.13 and two threads (16 x 256 x 128 crashes); the kernel for CUDA works in float32, one thread
+        a result.
+        """
+        return None
 
 
 class Fp8Linear(WeightOnlyLinear):
