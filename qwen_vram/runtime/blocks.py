@@ -22,6 +22,7 @@ class Block:
 
     Attributes:
         layer: The layer; its parameters and quantization state are views, into a slot or into `blob`.
+        modules: Its modules with tensors of their own.
         blob: All of its tensors as bytes.
     """
 
@@ -29,7 +30,7 @@ class Block:
         self, layer: nn.Module, modules: Sequence[nn.Module], backend: StreamingBackend, memory: HostMemory
     ) -> None:
         self.layer = layer
-        self._modules, self._backend = modules, backend
+        self.modules, self._backend = modules, backend
         tensors = {
             (index, name): one for index, module in enumerate(modules) for name, one in backend.tensors(module).items()
         }
@@ -65,10 +66,10 @@ class Block:
         self.blob = self.blob.new_empty(0)
 
     def _bindings(self, views: Mapping[tuple[int, str], Tensor]) -> list[Binding]:
-        by_module: list[dict[str, Tensor]] = [{} for _ in self._modules]
+        by_module: list[dict[str, Tensor]] = [{} for _ in self.modules]
         for (index, name), view in views.items():
             by_module[index][name] = view
-        return [self._backend.binding(module, own) for module, own in zip(self._modules, by_module, strict=True)]
+        return [self._backend.binding(module, own) for module, own in zip(self.modules, by_module, strict=True)]
 
 
 def pack_layers(

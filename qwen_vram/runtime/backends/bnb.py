@@ -202,7 +202,7 @@ class BnbBackend:
         else:
             made = _with_tensors(weight.quant_state, tensors)
             # On the CPU the first product changes the state, and the codes that it belongs to.
-            fresh = copy.copy if tensors["weight"].device.type == "cpu" else _itself
+            fresh = _copy if tensors["weight"].device.type == "cpu" else _itself
 
             def bind() -> None:
                 bind_parameters()
@@ -233,6 +233,13 @@ def _with_tensors(state: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
     if state.nested:
         made.offset, made.state2 = tensors["offset"], copy.copy(state.state2)
         made.state2.absmax, made.state2.code = tensors["state2.absmax"], tensors["state2.code"]
+    return made
+
+
+def _copy(state: Any) -> Any:
+    """A `QuantState` that may change, with the one that stays as it is; see `bnb_cpu`."""
+    made = copy.copy(state)
+    made.before_packing = state
     return made
 
 
