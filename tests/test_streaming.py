@@ -417,17 +417,6 @@ def test_where_locking_fails_it_says_so_once_and_goes_on(driver, caplog):
 # refusals
 
 
-def test_a_quantized_checkpoint_is_refused_by_name(demo, tmp_path):
-    with load(demo, weights="nf4") as llm:
-        llm.model.save_pretrained(tmp_path)
-        llm.tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(
-        qv.NotSupportedError, match="streamed_layers=2: layers of a checkpoint that is quantized"
-    ) as caught:
-        load(tmp_path, streamed_layers=2)
-    assert (caught.value.knob, caught.value.value) == ("streamed_layers", 2)
-
-
 def test_a_backend_that_cannot_swap_tensors_is_refused_by_name(demo, monkeypatch):
     class Foreign:
         name = "foreign"
