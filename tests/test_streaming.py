@@ -235,6 +235,18 @@ def test_a_streamed_model_is_saved_whole(demo, tmp_path, weights):
         assert torch.equal(logits(llm), resident(demo, weights)[0])
 
 
+@pytest.mark.parametrize("weights", ["nf4", "int8"])
+def test_a_streamed_model_is_saved_quantized_as_the_resident_one(demo, tmp_path, weights):
+    with load(demo, weights=weights) as llm:
+        llm.save_quantized(tmp_path / "resident", progress=False)
+    with load(demo, weights=weights, streamed_layers=5) as llm:
+        for out in ("fresh", "run"):
+            llm.save_quantized(tmp_path / out, progress=False)
+            assert torch.equal(logits(llm), resident(demo, weights)[0])
+    files = [tmp_path / out / "model.safetensors" for out in ("resident", "fresh", "run")]
+    assert len({file.read_bytes() for file in files}) == 1
+
+
 # what happens between
 
 
@@ -403,17 +415,6 @@ def test_where_locking_fails_it_says_so_once_and_goes_on(driver, caplog):
 
 
 # refusals
-
-
-def test_a_quantized_checkpoint_is_refused_by_name(demo, tmp_path):
-    with load(demo, weights="nf4") as llm:
-        llm.model.save_pretrained(tmp_path)
-        llm.tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(
-        qv.NotSupportedError, match="streamed_layers=2: layers of a checkpoint that is quantized"
-    ) as caught:
-        load(tmp_path, streamed_layers=2)
-    assert (caught.value.knob, caught.value.value) == ("streamed_layers", 2)
 
 
 def test_a_backend_that_cannot_swap_tensors_is_refused_by_name(demo, monkeypatch):

@@ -51,11 +51,14 @@ def replay_load(architecture: Architecture, profile: Profile, limit: int | None 
 
 
 def _load_streamed(allocator: CachingAllocator, architecture: Architecture, profile: Profile) -> None:
-    """A quantized head is built by tiles and stays, streamed matrices leave again, and then the slots are taken."""
-    if head_by_tiles(profile):
+    """A quantized head is built by tiles and stays, streamed matrices leave again, and then the slots are taken.
+
+    What is stored quantized goes from the file to the host at once.
+    """
+    if head_by_tiles(architecture, profile):
         _load_by_tiles(allocator, architecture.head, profile)
     for weight in architecture.block:
-        if not FORMATS[format_of(weight, profile)].is_dense:
+        if architecture.stored_format is None and not FORMATS[format_of(weight, profile)].is_dense:
             allocator.give(*_load_by_tiles(allocator, weight, profile))
     allocator.release_unused()
     for _ in range(streaming_slots(architecture, profile)):
@@ -92,7 +95,7 @@ def _load_order(architecture: Architecture, profile: Profile) -> list[Weight]:
     head = outer.get("head", [])
     if architecture.has_head and architecture.tie_word_embeddings and profile.head_format != profile.dtype:
         head = [architecture.head]
-    if head_by_tiles(profile):
+    if head_by_tiles(architecture, profile):
         head = []  # it comes afterwards
     table = [] if table_on_host(architecture, profile) else outer.get("embedding", [])
     return [*head, *table, *(block * layers), *outer.get("norm", []), *architecture.adapter_weights]

@@ -7,6 +7,7 @@ The estimator counts by these functions what `runtime.tiled_linear` takes of a 4
 
 from __future__ import annotations
 
+from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.storage import StorageFormat
 
@@ -41,9 +42,10 @@ def counts_tiles(storage: StorageFormat, profile: Profile, shape: tuple[int, ...
     return profile.dequantization == "tiled" and four_bit and is_tiled(shape, rows)
 
 
-def head_by_tiles(profile: Profile) -> bool:
-    """Whether a quantized head is brought to the device tile by tile: where layers stream, it is the largest tensor."""
-    return profile.streamed_layers > 0 and profile.head_format != profile.dtype
+def head_by_tiles(architecture: Architecture, profile: Profile) -> bool:
+    """Whether a head is quantized on the device tile by tile: where layers stream, it is the largest tensor."""
+    quantized = profile.head_format != profile.dtype and architecture.stored_format is None
+    return profile.streamed_layers > 0 and quantized
 
 
 def chunk_rows(out_features: int, in_features: int) -> int:

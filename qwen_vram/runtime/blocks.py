@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ class Block:
 
     Attributes:
         layer: The layer; its parameters and quantization state are views, into a slot or into `blob`.
+        modules: Its modules with tensors of their own.
         blob: All of its tensors as bytes.
     """
 
@@ -29,7 +32,7 @@ class Block:
         self, layer: nn.Module, modules: Sequence[nn.Module], backend: StreamingBackend, memory: HostMemory
     ) -> None:
         self.layer = layer
-        self._modules, self._backend = modules, backend
+        self.modules, self._backend = modules, backend
         tensors = {
             (index, name): one for index, module in enumerate(modules) for name, one in backend.tensors(module).items()
         }
@@ -65,10 +68,10 @@ class Block:
         self.blob = self.blob.new_empty(0)
 
     def _bindings(self, views: Mapping[tuple[int, str], Tensor]) -> list[Binding]:
-        by_module: list[dict[str, Tensor]] = [{} for _ in self._modules]
+        by_module: list[dict[str, Tensor]] = [{} for _ in self.modules]
         for (index, name), view in views.items():
             by_module[index][name] = view
-        return [self._backend.binding(module, own) for module, own in zip(self._modules, by_module, strict=True)]
+        return [self._backend.binding(module, own) for module, own in zip(self.modules, by_module, strict=True)]
 
 
 def pack_layers(
@@ -82,7 +85,8 @@ def pack_layers(
     """Build the decoder layers with these numbers, which stand on the meta device, and leave them in host memory.
 
     A quantized head that stands there too is built first, to stay on the device. The device holds one matrix and a tile
-    at a time beside what it held before; the host, one layer in the request's format beside the blocks.
+    at a time beside what it held before, and nothing more where matrices are stored quantized; the host, one layer in
+    the request's format beside the blocks.
 
     Args:
         progress: Wraps the numbers in a progress bar, as `tqdm` does.
@@ -118,31 +122,41 @@ def _build(
     parent: nn.Module,
     name: str,
     full_name: str,
-    read: Callable[[str], Tensor],
+    read: Callable[[str], dict[str, Tensor]],
     backend: StreamingBackend,
     request: Request,
 ) -> nn.Module:
-    """Put the module called `name` into `parent` with its weights; what is quantized is on the device."""
+    """Put the module called `name` into `parent` with its weights; what is quantized now is on the device."""
     module = parent.get_submodule(name)
-    own = [parameter for parameter, _ in module.named_parameters(recurse=False)]
-    weights = {parameter: read(f"{full_name}.{parameter}").to(request.dtype) for parameter in own}
+    weights = read(full_name)
+    if not request.stored:
+        weights = {parameter: weights[parameter] for parameter, _ in module.named_parameters(recurse=False)}
     made = backend.build(module, weights, request)
     parent.set_submodule(name, made)
     return made
 
 
-def _reader(folder: Path, files: ExitStack) -> Callable[[str], Tensor]:
-    """A call that gives a tensor of the checkpoint by its name, mapped from disk; `files` keeps files open."""
+def _reader(folder: Path, files: ExitStack) -> Callable[[str], dict[str, Tensor]]:
+    """A call that gives a module's tensors of the checkpoint, by their names in it, mapped from disk.
+
+    `files` keeps files open.
+    """
     from safetensors import safe_open
 
     places = read_tensors(folder)
+    names = sorted(places)
     opened: dict[str, Any] = {}
 
-    def read(name: str) -> Tensor:
+    def tensor(name: str) -> Tensor:
         file = places[name].file
         if file not in opened:
             opened[file] = files.enter_context(safe_open(folder / file, framework="pt"))
-        tensor: Tensor = opened[file].get_tensor(name)
-        return tensor
+        found: Tensor = opened[file].get_tensor(name)
+        return found
+
+    def read(module: str) -> dict[str, Tensor]:
+        prefix = f"{module}."
+        own = takewhile(lambda name: name.startswith(prefix), names[bisect_left(names, prefix) :])
+        return {name.removeprefix(prefix): tensor(name) for name in own}
 
     return read

@@ -44,7 +44,7 @@ def check(chosen: Plan, backend: Backend, device: torch.device) -> None:
     architecture = chosen.estimate.architecture
     assert architecture is not None
     if profile.streamed_layers:
-        _check_streaming(profile, backend, stored=architecture.stored_format is not None)
+        _check_streaming(profile, backend)
     _check_tied(profile, architecture)
     backend.check(profile, device)
     if profile.attention == "fused":
@@ -73,18 +73,11 @@ def _check_tied(profile: Profile, architecture: Architecture) -> None:
         )
 
 
-def _check_streaming(profile: Profile, backend: Backend, *, stored: bool) -> None:
-    why = ""
-    if stored:
-        why = (
-            "layers of a checkpoint that is quantized already cannot be streamed yet; load the 16-bit original with "
-            f"weights={profile.weights!r}"
-        )
-    elif not isinstance(backend, StreamingBackend):
-        why = f"the backend {backend.name!r} of weights={profile.weights!r} does not say how its layers are moved"
-    if why:
+def _check_streaming(profile: Profile, backend: Backend) -> None:
+    if not isinstance(backend, StreamingBackend):
         raise NotSupportedError(
-            f"streamed_layers={profile.streamed_layers}: {why}; or use streamed_layers=0",
+            f"streamed_layers={profile.streamed_layers}: the backend {backend.name!r} of weights={profile.weights!r} "
+            "does not say how its layers are moved; use streamed_layers=0",
             knob="streamed_layers",
             value=profile.streamed_layers,
         )

@@ -16,6 +16,9 @@ from qwen_vram.files.hub import hub_snapshot
 from qwen_vram.files.local import read_config, read_tensors
 
 _FLOATS = ("BF16", "F16", "F32")
+# A part of a 4-bit matrix by the name that checkpoints give it; the offset is in a JSON text.
+# Source: bitsandbytes 0.50.2, functional.py, QuantState.as_dict.
+_NAMES = {"code": "quant_map", "state2.absmax": "nested_absmax", "state2.code": "nested_quant_map"}
 _SHOWN = 3
 
 
@@ -62,18 +65,30 @@ def _is_quantized(weight: Weight, architecture: Architecture) -> bool:
 def _check_quantized(
     weight: Weight, tensor: Tensor, stored: dict[str, Tensor], architecture: Architecture, folder: Path
 ) -> None:
-    """Hold a matrix that is stored quantized against its format: the bytes of its codes, and its scales beside it."""
+    """Hold a matrix that is stored quantized against its format: the bytes of its codes, and all that goes beside."""
     name = str(architecture.stored_format)
     codes = FORMATS[name].part_sizes(weight.shape)[0]
-    part = FORMATS[name].parts[1].name
-    scales = f"{weight.name if part == 'absmax' else weight.name.removesuffix('.weight')}.{part}"
-    if tensor.nbytes != codes or scales not in stored:
-        found = f"{tensor.nbytes} bytes" if tensor.nbytes != codes else f"no {scales!r}"
+    beside = _beside(weight, name)
+    missing = next((part for part in beside if part not in stored), None)
+    if tensor.nbytes != codes or missing:
+        found = f"{tensor.nbytes} bytes" if tensor.nbytes != codes else f"no {missing!r}"
         raise CheckpointError(
             f"{weight.name!r} is not the {name} matrix that config.json says: {codes} bytes of codes with "
-            f"{scales!r} are expected, got {found}; download the checkpoint again",
+            f"{beside[0]!r} are expected, got {found}; download the checkpoint again",
             path=str(folder / tensor.file),
         )
+
+
+def _beside(weight: Weight, name: str) -> list[str]:
+    """What a checkpoint holds beside the codes of a matrix in the format `name`, its scales first."""
+    storage = FORMATS[name]
+    parts = [part.name for part in storage.parts[1:]]
+    if storage.library != "bitsandbytes" or storage.bits != 4:
+        return [f"{weight.name.removesuffix('.weight')}.{part}" for part in parts]
+    state = f"quant_state.bitsandbytes__{name.removesuffix('-plain')}"
+    return [f"{weight.name}.{_NAMES.get(part, part)}" for part in parts if part != "offset"] + [
+        f"{weight.name}.{state}"
+    ]
 
 
 def _check_tensors(folder: Path, architecture: Architecture) -> None:

@@ -32,8 +32,8 @@ def streamed_layers(chosen: Plan) -> frozenset[int]:
 def device_map(chosen: Plan, device: torch.device) -> dict[str, int | str | torch.device]:
     """Everything on `device`, but for a token table on the host, and what is left on "meta" to be built afterwards.
 
-    That is streamed layers, and beside them a quantized head: `transformers` would bring it to the device whole first.
-    Over several GPUs it is the plan's own, where no layer streams.
+    That is streamed layers, and beside them a head to be quantized: `transformers` would bring it to the device whole
+    first. Over several GPUs it is the plan's own, where no layer streams.
     """
     if chosen.estimate.devices:
         return dict(chosen.device_map)
@@ -46,16 +46,34 @@ def device_map(chosen: Plan, device: torch.device) -> dict[str, int | str | torc
     where: dict[str, int | str | torch.device] = dict.fromkeys(chosen.device_map, here)
     if on_host:
         where["model.embed_tokens"] = "cpu"
-    assert chosen.estimate.architecture is not None
-    children = {weight.name.split(".")[0] for weight in chosen.estimate.architecture.block}
+    architecture = chosen.estimate.architecture
+    assert architecture is not None
+    children = {weight.name.split(".")[0] for weight in architecture.block}
+    # Matrices on "disk" stay torch's own, to be quantized; on "meta" they become bitsandbytes', to take what is stored.
+    away = "disk" if architecture.stored_format is None else "meta"
     for number in streamed:
         del where[f"model.layers.{number}"]
         # By their children: transformers 5.17 takes "model.layers.1" for the beginning of layer 12 too.
-        where |= {f"model.layers.{number}.{child}": "disk" for child in children}
-    if head_by_tiles(chosen.profile):
-        tied = chosen.estimate.architecture.tie_word_embeddings
-        where["lm_head"] = where["model.embed_tokens"] if tied else "disk"
+        where |= {f"model.layers.{number}.{child}": away for child in children}
+    if head_by_tiles(architecture, chosen.profile):
+        where["lm_head"] = where["model.embed_tokens"] if architecture.tie_word_embeddings else "disk"
     return where
+
+
+def left_out(chosen: Plan) -> dict[str, tuple[int, ...]]:
+    """Parameters of the layers that stream, with their shapes in the model, where they are stored quantized.
+
+    `transformers` is not shown them: it would unpack them, and write them to the disk again.
+    """
+    architecture = chosen.estimate.architecture
+    assert architecture is not None
+    if architecture.stored_format is None:
+        return {}
+    return {
+        f"model.layers.{number}.{weight.name}": weight.shape
+        for number in streamed_layers(chosen)
+        for weight in architecture.block
+    }
 
 
 def undispatched(backend: Backend, request: Request) -> Any:

@@ -26,7 +26,7 @@ from qwen_vram.runtime.blob import HostMemory
 from qwen_vram.runtime.blocks import pack_layers
 from qwen_vram.runtime.check import check, dtype_for
 from qwen_vram.runtime.checkpoint import Checkpoint, open_checkpoint
-from qwen_vram.runtime.device_map import connect, device_map, streamed_layers, undispatched
+from qwen_vram.runtime.device_map import connect, device_map, left_out, streamed_layers, undispatched
 from qwen_vram.runtime.devices import check_free, devices_for, weakest
 from qwen_vram.runtime.host_embedding import move_embedding_to_host
 from qwen_vram.runtime.loaded import LoadedModel
@@ -120,6 +120,7 @@ def _build(
 
     profile, device = chosen.profile, devices[0]
     attention.register()
+    late_head = head_by_tiles(checkpoint.architecture, profile)
     request = Request(
         folder=str(checkpoint.folder),
         profile=profile,
@@ -128,8 +129,9 @@ def _build(
         device_map=device_map(chosen, device),
         attention=attention.NAME if profile.attention == "fused" else profile.attention,
         stored=checkpoint.architecture.stored_format is not None,
-        own_head=head_is_a_copy(checkpoint.architecture, profile) and not head_by_tiles(profile),
-        late_head=head_by_tiles(profile),
+        own_head=head_is_a_copy(checkpoint.architecture, profile) and not late_head,
+        late_head=late_head,
+        left_out=left_out(chosen),
     )
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
     meters = [PeakMeter(one) for one in devices]

@@ -82,11 +82,12 @@ class Streamer:
         self._hooks += [
             block.layer.register_forward_pre_hook(partial(self._before, number)),
             block.layer.register_forward_hook(partial(self._after, number)),
-            block.layer.register_state_dict_pre_hook(lambda *_: block.bind_host()),  # type: ignore[no-untyped-call]
-            block.layer.register_state_dict_post_hook(  # type: ignore[no-untyped-call]
-                lambda *_: block.bind(resting)
-            ),
         ]
+        for module in block.modules:  # each may be read alone
+            self._hooks += [
+                module.register_state_dict_pre_hook(lambda *_: block.bind_host()),  # type: ignore[no-untyped-call]
+                module.register_state_dict_post_hook(lambda *_: block.bind(resting)),  # type: ignore[no-untyped-call]
+            ]
 
     def _before(self, number: int, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
         """Have the layer's block in a slot, wait for its copy, and let the layer use it."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
-from qwen_vram.runtime.own_head import load_with_own_head
+from qwen_vram.runtime.from_tensors import load_with_own_head, load_without
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +21,7 @@ class Request(NamedTuple):
 
     `stored`: the checkpoint is in the profile's format already. `own_head`: its head is the token table, and is to be
     quantized into a tensor of its own. `late_head`: the head is built after `load`, with the layers that stream.
+    `left_out`: parameters that `load` leaves on the meta device without reading them, by name, with their shapes.
     """
 
     folder: str
@@ -31,6 +33,7 @@ class Request(NamedTuple):
     stored: bool = False
     own_head: bool = False
     late_head: bool = False
+    left_out: Mapping[str, tuple[int, ...]] = MappingProxyType({})
 
 
 class Backend(Protocol):
@@ -72,8 +75,9 @@ class StreamingBackend(Backend, Protocol):
     def build(self, module: nn.Module, weights: Mapping[str, torch.Tensor], request: Request) -> nn.Module:
         """The module that takes the place of `module`, a leaf on the meta device, in the request's format.
 
-        `weights` are its tensors in the checkpoint, on the host, in the request's dtype. What is quantized is quantized
-        on the request's device, to the same bytes as `load` makes; the rest may stay on the host.
+        `weights` are its tensors in the checkpoint as they are there, on the host: its parameters, and all else that is
+        called after it where the checkpoint is quantized already. What is quantized now is quantized on the request's
+        device, to the same bytes as `load` makes; the rest may stay on the host.
         """
 
     def tensors(self, module: nn.Module) -> dict[str, torch.Tensor]:
@@ -100,5 +104,7 @@ def from_pretrained(request: Request, **options: Any) -> nn.Module:
     }
     if request.own_head:
         return load_with_own_head(Path(request.folder), **options)
+    if request.left_out:
+        return load_without(Path(request.folder), request.left_out, **options)
     model: nn.Module = AutoModelForCausalLM.from_pretrained(request.folder, **options)
     return model

@@ -128,9 +128,9 @@ class BnbBackend:
             settings = quantization_config(profile.weights, head=head and not request.late_head, dtype=request.dtype)
             settings.llm_int8_enable_fp32_cpu_offload = two_devices
             model = from_pretrained(request, quantization_config=settings)
-            # Or the model, once saved, would be taken for an unquantized one on the CPU.
-            model.config.quantization_config.llm_int8_enable_fp32_cpu_offload = False
             model.config.quantization_config.llm_int8_skip_modules = [] if head else ["lm_head"]
+        # Or the model, once saved, would be taken for an unquantized one on the CPU.
+        model.config.quantization_config.llm_int8_enable_fp32_cpu_offload = False
         if request.device.type == "cpu":
             keep_scales(model)
         loaded: nn.Module = model
@@ -147,34 +147,39 @@ class BnbBackend:
         return config
 
     def build(self, module: nn.Module, weights: Mapping[str, torch.Tensor], request: Request) -> nn.Module:
-        """The linear layer of bitsandbytes in the place of torch's, as `transformers` puts it; others stay."""
+        """The linear layer of bitsandbytes in the place of torch's, as `transformers` puts it; others stay.
+
+        What is stored quantized is not touched: its layer is bitsandbytes' already.
+        """
         if not isinstance(module, nn.Linear):
-            return filled(module, weights)
+            return filled(module, weights, request.dtype)
+        if request.stored:
+            from qwen_vram.runtime.backends.bnb_stored import restored
+
+            return restored(module, weights, request.dtype)
         import bitsandbytes as bnb
 
         from qwen_vram.runtime.backends.bnb_rows import eight_bit, four_bit
 
+        matrix = weights["weight"].to(request.dtype)
         sizes = {"input_features": module.in_features, "output_features": module.out_features, "device": "meta"}
         name, bias = request.profile.weights, module.bias is not None
         made: Any
         if name == "int8":
             made = bnb.nn.Linear8bitLt(**sizes, bias=bias, has_fp16_weights=False, threshold=_THRESHOLD)
-            codes, scales = eight_bit(weights["weight"], request.device)
+            codes, scales = eight_bit(matrix, request.device)
             made.weight = bnb.nn.Int8Params(codes, requires_grad=False, CB=codes, SCB=scales)
         else:
             kind = {"quant_type": _QUANT_TYPE[name], "compress_statistics": name != "nf4-plain"}
             made = bnb.nn.Linear4bit(**sizes, bias=bias, compute_dtype=request.dtype, **kind)
-            codes, state = four_bit(
-                weights["weight"], request.device, quant_type=_QUANT_TYPE[name], nested=name != "nf4-plain"
-            )
+            codes, state = four_bit(matrix, request.device, quant_type=_QUANT_TYPE[name], nested=name != "nf4-plain")
             made.weight = bnb.nn.Params4bit(
                 codes, requires_grad=False, quant_state=state, module=made, bnb_quantized=True, **kind
             )
             made.quant_state = state
         made.source_cls = type(module)  # as transformers marks what it replaced
-        return filled(made, {name: tensor for name, tensor in weights.items() if name != "weight"}).train(
-            module.training
-        )
+        rest = {name: tensor for name, tensor in weights.items() if name != "weight"}
+        return filled(made, rest, request.dtype).train(module.training)
 
     def storages(self, module: nn.Module) -> list[torch.Tensor]:
         """Block maxima, code tables and offset of a 4-bit matrix, row scales of an int8 one."""
@@ -202,7 +207,7 @@ class BnbBackend:
         else:
             made = _with_tensors(weight.quant_state, tensors)
             # On the CPU the first product changes the state, and the codes that it belongs to.
-            fresh = copy.copy if tensors["weight"].device.type == "cpu" else _itself
+            fresh = _copy if tensors["weight"].device.type == "cpu" else _itself
 
             def bind() -> None:
                 bind_parameters()
@@ -233,6 +238,13 @@ def _with_tensors(state: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
     if state.nested:
         made.offset, made.state2 = tensors["offset"], copy.copy(state.state2)
         made.state2.absmax, made.state2.code = tensors["state2.absmax"], tensors["state2.code"]
+    return made
+
+
+def _copy(state: Any) -> Any:
+    """A `QuantState` that may change, with the one that stays as it is; see `bnb_cpu`."""
+    made = copy.copy(state)
+    made.before_packing = state
     return made
 
 

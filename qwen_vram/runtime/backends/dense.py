@@ -35,7 +35,7 @@ class DenseBackend:
 
     def build(self, module: nn.Module, weights: Mapping[str, torch.Tensor], request: Request) -> nn.Module:
         """The same module, its weights on the host."""
-        return filled(module, weights)
+        return filled(module, weights, request.dtype)
 
     def storages(self, module: nn.Module) -> list[torch.Tensor]:
         """Nothing beside the parameters."""
@@ -56,10 +56,10 @@ class DenseBackend:
         return bind
 
 
-def filled(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.Module:
-    """The same module with `weights` as its parameters."""
+def filled(module: nn.Module, weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> nn.Module:
+    """The same module with `weights` as its parameters, in `dtype`."""
     for name, tensor in weights.items():
-        module.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        module.register_parameter(name, nn.Parameter(tensor.to(dtype), requires_grad=False))
     return module
 
 

@@ -1,0 +1,32 @@
+"""Matrices that a checkpoint holds as bitsandbytes quantized them: read as they are, on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+from torch import nn
+
+from qwen_vram.runtime.backends.dense import filled
+
+_SCALES = "SCB"
+
+
+def restored(module: nn.Module, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> nn.Module:
+    """The same linear layer, empty before, with what its checkpoint holds of it.
+
+    Args:
+        tensors: Codes, bias and quantization state under the names that bitsandbytes gives them, on the host.
+        dtype: What is not quantized is cast to it.
+    """
+    made: Any = module
+    plain = {name: tensors[name] for name, _ in module.named_parameters(recurse=False)}
+    if isinstance(module, Linear4bit):
+        state = {name: tensor for name, tensor in tensors.items() if name.startswith("weight.")}
+        made.weight = Params4bit.from_prequantized(plain.pop("weight"), state, device="cpu", module=module)
+    elif isinstance(module, Linear8bitLt):
+        codes = plain.pop("weight")
+        made.weight = Int8Params(codes, requires_grad=False, CB=codes, SCB=tensors[_SCALES])
+    return filled(module, plain, dtype)
