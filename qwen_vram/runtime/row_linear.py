@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qwen_vram.arithmetic.tiles import UNPACK_FROM_ROWS
 from qwen_vram.runtime.weight_only import WeightOnlyLinear, chunks
 
 _LARGEST_INT8 = 127
 _LARGEST_E4M3 = 448
+# torch's kernel for CPUs loads 16 codes from addresses that are multiples of that, and crashes on others.
+# Source: torch 2.13, cpu/int8mm_kernel.cpp, _mm_load_si128.
+_ALIGNED = 16
 
 
 class Int8Linear(WeightOnlyLinear):
@@ -39,13 +42,18 @@ class Int8Linear(WeightOnlyLinear):
             weight[start:end] = rows
         return {"weight": weight, "scale": scale}
 
+    def restore(self) -> None:
+        """Copy codes that a mapped file has at an address that the CPU's kernel cannot load from."""
+        codes = self.weight.data
+        if codes.device.type == "cpu" and codes.data_ptr() % _ALIGNED:
+            self.weight = nn.Parameter(codes.clone(), requires_grad=False)
+
     def dequantize(self, start: int, end: int, dtype: torch.dtype) -> Tensor:
         """Codes times scales."""
         return torch.mul(self.weight[start:end], self.scale[start:end, None].to(dtype))
 
     def multiply(self, x: Tensor) -> Tensor | None:
         """By torch's kernel for CPUs; its kernel for CUDA works in float32, one thread a result."""
-        # The CPU's kernel reads past the end of other widths. Seen with torch 2.13: 7 x 100 crashes.
         whole = self.in_features % 32 == 0 and self.out_features % 16 == 0
         if x.device.type != "cpu" or not whole or x.shape[0] >= UNPACK_FROM_ROWS or x.dtype != self.scale.dtype:
             return None
