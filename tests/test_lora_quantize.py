@@ -209,6 +209,35 @@ def test_values_on_and_beside_every_midpoint():
         assert torch.equal(codes, expected)
 
 
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_values_in_the_cells_of_midpoints_and_their_neighbours(quant_type):
+    """Tens of thousands that are compared with a midpoint, and as many that are only looked up."""
+    from bitsandbytes.functional import get_4bit_type
+
+    torch.manual_seed(0)
+    table = get_4bit_type(quant_type, device="cpu").sort().values
+    middle = ((table[:-1] + table[1:]) / 2)[torch.randint(15, (2**14, 64))]
+    values = middle + (torch.rand(2**14, 64) - 0.5) * 2**-13
+    values[:, 0] = 1.0
+    values *= torch.rand(2**14, 1) + 0.5
+    codes, scales = FourBit(quant_type, nested=False).encode(values)
+    expected, state = quantize_4bit(values, blocksize=64, quant_type=quant_type)
+    assert torch.equal(codes, expected)
+    assert torch.equal(scales, state.absmax)
+
+
+def test_numbers_that_are_none_stay_in_their_blocks():
+    """The proof tells of them; looking up their codes is no error."""
+    values = torch.randn(6, 64)
+    expected = FourBit("nf4", nested=False).encode(values)
+    values[1, 5], values[3, 0], values[4, 63] = float("nan"), float("inf"), float("-inf")
+    found = FourBit("nf4", nested=False).encode(values)
+    for block in (0, 2, 5):
+        assert torch.equal(found[0].view(6, 32)[block], expected[0].view(6, 32)[block])
+        assert found[1][block] == expected[1][block]
+    assert not found[1][[1, 3, 4]].isfinite().any()
+
+
 def test_the_head_and_the_embedding_stay_in_16_bit(merged, tmp_path):
     base, adapter, in_memory = merged["untied"]
     merge_lora_then_quantize(base, adapter, tmp_path / "out", quantize="nf4", device="cpu", progress=False)
