@@ -230,12 +230,18 @@ def _say(llm: qv.LoadedModel, history: list[dict[str, str]]) -> str:
     return "".join(pieces)
 
 
+MERGED = (
+    "nf4, nf4-plain, fp4, int8, or none for 16 bit; int4, int8-wo or fp8, which load with this library, not with plain "
+    "transformers."
+)
+
+
 @app.command()
 def merge(
     base: Annotated[str, typer.Argument(help="16-bit checkpoint: folder, catalog name or hub id.")],
     adapter: Annotated[str, typer.Argument(help="PEFT's adapter: folder or hub id.")],
     out: Annotated[str, typer.Argument(help="New folder for the merged checkpoint.")],
-    quantize: Annotated[str, typer.Option(help="nf4, nf4-plain, fp4, int8, or none for 16 bit.")] = "nf4",
+    quantize: Annotated[str, typer.Option(help=MERGED)] = "nf4",
     also: Annotated[
         list[str] | None, typer.Option("--also", metavar="ADAPTER[=WEIGHT]", help="A further adapter to add.")
     ] = None,

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from qwen_vram.lora import stored as stored_module
 from qwen_vram.lora.merge import merge_lora_then_quantize
 from qwen_vram.lora.quantize import QUANTIZATIONS
+from qwen_vram.runtime.quantize_on_load import LINEARS
 from tests.conftest import make_checkpoint
 from tests.hub_server import serving
 from tests.lora_models import (
@@ -40,7 +41,7 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_base(tmp_path_factory.mktemp("base") / "base", intermediate_size=128)
+    return make_base(tmp_path_factory.mktemp("base") / "base", hidden_size=128, intermediate_size=128)
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +262,7 @@ print(peak() - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
-@pytest.mark.parametrize("quantize", [None, "nf4"])
+@pytest.mark.parametrize("quantize", [None, "nf4", "int4"])
 def test_no_table_is_ever_in_memory_as_a_whole(tmp_path, quantize):
     """Two tables of 262 MB in float32 each, merged, in less than one of them."""
     base = make_base(
@@ -309,6 +310,13 @@ def decoded(folder: Path, name: str, quantize: str | None, shape) -> torch.Tenso
         return tensors[name].float()
     if quantize == "int8":
         return int8_vectorwise_dequant(tensors[name], tensors[name.replace(".weight", ".SCB")])
+    if quantize in LINEARS:
+        layer = torch.nn.Linear(shape[1], shape[0], bias=False, dtype=torch.bfloat16, device="meta")
+        LINEARS[quantize].adopt(layer, stored=True)
+        layer.weight = torch.nn.Parameter(tensors[name], requires_grad=False)
+        setattr(layer, layer.scales, tensors[name.replace("weight", layer.scales)])
+        layer.restore()
+        return layer.dequantize(0, shape[0], torch.float32)
     from bitsandbytes.functional import QuantState
 
     parts = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}

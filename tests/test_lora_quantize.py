@@ -1,7 +1,8 @@
-"""Merged and quantized at once: every stored byte is what bitsandbytes makes of the whole merged tensor."""
+"""Merged and quantized at once: every stored byte is what bitsandbytes, or `load()`, makes of the whole tensor."""
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from tests.lora_models import (
     peft_merged,
     peft_model,
     stored,
+    untied_twin,
 )
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -36,6 +38,7 @@ OPTIONS = {
     "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": True},
     "int8": {"load_in_8bit": True},
 }
+OWN = tuple(name for name in QUANTIZATIONS if name not in OPTIONS)
 
 
 def on_load(folder: Path, quantize: str, dtype=torch.bfloat16):
@@ -63,7 +66,7 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Pa
 
 
 @pytest.mark.parametrize("kind", ["untied", "tied", "qwen3"])
-@pytest.mark.parametrize("quantize", QUANTIZATIONS)
+@pytest.mark.parametrize("quantize", OPTIONS)
 def test_the_same_as_merging_in_memory_and_quantizing_on_load(merged, tmp_path, monkeypatch, quantize, kind):
     """The same files as transformers saves, and, loaded by plain transformers, the same logits."""
     base, adapter, in_memory = merged[kind]
@@ -84,6 +87,71 @@ def test_the_same_as_merging_in_memory_and_quantizing_on_load(merged, tmp_path, 
     assert loaded.get_output_embeddings().weight.dtype == torch.bfloat16
     assert loaded.config.tie_word_embeddings is (kind != "untied")
     assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.fixture(scope="module")
+def answering(untied, tied, qwen3, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path, Path]]:
+    """The same of bases with a tokenizer, which `qv.load()` asks for."""
+    root = tmp_path_factory.mktemp("answering")
+    kinds = {
+        "untied": (untied, {"target_modules": [*LINEAR, "lm_head", "embed_tokens"], "use_dora": True, "bias": "all"}),
+        "tied": (tied, {"target_modules": LINEAR[:3], "lora_bias": True}),
+        "tied, an update of the head": (tied, {"target_modules": [*LINEAR, "lm_head"]}),
+        "qwen3": (qwen3, {"target_modules": LINEAR, "use_rslora": True}),
+    }
+    made = {}
+    for number, (name, (base, settings)) in enumerate(kinds.items()):
+        adapter = make_adapter(base, root / f"{number}-adapter", size=0.02, **settings)
+        twin = untied_twin(base, root / f"{number}-twin") if "head" in name else base
+        model = peft_merged(peft_model(twin, adapter)).to(torch.bfloat16)
+        in_memory = shutil.copytree(twin, root / f"{number}-merged")
+        model.save_pretrained(in_memory)
+        made[name] = (base, adapter, in_memory)
+    return made
+
+
+@pytest.mark.parametrize("kind", ["untied", "tied", "tied, an update of the head", "qwen3"])
+@pytest.mark.parametrize("quantize", OWN)
+def test_the_same_as_merging_in_memory_loading_and_saving(answering, tmp_path, monkeypatch, quantize, kind):
+    """Byte for byte; it loads with no knob, to the same logits."""
+    base, adapter, in_memory = answering[kind]
+    monkeypatch.setattr(stored_module, "PIECE", 2**15)
+    merge_lora_then_quantize(base, adapter, tmp_path / "ours", quantize=quantize, device="cpu", progress=False)
+    with qv.load(in_memory, profile="default", device="cpu", weights=quantize, progress=False) as llm:
+        llm.save_quantized(tmp_path / "theirs", progress=False)
+        expected = logits(llm.model)
+    assert_same(stored(tmp_path / "ours"), stored(tmp_path / "theirs"))
+    ours, theirs = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("ours", "theirs"))
+    for key in ("quantization_config", "tie_word_embeddings", "dtype"):
+        assert ours[key] == theirs[key], key
+    assert ours["tie_word_embeddings"] is (kind in ("tied", "qwen3"))
+    with qv.load(tmp_path / "ours", device="cpu", progress=False) as llm:
+        assert (llm.plan.profile.weights, llm.plan.profile.lm_head) == (quantize, None)
+        assert torch.equal(logits(llm.model), expected)
+
+
+@pytest.mark.parametrize("quantize", OWN)
+def test_a_base_in_fp16_is_quantized_as_load_does(untied, tmp_path, quantize):
+    """In bf16, which it computes in."""
+    base = shutil.copytree(untied, tmp_path / "base")
+    load(untied, torch.float16).save_pretrained(base)
+    adapter = make_adapter(base, tmp_path / "adapter", target_modules=LINEAR, size=0.02)
+    merge_lora_then_quantize(base, adapter, tmp_path / "merged", quantize=None, device="cpu", progress=False)
+    merge_lora_then_quantize(base, adapter, tmp_path / "ours", quantize=quantize, device="cpu", progress=False)
+    with qv.load(tmp_path / "merged", profile="default", device="cpu", weights=quantize, progress=False) as llm:
+        expected, tensors = logits(llm.model), llm.model.state_dict()
+    with qv.load(tmp_path / "ours", device="cpu", progress=False) as llm:
+        assert_same(llm.model.state_dict(), tensors)
+        assert torch.equal(logits(llm.model), expected)
+
+
+def test_a_shape_that_int4_has_no_place_for_is_refused(merged, tmp_path):
+    base, adapter, _ = merged["untied"]
+    with pytest.raises(
+        qv.ConfigError, match="columns are one of 128, got 64 x 320; use 'nf4', which has no such limit"
+    ):
+        merge_lora_then_quantize(base, adapter, tmp_path / "out", quantize="int4", device="cpu", progress=False)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -141,6 +209,35 @@ def test_values_on_and_beside_every_midpoint():
         assert torch.equal(codes, expected)
 
 
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_values_in_the_cells_of_midpoints_and_their_neighbours(quant_type):
+    """Tens of thousands that are compared with a midpoint, and as many that are only looked up."""
+    from bitsandbytes.functional import get_4bit_type
+
+    torch.manual_seed(0)
+    table = get_4bit_type(quant_type, device="cpu").sort().values
+    middle = ((table[:-1] + table[1:]) / 2)[torch.randint(15, (2**14, 64))]
+    values = middle + (torch.rand(2**14, 64) - 0.5) * 2**-13
+    values[:, 0] = 1.0
+    values *= torch.rand(2**14, 1) + 0.5
+    codes, scales = FourBit(quant_type, nested=False).encode(values)
+    expected, state = quantize_4bit(values, blocksize=64, quant_type=quant_type)
+    assert torch.equal(codes, expected)
+    assert torch.equal(scales, state.absmax)
+
+
+def test_numbers_that_are_none_stay_in_their_blocks():
+    """The proof tells of them; looking up their codes is no error."""
+    values = torch.randn(6, 64)
+    expected = FourBit("nf4", nested=False).encode(values)
+    values[1, 5], values[3, 0], values[4, 63] = float("nan"), float("inf"), float("-inf")
+    found = FourBit("nf4", nested=False).encode(values)
+    for block in (0, 2, 5):
+        assert torch.equal(found[0].view(6, 32)[block], expected[0].view(6, 32)[block])
+        assert found[1][block] == expected[1][block]
+    assert not found[1][[1, 3, 4]].isfinite().any()
+
+
 def test_the_head_and_the_embedding_stay_in_16_bit(merged, tmp_path):
     base, adapter, in_memory = merged["untied"]
     merge_lora_then_quantize(base, adapter, tmp_path / "out", quantize="nf4", device="cpu", progress=False)
@@ -149,15 +246,16 @@ def test_the_head_and_the_embedding_stay_in_16_bit(merged, tmp_path):
         assert torch.equal(ours[name], whole[name])
 
 
-def test_unquantized_formats_are_named_until_they_can_be_written(merged, tmp_path):
+def test_what_is_no_format_or_needs_more_than_weights_is_refused(merged, tmp_path):
     base, adapter, _ = merged["untied"]
-    for quantize in ("gptq-int4", "int4"):
-        text = f"quantize='{quantize}' cannot be written while merging; merge with quantize=None, then quantize"
-        with pytest.raises(qv.BackendUnavailableError, match=text):
-            merge_lora_then_quantize(base, adapter, tmp_path / "out", quantize=quantize)
-    with pytest.raises(
-        qv.UnknownNameError, match="unknown quantization 'nf5'; choose from nf4, nf4-plain, fp4, int8, No"
-    ):
+    text = (
+        "quantize='gptq-int4' cannot be written while merging: GPTQ chooses codes by what the whole model computes "
+        "from sample texts; merge with quantize=None, then quantize the result with GPTQModel, or use quantize='int4'"
+    )
+    with pytest.raises(qv.BackendUnavailableError, match=text):
+        merge_lora_then_quantize(base, adapter, tmp_path / "out", quantize="gptq-int4")
+    names = "nf4, nf4-plain, fp4, int8, int4, int8-wo, fp8, None"
+    with pytest.raises(qv.UnknownNameError, match=f"unknown quantization 'nf5'; choose from {names}"):
         merge_lora_then_quantize(base, adapter, tmp_path / "out", quantize="nf5")
     assert not (tmp_path / "out").exists()
 
@@ -169,10 +267,11 @@ def test_bitsandbytes_missing(monkeypatch):
     ):
         codec_for("int8")
     assert codec_for(None) is None
+    assert codec_for("int4") is not None  # torch's own operators need no library
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("quantize", [None, *QUANTIZATIONS])
+@pytest.mark.parametrize("quantize", [None, *OPTIONS])
 def test_on_a_gpu(merged, tmp_path, quantize):
     """Codes may differ from the CPU's where float32 sums do; the model is the same to bf16's precision."""
     base, adapter, in_memory = merged["untied"]
@@ -187,4 +286,18 @@ def test_on_a_gpu(merged, tmp_path, quantize):
     ids = torch.arange(3, 40, device="cuda")[None]
     with torch.no_grad():
         ours, theirs = model(ids).logits.float(), other(ids).logits.float()
+    assert (ours - theirs).abs().max() < 0.02 * theirs.abs().max()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantize", OWN)
+def test_own_formats_on_a_gpu(answering, tmp_path, quantize):
+    base, adapter, in_memory = answering["untied"]
+    merge_lora_then_quantize(base, adapter, tmp_path / "out", quantize=quantize, device="cuda", progress=False)
+    ids = torch.arange(3, 40, device="cuda")[None]
+    made = []
+    for folder, knobs in ((tmp_path / "out", {}), (in_memory, {"profile": "default", "weights": quantize})):
+        with qv.load(folder, progress=False, **knobs) as llm, torch.no_grad():
+            made.append(llm.model(ids).logits.float())
+    ours, theirs = made
     assert (ours - theirs).abs().max() < 0.02 * theirs.abs().max()

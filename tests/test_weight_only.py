@@ -246,7 +246,6 @@ def test_products_are_those_of_the_dequantized_matrix(weights, shape, bias):
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_products_hold_with_several_threads(weights):
-    """torch's int8 kernel for CPUs crashes then."""
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -258,6 +257,23 @@ def test_products_hold_with_several_threads(weights):
             torch.testing.assert_close(product, x @ matrix(layer).t(), rtol=0.02, atol=0.02)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_codes_from_any_place_of_a_mapped_file(weights):
+    """torch's int8 kernel crashes on addresses that are no multiple of 16."""
+    made, _ = quantized(weights, bias=False)
+    made.loaded = True
+    codes = made.state_dict()["weight"]
+    file = torch.empty(codes.numel() + 8, dtype=codes.dtype)
+    layer = nn.Linear(768, 336, bias=False, dtype=torch.bfloat16, device="meta")
+    LINEARS[weights].adopt(layer, stored=True)
+    layer.weight = nn.Parameter(file[8:].view_as(codes).copy_(codes), requires_grad=False)
+    setattr(layer, layer.scales, getattr(made, made.scales))
+    layer.restore()
+    x = torch.randn(3, 768, dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert torch.equal(layer(x), made(x))
 
 
 @pytest.mark.parametrize("rows", [1, 200])

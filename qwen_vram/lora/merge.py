@@ -26,7 +26,7 @@ from qwen_vram.runtime.progress import progress_bar
 from qwen_vram.runtime.writer import CheckpointWriter
 from qwen_vram.units import parse_bytes
 
-Quantization = Literal["nf4", "nf4-plain", "fp4", "int8", "gptq-int4", "int4"]
+Quantization = Literal["nf4", "nf4-plain", "fp4", "int8", "int4", "int8-wo", "fp8", "gptq-int4"]
 
 _DTYPE_NAMES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 
@@ -47,14 +47,16 @@ def merge_lora_then_quantize(
         merged = base + sum over adapters of weight * (base with that adapter alone - base)
 
     One piece of a tensor is in memory at a time. Without quantization the result is PEFT's `merge_and_unload` in
-    float32, rounded once to the base's dtype; with it, that result quantized as transformers does while loading. The
-    head stays in the base's dtype. Nothing appears at `out` before all of it is there, and then all at once.
+    float32, rounded once to the base's dtype; with it, that result quantized as it would be on load. The head stays in
+    the base's dtype. Nothing appears at `out` before all of it is there, and then all at once.
 
     Args:
         base: The checkpoint that the adapter was trained on, not quantized: a folder, a catalog name or a hub id.
         adapter: PEFT's folder or hub id; a list of them, alone or in pairs with a weight; or a dict to weights.
         out: A new folder.
-        quantize: The format of attention's and MLP's matrices; `None` keeps the base's dtypes.
+        quantize: The format of attention's and MLP's matrices; `None` keeps the base's dtypes. bitsandbytes' `"nf4"`,
+            `"nf4-plain"`, `"fp4"` and `"int8"` load with plain transformers too; `"int4"`, `"int8-wo"` and `"fp8"`, on
+            torch's own operators, with this library's `load()` only. `"gptq-int4"` is refused.
         device: `"cuda"` or `"cpu"`, where the arithmetic is done; `None` takes the GPU where there is one.
         max_shard_size: The most tensor data in one file, a single larger tensor apart.
         overwrite: Replace a checkpoint that is at `out`; it stays there until the new one is complete.
@@ -62,8 +64,9 @@ def merge_lora_then_quantize(
 
     Raises:
         AdapterError: an adapter is broken, belongs to another base, or cannot be merged exactly.
-        CheckpointError, ConfigError, HubError: the base or the output folder cannot be used.
-        BackendUnavailableError: bitsandbytes, the GPU, or a format's backend is not here.
+        CheckpointError, ConfigError, HubError: the base or the output folder cannot be used, or a matrix has a shape
+            that `quantize` has no place for.
+        BackendUnavailableError: bitsandbytes, or the GPU, is not here, or a format cannot be written while merging.
         UnknownNameError, UnitError: `quantize` or `max_shard_size` is not one.
 
     Warns:

@@ -12,8 +12,9 @@ from qwen_vram.lora.codec import Codec, Part
 from qwen_vram.lora.fourbit import FourBit
 from qwen_vram.runtime.backends.bnb import quantization_config
 
-QUANTIZATIONS = ("nf4", "nf4-plain", "fp4", "int8")
-_LATER = ("gptq-int4", "int4")
+# Formats of torch's operators, which no library but this one stores so; the others are bitsandbytes'.
+_OWN = ("int4", "int8-wo", "fp8")
+QUANTIZATIONS = ("nf4", "nf4-plain", "fp4", "int8", *_OWN)
 _INSTALL = 'pip install "bitsandbytes>=0.50"'
 
 
@@ -21,19 +22,24 @@ def codec_for(quantize: str | None) -> Codec | None:
     """The codec called `quantize`; `None` keeps the base's own dtypes.
 
     Raises:
-        BackendUnavailableError: bitsandbytes is missing, or the format's backend does not merge.
+        BackendUnavailableError: bitsandbytes is missing, or the format needs more than weights.
         UnknownNameError: there is no such format.
     """
     if quantize is None:
         return None
-    if quantize in _LATER:
+    if quantize == "gptq-int4":
         raise BackendUnavailableError(
-            f"quantize={quantize!r} cannot be written while merging; merge with quantize=None, then quantize the "
-            "result",
+            "quantize='gptq-int4' cannot be written while merging: GPTQ chooses codes by what the whole model computes "
+            "from sample texts; merge with quantize=None, then quantize the result with GPTQModel, or use "
+            "quantize='int4'",
             backend=quantize,
         )
     if quantize not in QUANTIZATIONS:
         raise UnknownNameError("quantization", quantize, (*QUANTIZATIONS, "None"))
+    if quantize in _OWN:
+        from qwen_vram.lora.weight_only import ByGroup, ByRow  # transformers, which the other ways need not
+
+        return ByGroup(quantize) if quantize == "int4" else ByRow(quantize)
     if find_spec("bitsandbytes") is None:
         raise BackendUnavailableError(
             f"quantize={quantize!r} needs bitsandbytes, which is not installed; run: {_INSTALL}",

@@ -22,12 +22,16 @@ def pair(codes: Tensor) -> Tensor:
     return codes[:, ::2] << 4 | codes[:, 1::2]
 
 
+def unpair(pairs: Tensor) -> Tensor:
+    """The codes of pairs, (rows, columns / 2), as uint8: (rows, columns)."""
+    return torch.stack((pairs >> 4, pairs & 15), -1).view(pairs.shape[0], -1)
+
+
 def arrange(pairs: Tensor) -> Tensor:
     """Pairs, (rows, columns / 2), as the kernel of their device reads them: as many bytes, in another order."""
     packed: Tensor
     if pairs.device.type == "cpu":
-        codes = torch.stack((pairs >> 4, pairs & 15), -1).view(pairs.shape[0], -1)
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 1)
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unpair(pairs).to(torch.int32), 1)
     else:
         packed = torch.ops.aten._convert_weight_to_int4pack(pairs, _INNER)
     return packed

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qwen_vram.arithmetic.storage import FORMATS
 from qwen_vram.arithmetic.tiles import UNPACK_FROM_ROWS
-from qwen_vram.runtime.int4_groups import codes, fit
+from qwen_vram.runtime.int4_groups import Levels, codes, fit
 from qwen_vram.runtime.int4_layout import arrange, as_packed, pair, rows_of, unpack
 from qwen_vram.runtime.weight_only import WeightOnlyLinear, chunks, row_ranges
 
@@ -38,11 +38,9 @@ class Int4Linear(WeightOnlyLinear):
         """Codes and levels of each group with a small squared error."""
         weight, scales_and_zeros = as_packed(cls.empty_codes(matrix)), cls.empty_scales(matrix)
         for start, end, rows in chunks(matrix):
-            groups = rows.view(end - start, -1, _GROUP)
-            levels = fit(groups)
+            pairs, levels = encode(rows)
             scales_and_zeros[:, start:end, 0] = levels.scale[..., 0].t()
             scales_and_zeros[:, start:end, 1] = levels.zero[..., 0].t()
-            pairs = pair(codes(groups, levels).add_(8).view_as(rows))
             rows_of(weight, start, end).copy_(arrange(pairs))
         return {"weight": weight, "scales_and_zeros": scales_and_zeros}
 
@@ -87,3 +85,10 @@ class Int4Linear(WeightOnlyLinear):
         kernel = aten._weight_int4pack_mm_for_cpu if x.device.type == "cpu" else aten._weight_int4pack_mm
         product: Tensor = kernel(x.contiguous(), self.weight, _GROUP, self.scales_and_zeros)
         return product
+
+
+def encode(rows: Tensor) -> tuple[Tensor, Levels]:
+    """Pairs of codes, (rows, in_features / 2), and levels, (rows, groups, 1), of some rows in float32."""
+    groups = rows.view(rows.shape[0], -1, _GROUP)
+    levels = fit(groups)
+    return pair(codes(groups, levels).add_(8).view_as(rows)), levels

@@ -19,7 +19,7 @@ from qwen_vram.runtime.int4_linear import Int4Linear
 from qwen_vram.runtime.row_linear import Fp8Linear, Int8Linear
 from qwen_vram.runtime.weight_only import WeightOnlyLinear
 
-_LINEARS: dict[str, type[WeightOnlyLinear]] = {cls.format: cls for cls in (Int4Linear, Int8Linear, Fp8Linear)}
+LINEARS: dict[str, type[WeightOnlyLinear]] = {cls.format: cls for cls in (Int4Linear, Int8Linear, Fp8Linear)}
 
 
 @register_quantization_config(OWN_METHOD)
@@ -40,7 +40,7 @@ class WeightOnlyQuantizer(HfQuantizer):  # type: ignore[misc]
         config = self.quantization_config
         for name, module in model.named_modules():
             if type(module) is nn.Linear and name not in config.modules_to_not_convert:
-                _LINEARS[config.weights].adopt(module, stored=self.pre_quantized)
+                LINEARS[config.weights].adopt(module, stored=self.pre_quantized)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> None:
         for module in model.modules():

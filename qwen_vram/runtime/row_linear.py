@@ -43,10 +43,11 @@ class Int8Linear(WeightOnlyLinear):
         return torch.mul(self.weight[start:end], self.scale[start:end, None].to(dtype))
 
     def multiply(self, x: Tensor) -> Tensor | None:
-        """By tiles alone: torch's kernel for CPUs reads past the end of its codes, whatever the shape.
+        """By tiles alone.
 
-        Seen with torch 2.13 and two threads (16 x 256 x 128 crashes); the kernel for CUDA works in float32, one thread
-        a result.
+        torch's kernel for CPUs crashes where codes or inputs do not begin at a multiple of 16 bytes, as in a mapped
+        file or a view (torch 2.13, cpu/int8mm_kernel.cpp, `_mm_load_si128`); the one for CUDA works in float32, one
+        thread a result.
         """
         return None
 

@@ -22,20 +22,11 @@ from qwen_vram.runtime.backends import get_backend
 from qwen_vram.runtime.backends.base import SavingBackend
 from qwen_vram.runtime.checkpoint import open_checkpoint
 from qwen_vram.runtime.progress import progress_bar
-from qwen_vram.runtime.writer import CheckpointWriter
+from qwen_vram.runtime.writer import KINDS, CheckpointWriter
 from qwen_vram.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_KINDS = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int32: "I32",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +129,7 @@ def _modules(model: PreTrainedModel) -> Iterator[_Module]:
             continue
         tensors = module.state_dict(prefix=f"{name}.")
         slots = tuple(
-            Slot(key, _KINDS[tensor.dtype], tuple(tensor.shape), tensor.nbytes) for key, tensor in tensors.items()
+            Slot(key, KINDS[tensor.dtype], tuple(tensor.shape), tensor.nbytes) for key, tensor in tensors.items()
         )
         if slots:
             yield _Module(name, slots)

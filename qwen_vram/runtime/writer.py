@@ -14,6 +14,16 @@ import torch
 from qwen_vram.files.layout import Shard, header
 from qwen_vram.files.local import INDEX
 
+# dtypes as safetensors spells them.
+KINDS = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int32: "I32",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
+
 # Bytes after which the disk is set to work. The system itself waits for 10 % of memory or for seconds, and then has the
 # rest of the time to catch up in.
 _SYNC_BYTES = 2**28
