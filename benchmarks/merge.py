@@ -4,8 +4,9 @@
     python benchmarks/merge.py /tmp/bench --layers 2       # a cut of it, which PEFT can run too
 
 Makes a checkpoint of random bf16 weights in the shape of Qwen2.5-7B and a rank-64 adapter on all its linear layers in
-the folder given, and removes what it made. Every run is a fresh process, with the files out of the page cache. Prints
-a table and one line of JSON.
+the folder given, and removes what it made. Every run is a fresh process, with the files out of the page cache. The disk
+of a virtual machine varies, so the runs take turns for several rounds, and the median in seconds of each is kept. Prints
+a table and one line of JSON, with the seconds of every round.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 LAYERS = 28
 RANK = 64
@@ -217,11 +219,18 @@ def measure(what: str, base: Path, adapter: Path, root: Path) -> dict[str, float
     return figures
 
 
+def median(rows: list[dict[str, float]]) -> dict[str, Any]:
+    """The run in the middle by its seconds, with those of all runs."""
+    middle = sorted(rows, key=lambda row: row["seconds"])[len(rows) // 2]
+    return {**middle, "all_seconds": [row["seconds"] for row in rows]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where to work; 33 GB for the full shape")
     parser.add_argument("--layers", type=int, default=LAYERS)
-    parser.add_argument("--runs", nargs="+", default=None, help="of copy, 16-bit, nf4, int8, peft")
+    parser.add_argument("--runs", nargs="+", default=None, help="of copy, 16-bit, peft, nf4 and other formats")
+    parser.add_argument("--rounds", type=int, default=3, help="odd")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -234,9 +243,12 @@ def main() -> None:
         make_base(root / "base", options.layers)
         make_adapter(root / "adapter", options.layers)
         base_bytes = sum(path.stat().st_size for path in (root / "base").iterdir())
-        results = {what: measure(what, root / "base", root / "adapter", root) for what in runs}
+        rounds = [
+            {what: measure(what, root / "base", root / "adapter", root) for what in runs} for _ in range(options.rounds)
+        ]
     finally:
         shutil.rmtree(root, ignore_errors=True)
+    results = {what: median([one[what] for one in rounds]) for what in runs}
     print(f"{options.layers} layers, base {base_bytes / 1e9:.2f} GB, rank {RANK} on all linear layers")
     print(f"{'':8}{'seconds':>9}{'CPU':>7}{'of base/s':>12}{'written':>10}{'peak anonymous':>16}{'peak resident':>15}")
     for what, row in results.items():
