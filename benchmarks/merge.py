@@ -5,8 +5,8 @@
 
 Makes a checkpoint of random bf16 weights in the shape of Qwen2.5-7B and a rank-64 adapter on all its linear layers in
 the folder given, and removes what it made. Every run is a fresh process, with the files out of the page cache. The disk
-of a virtual machine varies, so the runs take turns for several rounds, and the median in seconds of each is kept. Prints
-a table and one line of JSON, with the seconds of every round.
+of a virtual machine varies, so the runs take turns for several rounds, and the median in seconds of each is kept.
+Prints a table and one line of JSON, with the seconds of every round.
 """
 
 from __future__ import annotations
