@@ -107,3 +107,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not torch.cuda.is_available():
             for item in on_gpu:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """Layers of 25 MB in bf16, so that copies take longer than launches."""
+    return make_checkpoint(
+        tmp_path_factory.mktemp("wide"), hidden_size=1024, intermediate_size=3072, num_hidden_layers=12,
+        num_attention_heads=8,
+    )  # fmt: skip

@@ -1,5 +1,6 @@
 """Budgets for several GPUs by arithmetic: slices of a model, the planner's splits, and refusals. And the reserve."""
 
+import itertools
 import json
 
 import pytest
@@ -93,14 +94,18 @@ def test_each_devices_peak_holds_its_parts(model, knobs):
         assert part.peak_moment in part.moments
 
 
-@pytest.mark.parametrize("work", [{}, {"batch_size": 4, "padded": True}, {"logits": "all"}], ids=str)
+RUNS = itertools.product(
+    [*KNOBS, {"attention": "eager"}, {"cache": "static"}, {"prefill_chunk_size": 256}],
+    [{}, {"batch_size": 4, "padded": True}, {"logits": "all"}],
+)
+
+
+# A plain forward has no cache.
 @pytest.mark.parametrize(
-    "knobs", [*KNOBS, {"attention": "eager"}, {"cache": "static"}, {"prefill_chunk_size": 256}], ids=str
+    ("knobs", "work"), [run for run in RUNS if not ("logits" in run[1] and "cache" in run[0])], ids=str
 )
 @pytest.mark.parametrize("model", ["Qwen2.5-0.5B", "Qwen2.5-7B", "Qwen3-8B"])
 def test_the_closed_form_and_the_replay_agree_on_every_device(monkeypatch, model, knobs, work):
-    if "logits" in work and "cache" in knobs:
-        pytest.skip("a plain forward has no cache")
     monkeypatch.setattr(allocator_module, "_UNSPLIT", 511)
     replay_load.cache_clear()
     for part in split(model, {0: 5, 1: 6, 2: rest(model, 11)}, work, **knobs).devices.values():

@@ -439,15 +439,6 @@ def test_a_backend_that_cannot_swap_tensors_is_refused_by_name(demo, monkeypatch
 # on a GPU
 
 
-@pytest.fixture(scope="module")
-def wide(tmp_path_factory):
-    """Layers of 25 MB in bf16, so that copies take longer than launches."""
-    return make_checkpoint(
-        tmp_path_factory.mktemp("wide"), hidden_size=1024, intermediate_size=3072, num_hidden_layers=12,
-        num_attention_heads=8,
-    )  # fmt: skip
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("streamed", [1, 2, 3, 12])
 @pytest.mark.parametrize("weights", ["bf16", "nf4", "int8"])

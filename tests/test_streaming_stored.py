@@ -251,15 +251,6 @@ def test_a_plan_of_a_saved_copy_streams_and_loads(saved, demo):
 # on a GPU
 
 
-@pytest.fixture(scope="module")
-def wide(tmp_path_factory):
-    """Layers of 25 MB in bf16, so that copies take longer than launches."""
-    return make_checkpoint(
-        tmp_path_factory.mktemp("wide"), hidden_size=1024, intermediate_size=3072, num_hidden_layers=12,
-        num_attention_heads=8,
-    )  # fmt: skip
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("streamed", [1, 3, 12])
 @pytest.mark.parametrize("embeddings", ["device", "host"])
