@@ -1,6 +1,8 @@
 """The KV cache on the host: its bytes on the device, and the same tokens as the cache on the device gives."""
 
+import gc
 import logging
+import weakref
 
 import pytest
 import torch
@@ -67,6 +69,19 @@ def test_no_memory_is_taken_after_the_first_step():
     assert len(places) == 5 + 2
 
 
+def test_a_cache_that_is_dropped_gives_its_memory_back_at_once():
+    cache = HostCache(3, max_length=9)
+    fill(cache, [4, 1])
+    slots, rows = cache.layers[0].slots, weakref.ref(cache.layers[0].rows)
+    memory = weakref.ref(slots), rows, *(weakref.ref(one.rows) for one in slots.open_slots)
+    gc.disable()
+    try:
+        del cache, slots
+        assert [one() for one in memory] == [None] * 4
+    finally:
+        gc.enable()
+
+
 def test_the_next_layer_waits_in_the_other_slot():
     cache = HostCache(3, max_length=9)
     fill(cache, [4])
@@ -75,7 +90,7 @@ def test_the_next_layer_waits_in_the_other_slot():
         for index, layer in enumerate(cache.layers):
             assert engine._find(layer) not in (None, engine.newest)
             cache.update(states(1), states(1), index)
-            assert engine.newest.layer is layer
+            assert engine.newest.index == layer.index
             assert engine.newest.tokens == 5 + step
 
 

@@ -426,7 +426,8 @@ def test_a_product_of_many_rows_takes_the_tile_that_is_counted(weights, rows, co
     product = layer(x)
     tile = tiles.tile_rows(rows, columns) * columns
     expected = product.nbytes + tile * (2.5 if weights == "int4" else 2)
-    assert torch.cuda.max_memory_allocated() - before == pytest.approx(expected, rel=0.001)
+    # The allocator does not split a block where less than 1 MiB would be left of it.
+    assert 0 <= torch.cuda.max_memory_allocated() - before - expected < 2 * 2**20
 
 
 @pytest.mark.gpu
@@ -435,6 +436,7 @@ def test_a_model_takes_what_was_promised_on_a_gpu(tmp_path, weights):
     from qwen_vram.tools.accuracy import make_checkpoint
 
     make_checkpoint("Qwen2.5-0.5B", tmp_path / "model")
+    torch._C._cuda_clearCublasWorkspaces()  # those of other tests' streams
     knobs = {"weights": weights, "attention": "fused", "cache": "preallocated", "prompt_len": 2048}
     with load(tmp_path / "model", **knobs) as llm:
         measured, promised = llm.report().measured, llm.plan.estimate

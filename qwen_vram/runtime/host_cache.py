@@ -7,6 +7,7 @@ block, which crosses the link in one copy. A view in the usual order would cross
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -35,8 +36,9 @@ class HostCache(Cache):  # type: ignore[misc]
         layers: list[HostLayer] = []
         for count in split or (num_hidden_layers,):
             slots = _Slots()
-            slots.layers.extend(HostLayer(max_length, slots) for _ in range(count))
-            layers.extend(slots.layers)
+            part = [HostLayer(max_length, slots, index) for index in range(count)]
+            slots.layers.extend(map(weakref.ref, part))
+            layers.extend(part)
         super().__init__(layers=layers)
 
 
@@ -46,9 +48,10 @@ class HostLayer(PreallocatedLayer):
     Attention sees the filled part of a slot on the device, until the second layer after this one is updated.
     """
 
-    def __init__(self, max_length: int, slots: _Slots) -> None:
+    def __init__(self, max_length: int, slots: _Slots, index: int) -> None:
         super().__init__(max_length)
         self.slots = slots
+        self.index = index  # among the layers that share the slots
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take the host's memory, in the dtype of the first keys and values."""
@@ -98,12 +101,12 @@ class HostLayer(PreallocatedLayer):
 
 
 class _Slot:
-    """Room on the device for one layer, and which of whose tokens it holds: the first `tokens` of `layer`."""
+    """Room on the device for one layer, and which of whose tokens it holds: the first `tokens` of the layer `index`."""
 
     def __init__(self, rows: Tensor) -> None:
         self.rows = rows
         self.keys, self.values = _as_attention_reads(rows)
-        self.layer: HostLayer | None = None
+        self.index: int | None = None
         self.tokens = 0
         self.filled = torch.cuda.Event() if rows.is_cuda else None  # type: ignore[no-untyped-call]
 
@@ -115,7 +118,8 @@ class _Slots:
     """
 
     def __init__(self) -> None:
-        self.layers: list[HostLayer] = []
+        # Weak: with a cycle the memory of a cache that was dropped would wait for the garbage collector.
+        self.layers: list[weakref.ref[HostLayer]] = []
         self.open_slots: list[_Slot] = []
         self.newest: _Slot | None = None
         self.stream: torch.cuda.Stream | None = None
@@ -153,8 +157,8 @@ class _Slots:
         with self._copying():
             layer.rows[layer.length : end].copy_(slot.rows[layer.length : end], non_blocking=True)
         layer.length = slot.tokens = end
-        following = self.layers[(self.layers.index(layer) + 1) % len(self.layers)]
-        if self._find(following) is None:
+        following = self.layers[(layer.index + 1) % len(self.layers)]()
+        if following is not None and self._find(following) is None:
             self._fetch(following)
 
     def forget(self) -> None:
@@ -163,7 +167,7 @@ class _Slots:
             self.stream.synchronize()
         self.newest = None
         for slot in self.open_slots:
-            slot.layer = None
+            slot.index = None
 
     def _open(self, layer: HostLayer) -> None:
         self.open_slots, self.newest = [], None
@@ -178,12 +182,12 @@ class _Slots:
             self.open_slots.append(slot)
 
     def _find(self, layer: HostLayer) -> _Slot | None:
-        return next((one for one in self.open_slots if one.layer is layer and one.tokens >= layer.length), None)
+        return next((one for one in self.open_slots if one.index == layer.index and one.tokens >= layer.length), None)
 
     def _fetch(self, layer: HostLayer) -> _Slot:
         """Start bringing a layer's tokens into the slot that was not used last."""
         slot = next((slot for slot in self.open_slots if slot is not self.newest), self.open_slots[0])
-        slot.layer, slot.tokens = layer, layer.length
+        slot.index, slot.tokens = layer.index, layer.length
         with self._copying():
             if layer.length:  # before its first tokens a layer has no rows
                 slot.rows[: layer.length].copy_(layer.rows[: layer.length], non_blocking=True)

@@ -92,5 +92,6 @@ class Fp8Linear(WeightOnlyLinear):
 def _scale(rows: Tensor, largest: int) -> Tensor:
     """What the largest magnitude of each row is divided by; 1 for a row of zeros."""
     low, high = torch.aminmax(rows, dim=1)
-    scale = torch.maximum(high, -low) / largest
+    # Not divided: GPUs divide by a number as they multiply by its inverse, CPUs do not, and scales would differ.
+    scale = torch.maximum(high, -low) * (1 / largest)
     return torch.where(scale > 0, scale, 1.0)
