@@ -18,8 +18,9 @@ _FROM_ROWS = 64
 # Elements that are quantized at once: 16 MiB in float32.
 _CHUNK_ELEMENTS = 2**22
 # torch's int4 kernel reads the matrix once for every 16 rows of input; from so many on it is dequantized.
-# Source: torch 2.11, int4mm.cu, kMTileSize. The number is a choice; benchmarks/unpack_rows.py measures.
-UNPACK_FROM_ROWS = 128
+# Source: torch 2.11, int4mm.cu, kMTileSize. Measured: the two meet between 192 and 256 rows, H100 80GB, torch 2.11.0,
+# 2026-11-25, benchmarks/unpack_rows.py.
+UNPACK_FROM_ROWS = 192
 
 
 def tile_rows(out_features: int, in_features: int) -> int:
