@@ -50,7 +50,7 @@ def test_the_copies_that_accelerate_makes_are_the_ones_counted(untied):
     tokens = torch.randint(0, 3072, (2, 40))
     padding = torch.ones_like(tokens)
     padding[0, :7] = 0
-    cache = PreallocatedCache(3, max_length=50)
+    cache = PreallocatedCache(3, max_length=50, split=(1, 2))
     with torch.no_grad():
         model.model(
             input_ids=tokens,
@@ -117,13 +117,22 @@ def test_a_host_cache_has_slots_on_every_device():
 
 @pytest.mark.parametrize("format_", ["bf16", "int8"])
 def test_sequences_are_chosen_on_a_layers_own_device(format_):
-    cache = PreallocatedCache(2, max_length=200, kv_cache=format_)
+    cache = PreallocatedCache(2, max_length=200, kv_cache=format_, split=(1, 1))
     for layer, device in enumerate(("cpu", "meta")):
         keys, values = torch.randn(2, 3, 3, 180, 16, device=device)
         cache.update(keys, values, layer)
     cache.batch_select_indices(torch.tensor([2, 0]))
     sizes = [cache_bytes(cache, torch.device(device)) for device in ("cpu", "meta")]
     assert sizes[0] == sizes[1] == cache_bytes(cache) // 2
+
+
+def test_a_cache_that_does_not_know_the_split_says_so():
+    cache = PreallocatedCache(2, max_length=9)
+    cache.update(*torch.randn(2, 1, 2, 3, 16), 0)
+    with pytest.raises(
+        ValueError, match=r"layers are on cpu and on meta, and share one block; say how many each device"
+    ):
+        cache.update(*torch.randn(2, 1, 2, 3, 16, device="meta"), 1)
 
 
 def test_a_plan_is_held_against_what_is_free_now(monkeypatch, chosen):

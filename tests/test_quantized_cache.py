@@ -1,5 +1,7 @@
 """The KV cache in 8 and 4 bits: its bytes, its error, and what generations do with it."""
 
+import itertools
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -152,3 +154,30 @@ def test_the_bundled_model_answers_as_before(demo, kind, knobs):
         report = llm.report()
     assert answers == [one.answer for one in questions]
     assert report.measured["kv_cache"] == report.estimate.kv_cache
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
+def test_all_layers_are_one_block_which_goes_with_the_last_of_them(kind):
+    states = [torch.randn(2, 2, 2, 200, 32) for _ in range(3)]
+    cache = PreallocatedCache(3, max_length=300, kv_cache=kind)
+    for layer, (keys, values) in enumerate(states):
+        cache.update(keys, values, layer)
+    tensors = [
+        tensor
+        for layer in cache.layers
+        for tensor in (layer.tensors() if kind != "bf16" else (layer.keys, layer.values))
+    ]
+    block = tensors[0].untyped_storage()
+    assert {tensor.untyped_storage().data_ptr() for tensor in tensors} == {block.data_ptr()}
+    assert sum(tensor.nbytes for tensor in tensors) == block.nbytes() == cache_bytes(cache)
+    assert all(tensor.data_ptr() % 16 == block.data_ptr() % 16 for tensor in tensors)
+    parts = sorted((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for tensor in tensors)
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(parts))
+    cache.reorder_cache(torch.tensor([1, 0]))
+    assert {tensor.untyped_storage().data_ptr() for tensor in tensors} == {block.data_ptr()}
+    for layer, (keys, values) in enumerate(states):
+        read = cache.update(keys[[1, 0], :, :1], values[[1, 0], :, :1], layer)
+        for one, other in zip(read, (keys, values), strict=True):
+            # The newest tokens are whole.
+            assert torch.equal(one[:, :, 150:200], other[[1, 0], :, 150:])
+    assert cache.layers[0].room._memory is None, "or it would outlive the layers"

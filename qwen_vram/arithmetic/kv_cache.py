@@ -48,21 +48,12 @@ def layer_kv_bytes(architecture: Architecture, profile: Profile, *, tokens: int,
     width = architecture.key_value_width
     if profile.kv_cache == "bf16":
         return 2 * width * tokens * batch_size * profile.element_bytes
-    return sum(quantized_parts(architecture, profile, tokens=tokens, batch_size=batch_size))
-
-
-def quantized_parts(architecture: Architecture, profile: Profile, *, tokens: int, batch_size: int) -> tuple[int, ...]:
-    """Bytes of each tensor of a quantized cache's layer.
-
-    Codes, scales and least values of keys, the same of values, and the newest keys and values in the model's own dtype.
-    """
-    width, older = architecture.key_value_width, quantized_tokens(tokens)
-    codes = width * older // (1 if profile.kv_cache == "int8" else 2)
-    of_keys = older // KEY_GROUP * width * _FP16
-    of_values = older * architecture.num_key_value_heads * _FP16
-    newest = width * whole_tokens(tokens) * profile.element_bytes
-    sizes = (codes, of_keys, of_keys, codes, of_values, of_values, newest, newest)
-    return tuple(size * batch_size for size in sizes)
+    older = quantized_tokens(tokens)
+    codes = 2 * width * older // (1 if profile.kv_cache == "int8" else 2)
+    # A scale and a least value each: of keys for each channel of a group, of values for each token and head.
+    levels = 2 * _FP16 * (older // KEY_GROUP * width + older * architecture.num_key_value_heads)
+    newest = 2 * width * whole_tokens(tokens) * profile.element_bytes
+    return (codes + levels + newest) * batch_size
 
 
 def kv_cache_bytes(

@@ -22,6 +22,9 @@ from qwen_vram.arithmetic.workload import Workload
 # What int8's own kernels add to the process on first use, the same on an H100 (65 to 67 MB).
 # measured: NVIDIA H200, torch 2.11.0+cu130, bitsandbytes 0.50.2, 2026-11-22.
 INT8_KERNELS = 69_206_016
+# What copies on a stream of their own add to the process: layers that stream, a KV cache on the host.
+# measured: NVIDIA H100, torch 2.11.0+cu130, 2026-11-25, 20 of 20 fresh processes.
+COPY_STREAM = 73_400_320
 
 # What real runs reserved beyond a replay at most; docs/accuracy.md has the rows.
 _REPLAY_MISS = 0.01
@@ -98,6 +101,7 @@ def _runs_within(architecture: Architecture, profile: Profile, workload: Workloa
 
 
 def process_bytes(peak_reserved: int, profile: Profile, machine: Machine) -> int:
-    """What nvidia-smi shows for the process: reserved memory, the CUDA context, and kernels loaded on first use."""
+    """What nvidia-smi shows for the process: reserved memory, the CUDA context, and what is loaded on first use."""
     kernels = machine.lazy_kernels + (INT8_KERNELS if profile.weights == "int8" else 0)
-    return peak_reserved + machine.cuda_context + kernels
+    copies = COPY_STREAM if profile.kv_device == "host" or profile.streamed_layers else 0
+    return peak_reserved + machine.cuda_context + kernels + copies

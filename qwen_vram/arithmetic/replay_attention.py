@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from qwen_vram.arithmetic.allocator import CachingAllocator
 from qwen_vram.arithmetic.architecture import Architecture
-from qwen_vram.arithmetic.kv_cache import HOST_CACHE_LAYERS, layer_kv_bytes, quantized_parts, quantized_tokens
+from qwen_vram.arithmetic.kv_cache import HOST_CACHE_LAYERS, layer_kv_bytes, quantized_tokens
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.replay_products import Products
 from qwen_vram.arithmetic.workload import Workload
@@ -96,7 +96,7 @@ class Attention(Products):
             return [key, value]
         held = self.cache[layer]
         if self.profile.kv_cache != "bf16":
-            return self.update_quantized(layer, key, value, queries, past)
+            return self.update_quantized(key, value, queries, past)
         if self.profile.cache != "dynamic":
             whole = layer_kv_bytes(
                 self.architecture, self.profile, tokens=self.workload.context_len, batch_size=self.batch
@@ -106,6 +106,8 @@ class Attention(Products):
                 if not self.cache[0]:
                     slots = min(self.architecture.num_hidden_layers, HOST_CACHE_LAYERS)
                     self.cache[0].extend(self.take(whole) for _ in range(slots))
+            elif self.profile.cache == "preallocated":
+                self.take_for_all_layers(whole)
             elif not held:
                 held.extend(self.take(whole // 2) for _ in range(2))
             self.give(key, value)
@@ -121,15 +123,18 @@ class Attention(Products):
         self.give(key, value)
         return []
 
-    def update_quantized(self, layer: int, key: int, value: int, queries: int, past: int) -> list[int]:
+    def take_for_all_layers(self, nbytes: int) -> None:
+        """A preallocated cache's block, which the first layer takes: `nbytes` for each layer."""
+        if not self.cache[0]:
+            self.cache[0].append(self.take(self.architecture.num_hidden_layers * nbytes))
+
+    def update_quantized(self, key: int, value: int, queries: int, past: int) -> list[int]:
         """Every token in the model's dtype for attention, and those that grow old quantized through float32."""
         take, give = self.take, self.give
         width = self.architecture.key_value_width
-        if not self.cache[layer]:
-            sizes = quantized_parts(
-                self.architecture, self.profile, tokens=self.workload.context_len, batch_size=self.batch
-            )
-            self.cache[layer].extend(take(size) for size in sizes)
+        self.take_for_all_layers(
+            layer_kv_bytes(self.architecture, self.profile, tokens=self.workload.context_len, batch_size=self.batch)
+        )
         every = [key, value]
         if past:
             half = take(self.batch * quantized_tokens(past) * width // 2) if self.profile.kv_cache == "int4" else None

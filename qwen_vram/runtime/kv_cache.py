@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from qwen_vram.arithmetic.profile import KvFormat
+from qwen_vram.runtime.kv_room import KvRoom, like_states, rearranged
 from qwen_vram.runtime.quantized_cache import QuantizedLayer
 
 
@@ -21,17 +23,18 @@ class PreallocatedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     is_croppable = True
 
-    def __init__(self, max_length: int) -> None:
+    def __init__(self, max_length: int, room: KvRoom | None = None) -> None:
         super().__init__()
         self.max_length = max_length
+        self.room = room or KvRoom(1)
         self.length = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take the memory, in the dtype and on the device of the first keys and values."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        shape = (*key_states.shape[:2], self.max_length)
-        self.keys = key_states.new_empty((*shape, key_states.shape[-1]))
-        self.values = value_states.new_empty((*shape, value_states.shape[-1]))
+        wanted = {name: like_states(key_states, self.max_length) for name in ("keys", "values")}
+        part = self.room.take(wanted, self.device)
+        self.keys, self.values = part["keys"], part["values"]
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -89,24 +92,40 @@ class PreallocatedLayer(CacheLayerMixin):  # type: ignore[misc]
             self.values = self.values.repeat_interleave(repeats, dim=0)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the sequences at `indices`."""
+        """Keep the sequences at `indices`, in that order, in the same memory where their number is the same."""
         if self.is_initialized:
-            self.keys = self.keys[indices.to(self.device)]
-            self.values = self.values[indices.to(self.device)]
+            self.keys = rearranged(self.keys, indices.to(self.device))
+            self.values = rearranged(self.values, indices.to(self.device))
+
+    reorder_cache = batch_select_indices
 
 
 class PreallocatedCache(Cache):  # type: ignore[misc]
     """A cache for `model.generate(past_key_values=...)` that never grows: `max_length` tokens in every layer.
 
     `kv_cache` is `"bf16"` for the model's own dtype, `"int8"` or `"int4"`. Memory is taken at the first token: exactly
-    what `arithmetic.kv_cache` predicts.
+    what `arithmetic.kv_cache` predicts, in one block.
+
+    Args:
+        split: Layers of each GPU in order, where a model is on several: each has a block of its own.
     """
 
-    def __init__(self, num_hidden_layers: int, *, max_length: int, kv_cache: KvFormat = "bf16") -> None:
-        if kv_cache == "bf16":
-            layers: list[CacheLayerMixin] = [PreallocatedLayer(max_length) for _ in range(num_hidden_layers)]
-        else:
-            layers = [QuantizedLayer(max_length, kv_cache) for _ in range(num_hidden_layers)]
+    def __init__(
+        self,
+        num_hidden_layers: int,
+        *,
+        max_length: int,
+        kv_cache: KvFormat = "bf16",
+        split: Sequence[int] = (),
+    ) -> None:
+        layers: list[CacheLayerMixin] = []
+        for count in split or (num_hidden_layers,):
+            room = KvRoom(count)
+            for _ in range(count):
+                if kv_cache == "bf16":
+                    layers.append(PreallocatedLayer(max_length, room))
+                else:
+                    layers.append(QuantizedLayer(max_length, kv_cache, room))
         super().__init__(layers=layers)
 
 

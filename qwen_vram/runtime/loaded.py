@@ -191,9 +191,10 @@ class LoadedModel:
     def new_cache(self, *, max_length: int) -> Cache:
         """A preallocated cache of `max_length` tokens, where the plan has it, for `generate(past_key_values=...)`."""
         layers, profile = self.model.config.num_hidden_layers, self.plan.profile
+        split = tuple(split_of(self.plan.estimate).values())
         if profile.kv_device == "host":
-            return HostCache(layers, max_length=max_length, split=tuple(split_of(self.plan.estimate).values()))
-        return PreallocatedCache(layers, max_length=max_length, kv_cache=profile.kv_cache)
+            return HostCache(layers, max_length=max_length, split=split)
+        return PreallocatedCache(layers, max_length=max_length, kv_cache=profile.kv_cache, split=split)
 
     def report(self) -> Report:
         """Predicted beside measured, part by part: the load, and the last generation where there was one."""

@@ -6,6 +6,7 @@ least value are stored in float16, and its code is chosen for the stored ones.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from qwen_vram.arithmetic.kv_cache import KEY_GROUP, quantized_tokens, whole_tokens
+from qwen_vram.runtime.kv_room import KvRoom, like_states, rearranged
 
 _BITS = {"int8": 8, "int4": 4}
 _LARGEST = torch.finfo(torch.float16).max
@@ -24,13 +26,18 @@ class Codes:
     A scale belongs to `span` tokens of one channel (keys), or to all channels of one token (values, `span` of 0).
     """
 
-    def __init__(self, like: Tensor, tokens: int, bits: int, span: int) -> None:
-        batch, heads, _, channels = like.shape
+    def __init__(self, part: Sequence[Tensor], bits: int, span: int) -> None:
+        self.data, self.scale, self.least = part
         self.bits, self.span = bits, span
-        self.data = torch.empty((batch, heads, tokens, channels * bits // 8), dtype=torch.uint8, device=like.device)
+
+    @staticmethod
+    def wanted(like: Tensor, tokens: int, bits: int, span: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes, scales and least values for `tokens` tokens, on the meta device."""
+        batch, heads, _, channels = like.shape
         shape = (batch, heads, tokens // span, channels) if span else (batch, heads, tokens, 1)
-        self.scale = like.new_empty(shape, dtype=torch.float16)
-        self.least = like.new_empty(shape, dtype=torch.float16)
+        codes = torch.empty((batch, heads, tokens, channels * bits // 8), dtype=torch.uint8, device="meta")
+        scale, least = (torch.empty(shape, dtype=torch.float16, device="meta") for _ in range(2))
+        return codes, scale, least
 
     def write(self, rows: Tensor, start: int) -> None:
         """Quantize `rows` to the tokens from `start` on; both are multiples of `span`."""
@@ -80,7 +87,7 @@ class Codes:
 
     def rebatch(self, indices: Tensor) -> None:
         """Keep the sequences at `indices`, in that order."""
-        self.data, self.scale, self.least = (tensor[indices] for tensor in self.tensors())
+        self.data, self.scale, self.least = (rearranged(tensor, indices) for tensor in self.tensors())
 
 
 class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -91,9 +98,10 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     is_croppable = True
 
-    def __init__(self, max_length: int, kv_cache: str) -> None:
+    def __init__(self, max_length: int, kv_cache: str, room: KvRoom | None = None) -> None:
         super().__init__()
         self.max_length = max_length
+        self.room = room or KvRoom(1)
         self.bits = _BITS[kv_cache]
         self.quantized = 0
         self.whole = 0
@@ -101,12 +109,13 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take the memory, in the dtype and on the device of the first keys and values."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        tokens = quantized_tokens(self.max_length)
-        self.key_codes = Codes(key_states, tokens, self.bits, KEY_GROUP)
-        self.value_codes = Codes(value_states, tokens, self.bits, 0)
-        shape = (*key_states.shape[:2], whole_tokens(self.max_length))
-        self.new_keys = key_states.new_empty((*shape, key_states.shape[-1]))
-        self.new_values = value_states.new_empty((*shape, value_states.shape[-1]))
+        tokens, newest = quantized_tokens(self.max_length), like_states(key_states, whole_tokens(self.max_length))
+        of_keys = Codes.wanted(key_states, tokens, self.bits, KEY_GROUP)
+        of_values = Codes.wanted(value_states, tokens, self.bits, 0)
+        part = self.room.take(dict(enumerate((*of_keys, *of_values, newest, newest))), self.device)
+        *codes, self.new_keys, self.new_values = (part[index] for index in range(len(part)))
+        self.key_codes = Codes(codes[:3], self.bits, KEY_GROUP)
+        self.value_codes = Codes(codes[3:], self.bits, 0)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -201,4 +210,5 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
     def _rebatch(self, indices: Tensor) -> None:
         self.key_codes.rebatch(indices)
         self.value_codes.rebatch(indices)
-        self.new_keys, self.new_values = self.new_keys[indices], self.new_values[indices]
+        self.new_keys = rearranged(self.new_keys, indices)
+        self.new_values = rearranged(self.new_values, indices)

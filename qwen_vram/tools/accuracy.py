@@ -77,10 +77,14 @@ class Cell(NamedTuple):
     max_new_tokens: int
 
 
-def cells(model: str, weights: list[str]) -> list[Cell]:
-    """Every run of a model, format by format."""
+def cells(model: str, weights: list[str], cache: str | None = None) -> list[Cell]:
+    """Every run of a model, format by format; with a kind of `cache` only the runs that have it."""
     return [
-        Cell(model, name, case.knobs, *workload) for name in weights for case in CASES for workload in case.workloads
+        Cell(model, name, case.knobs, *workload)
+        for name in weights
+        for case in CASES
+        for workload in case.workloads
+        if cache in (None, case.knobs.get("cache", "dynamic"))
     ]
 
 
@@ -104,7 +108,7 @@ def measure(cell: Cell, folder: str) -> dict[str, Any]:
     }
 
 
-def run(folder: Path, models: list[str], weights: list[str], jobs: int) -> None:
+def run(folder: Path, models: list[str], weights: list[str], cache: str | None, jobs: int) -> None:
     """Measure what of the grid is not in `folder` yet. Rows and tables there are replaced after every run.
 
     A row of another date counts as missing, and goes once the new one is there: a grid that broke off goes on.
@@ -113,7 +117,7 @@ def run(folder: Path, models: list[str], weights: list[str], jobs: int) -> None:
     for model in models:
         rows = read_rows(folder)
         done = [cell_of(row) for row in rows if row["date"] == today]
-        missing = [cell for cell in cells(model, weights) if cell not in done]
+        missing = [cell for cell in cells(model, weights, cache) if cell not in done]
         if not missing:
             continue
         with tempfile.TemporaryDirectory(prefix="qwen_vram_accuracy_") as checkpoint:
@@ -169,6 +173,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("."), help="where accuracy.jsonl and accuracy.md go")
     parser.add_argument("--models", nargs="+", default=list(MODELS), help="names of the catalog")
     parser.add_argument("--weights", nargs="+", default=list(WEIGHTS), help="storage formats")
+    parser.add_argument("--cache", choices=("dynamic", "static", "preallocated"), help="only runs with this cache")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; the GPU must hold them together")
     parser.add_argument("--report", action="store_true", help="write the tables of the rows that are there, and stop")
     options = parser.parse_args()
@@ -176,7 +181,7 @@ def main() -> None:
         write(options.folder, read_rows(options.folder))
     else:
         _check(options)
-        run(options.folder, options.models, options.weights, options.jobs)
+        run(options.folder, options.models, options.weights, options.cache, options.jobs)
 
 
 def _check(options: argparse.Namespace) -> None:
