@@ -11,7 +11,7 @@ from qwen_vram.arithmetic.estimate import Estimate, estimate
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.split import ONE_DEVICE, split_estimate
 from qwen_vram.arithmetic.timing import decode_floor_ms
-from qwen_vram.arithmetic.weights import streaming_slots
+from qwen_vram.arithmetic.weights import may_be_on_disk, streaming_slots, weight_bytes
 from qwen_vram.arithmetic.workload import Workload
 from qwen_vram.planning.budget import Budget
 from qwen_vram.planning.fit import fits, needed, on_device
@@ -20,6 +20,8 @@ from qwen_vram.planning.refusal import refusal
 from qwen_vram.planning.split import balanced
 
 Prefer = Literal["quality", "speed", "memory"]
+
+_FROM_DISK = "layers are read from the disk for every token"
 
 
 class Step(NamedTuple):
@@ -64,6 +66,7 @@ class Search:
         self.workload = workload
         self.budget = budget
         self.split = split
+        self.reads = profile == "auto" and "disk_layers" not in knobs
         self.several = len(budget.devices) > 1
         self.start, moves = search_space(architecture, profile, workload, knobs)
         self.moves = tuple(move for move in moves if not (self.several and ONE_DEVICE.keys() & move.knobs.keys()))
@@ -91,7 +94,10 @@ class Search:
         return replace(profile, streamed_layers=profile.streamed_layers - 1) if spare else profile
 
     def run(self, prefer: Prefer) -> Candidate:
-        """The candidate that `prefer` asks for. Layers are streamed only where nothing else fits, and on one GPU.
+        """The candidate that `prefer` asks for.
+
+        Layers are streamed only where nothing else fits, and on one GPU; they stay on the disk only where the host does
+        not hold them either.
 
         Raises:
             DoesNotFitError: none fits.
@@ -102,36 +108,87 @@ class Search:
             if streams and fitting:
                 break
             found = self._fewest_streamed(candidate) if streams else candidate
-            if found and fits(found.estimate, self.budget):
+            if fits(found.estimate, self.budget):
                 fitting.append(found)
                 if prefer == "quality":
                     break
         if not fitting:
-            smallest = candidate.estimate
-            raise refusal(smallest, self.budget, self._nearest(smallest.profile))
+            last = found if streams else self._from_disk(found)
+            if not fits(last.estimate, self.budget):
+                raise refusal(last.estimate, self.budget, self._nearest(last.estimate.profile))
+            fitting.append(last)
         if prefer == "memory":
             return fitting[-1]
         return min(fitting, key=lambda found: found.steps[-1].decode_floor_ms)
 
-    def _fewest_streamed(self, everything: Candidate) -> Candidate | None:
-        """A candidate that streams all layers, with as few of them as fit; `None` where not even all do.
+    def _fewest_streamed(self, everything: Candidate) -> Candidate:
+        """A candidate that streams all layers, with as few of them as fit, and of these as few on the disk.
 
         The cache goes back to where it was at the start, or stays where the moves have brought it: whole rather than
-        quantized, then what makes the shorter step.
+        quantized, then what makes the shorter step. Where nothing fits it is what the host is least short of.
         """
         *before, last = everything.steps
         start, moved = self.start, everything.estimate.profile
         bases = (replace(moved, kv_cache=start.kv_cache, kv_device=start.kv_device), moved)
-        tried = [self._resident_first(base, self.workload) for base in bases]
+        tried = [self.fewest_on_disk(self._resident_first(base, self.workload)) for base in bases]
         fitting = [result for result in tried if fits(result, self.budget)]
         if not fitting:
-            return None
+            on_the_gpu = [result for result in tried if on_device(result, self.budget)]
+            smallest = min(on_the_gpu, key=lambda found: found.host, default=everything.estimate)
+            return everything._replace(estimate=smallest)
         best = min(fitting, key=lambda found: (found.profile.kv_cache != start.kv_cache, self._floor(found.profile)))
-        knobs = {knob: getattr(best.profile, knob) for knob in ("streamed_layers", "kv_cache", "kv_device")}
+        knobs = {
+            knob: getattr(best.profile, knob) for knob in ("streamed_layers", "disk_layers", "kv_cache", "kv_device")
+        }
         change = change_of(replace(moved, streamed_layers=0), best.profile, Move(knobs, ""))
         need = needed(best, self.budget)
-        step = Step(change, need, before[-1].needed_bytes - need, last.cost, self._floor(best.profile))
+        cost = _FROM_DISK if best.profile.disk_layers else last.cost
+        step = Step(change, need, before[-1].needed_bytes - need, cost, self._floor(best.profile))
         return Candidate(best, (*before, step))
+
+    def _from_disk(self, last: Candidate) -> Candidate:
+        """The last candidate with as few layers on the disk as fit, all where none do; itself where none can be."""
+        result = self.fewest_on_disk(last.estimate)
+        profile = result.profile
+        if not profile.disk_layers:
+            return last
+        move = Move({knob: getattr(profile, knob) for knob in ("streamed_layers", "disk_layers")}, _FROM_DISK)
+        need = needed(result, self.budget)
+        change = change_of(last.estimate.profile, profile, move)
+        step = Step(change, need, last.steps[-1].needed_bytes - need, move.cost, self._floor(profile))
+        return Candidate(result, (*last.steps, step))
+
+    def fewest_on_disk(self, result: Estimate) -> Estimate:
+        """`result` with as many of its streamed layers in host memory as that holds, the others on the disk.
+
+        Without a GPU host memory is all there is: layers are resident there, or on the disk.
+        """
+        profile = result.profile
+        if fits(result, self.budget) or not self._may_read(profile):
+            return result
+        if self.budget.vram is None and not self.start.streamed_layers:
+            return self._fewest_away(profile, result.workload)
+        taken = result.host if self.budget.vram is not None else needed(result, self.budget)
+        room = self.budget.ram - taken + weight_bytes(self.architecture, profile).host
+
+        def on_disk(kept: int) -> Profile:
+            return replace(profile, disk_layers=profile.streamed_layers - kept)
+
+        kept = most(profile.streamed_layers, lambda kept: weight_bytes(self.architecture, on_disk(kept)).host <= room)
+        return self.estimate(on_disk(kept), result.workload)
+
+    def _fewest_away(self, base: Profile, workload: Workload) -> Estimate:
+        """`base` without a GPU: as many layers resident as the host holds, the others on the disk."""
+        layers = self.architecture.num_hidden_layers
+
+        def reading(away: int) -> Estimate:
+            return self.estimate(replace(base, streamed_layers=away, disk_layers=away), workload)
+
+        return reading(layers - most(layers, lambda resident: fits(reading(layers - resident), self.budget)))
+
+    def _may_read(self, profile: Profile) -> bool:
+        """Whether layers of `profile` may stay on the disk: the caller left that open, and they are in the files."""
+        return self.reads and may_be_on_disk(self.architecture, profile)
 
     def _may_stream(self, profile: Profile) -> bool:
         """Whether the search, not the caller, streams layers in `profile`."""
@@ -141,7 +198,7 @@ class Search:
         """`base` with as many of its streamed layers on the device as that holds."""
 
         def streaming(layers: int) -> Estimate:
-            return self.estimate(replace(base, streamed_layers=layers), workload)
+            return self.estimate(replace(base, streamed_layers=layers, disk_layers=0), workload)
 
         layers = base.streamed_layers
         resident = most(layers, lambda resident: on_device(streaming(layers - resident), self.budget))
@@ -162,9 +219,9 @@ class Search:
         """Whether `profile` fits the budget at another workload; what the search streams, as few layers as fit."""
         workload = Workload(prompt_len=prompt_len, max_new_tokens=new, batch_size=batch_size)
         result = self.estimate(profile, workload)
-        if self._may_stream(profile) and on_device(result, self.budget):
+        if self.budget.vram is not None and self._may_stream(profile) and on_device(result, self.budget):
             result = self._resident_first(profile, workload)
-        return fits(result, self.budget)
+        return fits(self.fewest_on_disk(result), self.budget)
 
     def longest_prompt(self, profile: Profile, new: int, batch_size: int) -> int:
         """The most prompt tokens that fit before `new` more, 0 where not even one does."""
