@@ -115,7 +115,7 @@ class Search:
         if not fitting:
             last = found if streams else self._from_disk(found)
             if not fits(last.estimate, self.budget):
-                raise refusal(last.estimate, self.budget, self._nearest(last.estimate.profile))
+                raise refusal(last.estimate, self.budget, self._nearest(candidate.estimate.profile))
             fitting.append(last)
         if prefer == "memory":
             return fitting[-1]
@@ -129,8 +129,7 @@ class Search:
         """
         *before, last = everything.steps
         start, moved = self.start, everything.estimate.profile
-        bases = (replace(moved, kv_cache=start.kv_cache, kv_device=start.kv_device), moved)
-        tried = [self.fewest_on_disk(self._resident_first(base, self.workload)) for base in bases]
+        tried = list(self._streamed(moved, self.workload))
         fitting = [result for result in tried if fits(result, self.budget)]
         if not fitting:
             on_the_gpu = [result for result in tried if on_device(result, self.budget)]
@@ -146,14 +145,18 @@ class Search:
         step = Step(change, need, before[-1].needed_bytes - need, cost, self._floor(best.profile))
         return Candidate(best, (*before, step))
 
+    def _streamed(self, moved: Profile, workload: Workload) -> Iterator[Estimate]:
+        """With the cache where it was at the start, and where the moves have brought it: as few streamed as fit."""
+        for base in (replace(moved, kv_cache=self.start.kv_cache, kv_device=self.start.kv_device), moved):
+            yield self.fewest_on_disk(self._resident_first(base, workload))
+
     def _from_disk(self, last: Candidate) -> Candidate:
-        """The last candidate with as few layers on the disk as fit, all where none do; itself where none can be."""
+        """The last candidate with as few layers on the disk as fit, all where none do; itself where that is no less."""
         result = self.fewest_on_disk(last.estimate)
-        profile = result.profile
-        if not profile.disk_layers:
+        profile, need = result.profile, needed(result, self.budget)
+        if (need, result.host) >= (last.steps[-1].needed_bytes, last.estimate.host):
             return last
         move = Move({knob: getattr(profile, knob) for knob in ("streamed_layers", "disk_layers")}, _FROM_DISK)
-        need = needed(result, self.budget)
         change = change_of(last.estimate.profile, profile, move)
         step = Step(change, need, last.steps[-1].needed_bytes - need, move.cost, self._floor(profile))
         return Candidate(result, (*last.steps, step))
@@ -180,6 +183,9 @@ class Search:
     def _fewest_away(self, base: Profile, workload: Workload) -> Estimate:
         """`base` without a GPU: as many layers resident as the host holds, the others on the disk."""
         layers = self.architecture.num_hidden_layers
+        layers -= (
+            streaming_slots(self.architecture, replace(base, streamed_layers=layers)) > 2
+        )  # a third takes its room
 
         def reading(away: int) -> Estimate:
             return self.estimate(replace(base, streamed_layers=away, disk_layers=away), workload)
@@ -220,7 +226,7 @@ class Search:
         workload = Workload(prompt_len=prompt_len, max_new_tokens=new, batch_size=batch_size)
         result = self.estimate(profile, workload)
         if self.budget.vram is not None and self._may_stream(profile) and on_device(result, self.budget):
-            result = self._resident_first(profile, workload)
+            return any(fits(found, self.budget) for found in self._streamed(profile, workload))
         return fits(self.fewest_on_disk(result), self.budget)
 
     def longest_prompt(self, profile: Profile, new: int, batch_size: int) -> int:
