@@ -14,7 +14,7 @@ from qwen_vram.arithmetic import machine_file
 from qwen_vram.arithmetic.machine import DEFAULT, FIGURES, Machine, parse_machine
 from qwen_vram.arithmetic.machine_file import CalibrationError, cache_file, current, read, reset, store
 from qwen_vram.arithmetic.timing import decode_floor_ms
-from qwen_vram.tools import calibrate, calibrate_steps
+from qwen_vram.tools import calibrate, calibrate_steps, disk_rate
 
 SEVEN = "Qwen2.5-7B-Instruct"
 MEASURED = Machine(
@@ -312,12 +312,12 @@ def test_host_memory_is_measured_without_a_gpu():
 
 
 def test_a_disk_is_measured_without_a_gpu_and_left_as_it_was(monkeypatch, tmp_path):
-    assert 10**6 < calibrate_steps.disk_read_rate(tmp_path, 2**27) < 10**13
+    assert 10**6 < disk_rate.disk_read_rate(tmp_path, 2**27) < 10**13
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(CalibrationError, match=r"cannot write a file of 134,217,728 bytes in '.*/gone'"):
-        calibrate_steps.disk_read_rate(tmp_path / "gone", 2**27)
+        disk_rate.disk_read_rate(tmp_path / "gone", 2**27)
     monkeypatch.delattr(os, "posix_fadvise")
-    assert calibrate_steps.disk_read_rate(tmp_path, 2**27) is None
+    assert disk_rate.disk_read_rate(tmp_path, 2**27) is None
 
 
 def test_a_system_that_cannot_empty_its_page_cache_keeps_the_disks_default(monkeypatch):

@@ -20,9 +20,10 @@ import qwen_vram as qv
 from qwen_vram.arithmetic.machine import DEFAULT
 from qwen_vram.arithmetic.timing import decode_floor_ms, disk_bytes, link_bytes
 from qwen_vram.arithmetic.weights import SMALLEST_READ, block_bytes
-from qwen_vram.runtime import disk
+from qwen_vram.runtime import image
 from qwen_vram.runtime.blocks import DiskBlock
-from qwen_vram.runtime.disk import Buffer, DiskReader, Image, Piece, WeightsFile
+from qwen_vram.runtime.disk import Buffer, DiskReader
+from qwen_vram.runtime.image import Image, Piece, WeightsFile
 from tests.conftest import make_checkpoint
 from tests.test_streaming import GREEDY, PROMPTS, load, logits, tokens
 
@@ -344,7 +345,7 @@ def test_a_disk_that_fails_is_named_in_the_forward(demo, monkeypatch):
     with load(demo, streamed_layers=5, disk_layers=5) as llm:
         expected = logits(llm)
         with monkeypatch.context() as patch:
-            patch.setattr(disk.os, "preadv", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+            patch.setattr(image.os, "preadv", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
             with pytest.raises(qv.CheckpointError, match=r"cannot read a disk layer from .*Input/output error; check"):
                 forwards(llm)
         assert torch.equal(logits(llm), expected)
@@ -362,7 +363,7 @@ def test_short_reads_are_continued(tmp_path, monkeypatch):
     data = random.Random(0).randbytes(1_000)
     (tmp_path / "file").write_bytes(data)
     real = os.preadv
-    monkeypatch.setattr(disk.os, "preadv", lambda file, rooms, offset: real(file, [rooms[0][:7]], offset))
+    monkeypatch.setattr(image.os, "preadv", lambda file, rooms, offset: real(file, [rooms[0][:7]], offset))
     room = bytearray(990)
     WeightsFile(tmp_path / "file").read_into(memoryview(room), 5)
     assert room == data[5:995]
@@ -405,8 +406,8 @@ def test_a_model_that_is_dropped_unclosed_ends_its_thread(demo):
 
 def test_a_thread_that_is_gone_is_said_and_not_waited_for(tmp_path):
     (tmp_path / "file").write_bytes(bytes(64))
-    image = Image({0: Piece(WeightsFile(tmp_path / "file"), 0, 64)})
-    reader = DiskReader([image], [Buffer(torch.empty(64, dtype=torch.uint8), None)])
+    whole = Image({0: Piece(WeightsFile(tmp_path / "file"), 0, 64)})
+    reader = DiskReader([whole], [Buffer(torch.empty(64, dtype=torch.uint8), None)])
     reader.take(0)
     reader.close()
     with pytest.raises(qv.QwenVramError, match="the thread that reads disk layers is gone"):

@@ -169,13 +169,13 @@ def offload_map(
     if budget.vram is None:
         return place(architecture, chosen, device="cpu").device_map
     search = Search(label, architecture, workload, budget, chosen, {})
-    search.reads = "disk_layers" not in knobs
+    search.tiers.may_read = "disk_layers" not in knobs
     if search.several and layers_on_cpu is None:
         tried = tried[:2]
     for candidate in tried:
         result = search.estimate(candidate, workload)
         if on_device(result, budget):
-            result = search.fewest_on_disk(result)
+            result = search.tiers.fewest_on_disk(result)
         if fits(result, budget):
             return place_on(budget, result).device_map
     short = shortage(result, budget)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
@@ -11,13 +11,14 @@ from qwen_vram.arithmetic.estimate import Estimate, estimate
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.split import ONE_DEVICE, split_estimate
 from qwen_vram.arithmetic.timing import decode_floor_ms
-from qwen_vram.arithmetic.weights import may_be_on_disk, streaming_slots, weight_bytes
+from qwen_vram.arithmetic.weights import streaming_slots
 from qwen_vram.arithmetic.workload import Workload
 from qwen_vram.planning.budget import Budget
 from qwen_vram.planning.fit import fits, needed, on_device
 from qwen_vram.planning.moves import Move, change_of, cost_of, search_space
 from qwen_vram.planning.refusal import refusal
 from qwen_vram.planning.split import balanced
+from qwen_vram.planning.tiers import Tiers, most
 
 Prefer = Literal["quality", "speed", "memory"]
 
@@ -66,9 +67,10 @@ class Search:
         self.workload = workload
         self.budget = budget
         self.split = split
-        self.reads = profile == "auto" and "disk_layers" not in knobs
         self.several = len(budget.devices) > 1
         self.start, moves = search_space(architecture, profile, workload, knobs)
+        may_read = profile == "auto" and "disk_layers" not in knobs
+        self.tiers = Tiers(architecture, budget, self.estimate, self.start, may_read=may_read)
         self.moves = tuple(move for move in moves if not (self.several and ONE_DEVICE.keys() & move.knobs.keys()))
 
     def candidates(self) -> Iterator[Candidate]:
@@ -148,11 +150,11 @@ class Search:
     def _streamed(self, moved: Profile, workload: Workload) -> Iterator[Estimate]:
         """With the cache where it was at the start, and where the moves have brought it: as few streamed as fit."""
         for base in (replace(moved, kv_cache=self.start.kv_cache, kv_device=self.start.kv_device), moved):
-            yield self.fewest_on_disk(self._resident_first(base, workload))
+            yield self.tiers.fewest_on_disk(self.tiers.resident_first(base, workload))
 
     def _from_disk(self, last: Candidate) -> Candidate:
         """The last candidate with as few layers on the disk as fit, all where none do; itself where that is no less."""
-        result = self.fewest_on_disk(last.estimate)
+        result = self.tiers.fewest_on_disk(last.estimate)
         profile, need = result.profile, needed(result, self.budget)
         if (need, result.host) >= (last.steps[-1].needed_bytes, last.estimate.host):
             return last
@@ -161,54 +163,9 @@ class Search:
         step = Step(change, need, last.steps[-1].needed_bytes - need, move.cost, self._floor(profile))
         return Candidate(result, (*last.steps, step))
 
-    def fewest_on_disk(self, result: Estimate) -> Estimate:
-        """`result` with as many of its streamed layers in host memory as that holds, the others on the disk.
-
-        Without a GPU host memory is all there is: layers are resident there, or on the disk.
-        """
-        profile = result.profile
-        if fits(result, self.budget) or not self._may_read(profile):
-            return result
-        if self.budget.vram is None and not self.start.streamed_layers:
-            return self._fewest_away(profile, result.workload)
-        taken = result.host if self.budget.vram is not None else needed(result, self.budget)
-        room = self.budget.ram - taken + weight_bytes(self.architecture, profile).host
-
-        def on_disk(kept: int) -> Profile:
-            return replace(profile, disk_layers=profile.streamed_layers - kept)
-
-        kept = most(profile.streamed_layers, lambda kept: weight_bytes(self.architecture, on_disk(kept)).host <= room)
-        return self.estimate(on_disk(kept), result.workload)
-
-    def _fewest_away(self, base: Profile, workload: Workload) -> Estimate:
-        """`base` without a GPU: as many layers resident as the host holds, the others on the disk."""
-        layers = self.architecture.num_hidden_layers
-        layers -= (
-            streaming_slots(self.architecture, replace(base, streamed_layers=layers)) > 2
-        )  # a third takes its room
-
-        def reading(away: int) -> Estimate:
-            return self.estimate(replace(base, streamed_layers=away, disk_layers=away), workload)
-
-        return reading(layers - most(layers, lambda resident: fits(reading(layers - resident), self.budget)))
-
-    def _may_read(self, profile: Profile) -> bool:
-        """Whether layers of `profile` may stay on the disk: the caller left that open, and they are in the files."""
-        return self.reads and may_be_on_disk(self.architecture, profile)
-
     def _may_stream(self, profile: Profile) -> bool:
         """Whether the search, not the caller, streams layers in `profile`."""
         return profile.streamed_layers > self.start.streamed_layers
-
-    def _resident_first(self, base: Profile, workload: Workload) -> Estimate:
-        """`base` with as many of its streamed layers on the device as that holds."""
-
-        def streaming(layers: int) -> Estimate:
-            return self.estimate(replace(base, streamed_layers=layers, disk_layers=0), workload)
-
-        layers = base.streamed_layers
-        resident = most(layers, lambda resident: on_device(streaming(layers - resident), self.budget))
-        return streaming(layers - resident)
 
     def _floor(self, profile: Profile) -> float:
         return decode_floor_ms(self.architecture, profile, self.workload)
@@ -227,7 +184,7 @@ class Search:
         result = self.estimate(profile, workload)
         if self.budget.vram is not None and self._may_stream(profile) and on_device(result, self.budget):
             return any(fits(found, self.budget) for found in self._streamed(profile, workload))
-        return fits(self.fewest_on_disk(result), self.budget)
+        return fits(self.tiers.fewest_on_disk(result), self.budget)
 
     def longest_prompt(self, profile: Profile, new: int, batch_size: int) -> int:
         """The most prompt tokens that fit before `new` more, 0 where not even one does."""
@@ -241,21 +198,3 @@ class Search:
             if longest:
                 return Workload(prompt_len=longest, max_new_tokens=new, batch_size=batch_size)
         return None
-
-
-def most(limit: int, holds: Callable[[int], bool]) -> int:
-    """The largest number up to `limit` that holds, where every smaller one does; 0 where 1 does not.
-
-    >>> most(100, lambda number: number <= 42)
-    42
-    """
-    if limit > 0 and holds(limit):
-        return limit
-    low, high = 0, limit - 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        if holds(middle):
-            low = middle
-        else:
-            high = middle - 1
-    return max(0, low)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from qwen_vram.files.local import read_tensors
-from qwen_vram.runtime.disk import Piece, WeightsFile
+from qwen_vram.runtime.image import Piece, WeightsFile
 
 
 class MappedCheckpoint:

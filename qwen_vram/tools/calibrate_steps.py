@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_vram.arithmetic.machine_file import CalibrationError, make_folder
@@ -28,9 +25,6 @@ _SMALLEST_BUFFER = 2**28
 _CACHES = 4
 _WARM_UP = 3
 _REPEATS = 15
-# As large as the matrices of disk layers.
-_DISK_CHUNK = 2**26
-_DISK_REPEATS = 3
 
 
 def no_gpu() -> str | None:
@@ -111,44 +105,9 @@ def measure_rates() -> dict[str, Any]:
 
 def measure_disk() -> dict[str, Any]:
     """Bytes a second of reads from a new file in the cache folder; `None` where the page cache cannot be emptied."""
+    from qwen_vram.tools.disk_rate import disk_read_rate
+
     return {"disk_read_rate": disk_read_rate(make_folder().parent, _BUFFER)}
-
-
-def disk_read_rate(folder: Path, size: int) -> int | None:
-    """Bytes a second at which a file of `size` bytes in `folder` is read from its disk, as disk layers are.
-
-    Raises:
-        CalibrationError: the folder's disk is too full, or fails.
-    """
-    import torch
-
-    from qwen_vram.runtime.disk import WeightsFile
-
-    if not hasattr(os, "posix_fadvise"):
-        return None
-    chunk = torch.empty(_DISK_CHUNK, dtype=torch.uint8).random_()  # which no disk can make less of
-    view = chunk.numpy().data
-    times = []
-    try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix="calibrate.") as file:
-            for _ in range(0, size, _DISK_CHUNK):
-                file.write(view)
-            file.flush()
-            os.fsync(file.fileno())
-            weights = WeightsFile(Path(file.name))
-            for _ in range(_DISK_REPEATS):
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-                start = time.perf_counter()
-                for offset in range(0, size, _DISK_CHUNK):
-                    weights.read_into(view, offset)
-                times.append(time.perf_counter() - start)
-    except OSError as error:
-        raise CalibrationError(
-            f"cannot write a file of {size:,} bytes in {str(folder)!r}: {error}; make room, or set QWEN_VRAM_CACHE to "
-            "a folder on another disk",
-            what="disk",
-        ) from error
-    return int(size / statistics.median(times))
 
 
 def buffer_size(free: int, *, least: int, where: str) -> int:
