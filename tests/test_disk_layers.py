@@ -14,6 +14,7 @@ from functools import cache
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import qwen_vram as qv
@@ -129,6 +130,30 @@ def test_tensors_may_begin_at_any_byte(demo, tmp_path):
         )
         for _ in range(2):
             assert torch.equal(logits(llm), resident(demo)[0])
+
+
+@pytest.mark.parametrize(("skipped", "even"), [("o_proj", True), ("model.layers.2.mlp", False)])
+def test_modules_that_were_left_in_16_bits_are_read_as_they_are(untied, tmp_path, skipped, even):
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype="bfloat16",
+        llm_int8_skip_modules=["lm_head", skipped],
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(untied, quantization_config=config, device_map="cpu")
+    model.save_pretrained(tmp_path, max_shard_size="500KB")
+    transformers.AutoTokenizer.from_pretrained(untied).save_pretrained(tmp_path)
+    with load(tmp_path, streamed_layers=3, disk_layers=3) as llm:
+        for _ in range(2):
+            assert torch.equal(logits(llm), resident(tmp_path)[0])
+        parts = [part for one in llm._streamer.blocks for part in one._parts.values()]
+        read = sum(part.nbytes for part in parts if isinstance(part, Piece))
+        taken = sum(len(part) for part in parts if isinstance(part, bytes))
+        taken += sum(buffer.memory.nbytes for buffer in llm._streamer._reader._ring.buffers)
+        estimate = llm.plan.estimate
+        assert (read, taken) == (estimate.disk, estimate.host) if even else read <= estimate.disk
+        assert taken <= estimate.host
 
 
 @pytest.mark.parametrize("weights", ["bf16", "nf4"])
@@ -496,6 +521,11 @@ def test_a_plan_keeps_as_many_streamed_layers_in_memory_as_fit():
     assert f"disk_layers={layers}" in tight.call
     assert tight.steps[-1].decode_floor_ms == pytest.approx(1_000 * tight.estimate.disk / DEFAULT.disk_read_rate)
     assert [where for name, where in tight.device_map.items() if "layers" in name].count("disk") == layers
+    tiers = list(tight.placement.tiers.values())
+    assert [tiers.count(tier) for tier in ("disk", "stream", "host")] == [
+        layers, tight.profile.streamed_layers - layers, 1
+    ]  # fmt: skip
+    assert set(qv.plan(SEVEN, vram={}, ram="64GiB").placement.tiers.values()) == {"host"}
     one_less = tight.profile.replace(disk_layers=layers - 1)
     with pytest.raises(qv.DoesNotFitError, match="of host memory; 2.00 GiB are allowed") as caught:
         qv.plan(quantized(), profile=one_less, **work, ram="2GiB")

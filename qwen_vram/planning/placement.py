@@ -20,6 +20,7 @@ from qwen_vram.planning.refusal import shortage
 from qwen_vram.planning.search import Search
 
 Where = int | Literal["cpu", "disk"]
+Tier = Literal["device", "stream", "host", "disk"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +52,18 @@ class Placement:
             "model.rotary_emb": self.rotary,
             "lm_head": self.head,
         }
+
+    @property
+    def tiers(self) -> dict[str, Tier]:
+        """How each module computes: resident on a device, streamed to it from the host or the disk, or on the host."""
+        return {name: self._tier(name, where) for name, where in self.device_map.items()}
+
+    def _tier(self, name: str, where: Where) -> Tier:
+        if where == "disk":
+            return "disk"
+        if where != "cpu":
+            return "device"
+        return "stream" if name.startswith("model.layers.") and self.norm != "cpu" else "host"
 
 
 def spread(streamed: int, layers: int) -> frozenset[int]:

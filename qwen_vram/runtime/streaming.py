@@ -72,7 +72,10 @@ class Streamer:
         """Start reading the first of them."""
         largest = max(block.nbytes for block in on_disk)
         event: Any = torch.cuda.Event
-        ring = [Buffer(self._memory.take(largest), None if self.stream is None else event()) for _ in range(buffers)]
+        ring = [
+            Buffer(self._memory.take(largest), None if self.stream is None else event(blocking=True))
+            for _ in range(buffers)
+        ]
         return DiskReader([block.image for block in on_disk], ring)
 
     def close(self) -> None:
