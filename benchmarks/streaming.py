@@ -1,19 +1,24 @@
 """Streamed layers beside the link's limit and beside accelerate, on a GPU; and long prompts on very small cards.
 
     python benchmarks/streaming.py speed OUT.jsonl    # 512-token prompt: ours, accelerate on the same maps, resident
+    python benchmarks/streaming.py disk OUT.jsonl     # the same with layers on the disk, and in the page cache
     python benchmarks/streaming.py caps OUT.jsonl     # 32,000 tokens under 4, 3 and 2 GiB, planned by profile="auto"
 
 Qwen2.5-7B's shape, random weights; every cell in a fresh process, one after another. `speed`: milliseconds a token are
 the difference of two generations' times over the difference of their lengths, the second of two rounds; the link's
 limit is bytes streamed a token over the rate of pinned copies, which each cell measures first. `caps`: the time from
 the end of the prefill to the end of the last decode step, over the steps. Cells that are in OUT.jsonl
-already are not run again.
+already are not run again. `disk`: checkpoints are in TMPDIR, whose disk is measured; before each step of a cell with
+"cold", the system is told to drop the files from its page cache, while two layers may be read ahead. NF4 layers are
+read from a quantized copy.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import statistics
 import sys
 import tempfile
 import time
@@ -29,6 +34,7 @@ from caps import limit, load_kernels, read
 import qwen_vram as qv
 from qwen_vram.arithmetic.timing import decode_floor_ms, link_bytes
 from qwen_vram.tools.accuracy import make_checkpoint
+from qwen_vram.tools.disk_rate import disk_read_rate
 from qwen_vram.tools.fresh_process import call_each
 
 MODEL = "Qwen2.5-7B"
@@ -40,17 +46,22 @@ SPEED = [
     for by in ("ours", "accelerate")
 ]
 SPEED += [{"by": "ours", "weights": weights, "streamed_layers": 0} for weights in ("bf16", "nf4")]
+DISK = [
+    {"by": "ours", "weights": weights, "streamed_layers": 28, "disk_layers": layers, "cold": cold}
+    for weights in ("bf16", "nf4")
+    for layers, cold in ((0, False), (28, False), (28, True))
+]
 CAPS = [{"cap": cap * GIB, "prompt_len": 32_000, "max_new_tokens": 64} for cap in (4, 3, 2)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("speed", "caps"))
+    parser.add_argument("what", choices=("speed", "disk", "caps"))
     parser.add_argument("out", type=Path)
     parser.add_argument("--model", default=MODEL)
     options = parser.parse_args()
     done = read(options.out)
-    cells = [{"model": options.model, **cell} for cell in (SPEED if options.what == "speed" else CAPS)]
+    cells = [{"model": options.model, **cell} for cell in {"speed": SPEED, "disk": DISK, "caps": CAPS}[options.what]]
     missing = [cell for cell in cells if json.dumps(cell, sort_keys=True) not in done]
     with tempfile.TemporaryDirectory(prefix="qwen_vram_streaming_") as folder:
         list(call_each(partial(make_checkpoint, folder=Path(folder)), [options.model]))
@@ -66,6 +77,8 @@ def main() -> None:
 def measure(folder: str, what: str, cell: dict[str, Any]) -> dict[str, Any]:
     if what == "caps":
         found = capped(folder, cell)
+    elif what == "disk":
+        found = {"pinned_gb_s": pinned_rate(), **from_disk(Path(folder), cell)}
     elif cell["by"] == "accelerate":
         found = {"pinned_gb_s": pinned_rate(), **by_accelerate(folder, cell)}
     else:
@@ -106,6 +119,54 @@ def by_us(folder: str, cell: dict[str, Any]) -> dict[str, Any]:
             "predicted_peak": estimate.peak_allocated,
             **measured,
         }
+
+
+def from_disk(folder: Path, cell: dict[str, Any]) -> dict[str, Any]:
+    """Milliseconds of decode steps with layers on the disk, each step alone, and the disk's own rate."""
+    work = {"prompt_len": PROMPT, "max_new_tokens": 10}
+    if cell["weights"] == "nf4":
+        folder = quantized(folder)
+    layers = {name: cell[name] for name in ("streamed_layers", "disk_layers")}
+    settings = {**layers, "attention": "fused", "cache": "preallocated", "profile": "default", "progress": False}
+    row: dict[str, Any] = {"disk_gb_s": (disk_read_rate(folder.parent, 2**31) or 0) / 1e9}
+    steps: list[float] = []
+    began = 0.0
+
+    def step(*_: object) -> None:
+        nonlocal began
+        torch.cuda.synchronize()
+        steps.append(time.perf_counter() - began)
+        if cell["cold"]:
+            drop(folder)
+        began = time.perf_counter()
+
+    with qv.load(folder, vram=1_000 * GIB, ram=1_000 * GIB, **settings, **work) as llm:
+        estimate = llm.plan.estimate
+        llm.probe()
+        hook = llm.model.register_forward_hook(step)
+        measured = llm.probe().measured
+        hook.remove()
+        row["ms_per_token"] = 1_000 * statistics.median(steps[1:])  # the first is the prefill
+        row |= {"disk_bytes": estimate.disk, "host": estimate.host}
+        row |= {"floor_ms": decode_floor_ms(estimate.architecture, estimate.profile, estimate.workload)}
+        return {**row, "predicted_peak": estimate.peak_allocated, **measured}
+
+
+def quantized(folder: Path) -> Path:
+    """The checkpoint's NF4 copy beside it, made where it is not there."""
+    out = folder / "nf4"
+    if not out.exists():
+        with qv.load(folder, profile="default", weights="nf4", prompt_len=1, max_new_tokens=1, progress=False) as llm:
+            llm.save_quantized(out, progress=False)
+    return out
+
+
+def drop(folder: Path) -> None:
+    """Have the system drop the checkpoint's files from its page cache."""
+    for file in folder.glob("*.safetensors"):
+        descriptor = os.open(file, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
 
 
 def by_accelerate(folder: str, cell: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from qwen_vram.arithmetic import machine_file
 from qwen_vram.arithmetic.machine import DEFAULT, FIGURES, Machine, parse_machine
 from qwen_vram.arithmetic.machine_file import CalibrationError, cache_file, current, read, reset, store
 from qwen_vram.arithmetic.timing import decode_floor_ms
-from qwen_vram.tools import calibrate, calibrate_steps
+from qwen_vram.tools import calibrate, calibrate_steps, disk_rate
 
 SEVEN = "Qwen2.5-7B-Instruct"
 MEASURED = Machine(
@@ -24,6 +24,7 @@ MEASURED = Machine(
     device_bandwidth=900_000_000_000,
     pinned_copy_rate=25_000_000_000,
     host_bandwidth=40_000_000_000,
+    disk_read_rate=2_000_000_000,
     torch="2.11.0+cu130",
     driver="580.95.05",
     date="2026-11-24",
@@ -34,6 +35,7 @@ FOUND = {
     "kernels-bf16": {"kernels-bf16": 450},
     "kernels-nf4": {"kernels-nf4": 470},
     "rates": {"device_bandwidth": 9, "pinned_copy_rate": 5, "host_bandwidth": 7},
+    "disk": {"disk_read_rate": 3},
 }
 
 
@@ -242,8 +244,9 @@ def test_steps_make_a_machine(monkeypatch):
     machine = calibrate.calibrate(say=lines.append)
     assert (machine.cuda_context, machine.lazy_kernels) == (400, 70)
     assert (machine.device_bandwidth, machine.pinned_copy_rate, machine.host_bandwidth) == (9, 5, 7)
+    assert machine.disk_read_rate == 3
     assert current() == machine
-    assert lines == [f"{number}/4 measuring {what}" for number, what in enumerate(calibrate.STEPS.values(), 1)]
+    assert lines == [f"{number}/5 measuring {what}" for number, what in enumerate(calibrate.STEPS.values(), 1)]
 
 
 @pytest.mark.parametrize("hidden", ["context", "kernels-nf4"])
@@ -308,13 +311,30 @@ def test_host_memory_is_measured_without_a_gpu():
     assert 10**8 < calibrate_steps.host_bandwidth(2**24) < 10**13
 
 
+def test_a_disk_is_measured_without_a_gpu_and_left_as_it_was(monkeypatch, tmp_path):
+    assert 10**6 < disk_rate.disk_read_rate(tmp_path, 2**27) < 10**13
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(CalibrationError, match=r"cannot write a file of 134,217,728 bytes in '.*/gone'"):
+        disk_rate.disk_read_rate(tmp_path / "gone", 2**27)
+    monkeypatch.delattr(os, "posix_fadvise")
+    assert disk_rate.disk_read_rate(tmp_path, 2**27) is None
+
+
+def test_a_system_that_cannot_empty_its_page_cache_keeps_the_disks_default(monkeypatch):
+    lines = []
+    monkeypatch.setattr(calibrate, "run_step", {**FOUND, "disk": {"disk_read_rate": None}}.__getitem__)
+    machine = calibrate.calibrate(say=lines.append)
+    assert (machine.kept, machine.disk_read_rate) == (("disk_read_rate",), DEFAULT.disk_read_rate)
+    assert lines[-1].startswith("kept the default of disk_read_rate: this system does not say")
+
+
 # The command line
 
 
 def test_without_a_gpu_it_is_refused(folder):
     result = run("calibrate", CUDA_VISIBLE_DEVICES="-1")
     assert result.returncode == 2
-    assert result.stdout == "1/4 measuring the CUDA context\n"
+    assert result.stdout == "1/5 measuring the CUDA context\n"
     assert result.stderr.startswith("error: calibrate measures an NVIDIA GPU, and torch ")
     assert result.stderr.count("\n") == 1
     assert list(folder.iterdir()) == []

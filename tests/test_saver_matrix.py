@@ -47,6 +47,7 @@ SAVERS = {
     "preallocated": {"cache": "preallocated"},
     "tiles": {"dequantization": "tiled"},
     "streamed": {"streamed_layers": 2},
+    "disk": {"streamed_layers": 2, "disk_layers": 2},
     "compiled": {"compiled": True},
 }
 PAIRS = [(one, two) for one, two in combinations(SAVERS, 2) if not SAVERS[one].keys() & SAVERS[two].keys()]
@@ -81,8 +82,10 @@ def expected_refusal(weights, savers):
     if any(chosen & some and chosen & others for some, others in EXCLUDED):
         return "kv_(cache|device)="
     refused = [NOT_HERE[saver] for saver in savers if saver in NOT_HERE]
-    if "streamed" in chosen and not isinstance(get_backend(weights), StreamingBackend):
+    if chosen & {"streamed", "disk"} and not isinstance(get_backend(weights), StreamingBackend):
         refused.append("streamed_layers")
+    if "disk" in chosen and weights != "bf16":  # as the checkpoint is stored
+        refused.append("disk_layers")
     try:
         get_backend(weights).check(qv.Profile(weights=weights), torch.device("cpu"))
     except REFUSALS:

@@ -55,6 +55,8 @@ class Estimate:
         workspace: cuBLAS's workspace, rotary buffers, and what torch's allocator adds to the weights.
         load_peak: The most that is allocated while loading.
         host: Host memory for streamed layers, a host embedding and a host cache.
+        disk: What is read of layers in the checkpoint's files. The system's page cache keeps what it has room for, and
+            gives it up when room is short: it is not part of `host`.
         moments: Cache and activations at each moment of the steps that can hold the peak.
         machine: Whose CUDA context and kernels the process counts: measured by `qwen-vram calibrate`, or the default.
         devices: Where a model is split over several GPUs, the estimate of each one's part by the GPU's number; every
@@ -71,6 +73,7 @@ class Estimate:
     workspace: int
     load_peak: int
     host: int
+    disk: int
     moments: tuple[Moment, ...]
     machine: Machine = field(default_factory=current)
     devices: Mapping[int, Estimate] = field(default_factory=dict, hash=False)
@@ -167,6 +170,7 @@ class Estimate:
             "needed_bytes": self.needed_bytes,
             "load_peak": self.load_peak,
             "host": self.host,
+            "disk": self.disk,
             "shares": self.shares(),
             "moments": [moment._asdict() for moment in self.moments],
             "machine": asdict(self.machine),
@@ -276,6 +280,7 @@ def estimate(label: str, architecture: Architecture, profile: Profile, workload:
         workspace=workspace,
         load_peak=load_peak_bytes(architecture, profile),
         host=stored.host + host_kv_bytes(architecture, profile, batch_size=batch, context_len=context),
+        disk=stored.disk,
         moments=every,
     )
 
@@ -313,5 +318,6 @@ def _rule_of_thumb(params: float | None, profile: Profile, workload: Workload) -
         workspace=0,
         load_peak=weights,
         host=0,
+        disk=0,
         moments=(),
     )

@@ -43,6 +43,7 @@ class Profile:
         dequantization: How a 4-bit matrix of bitsandbytes meets the rows of a prefill: the `"whole"` matrix in 16 bits
             beside the result, or one tile of it after the other.
         streamed_layers: Decoder layers that stay on the host and pass through two slots on the device.
+        disk_layers: How many of them stay in the checkpoint's files, and are read for every token.
         compiled: Decode steps are compiled.
     """
 
@@ -57,6 +58,7 @@ class Profile:
     prefill_chunk_size: int | None = None
     dequantization: Dequantization = "whole"
     streamed_layers: int = 0
+    disk_layers: int = 0
     compiled: bool = False
 
     def __post_init__(self) -> None:
@@ -74,11 +76,16 @@ class Profile:
                 name="prefill_chunk_size",
                 got=chunk,
             )
-        if not _is_count(self.streamed_layers, 0):
+        for knob in ("streamed_layers", "disk_layers"):
+            layers = getattr(self, knob)
+            if not _is_count(layers, 0):
+                raise WorkloadError(f"{knob} must be a number of layers from 0, got {layers!r}", name=knob, got=layers)
+        if self.disk_layers > self.streamed_layers:
             raise WorkloadError(
-                f"streamed_layers must be a number of layers from 0, got {self.streamed_layers!r}",
-                name="streamed_layers",
-                got=self.streamed_layers,
+                f"disk_layers {self.disk_layers} is more than streamed_layers {self.streamed_layers}, of which it is a "
+                "part; stream at least that many",
+                name="disk_layers",
+                got=self.disk_layers,
             )
         if not isinstance(self.compiled, bool):
             raise UnknownNameError("compiled in profile", self.compiled, ("True", "False"))

@@ -21,13 +21,15 @@ _LABELS = {
     "process_total": "process (nvidia-smi)",
     "load_peak": "load peak",
     "host": "host memory",
+    "disk": "read from disk",
 }
 
 
 def rows(estimate: Estimate) -> list[tuple[str, int, float | None]]:
     """Label, bytes, and share of the allocated peak for the four parts; then the totals without a share."""
     shares = estimate.shares()
-    return [(label, getattr(estimate, name), shares.get(name)) for name, label in _LABELS.items()]
+    sizes = [(name, label, getattr(estimate, name)) for name, label in _LABELS.items()]
+    return [(label, size, shares.get(name)) for name, label, size in sizes if size or name != "disk"]
 
 
 def headline(estimate: Estimate) -> str:
@@ -64,7 +66,8 @@ def by_device(estimate: Estimate) -> list[tuple[str, list[str]]]:
     shapes = [part.architecture for part in parts if part.architecture]
     spans = [f"{one.first_layer}-{one.first_layer + one.num_hidden_layers - 1}" for one in shapes]
     table = [("GPU", [str(device) for device in estimate.devices]), ("layers", spans)]
-    return table + [(label, [f"{getattr(part, name):,}" for part in parts]) for name, label in _LABELS.items()]
+    one_by_one = [(name, label) for name, label in _LABELS.items() if name != "disk"]  # streaming works on one GPU
+    return table + [(label, [f"{getattr(part, name):,}" for part in parts]) for name, label in one_by_one]
 
 
 def html(estimate: Estimate) -> str:

@@ -29,7 +29,7 @@ def split_estimate(
     check_split(profile, len(layers))
     parts = zip(layers, slices(architecture, tuple(layers.values())), strict=True)
     devices = {device: estimate(label, part, profile, workload) for device, part in parts}
-    names = ("weights", "kv_cache", "tensors", "workspace", "load_peak", "host")
+    names = ("weights", "kv_cache", "tensors", "workspace", "load_peak", "host", "disk")
     sums = {name: sum(getattr(one, name) for one in devices.values()) for name in names}
     return Estimate(
         model=label,

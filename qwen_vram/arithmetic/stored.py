@@ -76,6 +76,12 @@ class Stored(NamedTuple):
         """Bytes of the layers that stay on the host: the largest, where layers differ."""
         return sum(sorted(map(size, self.layers), reverse=True)[:streamed])
 
+    def on_disk(self, layers: int, smallest: int) -> tuple[int, int]:
+        """Bytes of disk layers in tensors below `smallest`, and in all others: the most, where layers differ."""
+        small = [sum(tensor.nbytes for tensor in layer if tensor.nbytes < smallest) for layer in self.layers]
+        large = [size(layer) - less for layer, less in zip(self.layers, small, strict=True)]
+        return sum(sorted(small, reverse=True)[:layers]), sum(sorted(large, reverse=True)[:layers])
+
 
 def size(tensors: tuple[StoredTensor, ...]) -> int:
     """Bytes of some tensors together."""

@@ -7,7 +7,7 @@ from qwen_vram.arithmetic.kv_cache import layer_kv_bytes
 from qwen_vram.arithmetic.machine import Machine
 from qwen_vram.arithmetic.machine_file import current
 from qwen_vram.arithmetic.profile import Profile
-from qwen_vram.arithmetic.weights import block_bytes, head_bytes
+from qwen_vram.arithmetic.weights import block_bytes, disk_buffers, head_bytes, weight_bytes
 from qwen_vram.arithmetic.workload import Workload
 
 
@@ -33,15 +33,23 @@ def link_bytes(architecture: Architecture, profile: Profile, workload: Workload)
     return streamed + architecture.num_hidden_layers * layer
 
 
+def disk_bytes(architecture: Architecture, profile: Profile) -> int:
+    """Bytes that are read from the checkpoint's files for one decode step; none where the buffers hold all of them."""
+    stays = profile.disk_layers <= disk_buffers(profile)
+    return 0 if stays else weight_bytes(architecture, profile).disk
+
+
 def decode_floor_ms(
     architecture: Architecture, profile: Profile, workload: Workload, machine: Machine | None = None
 ) -> float:
     """The least milliseconds that one decode step can take: a floor, not an estimate.
 
-    The larger of bytes over device bandwidth and bytes over the link, which can overlap. `machine` has the rates;
-    `None` is the one measured last, or the stated default.
+    The largest of bytes over device bandwidth, bytes over the link and bytes over the disk's rate, which can overlap.
+    What the system's page cache still holds of the disk's bytes comes faster. `machine` has the rates; `None` is the
+    one measured last, or the stated default.
     """
     machine = machine or current()
     device = decode_bytes(architecture, profile, workload) / machine.device_bandwidth
     link = link_bytes(architecture, profile, workload) / machine.pinned_copy_rate
-    return 1000 * max(device, link)
+    disk = disk_bytes(architecture, profile) / machine.disk_read_rate
+    return 1000 * max(device, link, disk)

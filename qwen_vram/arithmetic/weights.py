@@ -17,6 +17,12 @@ from qwen_vram.arithmetic.stored import Stored, size
 # measured: NVIDIA H100, driver 580, torch 2.11.0+cu130, 2026-11-25.
 _QUICK_BLOCK = 2**28
 
+# Tensors of a disk layer below this stay in host memory, for each would be a request of its own to the disk: norms,
+# biases, tables and the scales of scales, 0.1 % of a layer of Qwen2.5-7B.
+SMALLEST_READ = 2**16
+# Host memory that disk layers pass through: one is copied to the device while the next is read.
+_DISK_BUFFERS = 2
+
 
 class StoredWeight(NamedTuple):
     """A weight with its storage format and exact bytes, quantization state included."""
@@ -31,11 +37,13 @@ class WeightBytes(NamedTuple):
 
     Attributes:
         device: On the device for good: resident layers, slots of the streaming ring, head, norms, embedding, adapter.
-        host: On the host: streamed layers, the embedding where it lives there.
+        host: On the host: streamed layers, what those on the disk pass through, the embedding where it lives there.
+        disk: In the checkpoint's files: what is read of disk layers.
     """
 
     device: int
     host: int
+    disk: int
 
 
 def format_of(weight: Weight, profile: Profile) -> FormatName:
@@ -69,7 +77,7 @@ def block_bytes(architecture: Architecture, profile: Profile) -> int:
     """Bytes of one decoder layer, quantization state included. Exact; of a mixed checkpoint, the largest layer's."""
     if architecture.stored:
         return max(map(size, architecture.stored.layers))
-    return sum(FORMATS[format_of(weight, profile)].nbytes(weight.shape) for weight in architecture.block)
+    return sum(_block_parts(architecture, profile))
 
 
 def streaming_slots(architecture: Architecture, profile: Profile) -> int:
@@ -81,6 +89,18 @@ def streaming_slots(architecture: Architecture, profile: Profile) -> int:
     layers = architecture.num_hidden_layers
     pause = profile.streamed_layers >= layers and block_bytes(architecture, profile) < _QUICK_BLOCK
     return min(profile.streamed_layers, layers, 3 if pause else 2)
+
+
+def disk_buffers(profile: Profile) -> int:
+    """Blocks of host memory that disk layers pass through; so few of them stay in it, and are read once."""
+    return min(profile.disk_layers, _DISK_BUFFERS)
+
+
+def may_be_on_disk(architecture: Architecture, profile: Profile) -> bool:
+    """Whether a checkpoint's files hold layers as `profile` has them, and not what they are quantized from."""
+    if architecture.stored_format is None:
+        return FORMATS[profile.weights].is_dense
+    return FORMATS[architecture.stored_format].library == "bitsandbytes"
 
 
 @lru_cache(maxsize=256)
@@ -95,7 +115,10 @@ def weight_bytes(architecture: Architecture, profile: Profile) -> WeightBytes:
     block = block_bytes(architecture, profile)
     streamed = min(profile.streamed_layers, architecture.num_hidden_layers)
     on_device = architecture.num_hidden_layers - streamed + streaming_slots(architecture, profile)
-    device, host = on_device * block, streamed * block
+    small = sum(part for part in _block_parts(architecture, profile) if part < SMALLEST_READ)
+    in_files = min(profile.disk_layers, streamed)
+    device = on_device * block
+    host = (streamed - in_files + disk_buffers(profile)) * block + in_files * small
     for weight in architecture.outer:
         storage = FORMATS[format_of(weight, profile)]
         if weight.role == "embedding" and table_on_host(architecture, profile):
@@ -104,7 +127,13 @@ def weight_bytes(architecture: Architecture, profile: Profile) -> WeightBytes:
             device += storage.nbytes(weight.shape)
     if architecture.has_head and head_is_a_copy(architecture, profile):
         device += head_bytes(architecture, profile)
-    return WeightBytes(device + _adapter_bytes(architecture, profile), host)
+    return WeightBytes(device + _adapter_bytes(architecture, profile), host, in_files * (block - small))
+
+
+def _block_parts(architecture: Architecture, profile: Profile) -> Iterator[int]:
+    """Bytes of every tensor of one decoder layer, quantization state included."""
+    for weight in architecture.block:
+        yield from FORMATS[format_of(weight, profile)].part_sizes(weight.shape)
 
 
 def _stored_bytes(architecture: Architecture, stored: Stored, profile: Profile) -> WeightBytes:
@@ -112,12 +141,15 @@ def _stored_bytes(architecture: Architecture, stored: Stored, profile: Profile) 
     streamed = min(profile.streamed_layers, architecture.num_hidden_layers)
     layers = stored.on_device(streamed, streaming_slots(architecture, profile))
     device = sum(map(size, layers)) + size(stored.norm) + size(stored.head)
-    host, table = stored.on_host(streamed), size(stored.embedding)
+    in_files = min(profile.disk_layers, streamed)
+    passing = disk_buffers(profile) * block_bytes(architecture, profile)
+    small, disk = stored.on_disk(in_files, SMALLEST_READ)
+    host, table = stored.on_host(streamed - in_files) + passing + small, size(stored.embedding)
     if table_on_host(architecture, profile):
         host += table
     else:
         device += table
-    return WeightBytes(device + _adapter_bytes(architecture, profile), host)
+    return WeightBytes(device + _adapter_bytes(architecture, profile), host, disk)
 
 
 def _adapter_bytes(architecture: Architecture, profile: Profile) -> int:

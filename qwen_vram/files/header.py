@@ -22,12 +22,16 @@ _DTYPE_BITS = {
 
 
 class Tensor(NamedTuple):
-    """One stored tensor: dtype as safetensors spells it, shape, bytes on disk, and the file that holds it."""
+    """One stored tensor: dtype as safetensors spells it, shape, bytes on disk, the file that holds it, and where.
+
+    `offset` counts from the beginning of the file, or of its data where its header is on the hub.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
     file: str
+    offset: int
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
@@ -71,11 +75,16 @@ def parse_header(header: bytes, file: str, *, source: Path) -> tuple[dict[str, T
         entries.pop("__metadata__", None)
     except (ValueError, AttributeError) as error:
         raise _corrupt(source, f"{type(error).__name__} in its header") from error
-    return parse_entries(entries, file, source=source)
+    return parse_entries(entries, file, source=source, data_at=8 + len(header))
 
 
-def parse_entries(entries: Mapping[str, Any], file: str, *, source: Path) -> tuple[dict[str, Tensor], int]:
+def parse_entries(
+    entries: Mapping[str, Any], file: str, *, source: Path, data_at: int = 0
+) -> tuple[dict[str, Tensor], int]:
     """The tensors of a header's entries (dtype, shape, data_offsets by name), and where their data ends.
+
+    Args:
+        data_at: Where the data begins in the file.
 
     Raises:
         CheckpointError: a tensor's offsets do not match its dtype and shape, or leave a hole.
@@ -91,7 +100,7 @@ def parse_entries(entries: Mapping[str, Any], file: str, *, source: Path) -> tup
                 bits *= size
             if end - begin != (bits + 7) // 8 or min(shape, default=0) < 0:
                 raise _corrupt(source, f"{name!r} of shape {list(shape)} takes {end - begin} bytes in it")
-            tensors[name] = Tensor(entry["dtype"], shape, end - begin, file)
+            tensors[name] = Tensor(entry["dtype"], shape, end - begin, file, data_at + begin)
             spans.append((begin, end))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _corrupt(source, f"{type(error).__name__} in its header") from error

@@ -7,7 +7,8 @@ from qwen_vram.arithmetic.model import ModelLike, resolve_model
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.workload import Workload
 from qwen_vram.planning.budget import Budget, VramLike
-from qwen_vram.planning.search import Search, most
+from qwen_vram.planning.search import Search
+from qwen_vram.planning.tiers import most
 
 # Batches are looked for up to here; no card of today holds more.
 _MOST_SEQUENCES = 4096

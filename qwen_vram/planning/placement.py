@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,16 +15,17 @@ from qwen_vram.arithmetic.weights import table_on_host
 from qwen_vram.arithmetic.workload import Workload
 from qwen_vram.errors import DoesNotFitError, WorkloadError
 from qwen_vram.planning.budget import Budget, VramLike
-from qwen_vram.planning.fit import fits
+from qwen_vram.planning.fit import fits, on_device
 from qwen_vram.planning.refusal import shortage
 from qwen_vram.planning.search import Search
 
-Where = int | Literal["cpu"]
+Where = int | Literal["cpu", "disk"]
+Tier = Literal["device", "stream", "host", "disk"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """Where each part of a model lives: on a device, or on the host.
+    """Where each part of a model lives: on a device, on the host, or on the disk.
 
     Attributes:
         embeddings: The token table.
@@ -52,6 +53,18 @@ class Placement:
             "lm_head": self.head,
         }
 
+    @property
+    def tiers(self) -> dict[str, Tier]:
+        """How each module computes: resident on a device, streamed to it from the host or the disk, or on the host."""
+        return {name: self._tier(name, where) for name, where in self.device_map.items()}
+
+    def _tier(self, name: str, where: Where) -> Tier:
+        if where == "disk":
+            return "disk"
+        if where != "cpu":
+            return "device"
+        return "stream" if name.startswith("model.layers.") and self.norm != "cpu" else "host"
+
 
 def spread(streamed: int, layers: int) -> frozenset[int]:
     """`streamed` of `layers` indices, as evenly as they go, so that each has resident layers to hide behind.
@@ -62,12 +75,26 @@ def spread(streamed: int, layers: int) -> frozenset[int]:
     return frozenset((index + 1) * layers // streamed - 1 for index in range(streamed))
 
 
+def on_disk(layers: int, streamed: Collection[int]) -> frozenset[int]:
+    """`layers` of the streamed ones, as evenly among them as they go.
+
+    >>> sorted(on_disk(2, {3, 7, 11, 15}))
+    [7, 15]
+    """
+    ordered = sorted(streamed)
+    return frozenset(ordered[index] for index in spread(layers, len(ordered))) if layers else frozenset()
+
+
 def place(architecture: Architecture, profile: Profile, *, device: Where = 0) -> Placement:
-    """Where `profile` puts each module, on `device` or on the host."""
-    on_host = spread(profile.streamed_layers, architecture.num_hidden_layers) if profile.streamed_layers else ()
-    layers = tuple("cpu" if index in on_host else device for index in range(architecture.num_hidden_layers))
+    """Where `profile` puts each module: on `device`, on the host or on the disk."""
+    layers = [device] * architecture.num_hidden_layers
+    streamed = spread(profile.streamed_layers, len(layers)) if profile.streamed_layers else frozenset()
+    for index in streamed:
+        layers[index] = "cpu"
+    for index in on_disk(profile.disk_layers, streamed):
+        layers[index] = "disk"
     table: Where = "cpu" if table_on_host(architecture, profile) else device
-    return Placement(embeddings=table, layers=layers, rotary=device, norm=device, head=device)
+    return Placement(embeddings=table, layers=tuple(layers), rotary=device, norm=device, head=device)
 
 
 def place_split(architecture: Architecture, profile: Profile, counts: Mapping[int, int]) -> Placement:
@@ -111,13 +138,14 @@ def offload_map(
 
     The token table goes first (rows can be gathered on the host), then decoder layers, spread evenly. Two slots on the
     device are counted for layers that pass through. A tied table stays, because the head needs it, unless the head is a
-    copy (`lm_head`).
+    copy (`lm_head`). Layers that the host does not hold either are "disk": in the checkpoint's files.
 
     Args:
         model: As for `estimate_vram`.
         vram: The most that nvidia-smi may show; `None` is what is free now. Over several GPUs (a dict by number) every
             layer stays on one of them.
         reserve: As for `plan`.
+        ram: Likewise for the host; `None` is what is available now.
         layers_on_cpu: This many layers go to the host whatever fits, and the table stays: the article's third row is
             `layers_on_cpu=3`. The budget is then checked where `vram` is given.
         profile: The profile whose weights, cache and attention are counted.
@@ -154,10 +182,13 @@ def offload_map(
     if budget.vram is None:
         return place(architecture, chosen, device="cpu").device_map
     search = Search(label, architecture, workload, budget, chosen, {})
+    search.tiers.may_read = "disk_layers" not in knobs
     if search.several and layers_on_cpu is None:
         tried = tried[:2]
     for candidate in tried:
         result = search.estimate(candidate, workload)
+        if on_device(result, budget):
+            result = search.tiers.fewest_on_disk(result)
         if fits(result, budget):
             return place_on(budget, result).device_map
     short = shortage(result, budget)

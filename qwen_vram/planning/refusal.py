@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from qwen_vram.arithmetic.estimate import Estimate
+from qwen_vram.arithmetic.storage import FORMATS
 from qwen_vram.arithmetic.workload import Workload
 from qwen_vram.errors import DoesNotFitError
 from qwen_vram.planning.budget import Budget
@@ -53,6 +54,8 @@ def refusal(smallest: Estimate, budget: Budget, nearest: Workload | None) -> Doe
         if nearest
         else "not even one token would fit; use a smaller model"
     )
+    if _quantizes(smallest) and (budget.vram is None or on_device(smallest, budget)):
+        advice += "; once the checkpoint is quantized (qwen-vram quantize), its layers can stay on the disk"
     return DoesNotFitError(
         f"{smallest.model} with {smallest.profile.weights} weights at {work.prompt_len} + {work.max_new_tokens} "
         f"tokens, batch {work.batch_size}, needs {short.needs}; {short.allowed} are allowed; {advice}",
@@ -62,3 +65,9 @@ def refusal(smallest: Estimate, budget: Budget, nearest: Workload | None) -> Doe
         nearest=nearest,
         devices=short.devices,
     )
+
+
+def _quantizes(result: Estimate) -> bool:
+    """Whether a 16-bit checkpoint is quantized while it loads to what could be read from the disk."""
+    stored = result.architecture is None or result.architecture.stored_format is not None
+    return not stored and FORMATS[result.profile.weights].library == "bitsandbytes"

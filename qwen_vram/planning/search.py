@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
@@ -18,8 +18,11 @@ from qwen_vram.planning.fit import fits, needed, on_device
 from qwen_vram.planning.moves import Move, change_of, cost_of, search_space
 from qwen_vram.planning.refusal import refusal
 from qwen_vram.planning.split import balanced
+from qwen_vram.planning.tiers import Tiers, most
 
 Prefer = Literal["quality", "speed", "memory"]
+
+_FROM_DISK = "layers are read from the disk for every token"
 
 
 class Step(NamedTuple):
@@ -66,6 +69,8 @@ class Search:
         self.split = split
         self.several = len(budget.devices) > 1
         self.start, moves = search_space(architecture, profile, workload, knobs)
+        may_read = profile == "auto" and "disk_layers" not in knobs
+        self.tiers = Tiers(architecture, budget, self.estimate, self.start, may_read=may_read)
         self.moves = tuple(move for move in moves if not (self.several and ONE_DEVICE.keys() & move.knobs.keys()))
 
     def candidates(self) -> Iterator[Candidate]:
@@ -91,7 +96,10 @@ class Search:
         return replace(profile, streamed_layers=profile.streamed_layers - 1) if spare else profile
 
     def run(self, prefer: Prefer) -> Candidate:
-        """The candidate that `prefer` asks for. Layers are streamed only where nothing else fits, and on one GPU.
+        """The candidate that `prefer` asks for.
+
+        Layers are streamed only where nothing else fits, and on one GPU; they stay on the disk only where the host does
+        not hold them either.
 
         Raises:
             DoesNotFitError: none fits.
@@ -102,50 +110,62 @@ class Search:
             if streams and fitting:
                 break
             found = self._fewest_streamed(candidate) if streams else candidate
-            if found and fits(found.estimate, self.budget):
+            if fits(found.estimate, self.budget):
                 fitting.append(found)
                 if prefer == "quality":
                     break
         if not fitting:
-            smallest = candidate.estimate
-            raise refusal(smallest, self.budget, self._nearest(smallest.profile))
+            last = found if streams else self._from_disk(found)
+            if not fits(last.estimate, self.budget):
+                raise refusal(last.estimate, self.budget, self._nearest(candidate.estimate.profile))
+            fitting.append(last)
         if prefer == "memory":
             return fitting[-1]
         return min(fitting, key=lambda found: found.steps[-1].decode_floor_ms)
 
-    def _fewest_streamed(self, everything: Candidate) -> Candidate | None:
-        """A candidate that streams all layers, with as few of them as fit; `None` where not even all do.
+    def _fewest_streamed(self, everything: Candidate) -> Candidate:
+        """A candidate that streams all layers, with as few of them as fit, and of these as few on the disk.
 
         The cache goes back to where it was at the start, or stays where the moves have brought it: whole rather than
-        quantized, then what makes the shorter step.
+        quantized, then what makes the shorter step. Where nothing fits it is what the host is least short of.
         """
         *before, last = everything.steps
         start, moved = self.start, everything.estimate.profile
-        bases = (replace(moved, kv_cache=start.kv_cache, kv_device=start.kv_device), moved)
-        tried = [self._resident_first(base, self.workload) for base in bases]
+        tried = list(self._streamed(moved, self.workload))
         fitting = [result for result in tried if fits(result, self.budget)]
         if not fitting:
-            return None
+            on_the_gpu = [result for result in tried if on_device(result, self.budget)]
+            smallest = min(on_the_gpu, key=lambda found: found.host, default=everything.estimate)
+            return everything._replace(estimate=smallest)
         best = min(fitting, key=lambda found: (found.profile.kv_cache != start.kv_cache, self._floor(found.profile)))
-        knobs = {knob: getattr(best.profile, knob) for knob in ("streamed_layers", "kv_cache", "kv_device")}
+        knobs = {
+            knob: getattr(best.profile, knob) for knob in ("streamed_layers", "disk_layers", "kv_cache", "kv_device")
+        }
         change = change_of(replace(moved, streamed_layers=0), best.profile, Move(knobs, ""))
         need = needed(best, self.budget)
-        step = Step(change, need, before[-1].needed_bytes - need, last.cost, self._floor(best.profile))
+        cost = _FROM_DISK if best.profile.disk_layers else last.cost
+        step = Step(change, need, before[-1].needed_bytes - need, cost, self._floor(best.profile))
         return Candidate(best, (*before, step))
+
+    def _streamed(self, moved: Profile, workload: Workload) -> Iterator[Estimate]:
+        """With the cache where it was at the start, and where the moves have brought it: as few streamed as fit."""
+        for base in (replace(moved, kv_cache=self.start.kv_cache, kv_device=self.start.kv_device), moved):
+            yield self.tiers.fewest_on_disk(self.tiers.resident_first(base, workload))
+
+    def _from_disk(self, last: Candidate) -> Candidate:
+        """The last candidate with as few layers on the disk as fit, all where none do; itself where that is no less."""
+        result = self.tiers.fewest_on_disk(last.estimate)
+        profile, need = result.profile, needed(result, self.budget)
+        if (need, result.host) >= (last.steps[-1].needed_bytes, last.estimate.host):
+            return last
+        move = Move({knob: getattr(profile, knob) for knob in ("streamed_layers", "disk_layers")}, _FROM_DISK)
+        change = change_of(last.estimate.profile, profile, move)
+        step = Step(change, need, last.steps[-1].needed_bytes - need, move.cost, self._floor(profile))
+        return Candidate(result, (*last.steps, step))
 
     def _may_stream(self, profile: Profile) -> bool:
         """Whether the search, not the caller, streams layers in `profile`."""
         return profile.streamed_layers > self.start.streamed_layers
-
-    def _resident_first(self, base: Profile, workload: Workload) -> Estimate:
-        """`base` with as many of its streamed layers on the device as that holds."""
-
-        def streaming(layers: int) -> Estimate:
-            return self.estimate(replace(base, streamed_layers=layers), workload)
-
-        layers = base.streamed_layers
-        resident = most(layers, lambda resident: on_device(streaming(layers - resident), self.budget))
-        return streaming(layers - resident)
 
     def _floor(self, profile: Profile) -> float:
         return decode_floor_ms(self.architecture, profile, self.workload)
@@ -162,9 +182,9 @@ class Search:
         """Whether `profile` fits the budget at another workload; what the search streams, as few layers as fit."""
         workload = Workload(prompt_len=prompt_len, max_new_tokens=new, batch_size=batch_size)
         result = self.estimate(profile, workload)
-        if self._may_stream(profile) and on_device(result, self.budget):
-            result = self._resident_first(profile, workload)
-        return fits(result, self.budget)
+        if self.budget.vram is not None and self._may_stream(profile) and on_device(result, self.budget):
+            return any(fits(found, self.budget) for found in self._streamed(profile, workload))
+        return fits(self.tiers.fewest_on_disk(result), self.budget)
 
     def longest_prompt(self, profile: Profile, new: int, batch_size: int) -> int:
         """The most prompt tokens that fit before `new` more, 0 where not even one does."""
@@ -178,21 +198,3 @@ class Search:
             if longest:
                 return Workload(prompt_len=longest, max_new_tokens=new, batch_size=batch_size)
         return None
-
-
-def most(limit: int, holds: Callable[[int], bool]) -> int:
-    """The largest number up to `limit` that holds, where every smaller one does; 0 where 1 does not.
-
-    >>> most(100, lambda number: number <= 42)
-    42
-    """
-    if limit > 0 and holds(limit):
-        return limit
-    low, high = 0, limit - 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        if holds(middle):
-            low = middle
-        else:
-            high = middle - 1
-    return max(0, low)

@@ -1,50 +1,42 @@
-"""Blocks: decoder layers on the host, each in one piece; read and quantized one tensor at a time."""
+"""Blocks: decoder layers that stream, each in one piece, on the host or in the checkpoint's files."""
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from itertools import takewhile
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
-from qwen_vram.files.local import read_tensors
-from qwen_vram.runtime.backends.base import Request, StreamingBackend
+from qwen_vram.arithmetic.weights import SMALLEST_READ
+from qwen_vram.errors import NotSupportedError
+from qwen_vram.runtime.backends.base import StreamingBackend
 from qwen_vram.runtime.blob import HostMemory, Layout
+from qwen_vram.runtime.image import Image, Piece
+from qwen_vram.runtime.mapped import MappedCheckpoint
 
 # Makes a module use prepared tensors: assignments alone.
 Binding = Callable[[], None]
 
 
 class Block:
-    """One decoder layer on the host.
+    """One decoder layer that streams.
 
     Attributes:
-        layer: The layer; its parameters and quantization state are views, into a slot or into `blob`.
+        layer: The layer; its parameters and quantization state are views, into a slot or on the host.
         modules: Its modules with tensors of their own.
-        blob: All of its tensors as bytes.
+        nbytes: All of its tensors together.
     """
 
-    def __init__(
-        self, layer: nn.Module, modules: Sequence[nn.Module], backend: StreamingBackend, memory: HostMemory
-    ) -> None:
+    def __init__(self, layer: nn.Module, modules: Sequence[nn.Module], backend: StreamingBackend) -> None:
         self.layer = layer
         self.modules, self._backend = modules, backend
-        tensors = {
+        self._tensors = {
             (index, name): one for index, module in enumerate(modules) for name, one in backend.tensors(module).items()
         }
-        self._layout = Layout(tensors)
-        self.blob = memory.take(self._layout.nbytes)
-        views = self._layout.views(self.blob)
-        for key, view in views.items():
-            view.copy_(tensors[key])
-        self._on_host = self._bindings(views)
-        self._empty = self._bindings({key: view.new_empty(0) for key, view in views.items()})
+        self._layout = Layout(self._tensors)
+        self.nbytes = self._layout.nbytes
+        self._empty = self._bindings({key: one.new_empty(0) for key, one in self._tensors.items()})
         self._in_slots: list[list[Binding]] = []
-        self.bind_host()
 
     def prepare(self, slots: Sequence[Tensor]) -> None:
         """Make the views into each slot's memory, once for all steps to come."""
@@ -55,108 +47,95 @@ class Block:
         for bind in self._in_slots[slot]:
             bind()
 
-    def bind_host(self) -> None:
-        """Let the layer use what lies on the host."""
-        for bind in self._on_host:
-            bind()
+    def bind_host(self, index: int) -> None:
+        """Let one of its modules use tensors on the host."""
+        raise NotImplementedError
 
     def drop(self) -> None:
         """Let go of all memory: the layer's tensors are left empty."""
         for bind in self._empty:
             bind()
-        self._on_host, self._in_slots = [], []
-        self.blob = self.blob.new_empty(0)
+        self._in_slots = []
 
     def _bindings(self, views: Mapping[tuple[int, str], Tensor]) -> list[Binding]:
-        by_module: list[dict[str, Tensor]] = [{} for _ in self.modules]
-        for (index, name), view in views.items():
-            by_module[index][name] = view
-        return [self._backend.binding(module, own) for module, own in zip(self.modules, by_module, strict=True)]
+        return [
+            self._backend.binding(module, {name: view for (owner, name), view in views.items() if owner == index})
+            for index, module in enumerate(self.modules)
+        ]
 
 
-def pack_layers(
-    model: Any,
-    numbers: Collection[int],
-    backend: StreamingBackend,
-    request: Request,
-    memory: HostMemory,
-    progress: Callable[..., Iterable[int]],
-) -> list[Block]:
-    """Build the decoder layers with these numbers, which stand on the meta device, and leave them in host memory.
+class HostBlock(Block):
+    """One that stays in host memory, in `blob`."""
 
-    A quantized head that stands there too is built first, to stay on the device. The device holds one matrix and a tile
-    at a time beside what it held before, and nothing more where matrices are stored quantized; the host, one layer in
-    the request's format beside the blocks.
+    def __init__(
+        self, layer: nn.Module, modules: Sequence[nn.Module], backend: StreamingBackend, memory: HostMemory
+    ) -> None:
+        super().__init__(layer, modules, backend)
+        self.blob = memory.take(self.nbytes)
+        views = self._layout.views(self.blob)
+        for key, view in views.items():
+            view.copy_(self._tensors[key])
+        self._tensors = {}
+        self._on_host = self._bindings(views)
+        for bind in self._on_host:
+            bind()
 
-    Args:
-        progress: Wraps the numbers in a progress bar, as `tqdm` does.
+    def bind_host(self, index: int) -> None:
+        """Let one of its modules use what lies in `blob`."""
+        self._on_host[index]()
+
+    def drop(self) -> None:
+        """Let go of all memory: the layer's tensors are left empty."""
+        super().drop()
+        self._on_host = []
+        self.blob = self.blob.new_empty(0)
+
+
+class DiskBlock(Block):
+    """One that stays in the checkpoint's files, as `image` says; the `nth` of its kind, from 0.
+
+    Raises:
+        NotSupportedError: a large tensor is no longer as it is there.
     """
-    model.requires_grad_(False)
-    model.generation_config.disable_compile = True  # a compiled step would keep the first addresses of all weights
-    blocks = []
-    with ExitStack() as files:
-        read = _reader(Path(request.folder), files)
-        if request.late_head:
-            _build(model, "lm_head", "model.embed_tokens" if _untie(model) else "lm_head", read, backend, request)
-        for number in progress(sorted(numbers), desc="Packing streamed layers"):
-            layer = model.model.layers[number]
-            modules = []
-            for name, module in list(layer.named_modules()):
-                if next(module.parameters(recurse=False), None) is not None:
-                    made = _build(layer, name, f"model.layers.{number}.{name}", read, backend, request)
-                    backend.binding(made, {key: one.to("cpu") for key, one in backend.tensors(made).items()})()
-                    modules.append(made)
-            blocks.append(Block(layer, modules, backend, memory))
-    return blocks
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        modules: Sequence[nn.Module],
+        backend: StreamingBackend,
+        mapped: MappedCheckpoint,
+        nth: int,
+    ) -> None:
+        super().__init__(layer, modules, backend)
+        self.nth = nth
+        self._parts = {key: _part(tensor, mapped) for key, tensor in self._tensors.items()}
+        self._tensors = {}
+        self.image = Image({self._layout.places[key].offset: part for key, part in self._parts.items()})
+        for bind in self._empty:
+            bind()  # or the layer would keep the files mapped
+
+    def bind_host(self, index: int) -> None:
+        """Let one of its modules use its tensors, read now into memory of their own."""
+        self.bind(0)  # for its quantization state is as it was stored
+        tensors = {}
+        for (owner, name), part in self._parts.items():
+            if owner == index:
+                _, dtype, shape = self._layout.places[owner, name]
+                tensors[name] = torch.empty(shape, dtype=dtype)
+                Image({0: part}).read_into(tensors[name].view(-1).view(torch.uint8).numpy().data)
+        self._backend.binding(self.modules[index], tensors)()
 
 
-def _untie(model: Any) -> bool:
-    """Whether the head was the token table; from here on it is not."""
-    tied: bool = model.config.tie_word_embeddings
-    model.config.tie_word_embeddings = False
-    model.all_tied_weights_keys = {}
-    return tied
-
-
-def _build(
-    parent: nn.Module,
-    name: str,
-    full_name: str,
-    read: Callable[[str], dict[str, Tensor]],
-    backend: StreamingBackend,
-    request: Request,
-) -> nn.Module:
-    """Put the module called `name` into `parent` with its weights; what is quantized now is on the device."""
-    module = parent.get_submodule(name)
-    weights = read(full_name)
-    if not request.stored:
-        weights = {parameter: weights[parameter] for parameter, _ in module.named_parameters(recurse=False)}
-    made = backend.build(module, weights, request)
-    parent.set_submodule(name, made)
-    return made
-
-
-def _reader(folder: Path, files: ExitStack) -> Callable[[str], dict[str, Tensor]]:
-    """A call that gives a module's tensors of the checkpoint, by their names in it, mapped from disk.
-
-    `files` keeps files open.
-    """
-    from safetensors import safe_open
-
-    places = read_tensors(folder)
-    names = sorted(places)
-    opened: dict[str, Any] = {}
-
-    def tensor(name: str) -> Tensor:
-        file = places[name].file
-        if file not in opened:
-            opened[file] = files.enter_context(safe_open(folder / file, framework="pt"))
-        found: Tensor = opened[file].get_tensor(name)
-        return found
-
-    def read(module: str) -> dict[str, Tensor]:
-        prefix = f"{module}."
-        own = takewhile(lambda name: name.startswith(prefix), names[bisect_left(names, prefix) :])
-        return {name.removeprefix(prefix): tensor(name) for name in own}
-
-    return read
+def _part(tensor: Tensor, mapped: MappedCheckpoint) -> Piece | bytes:
+    """Where a tensor lies in the files, or its bytes where they are few."""
+    if tensor.nbytes < SMALLEST_READ:
+        return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+    piece = mapped.piece(tensor)
+    if piece is None:
+        raise NotSupportedError(
+            f"disk_layers: a tensor of {tensor.nbytes:,} bytes is in the checkpoint's files in another form than it "
+            "runs in; use disk_layers=0",
+            knob="disk_layers",
+            value=None,
+        )
+    return piece

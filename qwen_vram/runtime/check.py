@@ -9,15 +9,18 @@ import torch
 
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.profile import Profile
-from qwen_vram.arithmetic.weights import head_is_a_copy, table_on_host
+from qwen_vram.arithmetic.weights import SMALLEST_READ, head_is_a_copy, may_be_on_disk, table_on_host
 from qwen_vram.errors import BackendUnavailableError, NotSupportedError
+from qwen_vram.files.local import read_tensors
 from qwen_vram.planning.planner import Plan
 from qwen_vram.runtime import attention
 from qwen_vram.runtime.backends.base import Backend, StreamingBackend
+from qwen_vram.runtime.checkpoint import Checkpoint
 
 _LOGGER = logging.getLogger(__name__)
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 # Knobs that the estimator counts and nothing here runs yet: their values that do run.
 _RUNS: dict[str, tuple[object, ...]] = {
@@ -45,6 +48,14 @@ def check(chosen: Plan, backend: Backend, device: torch.device) -> None:
     assert architecture is not None
     if profile.streamed_layers:
         _check_streaming(profile, backend)
+    if profile.disk_layers and not may_be_on_disk(architecture, profile):
+        raise NotSupportedError(
+            f"disk_layers={profile.disk_layers}: {profile.weights} layers are made of this checkpoint's 16-bit ones "
+            "while it loads, and are in no file; quantize it once with `qwen-vram quantize CHECKPOINT OUT --weights "
+            f"{profile.weights}` and load OUT, or use disk_layers=0",
+            knob="disk_layers",
+            value=profile.disk_layers,
+        )
     _check_tied(profile, architecture)
     backend.check(profile, device)
     if profile.attention == "fused":
@@ -81,6 +92,25 @@ def _check_streaming(profile: Profile, backend: Backend) -> None:
             knob="streamed_layers",
             value=profile.streamed_layers,
         )
+
+
+def check_files(checkpoint: Checkpoint, profile: Profile, dtype: torch.dtype) -> None:
+    """Refuse disk layers that the model runs in another dtype than the checkpoint holds them in.
+
+    Raises:
+        NotSupportedError: there are.
+    """
+    stored = read_tensors(checkpoint.folder)
+    for weight in checkpoint.architecture.weights():
+        tensor = stored.get(weight.name)
+        held = None if tensor is None else _STORED_DTYPES.get(tensor.dtype)  # `None`: as its format has it
+        if tensor and tensor.nbytes >= SMALLEST_READ and ".layers." in weight.name and held not in (None, dtype):
+            raise NotSupportedError(
+                f"disk_layers={profile.disk_layers}: {weight.name!r} is stored as {tensor.dtype} and runs in {dtype}; "
+                "what stays on the disk is used as it is stored: choose weights in that dtype, or use disk_layers=0",
+                knob="disk_layers",
+                value=profile.disk_layers,
+            )
 
 
 def _check_flash_attention_2(device: torch.device) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from qwen_vram.arithmetic.tiles import head_by_tiles
-from qwen_vram.planning.placement import spread
+from qwen_vram.planning.placement import on_disk, spread
 from qwen_vram.planning.planner import Plan
 from qwen_vram.runtime.backends.base import Backend, Request
 
@@ -27,6 +27,11 @@ def streamed_layers(chosen: Plan) -> frozenset[int]:
     count, architecture = chosen.profile.streamed_layers, chosen.estimate.architecture
     assert architecture is not None
     return spread(count, architecture.num_hidden_layers) if count else frozenset()
+
+
+def disk_layers(chosen: Plan) -> frozenset[int]:
+    """The numbers of those among them that stay in the checkpoint's files."""
+    return on_disk(chosen.profile.disk_layers, streamed_layers(chosen))
 
 
 def device_map(chosen: Plan, device: torch.device) -> dict[str, int | str | torch.device]:

@@ -14,7 +14,7 @@ from qwen_vram.arithmetic.adapter import adapter_folder
 from qwen_vram.arithmetic.model import ModelLike
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.tiles import head_by_tiles
-from qwen_vram.arithmetic.weights import head_is_a_copy, streaming_slots, table_on_host
+from qwen_vram.arithmetic.weights import disk_buffers, head_is_a_copy, streaming_slots, table_on_host
 from qwen_vram.planning.budget import VramLike
 from qwen_vram.planning.planner import Plan, plan
 from qwen_vram.planning.search import Prefer
@@ -23,14 +23,14 @@ from qwen_vram.runtime.adapter import add_adapter, check_adapter, check_peft
 from qwen_vram.runtime.backends import get_backend
 from qwen_vram.runtime.backends.base import Backend, Request, StreamingBackend
 from qwen_vram.runtime.blob import HostMemory
-from qwen_vram.runtime.blocks import pack_layers
-from qwen_vram.runtime.check import check, dtype_for
+from qwen_vram.runtime.check import check, check_files, dtype_for
 from qwen_vram.runtime.checkpoint import Checkpoint, open_checkpoint
-from qwen_vram.runtime.device_map import connect, device_map, left_out, streamed_layers, undispatched
+from qwen_vram.runtime.device_map import connect, device_map, disk_layers, left_out, streamed_layers, undispatched
 from qwen_vram.runtime.devices import check_free, devices_for, weakest
 from qwen_vram.runtime.host_embedding import move_embedding_to_host
 from qwen_vram.runtime.loaded import LoadedModel
 from qwen_vram.runtime.measure import PeakMeter, weight_storages
+from qwen_vram.runtime.packing import pack_layers
 from qwen_vram.runtime.streaming import Streamer
 from qwen_vram.runtime.verify import verify as check_plan
 
@@ -118,14 +118,16 @@ def _build(
 ) -> LoadedModel:
     from transformers import AutoTokenizer
 
-    profile, device = chosen.profile, devices[0]
+    profile, device, dtype = chosen.profile, devices[0], dtype_for(chosen.profile, weakest(devices))
+    if profile.disk_layers:
+        check_files(checkpoint, profile, dtype)
     attention.register()
     late_head = head_by_tiles(checkpoint.architecture, profile)
     request = Request(
         folder=str(checkpoint.folder),
         profile=profile,
         device=device,
-        dtype=dtype_for(profile, weakest(devices)),
+        dtype=dtype,
         device_map=device_map(chosen, device),
         attention=attention.NAME if profile.attention == "fused" else profile.attention,
         stored=checkpoint.architecture.stored_format is not None,
@@ -143,8 +145,9 @@ def _build(
         if profile.streamed_layers:
             assert isinstance(backend, StreamingBackend)
             memory = HostMemory(device)
-            blocks = pack_layers(model, streamed_layers(chosen), backend, request, memory, bar)
-            streamer = Streamer(blocks, memory, streaming_slots(checkpoint.architecture, profile))
+            blocks = pack_layers(model, streamed_layers(chosen), disk_layers(chosen), backend, request, memory, bar)
+            slots = streaming_slots(checkpoint.architecture, profile)
+            streamer = Streamer(blocks, memory, slots, disk_buffers(profile))
     if table_on_host(checkpoint.architecture, profile):
         move_embedding_to_host(model, device)
     if profile.dequantization == "tiled" and backend.name == "bnb":

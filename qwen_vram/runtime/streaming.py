@@ -1,7 +1,8 @@
-"""Streamed layers: decoder layers that stay in host memory and pass through a ring of slots on the device.
+"""Streamed layers: decoder layers that stay on the host or the disk and pass through a ring of slots on the device.
 
 While one layer computes in its slot, the next ones are copied into the others, on a stream of their own. A layer is one
-piece of memory, so that it is one copy. From token to token nothing is allocated, and the host waits for nothing.
+piece of memory, so that it is one copy. From token to token nothing is allocated, and the host waits for nothing but
+the disk.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 
 from qwen_vram.errors import NotSupportedError, QwenVramError
 from qwen_vram.runtime.blob import HostMemory
-from qwen_vram.runtime.blocks import Block
+from qwen_vram.runtime.blocks import Block, DiskBlock, HostBlock
+from qwen_vram.runtime.disk import Buffer, DiskReader
 
 
 class Slot:
@@ -40,7 +42,7 @@ class Streamer:
     stream compute no gradients.
     """
 
-    def __init__(self, blocks: Sequence[Block], memory: HostMemory, slots: int) -> None:
+    def __init__(self, blocks: Sequence[Block], memory: HostMemory, slots: int, disk_buffers: int = 0) -> None:
         self.blocks = list(blocks)
         self.device = memory.device
         self._memory = memory
@@ -48,7 +50,7 @@ class Streamer:
         if self.device.type == "cuda":
             self.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
             torch.cuda.empty_cache()  # what packing reserved, matrix by matrix, does not fit slots
-        largest = max(block.blob.nbytes for block in blocks)
+        largest = max(block.nbytes for block in blocks)
         self.slots = [
             Slot(index, torch.empty(largest, dtype=torch.uint8, device=self.device)) for index in range(slots)
         ]
@@ -57,16 +59,31 @@ class Streamer:
             if self.stream is not None:
                 # The last copy may still run when a model is dropped: its slot must not go to anyone before.
                 slot.memory.record_stream(self.stream)
+        on_disk = [block for block in self.blocks if isinstance(block, DiskBlock)]
+        self._reader = self._read(on_disk, disk_buffers) if on_disk else None
         for number, block in enumerate(self.blocks):
             block.prepare([slot.memory for slot in self.slots])
             self._attach(number, block)
         for block, slot in zip(self.blocks, self.slots, strict=False):
-            self._fetch(block, slot)
+            if self._is_ready(block):
+                self._fetch(block, slot)
+
+    def _read(self, on_disk: Sequence[DiskBlock], buffers: int) -> DiskReader:
+        """Start reading the first of them."""
+        largest = max(block.nbytes for block in on_disk)
+        event: Any = torch.cuda.Event
+        ring = [
+            Buffer(self._memory.take(largest), None if self.stream is None else event(blocking=True))
+            for _ in range(buffers)
+        ]
+        return DiskReader([block.image for block in on_disk], ring)
 
     def close(self) -> None:
         """Give back the slots and the host's memory; the layers cannot run any more."""
         if self.stream is not None:
             self.stream.synchronize()
+        if self._reader is not None:
+            self._reader.close()
         for block in self.blocks:
             block.drop()
         for hook in self._hooks:
@@ -83,9 +100,9 @@ class Streamer:
             block.layer.register_forward_pre_hook(partial(self._before, number)),
             block.layer.register_forward_hook(partial(self._after, number)),
         ]
-        for module in block.modules:  # each may be read alone
+        for index, module in enumerate(block.modules):  # each may be read alone
             self._hooks += [
-                module.register_state_dict_pre_hook(lambda *_: block.bind_host()),  # type: ignore[no-untyped-call]
+                module.register_state_dict_pre_hook(lambda *_, index=index: block.bind_host(index)),  # type: ignore[no-untyped-call]
                 module.register_state_dict_post_hook(lambda *_: block.bind(resting)),  # type: ignore[no-untyped-call]
             ]
 
@@ -103,10 +120,12 @@ class Streamer:
         block.bind(slot.index)
 
     def _after(self, number: int, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        """Start copying what follows into slots that hold nothing of it."""
+        """Start copying what follows into slots that hold nothing of it, up to what the disk has yet to bring."""
         following = self._following(number)
         for block in following:
             if self._holding(block) is None:
+                if not self._is_ready(block):
+                    break
                 self._fetch(block, self._idle(following))
 
     def _following(self, number: int) -> list[Block]:
@@ -120,20 +139,34 @@ class Streamer:
         """The slot whose block is not wanted next, or wanted last."""
         return max(self.slots, key=lambda slot: wanted.index(slot.block) if slot.block in wanted else len(wanted))
 
+    def _is_ready(self, block: Block) -> bool:
+        """Whether a block can be copied without waiting for the disk."""
+        return not isinstance(block, DiskBlock) or self._reader is None or self._reader.is_ready(block.nth)
+
     def _fetch(self, block: Block, slot: Slot) -> Slot:
-        """Start copying a block into a slot, once all that computes there is done."""
+        """Start copying a block into a slot, once all that computes there is done, and the disk has brought it."""
         slot.block = None  # in case this is interrupted
-        room = slot.memory[: block.blob.nbytes]
-        if self.stream is None:
-            room.copy_(block.blob)
-        else:
-            slot.computed.record(slot.computes_on)
-            self.stream.wait_event(slot.computed)
-            with torch.cuda.stream(self.stream):
-                room.copy_(block.blob, non_blocking=True)
-                slot.filled.record(self.stream)
+        if isinstance(block, HostBlock):
+            self._copy(block.blob, slot)
+        elif isinstance(block, DiskBlock) and self._reader is not None:
+            buffer = self._reader.take(block.nth)
+            self._copy(buffer.memory[: block.nbytes], slot)
+            if self.stream is not None:
+                buffer.copied.record(self.stream)
+            self._reader.passed(block.nth)
         slot.block = block
         return slot
+
+    def _copy(self, source: Tensor, slot: Slot) -> None:
+        room = slot.memory[: source.nbytes]
+        if self.stream is None:
+            room.copy_(source)
+            return
+        slot.computed.record(slot.computes_on)
+        self.stream.wait_event(slot.computed)
+        with torch.cuda.stream(self.stream):
+            room.copy_(source, non_blocking=True)
+            slot.filled.record(self.stream)
 
 
 def _check_no_gradient(layer: nn.Module, inputs: tuple[Any, ...]) -> None:

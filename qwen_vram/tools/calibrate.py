@@ -24,6 +24,7 @@ STEPS = {
     "kernels-bf16": "kernels that the bundled model loads in bf16",
     "kernels-nf4": "kernels that the bundled model loads in nf4",
     "rates": "copy rates",
+    "disk": "reads from the disk of the cache folder",
 }
 _STEP_SECONDS = 600
 
@@ -46,19 +47,22 @@ def calibrate(say: Callable[[str], object] = print) -> Machine:
         say(f"{number}/{len(STEPS)} measuring {what}")
         found |= run_step(step)
     machine = machine_of(found)
-    if machine.kept:
+    if "cuda_context" in machine.kept:
         say(
-            f"kept the default of {' and '.join(machine.kept)}: the driver does not tell what this process takes "
+            "kept the default of cuda_context and lazy_kernels: the driver does not tell what this process takes "
             "(a container, or another program on the GPU)"
         )
+    if "disk_read_rate" in machine.kept:
+        say("kept the default of disk_read_rate: this system does not say how to read past its page cache")
     store(machine)
     return machine
 
 
 def machine_of(found: dict[str, Any]) -> Machine:
-    """A measured machine from what the steps found; process sizes that the driver hid stay the default, both of them.
+    """A measured machine from what the steps found; what could not be measured stays the default.
 
-    Context and kernels are halves of one sum, so a measured half is not mixed with a default one.
+    Context and kernels are halves of one sum, so a measured half is not mixed with a default one: both stay where the
+    driver hid a process's size.
     """
     context, kernels = found["context"], [found["kernels-bf16"], found["kernels-nf4"]]
     memory: dict[str, Any] = {"cuda_context": DEFAULT.cuda_context, "lazy_kernels": DEFAULT.lazy_kernels}
@@ -66,13 +70,18 @@ def machine_of(found: dict[str, Any]) -> Machine:
     if not hidden:
         # The larger format's, because a budget must hold either.
         memory = {"cuda_context": context, "lazy_kernels": max(0, max(kernels) - context)}
+    kept = [*memory] if hidden else []
+    disk = found["disk_read_rate"]
+    if disk is None:
+        kept.append("disk_read_rate")
     names = ("device", "torch", "driver", "device_bandwidth", "pinned_copy_rate", "host_bandwidth")
     return Machine(
         **{name: found[name] for name in names},
         **memory,
+        disk_read_rate=DEFAULT.disk_read_rate if disk is None else disk,
         date=date.today().isoformat(),
         source="measured",
-        kept=tuple(memory) if hidden else (),
+        kept=tuple(kept),
     )
 
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from qwen_vram.arithmetic.machine_file import CalibrationError
+from qwen_vram.arithmetic.machine_file import CalibrationError, make_folder
 
 if TYPE_CHECKING:
     import torch
@@ -103,6 +103,13 @@ def measure_rates() -> dict[str, Any]:
     }
 
 
+def measure_disk() -> dict[str, Any]:
+    """Bytes a second of reads from a new file in the cache folder; `None` where the page cache cannot be emptied."""
+    from qwen_vram.tools.disk_rate import disk_read_rate
+
+    return {"disk_read_rate": disk_read_rate(make_folder().parent, _BUFFER)}
+
+
 def buffer_size(free: int, *, least: int, where: str) -> int:
     """Bytes of a copy buffer where `free` bytes are free.
 
@@ -168,6 +175,7 @@ def main() -> None:
         "kernels-bf16": lambda: measure_kernels("bf16"),
         "kernels-nf4": lambda: measure_kernels("nf4"),
         "rates": measure_rates,
+        "disk": measure_disk,
     }
     parser = argparse.ArgumentParser(prog="python -m qwen_vram.tools.calibrate_steps", description=__doc__)
     parser.add_argument("step", choices=steps)

@@ -1,0 +1,57 @@
+"""A checkpoint's tensors as they are stored, mapped from its files, and where in them each lies."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from contextlib import ExitStack
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from qwen_vram.files.local import read_tensors
+from qwen_vram.runtime.image import Piece, WeightsFile
+
+
+class MappedCheckpoint:
+    """The checkpoint in `folder`; `files` keeps its files open for mapped tensors."""
+
+    def __init__(self, folder: Path, files: ExitStack) -> None:
+        self.folder = folder
+        self._places = read_tensors(folder)
+        self._names = sorted(self._places)
+        self._files = files
+        self._opened: dict[str, Any] = {}
+        self._to_read: dict[str, WeightsFile] = {}
+        self._given: dict[int, tuple[str, Tensor]] = {}
+
+    def tensors(self, module: str) -> dict[str, Tensor]:
+        """A module's tensors, by their names in it."""
+        prefix = f"{module}."
+        own = takewhile(lambda name: name.startswith(prefix), self._names[bisect_left(self._names, prefix) :])
+        return {name.removeprefix(prefix): self._tensor(name) for name in own}
+
+    def piece(self, tensor: Tensor) -> Piece | None:
+        """Where the bytes of a tensor lie that `tensors` gave, in whatever shape; `None` for any other."""
+        name, given = self._given.get(tensor.data_ptr(), ("", None))
+        if given is None or tensor.nbytes != given.nbytes or not tensor.is_contiguous():
+            return None
+        place = self._places[name]
+        if place.file not in self._to_read:
+            self._to_read[place.file] = WeightsFile(self.folder / place.file)
+        return Piece(self._to_read[place.file], place.offset, place.nbytes)
+
+    def forget(self) -> None:
+        """Let go of the tensors given so far."""
+        self._given.clear()
+
+    def _tensor(self, name: str) -> Tensor:
+        from safetensors import safe_open
+
+        file = self._places[name].file
+        if file not in self._opened:
+            self._opened[file] = self._files.enter_context(safe_open(self.folder / file, framework="pt"))
+        found: Tensor = self._opened[file].get_tensor(name)
+        self._given[found.data_ptr()] = (name, found)
+        return found
