@@ -265,10 +265,12 @@ def test_a_hub_that_is_gone_after_config_json(hub, tmp_path):
 
 @pytest.mark.parametrize("kind", ["gptq", "awq", "fp8", "packed"])
 def test_loading_is_refused_by_name_before_anything_is_fetched(hub, tmp_path, kind):
-    got = run("qv.load({repo!r}, profile='default')", f"someone/{kind}", hub.endpoint, tmp_path)
-    name = {"fp8": "fp8-block", "packed": "compressed-tensors"}.get(kind, kind)
+    load = "__import__('sys').modules.update(gptqmodel=None) or qv.load({repo!r}, profile='default')"
+    got = run(load, f"someone/{kind}", hub.endpoint, tmp_path)
+    name = {"fp8": "fp8-block", "packed": "compressed-tensors"}.get(kind)
     assert got["error"] == "BackendUnavailableError"
-    assert got["text"].startswith(f"no backend loads '{name}' yet: its bytes are counted by estimate_vram() only")
+    text = f"no backend loads '{name}' yet: its bytes are counted by estimate_vram() only"
+    assert got["text"].startswith(text if name else f"weights={kind!r} needs gptqmodel")
     assert hub.sent["model.safetensors"] == FIRST_READ
 
 
