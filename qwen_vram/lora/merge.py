@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from qwen_vram.errors import BackendUnavailableError, CheckpointError
+from qwen_vram.errors import CheckpointError
 from qwen_vram.files.companions import REPORT, copy_files
 from qwen_vram.files.local import read_config
 from qwen_vram.files.output import OutputFolder
@@ -22,6 +22,7 @@ from qwen_vram.lora.report import ENOUGH, MergeReport, ModuleReport
 from qwen_vram.lora.scaling import alpha_is_ambiguous
 from qwen_vram.lora.stream import Streamer
 from qwen_vram.runtime.checkpoint import Checkpoint, open_checkpoint
+from qwen_vram.runtime.devices import working_device
 from qwen_vram.runtime.progress import progress_bar
 from qwen_vram.runtime.writer import CheckpointWriter
 from qwen_vram.units import parse_bytes
@@ -74,7 +75,7 @@ def merge_lora_then_quantize(
     """
     began = time.monotonic()
     codec = codec_for(quantize)
-    place = _device(device)
+    place = working_device(device)
     max_shard_bytes = parse_bytes(max_shard_size, name="max_shard_size")
     checkpoint = _open_base(base)
     plan = plan_merge(checkpoint, open_adapters(adapter), codec, max_shard_bytes)
@@ -113,18 +114,6 @@ def _open_base(base: str | Path) -> Checkpoint:
             path=str(checkpoint.folder),
         )
     return checkpoint
-
-
-def _device(device: str | None) -> torch.device:
-    if device not in (None, "cpu", "cuda"):
-        raise BackendUnavailableError(f"unknown device {device!r}; choose from cuda, cpu", backend=str(device))
-    if device == "cuda" and not torch.cuda.is_available():
-        raise BackendUnavailableError(
-            "device='cuda' asks for a GPU, and torch sees none here; leave it out to merge on the CPU, or install a "
-            "torch built for CUDA",
-            backend="cuda",
-        )
-    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def _write_weights(plan: MergePlan, folder: Path, device: torch.device, progress: bool) -> tuple[dict[str, Proof], int]:
