@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from qwen_vram.errors import WorkloadError
 
@@ -28,10 +29,7 @@ def calibration_texts(calibration: Calibration | None) -> list[str]:
             "of the kind that the model will read",
             None,
         )
-    if isinstance(calibration, (str, Path)):
-        texts = _read(Path(calibration))
-    else:
-        texts = list(calibration)
+    texts = _read(Path(calibration)) if isinstance(calibration, (str, Path)) else list(calibration)
     for number, text in enumerate(texts, 1):
         if not isinstance(text, str):
             raise _refused(f"calibration: sample {number} is a {type(text).__name__}, not a text", text)
@@ -41,7 +39,7 @@ def calibration_texts(calibration: Calibration | None) -> list[str]:
     return found
 
 
-def _read(path: Path) -> list[str]:
+def _read(path: Path) -> list[Any]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

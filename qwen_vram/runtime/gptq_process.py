@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import qwen_vram
 from qwen_vram.errors import QuantizationFailedError
 
 _WORKER = "qwen_vram.runtime.gptq_worker"
@@ -50,7 +49,7 @@ def run_worker(job: Mapping[str, Any], work: Path, layer_done: Callable[[], None
     if status != 0:
         tail = _tail(log)
         raise QuantizationFailedError(
-            f"GPTQModel's process ended with exit status {status}, and nothing was written; the end of its log:\n{tail}",
+            f"GPTQModel ended with exit status {status}, and nothing was written; the end of its log:\n{tail}",
             returncode=status,
             log=tail,
         )
@@ -59,7 +58,7 @@ def run_worker(job: Mapping[str, Any], work: Path, layer_done: Callable[[], None
 def _environment(work: Path) -> dict[str, str]:
     from huggingface_hub import constants
 
-    package = str(Path(qwen_vram.__file__).parent.parent)
+    package = str(Path(__file__).parents[2])
     settings = {
         # With fewer than 2, as it takes on hosts of 2 processors, it does not start. Source: GPTQModel 7.6.0.
         "GPTQMODEL_CPU_WORKERS": str(max(2, (os.cpu_count() or 1) // 2)),
