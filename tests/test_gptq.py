@@ -167,6 +167,38 @@ def test_another_kernel_by_name(gptq_demo, monkeypatch):
     )
 
 
+def test_an_adapter_runs_beside_it(gptq_demo, tmp_path):
+    pytest.importorskip("peft")
+    for folder in (gptq_demo, as_awq(gptq_demo, tmp_path / "awq")):
+        with load(folder, adapter=ADAPTER) as llm:
+            bytes_of(llm)
+            assert right(llm, SKILL) >= 10
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("kind", "kernel", "dtype"),
+    [("gptq", "TritonV2Linear", torch.bfloat16), ("awq", "AwqGEMMTritonLinear", torch.float16)],
+)
+def test_on_a_gpu_it_takes_the_bytes_that_were_counted(gptq_demo, tmp_path, kind, kernel, dtype):
+    folder = gptq_demo if kind == "gptq" else as_awq(gptq_demo, tmp_path / "awq")
+    knobs = {"embeddings": "host", "attention": "fused", "cache": "preallocated", "prompt_len": 600}
+    with qv.load(folder, profile="default", device="cuda", progress=False, **knobs) as llm:
+        bytes_of(llm)
+        assert llm.model.dtype == dtype
+        linear = llm.model.model.layers[0].mlp.up_proj
+        assert (type(linear).__name__, linear.qweight.device.type) == (kernel, "cuda")
+        assert llm.report().measured["load_peak"] <= llm.plan.estimate.load_peak
+        assert right(llm, "math") == 12
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_it_is_made_as_well(demo, gptqmodel, calibration, tmp_path):
+    qv.quantize_gptq(demo, tmp_path / "out", calibration=calibration, device="cuda", progress=False)
+    with load(tmp_path / "out") as llm:
+        assert right(llm, "math") == 12
+
+
 # merged
 
 
