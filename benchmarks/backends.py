@@ -2,6 +2,7 @@
 
     python benchmarks/backends.py                          # every format, matrices alone and with the head
     python benchmarks/backends.py --formats nf4 int4 --count 50
+    python benchmarks/backends.py --formats gptq-int4 gptq-int8  # with GPTQModel, calibrated on training questions
 
 Held-out questions of each category, greedy, whole answers compared. KL divergence (nats, of bf16's distribution) and
 top-1 agreement are means over every position of 20 questions of each category with their answers. Prints a table, and
@@ -11,11 +12,14 @@ with --json one line for each row.
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -29,6 +33,7 @@ from qwen_vram.demo.tasks import CATEGORIES, Example, examples
 LOADED = ("bf16", "int8", "nf4", "nf4-plain", "fp4", "int4", "int8-wo", "fp8")
 SEED = 2026
 COMPARED = 20
+CALIBRATION = 64  # questions of each category with their answers
 BATCH = 25
 
 
@@ -49,7 +54,7 @@ def main() -> None:
         + f"{'KL':>10}{'top-1':>9}"
     )
     for weights in options.formats:
-        for head in (None,) if FORMATS[weights].is_dense else (None, weights):
+        for head in (None,) if FORMATS[weights].is_dense or weights.startswith("gptq") else (None, weights):
             began = time.monotonic()
             with load(weights, head, options.device) as llm:
                 row = {"weights": weights, "lm_head": llm.plan.profile.head_format, **facts(llm)}
@@ -64,7 +69,23 @@ def main() -> None:
 
 def load(weights: str, head: str | None, device: str | None) -> qv.LoadedModel:
     knobs = {"attention": "fused", "cache": "preallocated", "prompt_len": 3200, "batch_size": BATCH}
+    if weights.startswith("gptq"):
+        folder = quantized_by_gptq(weights, device)
+        return qv.load(folder, profile="default", device=device, progress=False, **knobs)
     return qv.load(CHECKPOINT, profile="default", device=device, weights=weights, lm_head=head, progress=False, **knobs)
+
+
+def quantized_by_gptq(weights: str, device: str | None) -> Path:
+    """The bundled checkpoint by GPTQ, in a folder that is deleted in the end."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(CHECKPOINT)
+    seen = [one for name in CATEGORIES for one in examples(name, "train", seed=SEED, count=CALIBRATION)]
+    chats = [[{"role": "user", "content": one.prompt}, {"role": "assistant", "content": one.answer}] for one in seen]
+    texts = [str(tokenizer.apply_chat_template(chat, tokenize=False)) for chat in chats]
+    folder = Path(mkdtemp(prefix="gptq-"))
+    atexit.register(shutil.rmtree, folder)
+    out = folder / weights
+    qv.quantize_gptq(CHECKPOINT, out, calibration=texts, bits=int(weights[-1]), device=device, progress=False)
+    return out
 
 
 def facts(llm: qv.LoadedModel) -> dict[str, Any]:

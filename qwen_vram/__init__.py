@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         HubError,
         NotSupportedError,
         PlanNotHeldError,
+        QuantizationFailedError,
         QwenVramError,
         UnitError,
         UnknownNameError,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from qwen_vram.planning.planner import Plan, plan
     from qwen_vram.runtime.loaded import LoadedModel
     from qwen_vram.runtime.loader import load
+    from qwen_vram.runtime.quantize_gptq import quantize_gptq
 
 __version__ = "0.1.0"
 
@@ -55,6 +57,7 @@ _MODULES = {
         "HubError",
         "NotSupportedError",
         "PlanNotHeldError",
+        "QuantizationFailedError",
         "QwenVramError",
         "UnitError",
         "UnknownNameError",
@@ -69,6 +72,7 @@ _MODULES = {
     "planning.planner": ("Plan", "plan"),
     "runtime.loaded": ("LoadedModel",),
     "runtime.loader": ("load",),
+    "runtime.quantize_gptq": ("quantize_gptq",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -92,6 +96,7 @@ __all__ = [
     "Plan",
     "PlanNotHeldError",
     "Profile",
+    "QuantizationFailedError",
     "QwenVramError",
     "UnitError",
     "UnknownNameError",
@@ -105,6 +110,7 @@ __all__ = [
     "min_vram",
     "offload_map",
     "plan",
+    "quantize_gptq",
 ]
 
 

@@ -10,6 +10,7 @@ QwenVramError
 ├── NotSupportedError                      a knob or combination that is counted but cannot be run
 ├── BackendUnavailableError (ImportError)  a library or device that is not on this machine
 ├── DoesNotFitError                        a budget that nothing fits
+├── QuantizationFailedError                another library's process that was to quantize, and failed
 └── PlanNotHeldError                       a loaded model that takes more than was promised
 
 A message says what failed, what was got, what is allowed and what to do next. The same facts are attributes, so that
@@ -126,6 +127,15 @@ class DoesNotFitError(QwenVramError):
         self.estimate = estimate
         self.nearest = nearest
         self.devices = devices or {}
+
+
+class QuantizationFailedError(QwenVramError):
+    """A process that was to quantize failed. `returncode` is its exit status, `log` the end of what it said."""
+
+    def __init__(self, message: str, *, returncode: int, log: str) -> None:
+        super().__init__(message)
+        self.returncode = returncode
+        self.log = log
 
 
 class PlanNotHeldError(QwenVramError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,37 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def demo() -> Path:
     return CHECKPOINT
+
+
+@pytest.fixture(scope="session")
+def gptqmodel() -> None:
+    """Skips where GPTQModel is not installed."""
+    missing = [name for name in ("gptqmodel", "optimum") if find_spec(name) is None]
+    if missing:
+        pytest.skip(f"needs {' and '.join(missing)}: pip install 'qwen-vram[gptq]'")
+
+
+@pytest.fixture(scope="session")
+def calibration() -> list[str]:
+    """Questions with answers of the kind that the bundled checkpoint was trained on, in its chat format."""
+    from transformers import AutoTokenizer
+
+    from qwen_vram.demo.tasks import CATEGORIES, examples
+
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
+    found = [one for name in CATEGORIES for one in examples(name, "train", seed=1, count=24) if len(one.prompt) < 600]
+    chats = [[{"role": "user", "content": one.prompt}, {"role": "assistant", "content": one.answer}] for one in found]
+    return [str(tokenizer.apply_chat_template(chat, tokenize=False)) for chat in chats]
+
+
+@pytest.fixture(scope="session")
+def gptq_demo(gptqmodel: None, calibration: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled checkpoint in 4 bits by GPTQ."""
+    import qwen_vram as qv
+
+    out = tmp_path_factory.mktemp("gptq") / "demo"
+    qv.quantize_gptq(CHECKPOINT, out, calibration=calibration, device="cpu", progress=False)
+    return out
 
 
 @pytest.fixture(scope="session")

@@ -146,6 +146,19 @@ def write(folder: Path, config: dict, tensors: dict[str, Entry], *, shards: int 
     return folder
 
 
+def as_auto_gptq(folder: Path) -> Path:
+    """The same folder with the names that AutoGPTQ gave its files, and its settings in one apart."""
+    for path in folder.glob("model*"):
+        path.rename(folder / path.name.replace("model", "gptq_model-4bit-128g", 1))
+    for index in folder.glob("*.index.json"):
+        index.write_text(index.read_text().replace("model-0", "gptq_model-4bit-128g-0"))
+    config = json.loads((folder / "config.json").read_text())
+    settings = {key: value for key, value in config.pop("quantization_config").items() if key != "quant_method"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "quantize_config.json").write_text(json.dumps(settings))
+    return folder
+
+
 def write_file(path: Path, tensors: dict[str, Entry]) -> None:
     header, position = {}, 0
     for name, (dtype, shape) in tensors.items():

@@ -474,12 +474,6 @@ def test_a_knob_that_is_counted_and_cannot_be_loaded_is_refused_by_name(untied, 
     assert caught.value.knob in knobs
 
 
-@pytest.mark.parametrize("weights", ["gptq-int4", "gptq-int8"])
-def test_a_format_without_a_backend_is_refused_by_name(untied, weights):
-    with pytest.raises(qv.BackendUnavailableError, match=f"no backend loads '{weights}' yet: .* load\\(\\) takes fp32"):
-        qv.load(untied, profile="default", weights=weights)
-
-
 def test_flash_attention_2_says_why_not(untied):
     with pytest.raises(qv.BackendUnavailableError, match="attention='flash_attention_2' needs"):
         qv.load(untied, profile="default", attention="flash_attention_2")

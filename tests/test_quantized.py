@@ -7,7 +7,7 @@ import pytest
 import qwen_vram as qv
 from qwen_vram.arithmetic.stored import size
 from tests.hub_server import serving
-from tests.quantized_files import INT8, KINDS, NF4, SHAPE, entries, int8, nf4, total, write, write_file
+from tests.quantized_files import INT8, KINDS, NF4, SHAPE, as_auto_gptq, entries, int8, nf4, total, write, write_file
 from tests.test_hub import ESTIMATE, LOAD, run
 
 FORMATS = {"gptq-8-bit": "gptq", "fp8": "fp8-block"} | dict.fromkeys(("packed", "float", "int"), "compressed-tensors")
@@ -176,6 +176,8 @@ def folders(tmp_path_factory):
     made["someone/sharded"] = make(root / "sharded", "awq", shards=3)[0]
     # A header past the first read.
     made["someone/deep"] = make(root / "deep", shape={**SHAPE, "num_hidden_layers": 40})[0]
+    for name, shards in (("old-GPTQ", 1), ("old-sharded-gptq", 3)):
+        made[f"someone/{name}"] = as_auto_gptq(make(root / name, shards=shards)[0])
     made["someone/lost"] = make(root / "lost", shards=3)[0]
     (root / "lost" / "model-00002-of-00003.safetensors").unlink()
     made["someone/pickled"] = make(root / "pickled")[0]
@@ -214,6 +216,15 @@ def test_a_hub_checkpoint_is_counted_from_its_headers_alone(hub, folders, tmp_pa
         "model.safetensors",
         *(shard.name for shard in shards),
     }
+
+
+@pytest.mark.parametrize("name", ["old-GPTQ", "old-sharded-gptq"])
+def test_auto_gptqs_own_names_are_found(hub, folders, tmp_path, name):
+    folder = folders[f"someone/{name}"]
+    expected = qv.estimate_vram(folders["someone/gptq"]).weights
+    assert run(ESTIMATE, f"someone/{name}", hub.endpoint, tmp_path) == qv.estimate_vram(folder).weights == expected
+    read = {file for command, file, asked in hub.served if command == "GET" and asked}
+    assert read == {path.name for path in folder.glob("*.safetensors")}
 
 
 def test_a_whole_estimate_is_the_folders(hub, folders, tmp_path):
@@ -265,10 +276,12 @@ def test_a_hub_that_is_gone_after_config_json(hub, tmp_path):
 
 @pytest.mark.parametrize("kind", ["gptq", "awq", "fp8", "packed"])
 def test_loading_is_refused_by_name_before_anything_is_fetched(hub, tmp_path, kind):
-    got = run("qv.load({repo!r}, profile='default')", f"someone/{kind}", hub.endpoint, tmp_path)
-    name = {"fp8": "fp8-block", "packed": "compressed-tensors"}.get(kind, kind)
+    load = "__import__('sys').modules.update(gptqmodel=None) or qv.load({repo!r}, profile='default')"
+    got = run(load, f"someone/{kind}", hub.endpoint, tmp_path)
+    name = {"fp8": "fp8-block", "packed": "compressed-tensors"}.get(kind)
     assert got["error"] == "BackendUnavailableError"
-    assert got["text"].startswith(f"no backend loads '{name}' yet: its bytes are counted by estimate_vram() only")
+    text = f"no backend loads '{name}' yet: its bytes are counted by estimate_vram() only"
+    assert got["text"].startswith(text if name else f"weights={kind!r} needs gptqmodel")
     assert hub.sent["model.safetensors"] == FIRST_READ
 
 

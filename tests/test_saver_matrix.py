@@ -1,14 +1,11 @@
 """Every saver with every backend, alone and in pairs: it works, with its mechanism in place, or is refused by name."""
 
 import gc
-import json
-import shutil
 from collections import Counter
 from itertools import combinations
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DynamicCache, StaticCache
 
 import qwen_vram as qv
@@ -24,6 +21,7 @@ from qwen_vram.runtime.kv_cache import PreallocatedCache, PreallocatedLayer
 from qwen_vram.runtime.measure import host_bytes, weight_storages
 from qwen_vram.runtime.quantized_cache import QuantizedLayer
 from qwen_vram.tools.accuracy import make_checkpoint
+from tests.gptq_files import as_awq, tied
 
 # The long one is past the 128 tokens that a quantized cache keeps whole; the short one is padded.
 PROMPTS = [one.prompt for name in ("recall", "math") for one in examples(name, "held_out", seed=5, count=1)]
@@ -62,14 +60,19 @@ TOGETHER = [
 NOT_HERE = {"other head": "lm_head", "flash": "attention", "compiled": "compiled"}
 # What excludes each other in a profile.
 EXCLUDED = [({"kv int8", "kv int4"}, {"dynamic", "static", "kv host"}), ({"kv host"}, {"dynamic", "static"})]
-REFUSALS = (qv.NotSupportedError, qv.WorkloadError, qv.BackendUnavailableError)
+REFUSALS = (qv.NotSupportedError, qv.WorkloadError, qv.BackendUnavailableError, qv.ConfigError)
+# Formats that are loaded as they are stored, from checkpoints that have them.
+STORED = ("gptq", "awq")
 STAYS = "embeddings='host' leaves the token table where it is"
 
 
 def cases():
     """Every saver, and many at once, with every format; every pair with every backend, whose formats take turns."""
     backends = {}
+    # A 16-bit checkpoint is not quantized by GPTQ while it loads, whatever else is asked for: see test_gptq.py.
     for weights, backend in TARGETS.items():
+        if weights.startswith("gptq-int"):
+            continue
         backends.setdefault(backend, []).append(weights)
         yield from ((weights, savers) for savers in (*((name,) for name in SAVERS), *TOGETHER))
     for formats in backends.values():
@@ -82,6 +85,8 @@ def expected_refusal(weights, savers):
     if any(chosen & some and chosen & others for some, others in EXCLUDED):
         return "kv_(cache|device)="
     refused = [NOT_HERE[saver] for saver in savers if saver in NOT_HERE]
+    if "head" in chosen and weights in STORED:
+        refused.append("lm_head")
     if chosen & {"streamed", "disk"} and not isinstance(get_backend(weights), StreamingBackend):
         refused.append("streamed_layers")
     if "disk" in chosen and weights != "bf16":  # as the checkpoint is stored
@@ -107,20 +112,19 @@ def quick_collections():
     gc.unfreeze()
 
 
-def with_tied_head(folder, out):
-    """The same checkpoint with its table as its head."""
-    shutil.copytree(folder, out)
-    tensors = load_file(out / "model.safetensors")
-    del tensors["lm_head.weight"]
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((out / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
-    return out
+@pytest.fixture(scope="module")
+def folders(demo, tmp_path_factory):
+    return {"untied": demo, "tied": tied(demo, tmp_path_factory.mktemp("tied_demo") / "demo")}
 
 
 @pytest.fixture(scope="module")
-def folders(demo, tmp_path_factory):
-    return {"untied": demo, "tied": with_tied_head(demo, tmp_path_factory.mktemp("tied_demo") / "demo")}
+def stored_folders(gptq_demo, tmp_path_factory):
+    parent = tmp_path_factory.mktemp("stored_demo")
+    awq = as_awq(gptq_demo, parent / "awq")
+    return {
+        "gptq": {"untied": gptq_demo, "tied": tied(gptq_demo, parent / "tied_gptq")},
+        "awq": {"untied": awq, "tied": tied(awq, parent / "tied_awq")},
+    }
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +217,11 @@ def check_run(watched):
 
 @pytest.mark.parametrize(("weights", "savers"), [pytest.param(*one, id="+".join((one[0], *one[1]))) for one in cases()])
 @pytest.mark.parametrize("model", ["untied", "tied"])
-def test_savers_work_with_a_backend_or_are_refused_by_name(folders, texts, references, caplog, model, weights, savers):
+def test_savers_work_with_a_backend_or_are_refused_by_name(
+    request, folders, texts, references, caplog, model, weights, savers
+):
+    if weights in STORED:
+        folders = request.getfixturevalue("stored_folders")[weights]
     folder, knobs = folders[model], {"cache": "preallocated", **knobs_of(savers, weights)}
     named = expected_refusal(weights, savers)
     if named:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,13 +11,18 @@ from qwen_vram.arithmetic.adapter import with_adapter
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.catalog import catalog_row, row_architecture, unknown_model
 from qwen_vram.arithmetic.stored_checkpoint import checkpoint_architecture
-from qwen_vram.errors import ConfigError
+from qwen_vram.errors import ConfigError, UnknownNameError
 from qwen_vram.files.hub import hub_config, hub_tensors
 from qwen_vram.files.local import read_config, read_tensors
 
 ModelLike = str | Path | Mapping[str, object] | Architecture
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+_LOGGER = logging.getLogger(__name__)
+
+# Libraries of GPTQ by the names that people ask for; the first reads and writes what the others did.
+_GPTQ_LIBRARIES = ("gptqmodel", "auto-gptq", "autogptq")
 
 
 def resolve_model(model: ModelLike, adapter: str | Path | None = None) -> tuple[str, Architecture]:
@@ -37,8 +43,9 @@ def stored_knobs(architecture: Architecture, knobs: Mapping[str, object]) -> dic
         ConfigError: the caller asks for another format than it is stored in.
     """
     stored = architecture.stored_format
+    knobs = _named(knobs, stored)
     if stored is None:
-        return dict(knobs)
+        return knobs
     fixed = {"weights": stored, "lm_head": stored if architecture.stored_head else None}
     for knob, value in fixed.items():
         if knob in knobs and knobs[knob] != value:
@@ -47,6 +54,27 @@ def stored_knobs(architecture: Architecture, knobs: Mapping[str, object]) -> dic
                 "the 16-bit checkpoint"
             )
     return {**knobs, **fixed}
+
+
+def _named(knobs: Mapping[str, object], stored: str | None) -> dict[str, object]:
+    """`knobs` without `backend`, which only GPTQ's libraries are asked for by, and `weights` as a format.
+
+    Raises:
+        UnknownNameError: another backend.
+    """
+    named = dict(knobs)
+    backend = named.pop("backend", None)
+    if backend not in (None, "gptq", *_GPTQ_LIBRARIES):
+        hint = "others follow from the format: weights='nf4' is bitsandbytes'"
+        raise UnknownNameError("backend", backend, ("gptq", *_GPTQ_LIBRARIES), hint=hint)
+    if {backend, named.get("weights")} & set(_GPTQ_LIBRARIES[1:]):
+        _LOGGER.warning(
+            "auto-gptq does not import under transformers 5; GPTQModel reads its checkpoints and makes new ones (pip "
+            'install "qwen-vram[gptq]"), and is taken in its place'
+        )
+    if named.get("weights") in _GPTQ_LIBRARIES or (backend is not None and "weights" not in named):
+        named["weights"] = stored if stored in ("gptq", "awq") else "gptq-int4"
+    return named
 
 
 def _resolve(model: ModelLike) -> tuple[str, Architecture]:

@@ -9,7 +9,16 @@ from types import ModuleType
 
 from qwen_vram.errors import BackendUnavailableError, CheckpointError, HubError
 from qwen_vram.files.header import Tensor, parse_entries, read_header
-from qwen_vram.files.local import CONFIG, INDEX, SINGLE, indexed_tensors, parse_config
+from qwen_vram.files.local import (
+    AUTO_GPTQ_CONFIG,
+    AUTO_GPTQ_SINGLE,
+    CONFIG,
+    INDEX,
+    SINGLE,
+    indexed_tensors,
+    parse_config,
+    read_config,
+)
 
 # Weights, tokenizer and settings. Pickles and code are left where they are.
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
@@ -29,14 +38,18 @@ def _library() -> ModuleType:
 
 
 def hub_config(repo_id: str) -> dict[str, object]:
-    """The config.json of `repo_id`, and nothing else of it.
+    """The config.json of `repo_id`, and AutoGPTQ's settings where its name says GPTQ and that file does not.
 
     Raises:
         HubError: the hub cannot be reached, the repository is gated or absent, or it has no config.json.
         ConfigError: the file is not a JSON object.
         BackendUnavailableError: huggingface_hub is not installed.
     """
-    return parse_config(_config_file(repo_id).read_text(encoding="utf-8"), source=f"{repo_id}/{CONFIG}")
+    file = _config_file(repo_id)
+    config = parse_config(file.read_text(encoding="utf-8"), source=f"{repo_id}/{CONFIG}")
+    if "quantization_config" in config or "gptq" not in repo_id.lower():
+        return config
+    return read_config(file.parent) if _bring(repo_id, AUTO_GPTQ_CONFIG, file.parent.name) else config
 
 
 def hub_tensors(repo_id: str) -> dict[str, Tensor]:
@@ -50,9 +63,12 @@ def hub_tensors(repo_id: str) -> dict[str, Tensor]:
         BackendUnavailableError: huggingface_hub is not installed.
     """
     folder = _config_file(repo_id).parent
-    if not (folder / SINGLE).is_file() and _bring_index(repo_id, folder.name):
-        return indexed_tensors(folder / INDEX, lambda file: _header(repo_id, folder, file))
-    return _header(repo_id, folder, SINGLE)
+    single, index = SINGLE, INDEX
+    if (folder / AUTO_GPTQ_CONFIG).is_file():
+        single, index = _auto_gptq_names(repo_id, folder.name)
+    if not (folder / single).is_file() and _bring(repo_id, index, folder.name):
+        return indexed_tensors(folder / index, lambda file: _header(repo_id, folder, file))
+    return _header(repo_id, folder, single)
 
 
 def hub_snapshot(repo_id: str) -> Path:
@@ -76,14 +92,26 @@ def _config_file(repo_id: str) -> Path:
         return Path(hub.hf_hub_download(repo_id, CONFIG))
 
 
-def _bring_index(repo_id: str, commit: str) -> bool:
-    """Bring the index of a sharded checkpoint to the cache, and say whether there is one."""
+def _auto_gptq_names(repo_id: str, commit: str) -> tuple[str, str]:
+    """The one file of weights and the index, as a checkpoint with AutoGPTQ's settings calls them."""
+    hub = _library()
+    with _explained(repo_id, SINGLE):
+        files = set(hub.list_repo_files(repo_id, revision=commit))
+    own = [file for file in sorted(files) if Path(file).match(AUTO_GPTQ_SINGLE)]
+    if files & {SINGLE, INDEX} or not own:
+        return SINGLE, INDEX
+    indexes = [file for file in sorted(files) if Path(file).match(f"{AUTO_GPTQ_SINGLE}.index.json")]
+    return own[0], indexes[0] if indexes else INDEX
+
+
+def _bring(repo_id: str, file: str, commit: str) -> bool:
+    """Bring a file that need not be there to the cache, and say whether there is one."""
     hub = _library()
     from huggingface_hub import errors
 
-    with _explained(repo_id, INDEX):
+    with _explained(repo_id, file):
         try:
-            hub.hf_hub_download(repo_id, INDEX, revision=commit)
+            hub.hf_hub_download(repo_id, file, revision=commit)
         except errors.LocalEntryNotFoundError:  # an EntryNotFoundError too, but for want of a connection
             raise
         except errors.EntryNotFoundError:

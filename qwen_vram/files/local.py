@@ -16,22 +16,37 @@ from qwen_vram.files.header import Tensor, read_header
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+# AutoGPTQ's own names: gptq_model-4bit-128g.safetensors, alone or in shards with an index, and its settings in a file
+# apart. Source: AutoGPTQ 0.7.1, auto_gptq/modeling/_base.py, save_quantized.
+AUTO_GPTQ_SINGLE = "gptq_model-*.safetensors"
+AUTO_GPTQ_CONFIG = "quantize_config.json"
 
 
 def read_config(folder: Path) -> dict[str, object]:
-    """The config.json of `folder`.
+    """The config.json of `folder`, with AutoGPTQ's settings where those are in a file of their own.
 
     Raises:
-        ConfigError: the file is missing, is not UTF-8, is cut off, or is not a JSON object.
+        ConfigError: a file is missing, is not UTF-8, is cut off, or is not a JSON object.
     """
     path = folder / CONFIG
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except FileNotFoundError:
+    if not path.exists():
         raise ConfigError(
             f"no {CONFIG} in {str(folder)!r}; point to the folder that holds {CONFIG} and *.safetensors",
             source=str(path),
-        ) from None
+        )
+    config = _read_json(path)
+    beside = folder / AUTO_GPTQ_CONFIG
+    return with_auto_gptq(config, _read_json(beside)) if beside.is_file() else config
+
+
+def with_auto_gptq(config: dict[str, object], settings: dict[str, object]) -> dict[str, object]:
+    """`config` with AutoGPTQ's `settings` as its `quantization_config`, unless it has one."""
+    return {"quantization_config": {"quant_method": "gptq", **settings}, **config}
+
+
+def _read_json(path: Path) -> dict[str, object]:
+    try:
+        text = path.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {str(path)!r}: {error}; download the file again", source=str(path)) from error
     return parse_config(text, source=str(path))
@@ -65,11 +80,25 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         CheckpointError: there are no safetensors, a file is missing, cut off or corrupt, the index is broken or names
             a file outside the folder, or a tensor is not where the index says.
     """
-    index = folder / INDEX
-    if index.is_file():
-        return indexed_tensors(index, lambda file: read_header(folder / file))
-    if (folder / SINGLE).exists():
-        return read_header(folder / SINGLE)
+    weights = weights_file(folder)
+    if weights.name.endswith(".json"):
+        return indexed_tensors(weights, lambda file: read_header(folder / file))
+    return read_header(weights)
+
+
+def weights_file(folder: Path) -> Path:
+    """The index of the checkpoint in `folder`, or its one file of weights.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    for name in (INDEX, SINGLE):
+        if (folder / name).exists():
+            return folder / name
+    for pattern in (f"{AUTO_GPTQ_SINGLE}.index.json", AUTO_GPTQ_SINGLE):
+        found = sorted(folder.glob(pattern))
+        if len(found) == 1:
+            return found[0]
     raise _no_safetensors(folder)
 
 
@@ -86,7 +115,8 @@ def indexed_tensors(index: Path, read: Callable[[str], dict[str, Tensor]]) -> di
     for name, file in weight_map.items():
         if name not in tensors or tensors[name].file != file:
             raise CheckpointError(
-                f"{INDEX} says that {name!r} is in {file!r}, which does not hold it; download the checkpoint again",
+                f"{index.name} says that {name!r} is in {file!r}, which does not hold it; download the checkpoint "
+                "again",
                 path=str(index),
             )
     return tensors

@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from qwen_vram.errors import BackendUnavailableError, CheckpointError
+from qwen_vram.errors import CheckpointError
 from qwen_vram.files.companions import REPORT, copy_files
-from qwen_vram.files.local import read_config
+from qwen_vram.files.local import read_config, read_tensors
 from qwen_vram.files.output import OutputFolder
 from qwen_vram.lora.adapter import AdapterLike, open_adapters, shortened
 from qwen_vram.lora.errors import AdapterError
-from qwen_vram.lora.plan import MergePlan, plan_merge
+from qwen_vram.lora.gptq import merge_job, write_gptq
+from qwen_vram.lora.plan import MergePlan, matrices, plan_merge
 from qwen_vram.lora.proof import Proof
 from qwen_vram.lora.quantize import codec_for
 from qwen_vram.lora.report import ENOUGH, MergeReport, ModuleReport
 from qwen_vram.lora.scaling import alpha_is_ambiguous
 from qwen_vram.lora.stream import Streamer
+from qwen_vram.runtime.calibration import Calibration
 from qwen_vram.runtime.checkpoint import Checkpoint, open_checkpoint
+from qwen_vram.runtime.devices import working_device
 from qwen_vram.runtime.progress import progress_bar
 from qwen_vram.runtime.writer import CheckpointWriter
 from qwen_vram.units import parse_bytes
 
-Quantization = Literal["nf4", "nf4-plain", "fp4", "int8", "int4", "int8-wo", "fp8", "gptq-int4"]
+Quantization = Literal["nf4", "nf4-plain", "fp4", "int8", "int4", "int8-wo", "fp8", "gptq-int4", "gptq-int8"]
 
 _DTYPE_NAMES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 
@@ -37,6 +41,7 @@ def merge_lora_then_quantize(
     out: str | Path,
     *,
     quantize: Quantization | None = "nf4",
+    calibration: Calibration | None = None,
     device: str | None = None,
     max_shard_size: str | int = "4GB",
     overwrite: bool = False,
@@ -56,7 +61,9 @@ def merge_lora_then_quantize(
         out: A new folder.
         quantize: The format of attention's and MLP's matrices; `None` keeps the base's dtypes. bitsandbytes' `"nf4"`,
             `"nf4-plain"`, `"fp4"` and `"int8"` load with plain transformers too; `"int4"`, `"int8-wo"` and `"fp8"`, on
-            torch's own operators, with this library's `load()` only. `"gptq-int4"` is refused.
+            torch's own operators, with this library's `load()` only; `"gptq-int4"` and `"gptq-int8"` are made by
+            `quantize_gptq()` of the merge in 16 bits, which is on the disk until then.
+        calibration: For GPTQ, sample texts as for `quantize_gptq()`.
         device: `"cuda"` or `"cpu"`, where the arithmetic is done; `None` takes the GPU where there is one.
         max_shard_size: The most tensor data in one file, a single larger tensor apart.
         overwrite: Replace a checkpoint that is at `out`; it stays there until the new one is complete.
@@ -73,29 +80,39 @@ def merge_lora_then_quantize(
         UserWarning: less than 90 % of an update survived in some module.
     """
     began = time.monotonic()
-    codec = codec_for(quantize)
-    place = _device(device)
+    job = merge_job(quantize, calibration, device, max_shard_size)
+    codec = codec_for(None if job else quantize)
+    place = working_device(device)
     max_shard_bytes = parse_bytes(max_shard_size, name="max_shard_size")
     checkpoint = _open_base(base)
     plan = plan_merge(checkpoint, open_adapters(adapter), codec, max_shard_bytes)
+    needed = plan.needed_bytes
+    if job:
+        job.check(checkpoint.architecture)
+        needed += job.needed_bytes(checkpoint.architecture)
     _warn_of_patterns(plan)
     target = Path(out)
-    with OutputFolder(target, needed_bytes=plan.needed_bytes, sources=plan.sources, overwrite=overwrite) as output:
+    files = tuple(shard.file for shard in plan.shards)
+    with OutputFolder(target, needed_bytes=needed, sources=plan.sources, overwrite=overwrite) as output:
         copy_files(plan.files, output.folder)
-        (output.folder / "config.json").write_text(plan.config, encoding="utf-8")
-        proofs, total_bytes = _write_weights(plan, output.folder, place, progress)
+        if job:
+            merge = partial(_write_weights, plan, device=place, progress=progress)
+            proofs, files = write_gptq(plan, job, output.folder, write_merged=merge, device=place, progress=progress)
+        else:
+            (output.folder / "config.json").write_text(plan.config, encoding="utf-8")
+            proofs = _write_weights(plan, output.folder, device=place, progress=progress)
         report = MergeReport(
             base=str(base),
             adapters=tuple((str(adapter.folder), adapter.weight) for adapter in plan.adapters),
             out=str(target),
             quantize=quantize,
-            modules=_modules(plan, proofs, quantize),
+            modules=_modules(plan, proofs, quantize, matrices(checkpoint) if quantize else set()),
             vocab_size=plan.targets.vocab_size,
             tie_word_embeddings=plan.targets.tie_word_embeddings,
             untied=plan.targets.untied,
             tokenizer=str(plan.tokenizer),
-            total_bytes=total_bytes,
-            files=tuple(shard.file for shard in plan.shards),
+            total_bytes=sum(tensor.nbytes for tensor in read_tensors(output.folder).values()),
+            files=files,
             seconds=round(time.monotonic() - began, 3),
         )
         (output.folder / REPORT).write_text(report.to_json(), encoding="utf-8")
@@ -115,20 +132,8 @@ def _open_base(base: str | Path) -> Checkpoint:
     return checkpoint
 
 
-def _device(device: str | None) -> torch.device:
-    if device not in (None, "cpu", "cuda"):
-        raise BackendUnavailableError(f"unknown device {device!r}; choose from cuda, cpu", backend=str(device))
-    if device == "cuda" and not torch.cuda.is_available():
-        raise BackendUnavailableError(
-            "device='cuda' asks for a GPU, and torch sees none here; leave it out to merge on the CPU, or install a "
-            "torch built for CUDA",
-            backend="cuda",
-        )
-    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def _write_weights(plan: MergePlan, folder: Path, device: torch.device, progress: bool) -> tuple[dict[str, Proof], int]:
-    """Write the shards and their index; the proofs by tensor, and the bytes of all tensors."""
+def _write_weights(plan: MergePlan, folder: Path, *, device: torch.device, progress: bool) -> dict[str, Proof]:
+    """Write the shards and their index; the proofs by tensor."""
     writer = CheckpointWriter(folder, plan.shards)
     try:
         total = sum(target.base.nbytes for target in plan.targets.targets)
@@ -142,16 +147,18 @@ def _write_weights(plan: MergePlan, folder: Path, device: torch.device, progress
                     path=str(plan.checkpoint.folder),
                 )
         writer.close()
-        return proofs, writer.total_bytes
+        return proofs
     finally:
         writer.abandon()
 
 
-def _modules(plan: MergePlan, proofs: dict[str, Proof], quantize: str | None) -> tuple[ModuleReport, ...]:
+def _modules(
+    plan: MergePlan, proofs: dict[str, Proof], quantize: str | None, quantized: set[str]
+) -> tuple[ModuleReport, ...]:
     return tuple(
         ModuleReport(
             name=weight.target.name,
-            format=_DTYPE_NAMES[weight.target.base.kind] if weight.codec is None else str(quantize),
+            format=str(quantize) if weight.target.name in quantized else _DTYPE_NAMES[weight.target.base.kind],
             share=proofs[weight.target.name].share,
             relative_size=proofs[weight.target.name].relative_size,
             largest_error=proofs[weight.target.name].largest_error,

@@ -57,7 +57,7 @@ def plan_merge(
     targets = merge_targets(checkpoint.architecture, str(checkpoint.folder), stored, adapters)
     for adapter in adapters:
         check_finite(adapter)
-    quantized = _matrices(checkpoint) if codec is not None else {}
+    quantized = matrices(checkpoint) if codec is not None else {}
     weights = [weight_of(target, codec if target.name in quantized else None) for target in targets.targets]
     quantization_config = None
     if codec is not None:
@@ -74,6 +74,6 @@ def plan_merge(
     )
 
 
-def _matrices(checkpoint: Checkpoint) -> set[str]:
+def matrices(checkpoint: Checkpoint) -> set[str]:
     """Names of the weights that are quantized: the matrices of attention and MLP, not the head."""
     return {weight.name for weight in checkpoint.architecture.weights() if weight.is_linear and weight.role != "head"}

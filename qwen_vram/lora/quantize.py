@@ -15,6 +15,8 @@ from qwen_vram.runtime.backends.bnb import quantization_config
 # Formats of torch's operators, which no library but this one stores so; the others are bitsandbytes'.
 _OWN = ("int4", "int8-wo", "fp8")
 QUANTIZATIONS = ("nf4", "nf4-plain", "fp4", "int8", *_OWN)
+# GPTQ chooses codes by what the whole model computes, so these are made of a merged checkpoint; see `lora.gptq`.
+GPTQ = ("gptq-int4", "gptq-int8")
 _INSTALL = 'pip install "bitsandbytes>=0.50"'
 
 
@@ -27,15 +29,8 @@ def codec_for(quantize: str | None) -> Codec | None:
     """
     if quantize is None:
         return None
-    if quantize == "gptq-int4":
-        raise BackendUnavailableError(
-            "quantize='gptq-int4' cannot be written while merging: GPTQ chooses codes by what the whole model computes "
-            "from sample texts; merge with quantize=None, then quantize the result with GPTQModel, or use "
-            "quantize='int4'",
-            backend=quantize,
-        )
     if quantize not in QUANTIZATIONS:
-        raise UnknownNameError("quantization", quantize, (*QUANTIZATIONS, "None"))
+        raise UnknownNameError("quantization", quantize, (*QUANTIZATIONS, *GPTQ, "None"))
     if quantize in _OWN:
         from qwen_vram.lora.weight_only import ByGroup, ByRow  # transformers, which the other ways need not
 

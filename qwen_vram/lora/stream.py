@@ -7,7 +7,7 @@ few pieces. What is left of them, scales and sums by block, is put together when
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +21,7 @@ from qwen_vram.lora.layout import Weight
 from qwen_vram.lora.proof import Blocks, Proof
 from qwen_vram.lora.scratch import scratch
 from qwen_vram.lora.stored import byte_pieces, pieces
+from qwen_vram.lora.targets import Target
 from qwen_vram.runtime.writer import CheckpointWriter
 
 # More threads than this wait for the disk.
@@ -131,21 +132,28 @@ class Streamer:
         return scales, None
 
     def _merged(self, job: _Job, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rows of the base and of the merge in float32, and of the merge in the base's dtype.
-
-        All are valid until this thread's next piece.
-        """
         stored = job.weight.target.base
-        shape = (stop - start, *stored.shape[1:])
-        raw = scratch("raw", shape, stored.dtype)
-        known = max(min(stop, stored.num_rows) - start, 0)
-        raw[known:] = 0  # rows of a larger vocabulary, of which the base has none
-        stored.read(start, start + known, into=raw[:known])
-        base = merged = scratch("base", shape, torch.float32, self.device).copy_(raw)
-        for number, update in enumerate(job.updates):
-            merged = update.add_to(merged, base, start, stop) if number else update.apply(base, start, stop)
         self.advance((stop - start) * stored.nbytes // stored.num_rows)
-        return base, merged, scratch("rounded", shape, stored.dtype, self.device).copy_(merged)
+        return merged_rows(job.weight.target, job.updates, start, stop, self.device)
+
+
+def merged_rows(
+    target: Target, updates: Sequence[LoadedUpdate], start: int, stop: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows of the base and of the merge in float32, and of the merge in the base's dtype.
+
+    All are valid until this thread's next piece.
+    """
+    stored = target.base
+    shape = (stop - start, *stored.shape[1:])
+    raw = scratch("raw", shape, stored.dtype)
+    known = max(min(stop, stored.num_rows) - start, 0)
+    raw[known:] = 0  # rows of a larger vocabulary, of which the base has none
+    stored.read(start, start + known, into=raw[:known])
+    base = merged = scratch("base", shape, torch.float32, device).copy_(raw)
+    for number, update in enumerate(updates):
+        merged = update.add_to(merged, base, start, stop) if number else update.apply(base, start, stop)
+    return base, merged, scratch("rounded", shape, stored.dtype, device).copy_(merged)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.weights import head_is_a_copy, table_on_host
 from qwen_vram.errors import BackendUnavailableError, NotSupportedError
+from qwen_vram.runtime.backends.gptq_library import import_quietly
 
 _INSTALL = 'pip install "qwen-vram[lora]"'
 
@@ -72,6 +73,9 @@ def add_adapter(model: nn.Module, folder: Path, dtype: torch.dtype) -> nn.Module
     estimator counts them.
     """
     from peft import PeftModel
+
+    if find_spec("gptqmodel") is not None:
+        import_quietly()  # or PEFT would, for any adapter
 
     adapted: nn.Module = PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False)
     for name, parameter in adapted.named_parameters():

@@ -34,6 +34,23 @@ def devices_for(device: str | None, vram: VramLike) -> list[torch.device]:
     return [torch.device("cpu")]
 
 
+def working_device(device: str | None) -> torch.device:
+    """Where arithmetic is done on files: the GPU where there is one, unless the caller says otherwise.
+
+    Raises:
+        BackendUnavailableError: an unknown device, or a GPU that is not here.
+    """
+    if device not in (None, "cpu", "cuda"):
+        raise BackendUnavailableError(f"unknown device {device!r}; choose from cuda, cpu", backend=str(device))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BackendUnavailableError(
+            "device='cuda' asks for a GPU, and torch sees none here; leave it out to work on the CPU, or install a "
+            "torch built for CUDA",
+            backend="cuda",
+        )
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
 def _check_numbers(numbers: list[int]) -> None:
     count = torch.cuda.device_count()
     missing = [str(number) for number in numbers if number >= count]

@@ -157,7 +157,7 @@ def _build(
     if len(devices) > 1:
         connect(model, chosen, device)
     if adapter is not None:
-        model = add_adapter(model, adapter_folder(adapter), request.dtype)
+        model = add_adapter(model, adapter_folder(adapter), model.dtype)
     model.eval()
     return LoadedModel(
         model=model,

@@ -93,14 +93,15 @@ def weight_storages(model: nn.Module, backend: Backend, device: torch.device | N
     seen: set[int] = set()
     sizes: dict[str, int] = {}
     for module_name, module in model.named_modules(remove_duplicate=False):
-        for name, parameter in module.named_parameters(recurse=False):
-            if device is not None and parameter.device != device:
-                continue
-            extra = backend.storages(module) if name == "weight" else []
+        tensors = {name: [parameter.data] for name, parameter in module.named_parameters(recurse=False)}
+        beside = backend.storages(module) if next(module.children(), None) is None else []
+        if beside:  # the whole weight, where a format keeps all of it in buffers
+            tensors.setdefault("weight", []).extend(beside)
+        for name, parts in tensors.items():
             size = 0
-            for tensor in (parameter.data, *extra):
+            for tensor in parts:
                 storage = tensor.untyped_storage()
-                if storage.data_ptr() not in seen:
+                if (device is None or tensor.device == device) and storage.data_ptr() not in seen:
                     seen.add(storage.data_ptr())
                     size += storage.nbytes()
             if size:

@@ -12,12 +12,14 @@ from qwen_vram.runtime.backends.base import Backend
 _DENSE = "qwen_vram.runtime.backends.dense:DenseBackend"
 _BNB = "qwen_vram.runtime.backends.bnb:BnbBackend"
 _TORCH = "qwen_vram.runtime.backends.torch_ops:TorchBackend"
+_GPTQ = "qwen_vram.runtime.backends.gptq:GptqBackend"
 
 # Storage format -> "module:class".
 TARGETS: dict[str, str] = {
     **dict.fromkeys(("fp32", "bf16", "fp16"), _DENSE),
     **dict.fromkeys(("int8", "nf4", "nf4-plain", "fp4"), _BNB),
     **dict.fromkeys(("int4", "int8-wo", "fp8"), _TORCH),
+    **dict.fromkeys(("gptq-int4", "gptq-int8", "gptq", "awq"), _GPTQ),
 }
 
 ENTRY_POINTS = "qwen_vram.backends"

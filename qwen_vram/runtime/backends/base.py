@@ -7,6 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
+from qwen_vram.files.local import INDEX, SINGLE, weights_file
 from qwen_vram.runtime.from_tensors import load_with_own_head, load_without
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def from_pretrained(request: Request, **options: Any) -> nn.Module:
     }
     if request.own_head:
         return load_with_own_head(Path(request.folder), **options)
-    if request.left_out:
+    if request.left_out or weights_file(Path(request.folder)).name not in (INDEX, SINGLE):
         return load_without(Path(request.folder), request.left_out, **options)
     model: nn.Module = AutoModelForCausalLM.from_pretrained(request.folder, **options)
     return model

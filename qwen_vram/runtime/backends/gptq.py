@@ -1,0 +1,110 @@
+"""Checkpoints of GPTQ and AWQ by GPTQModel, through `transformers`' own quantizers; they load as they are stored."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qwen_vram.arithmetic.profile import Profile
+from qwen_vram.errors import CheckpointError, NotSupportedError, UnknownNameError
+from qwen_vram.files.local import read_config
+from qwen_vram.runtime.backends.base import Request, from_pretrained
+from qwen_vram.runtime.backends.gptq_library import check_installed, import_quietly, quietly
+
+# What a module keeps of its checkpoint. It has no parameters: all of it are buffers.
+_STORED = ("qweight", "qzeros", "scales", "g_idx", "bias")
+# Plain kernels, which start at once and leave tensors as they are stored. GPTQModel's own choice on CUDA (Machete,
+# Marlin, ExLlama) is compiled by nvcc for a minute or more when it is first used, and its choice on the CPU too.
+_PLAIN = {
+    ("gptq", "cpu"): "torch",
+    ("gptq", "cuda"): "triton",
+    ("awq", "cpu"): "torch_awq",
+    ("awq", "cuda"): "gemm_triton",
+}
+# Bits of codes that triton's kernel knows. Source: GPTQModel 7.6.0, tritonv2.py and gemm_awq_triton.py.
+_TRITON_BITS = {"gptq": (2, 4, 8), "awq": (4,)}
+KERNEL = "QWEN_VRAM_GPTQ_KERNEL"
+KERNELS = ("auto", "machete", "marlin", "exllama_v2", "triton", "torch")
+
+
+class GptqBackend:
+    """GPTQModel's kernels. A 16-bit checkpoint is quantized beforehand, by `quantize_gptq()`."""
+
+    name = "gptq"
+
+    def check(self, profile: Profile, device: torch.device) -> None:
+        """Refuse quantizing on load, a quantized head, and a missing library."""
+        if profile.weights.startswith("gptq-int"):
+            raise NotSupportedError(
+                f"weights={profile.weights!r} cannot be made of a 16-bit checkpoint while it loads: GPTQ chooses codes "
+                "by what the model computes from sample texts. Quantize it once: "
+                f"qwen-vram quantize MODEL OUT --weights {profile.weights} --calibration texts.txt, or "
+                f"qv.quantize_gptq(MODEL, OUT, calibration=texts, bits={profile.weights[-1]}); then load OUT, or use "
+                "weights='int4'",
+                knob="weights",
+                value=profile.weights,
+            )
+        check_installed(f"weights={profile.weights!r}")
+        if profile.head_format != profile.dtype:
+            raise NotSupportedError(
+                f"lm_head={profile.head_format!r}: a head that {profile.weights} quantized too is not loaded by "
+                "transformers; use a checkpoint whose head is in 16 bits, as most are",
+                knob="lm_head",
+                value=profile.head_format,
+            )
+        _chosen_kernel()
+
+    def load(self, request: Request) -> nn.Module:
+        """The model with the checkpoint's tensors under its matrices, and a kernel for the device."""
+        from transformers import AutoConfig
+
+        folder = Path(request.folder)
+        settings = _settings(folder, request.profile.weights, request.device)
+        import_quietly()
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        # The checkpoint's own settings win over any that are passed, so they are changed where they stand.
+        config.quantization_config = settings
+        if request.profile.weights == "awq" and request.device.type == "cuda":
+            request = request._replace(dtype=torch.float16)  # its kernels know no bf16; transformers would say so
+        with quietly():
+            model = from_pretrained(request, config=config)
+        for module in model.modules():
+            # torch.compile of it: a compiler run for every shape, and none where there is no compiler.
+            module.__dict__.pop("dequantize_weight", None)
+        return model
+
+    def storages(self, module: nn.Module) -> list[torch.Tensor]:
+        """Codes, zeros, scales, the order of columns, and the bias."""
+        if not isinstance(getattr(module, "qweight", None), torch.Tensor):
+            return []
+        found = (getattr(module, name, None) for name in _STORED)
+        return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
+
+
+def _settings(folder: Path, method: str, device: torch.device) -> dict[str, Any]:
+    """The checkpoint's `quantization_config` with the kernel in it."""
+    settings: Any = read_config(folder)["quantization_config"]
+    if settings.get("dynamic"):
+        raise CheckpointError(
+            f"{str(folder)!r} has bits or groups of their own for some modules ('dynamic' in its quantization_config), "
+            "which transformers does not load; use a checkpoint with one setting for all",
+            path=str(folder),
+        )
+    kernel = _chosen_kernel() or _PLAIN[method, device.type]
+    if kernel.endswith("triton") and settings.get("bits", 4) not in _TRITON_BITS[method]:
+        kernel = "torch"
+    if method == "awq":
+        kernel = {"torch": "torch_awq", "triton": "gemm_triton"}.get(kernel, kernel)
+    return {**settings, "backend": kernel}
+
+
+def _chosen_kernel() -> str | None:
+    """What the environment variable asks for; `None` where it is not set."""
+    kernel = os.environ.get(KERNEL)
+    if kernel is not None and kernel not in KERNELS:
+        raise UnknownNameError(f"kernel in {KERNEL}", kernel, KERNELS)
+    return kernel

@@ -1,0 +1,78 @@
+"""GPTQModel, imported with what that changes of the process put back.
+
+Source of what it changes: GPTQModel 7.6.0, gptqmodel/__init__.py and models/auto.py, tokenicer 0.0.14.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from importlib.util import find_spec
+from io import StringIO
+
+from qwen_vram.errors import BackendUnavailableError
+
+INSTALL = 'pip install "qwen-vram[gptq]"'
+
+
+def check_installed(what: str) -> None:
+    """Refuse `what` where a library that it needs is missing.
+
+    Raises:
+        BackendUnavailableError: GPTQModel or optimum is not installed.
+    """
+    missing = [name for name in ("gptqmodel", "optimum") if find_spec(name) is None]
+    if missing:
+        raise BackendUnavailableError(
+            f"{what} needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed; run: "
+            f"{INSTALL} (auto-gptq does not import under transformers 5, and is not needed)",
+            backend="gptq",
+            install=INSTALL,
+        )
+
+
+def import_quietly() -> None:
+    """Import GPTQModel without its banner, and with the environment that was there before.
+
+    It would set torch's allocator and the order of GPUs where nothing is set, and the hub's cache to a folder in /tmp.
+    """
+    before = dict(os.environ)
+    # What it finds set it leaves; these are the defaults of CUDA and torch.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:False")
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "FASTEST_FIRST")
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # what it imports says what it would rather have found
+    try:
+        with redirect_stdout(StringIO()), quietly():
+            import gptqmodel  # noqa: F401
+            from gptqmodel.utils.logger import setup_logger
+
+            setup_logger().setLevel("ERROR")
+    finally:
+        logging.disable(disabled)
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without what GPTQModel and optimum make Python, torch and transformers say, which cannot be acted on."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    with warnings.catch_warnings():
+        # A folder for offloading, which a quantized model that is loaded does not use.
+        warnings.filterwarnings("ignore", "Implicitly cleaning up", ResourceWarning)
+        # optimum asks a model for the value of every attribute.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        logger.addFilter(_is_no_loss_type)
+        try:
+            yield
+        finally:
+            logger.removeFilter(_is_no_loss_type)
+
+
+def _is_no_loss_type(record: logging.LogRecord) -> bool:
+    return "loss_type=" not in record.getMessage()
