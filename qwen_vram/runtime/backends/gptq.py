@@ -21,7 +21,7 @@ _STORED = ("qweight", "qzeros", "scales", "g_idx", "bias")
 # Plain kernels, which start at once and leave tensors as they are stored. GPTQModel's own choice on CUDA (Machete,
 # Marlin, ExLlama) is compiled by nvcc for a minute or more when it is first used, and its choice on the CPU too.
 _PLAIN = {"cpu": "torch", "cuda": "triton"}
-# Layouts and bits that all of these read, but for 3 bits by triton's. Source: GPTQModel 7.6.0, tritonv2.py, torch_awq.py.
+# Layouts and bits that these read, triton without 3 bits. Source: GPTQModel 7.6.0, tritonv2.py, gemm_awq_triton.py.
 _LAYOUTS = {"gptq": ("gptq", "gptq_v2"), "awq": ("gemm",)}
 _BITS = {"gptq": (2, 3, 4, 8), "awq": (4,)}
 KERNEL = "QWEN_VRAM_GPTQ_KERNEL"
