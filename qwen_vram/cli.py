@@ -292,7 +292,6 @@ def quantize(
     ] = "nf4",
     lm_head: Annotated[str | None, typer.Option(help="The same, for the head too; default: 16 bit.")] = None,
     calibration: CalibrationFile = None,
-    group_size: Annotated[int, typer.Option(help="GPTQ's weights to a scale: 128, 64 or 32.")] = 128,
     device: Annotated[str | None, typer.Option(help="cuda or cpu; default: the GPU where there is one.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Most tensor data in one file.")] = "4GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at OUT.")] = False,
@@ -311,7 +310,6 @@ def quantize(
             out,
             calibration=calibration,  # type: ignore[arg-type]  # None is refused with what to pass
             bits=int(weights[-1]),
-            group_size=group_size,
             device=device,
             max_shard_size=max_shard_size,
             overwrite=overwrite,
@@ -319,6 +317,13 @@ def quantize(
         )
         print(json.dumps(report.to_dict()) if as_json else report)
         return
+    if calibration is not None:
+        raise qv.WorkloadError(
+            f"calibration: weights={weights!r} needs no sample texts, GPTQ does; leave --calibration out, or use "
+            "--weights gptq-int4",
+            name="calibration",
+            got=calibration,
+        )
     from qwen_vram.runtime.save import saving_backend
 
     saving_backend(weights)  # refuses before anything is loaded

@@ -253,12 +253,25 @@ def test_a_head_that_is_quantized_too(gptqmodel):
     refused(qv.NotSupportedError, text, lambda: get_backend("gptq").check(profile, torch.device("cpu")))
 
 
-def test_settings_of_their_own_for_some_modules(gptq_demo, tmp_path):
-    folder = tmp_path / "dynamic"
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"dynamic": {"-:.*down.*": {}}}, r"bits or groups of their own for some modules \('dynamic'\) by its quant"),
+        ({"checkpoint_format": "marlin"}, "its codes in the layout 'marlin' .* in the layout gptq or gptq_v2"),
+        (
+            {"bits": 5},
+            "codes of 5 bits by its .* use a checkpoint of GPTQ with one setting for all, 2 or 3 or 4 or 8 bits",
+        ),
+        ({"quant_method": "awq", "checkpoint_format": "gemv"}, "its codes in the layout 'gemv' .* in the layout gemm"),
+    ],
+    ids=str,
+)
+def test_settings_that_no_kernel_here_reads(gptq_demo, tmp_path, change, text):
+    folder = tmp_path / "changed"
     shutil.copytree(gptq_demo, folder)
     settings = json.loads((folder / "config.json").read_text())["quantization_config"]
-    change_config(folder, quantization_config={**settings, "dynamic": {"-:.*down.*": {}}})
-    refused(qv.CheckpointError, "bits or groups of their own for some modules", lambda: load(folder))
+    change_config(folder, quantization_config={**settings, **change})
+    refused(qv.CheckpointError, text, lambda: load(folder))
 
 
 def write(path, text):
@@ -396,6 +409,8 @@ def test_the_command_line_quantizes_with_a_file_of_samples(demo, gptqmodel, cali
     without = subprocess.run(command, capture_output=True, text=True)
     assert without.returncode == 2
     assert "calibration: GPTQ needs sample texts" in without.stderr
+    other = [*command[:-1], "nf4", "--calibration", str(texts)]
+    assert "weights='nf4' needs no sample texts" in subprocess.run(other, capture_output=True, text=True).stderr
     head = subprocess.run([*command, "--lm-head", "gptq-int4"], capture_output=True, text=True)
     assert "GPTQ leaves the head in 16 bits; leave --lm-head out" in head.stderr
     run = subprocess.run([*command, "--calibration", str(texts), "--json"], capture_output=True, text=True)

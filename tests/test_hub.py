@@ -30,6 +30,7 @@ def run(code: str, repo: str, endpoint: str, cache: Path):
     """The value of `code` in a fresh process that knows only our hub."""
     environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
     environment["HF_HUB_DOWNLOAD_TIMEOUT"] = "5"
+    environment["HF_HUB_CACHE"] = str(cache / "hub")  # PEFT imports GPTQModel where it is, which sets this for all
     command = [sys.executable, "-c", RUN.format(code=code.format(repo=repo))]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert result.stdout, result.stderr

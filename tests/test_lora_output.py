@@ -212,6 +212,7 @@ def test_by_hub_id(base, adapter, tmp_path):
     )
     with serving({"someone/base": base, "someone/adapter": adapter}) as hub:
         environment = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
+        environment["HF_HUB_CACHE"] = str(tmp_path / "cache" / "hub")
         subprocess.run([sys.executable, "-c", code], env={**os.environ, **environment}, check=True, timeout=120)
     merge(base, adapter, tmp_path / "local")
     assert_same(stored(tmp_path / "out"), stored(tmp_path / "local"))

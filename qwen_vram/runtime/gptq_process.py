@@ -56,17 +56,15 @@ def run_worker(job: Mapping[str, Any], work: Path, layer_done: Callable[[], None
 
 
 def _environment(work: Path) -> dict[str, str]:
-    from huggingface_hub import constants
-
     package = str(Path(__file__).parents[2])
     settings = {
         # With fewer than 2, as it takes on hosts of 2 processors, it does not start. Source: GPTQModel 7.6.0.
         "GPTQMODEL_CPU_WORKERS": str(max(2, (os.cpu_count() or 1) // 2)),
-        "HF_HOME": constants.HF_HOME,  # or it would be a folder in /tmp
         "LOGBAR_ANIMATION": "0",
     }
     fixed = {
         "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(work / "hub"),  # made whether it is needed or not, or else in /tmp
         "TMPDIR": str(work),
         "PYTHONPATH": os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH")))),
     }

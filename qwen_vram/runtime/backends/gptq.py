@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,10 @@ from qwen_vram.runtime.backends.gptq_library import check_installed, import_quie
 _STORED = ("qweight", "qzeros", "scales", "g_idx", "bias")
 # Plain kernels, which start at once and leave tensors as they are stored. GPTQModel's own choice on CUDA (Machete,
 # Marlin, ExLlama) is compiled by nvcc for a minute or more when it is first used, and its choice on the CPU too.
-_PLAIN = {
-    ("gptq", "cpu"): "torch",
-    ("gptq", "cuda"): "triton",
-    ("awq", "cpu"): "torch_awq",
-    ("awq", "cuda"): "gemm_triton",
-}
-# Bits of codes that triton's kernel knows. Source: GPTQModel 7.6.0, tritonv2.py and gemm_awq_triton.py.
-_TRITON_BITS = {"gptq": (2, 4, 8), "awq": (4,)}
+_PLAIN = {"cpu": "torch", "cuda": "triton"}
+# Layouts and bits that these read, triton without 3 bits. Source: GPTQModel 7.6.0, tritonv2.py, gemm_awq_triton.py.
+_LAYOUTS = {"gptq": ("gptq", "gptq_v2"), "awq": ("gemm",)}
+_BITS = {"gptq": (2, 3, 4, 8), "awq": (4,)}
 KERNEL = "QWEN_VRAM_GPTQ_KERNEL"
 KERNELS = ("auto", "machete", "marlin", "exllama_v2", "triton", "torch")
 
@@ -88,18 +85,33 @@ class GptqBackend:
 def _settings(folder: Path, method: str, device: torch.device) -> dict[str, Any]:
     """The checkpoint's `quantization_config` with the kernel in it."""
     settings: Any = read_config(folder)["quantization_config"]
-    if settings.get("dynamic"):
-        raise CheckpointError(
-            f"{str(folder)!r} has bits or groups of their own for some modules ('dynamic' in its quantization_config), "
-            "which transformers does not load; use a checkpoint with one setting for all",
-            path=str(folder),
-        )
-    kernel = _chosen_kernel() or _PLAIN[method, device.type]
-    if kernel.endswith("triton") and settings.get("bits", 4) not in _TRITON_BITS[method]:
+    _check_settings(settings, method, folder)
+    kernel = _chosen_kernel() or _PLAIN[device.type]
+    if kernel == "triton" and (settings.get("bits") == 3 or find_spec("triton") is None):
         kernel = "torch"
     if method == "awq":
         kernel = {"torch": "torch_awq", "triton": "gemm_triton"}.get(kernel, kernel)
     return {**settings, "backend": kernel}
+
+
+def _check_settings(settings: dict[str, Any], method: str, folder: Path) -> None:
+    """Refuse what the kernels, or `transformers` on the way to them, cannot read."""
+    keys = ("checkpoint_format", "format", "version")
+    layout = next((settings[key] for key in keys if isinstance(settings.get(key), str)), _LAYOUTS[method][0]).lower()
+    found = ""
+    if settings.get("dynamic"):
+        found = "bits or groups of their own for some modules ('dynamic')"
+    elif layout not in _LAYOUTS[method]:
+        found = f"its codes in the layout {layout!r}"
+    elif settings.get("bits", 4) not in _BITS[method]:
+        found = f"codes of {settings['bits']} bits"
+    if found:
+        raise CheckpointError(
+            f"{str(folder)!r} has {found} by its quantization_config, which is not loaded; use a checkpoint of "
+            f"{method.upper()} with one setting for all, {' or '.join(map(str, _BITS[method]))} bits, in the layout "
+            f"{' or '.join(_LAYOUTS[method])}",
+            path=str(folder),
+        )
 
 
 def _chosen_kernel() -> str | None:
