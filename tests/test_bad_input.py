@@ -462,7 +462,10 @@ def test_an_unknown_device(untied):
 @pytest.mark.parametrize(
     ("knobs", "text"),
     [
-        ({"compiled": True, "cache": "static"}, "compiled=True is counted by .* use compiled=False"),
+        (
+            {"compiled": True, "cache": "static", "attention": "fused"},
+            "compiled=True runs on a GPU, .* use compiled=False",
+        ),
         ({"lm_head": "nf4"}, "lm_head='nf4' with weights='bf16'"),
         ({"weights": "nf4", "lm_head": "int8"}, "lm_head='int8' with weights='nf4': bitsandbytes takes one format"),
     ],

@@ -181,3 +181,15 @@ def test_all_layers_are_one_block_which_goes_with_the_last_of_them(kind):
             # The newest tokens are whole.
             assert torch.equal(one[:, :, 150:200], other[[1, 0], :, 150:])
     assert cache.layers[0].room._memory is None, "or it would outlive the layers"
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
+def test_a_backward_pass_goes_through_it(untied, kind):
+    model = AutoModelForCausalLM.from_pretrained(untied, dtype=torch.float32)
+    tokens = torch.randint(0, 3000, (1, 20), generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for cache in (PreallocatedCache(model.config.num_hidden_layers, max_length=30, kv_cache=kind), None):
+        model.zero_grad()
+        model(tokens, past_key_values=cache).logits.square().mean().backward()
+        gradients.append(model.model.layers[0].self_attn.k_proj.weight.grad.clone())
+    assert torch.allclose(*gradients, rtol=1e-4, atol=1e-7)

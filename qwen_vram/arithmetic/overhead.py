@@ -24,9 +24,9 @@ from qwen_vram.arithmetic.workload import Workload
 # What int8's own kernels add to the process on first use, the same on an H100 (65 to 67 MB).
 # measured: NVIDIA H200, torch 2.11.0+cu130, bitsandbytes 0.50.2, 2026-11-22.
 INT8_KERNELS = 69_206_016
-# What copies on a stream of their own add to the process: layers that stream, a KV cache on the host.
-# measured: NVIDIA H100, torch 2.11.0+cu130, 2026-11-25, 20 of 20 fresh processes.
-COPY_STREAM = 73_400_320
+# What a second stream adds to the process: copies of layers that stream or of a KV cache on the host, a captured step.
+# measured: NVIDIA H100, torch 2.11.0+cu130, 2026-11-25, 33 of 33 fresh processes.
+SECOND_STREAM = 73_400_320
 
 # What real runs reserved beyond a replay at most; docs/accuracy.md has the rows.
 _REPLAY_MISS = 0.01
@@ -108,5 +108,5 @@ def _runs_within(architecture: Architecture, profile: Profile, workload: Workloa
 def process_bytes(peak_reserved: int, profile: Profile, machine: Machine) -> int:
     """What nvidia-smi shows for the process: reserved memory, the CUDA context, and what is loaded on first use."""
     kernels = machine.lazy_kernels + (INT8_KERNELS if profile.weights == "int8" else 0)
-    copies = COPY_STREAM if profile.kv_device == "host" or profile.streamed_layers else 0
-    return peak_reserved + machine.cuda_context + kernels + copies
+    second = profile.kv_device == "host" or profile.streamed_layers or profile.compiled
+    return peak_reserved + machine.cuda_context + kernels + (SECOND_STREAM if second else 0)

@@ -44,7 +44,8 @@ class KvRoom:
         self._taken += 1
         if self._taken == self.layers:
             self._memory = None
-        return layout.views(part)
+        # Views share a version counter: one layer's write would forbid gradients through the layers before it.
+        return {name: view.data for name, view in layout.views(part).items()}
 
 
 def rearranged(tensor: Tensor, indices: Tensor) -> Tensor:
