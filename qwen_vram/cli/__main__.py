@@ -1,0 +1,5 @@
+"""`python -m qwen_vram.cli`."""
+
+from qwen_vram.cli import main
+
+main()

@@ -1,0 +1,62 @@
+"""Options that several commands share, and how their texts are read."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+import qwen_vram as qv
+
+Model = Annotated[str, typer.Argument(help="Catalog name, checkpoint folder or hub id.")]
+PromptLen = Annotated[int, typer.Option(help="Prompt tokens of one sequence.")]
+NewTokens = Annotated[int, typer.Option(help="Tokens generated after it.")]
+BatchSize = Annotated[int, typer.Option(help="Sequences at once.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Vram = Annotated[
+    str | None,
+    typer.Option(
+        help="Most that nvidia-smi may show, such as 8GiB, or of each of several GPUs, such as 0=20GiB,1=20GiB; "
+        "default: what is free."
+    ),
+]
+Reserve = Annotated[
+    str | None, typer.Option(help="Kept free of it; default: 256MiB where --vram is left out, else nothing.")
+]
+Ram = Annotated[str | None, typer.Option(help="Most host memory; default: what is free.")]
+Prefer = Annotated[str, typer.Option(help="quality, speed or memory.")]
+Knobs = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KNOB=VALUE", help="Replace a knob of the profile, such as --set weights=nf4."),
+]
+CalibrationFile = Annotated[
+    str | None, typer.Option(help="For gptq: sample texts, one on each line (.jsonl: in JSON), some hundred.")
+]
+
+
+def budgets(text: str | None) -> str | dict[int, str] | None:
+    """`"8GiB"` as it is, `"0=20GiB,1=20GiB"` as a dict by device number."""
+    if text is None or "=" not in text:
+        return text
+    sizes: dict[int, str] = {}
+    for entry in text.split(","):
+        device, separator, size = entry.partition("=")
+        if not separator or not device.strip().isdecimal() or int(device) in sizes:
+            raise qv.UnitError(
+                f"--vram names a size for each GPU once, such as 0=20GiB,1=20GiB; got {text!r}", got=text
+            )
+        sizes[int(device)] = size
+    return sizes
+
+
+def parsed_knobs(pairs: list[str] | None) -> dict[str, Any]:
+    """`["weights=nf4", "prefill_chunk_size=512"]` as keyword arguments, numbers and flags read as such."""
+    words = {"true": True, "false": False, "none": None}
+    knobs: dict[str, Any] = {}
+    for pair in pairs or []:
+        name, separator, value = pair.partition("=")
+        if not separator or not name:
+            raise qv.UnknownNameError("--set", pair, ("KNOB=VALUE",))
+        lowered = value.lower()
+        knobs[name] = int(value) if value.isdigit() else words.get(lowered, value)
+    return knobs

@@ -1,0 +1,98 @@
+"""`qwen-vram estimate` and `plan`: nothing is loaded."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+import qwen_vram as qv
+from qwen_vram.cli.options import (
+    AsJson,
+    BatchSize,
+    Knobs,
+    Model,
+    NewTokens,
+    Prefer,
+    PromptLen,
+    Ram,
+    Reserve,
+    Vram,
+    budgets,
+    parsed_knobs,
+)
+from qwen_vram.cli.show import show_estimate, show_steps
+from qwen_vram.units import format_gib
+
+
+def estimate(
+    model: Annotated[str | None, typer.Argument(help="Catalog name, checkpoint folder or hub id.")] = None,
+    profile: Annotated[str, typer.Option(help=", ".join(qv.PROFILES))] = "default",
+    prompt_len: PromptLen = 512,
+    max_new_tokens: NewTokens = 512,
+    batch_size: BatchSize = 1,
+    params: Annotated[float | None, typer.Option(help="Instead of a model: parameters, for the rule of thumb.")] = None,
+    knobs: Knobs = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a model will take, part by part, without loading it."""
+    result = qv.estimate_vram(
+        model,
+        profile,
+        params=params,
+        prompt_len=prompt_len,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        **parsed_knobs(knobs),
+    )
+    if as_json:
+        print(json.dumps(result.to_dict()))
+    else:
+        show_estimate(result)
+
+
+def plan(
+    model: Model,
+    vram: Vram = None,
+    ram: Ram = None,
+    reserve: Reserve = None,
+    profile: Annotated[str, typer.Option(help="auto, " + ", ".join(qv.PROFILES))] = "auto",
+    prefer: Prefer = "quality",
+    prompt_len: PromptLen = 512,
+    max_new_tokens: NewTokens = 512,
+    batch_size: BatchSize = 1,
+    knobs: Knobs = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find the least lossy way to run a model within a budget."""
+    result = qv.plan(
+        model,
+        profile=profile,
+        vram=budgets(vram),
+        ram=ram,
+        reserve=reserve,
+        prefer=prefer,  # type: ignore[arg-type]
+        prompt_len=prompt_len,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        **parsed_knobs(knobs),
+    )
+    room: dict[str, Any] = {"vram": result.budget.given, "ram": result.budget.ram}
+    asked: dict[str, Any] = {**parsed_knobs(knobs), "profile": profile, "max_new_tokens": max_new_tokens}
+    limits = {
+        "max_context": qv.max_context(model, **room, **asked, batch_size=batch_size),
+        "max_batch": qv.max_batch(model, **room, **asked, prompt_len=prompt_len),
+        "min_vram": qv.min_vram(model, **asked, prompt_len=prompt_len, batch_size=batch_size),
+    }
+    if as_json:
+        print(json.dumps({**result.to_dict(), "limits": limits}))
+        return
+    show_steps(result)
+    show_estimate(result.estimate)
+    print(
+        f"within {result.room}: at most {limits['max_context']:,} tokens a sequence at batch {batch_size}, or batch "
+        f"{limits['max_batch']:,} at {result.workload.context_len:,} tokens\n"
+        f"smallest card for this workload: {format_gib(limits['min_vram'])}"
+    )
+    print(result.call)
