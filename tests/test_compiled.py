@@ -31,7 +31,7 @@ def stepped(demo, plain):
     """The same model whose `generate` runs decode steps, neither compiled nor captured."""
     with qv.load(demo, weights=plain.plan.profile.weights, **FUSED) as llm:
         decode_by_steps(llm.model)
-        llm._decoder = Decoder(llm.model, batch_size=4, max_length=900, backend=None)
+        llm._generations.decoder = Decoder(llm.model, batch_size=4, max_length=900, backend=None)
         yield llm
 
 
@@ -41,7 +41,7 @@ def test_greedy_tokens_are_the_same(plain, stepped, prompts):
     new = 220 if plain.plan.profile.weights == "fp32" else 24
     answers = [llm.generate(prompts, max_new_tokens=new, **GREEDY) for llm in (plain, stepped)]
     assert answers[0] == answers[1]
-    assert stepped._decoder._home.steps.keys() >= {1 if prompts == PROMPTS[0] else 4}
+    assert stepped._generations.decoder._home.steps.keys() >= {1 if prompts == PROMPTS[0] else 4}
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def test_a_plan_that_does_not_hold(demo):
     with qv.load(demo, profile="default", progress=False, prompt_len=100, max_new_tokens=20) as llm:
         real = llm.plan.estimate
         llm.plan = replace(llm.plan, estimate=replace(real, weights=real.weights - 5_000_000))
-        llm._prediction = lambda: llm.plan.estimate
+        llm._generations.prediction = lambda: llm.plan.estimate
         with pytest.raises(qv.PlanNotHeldError) as caught:
             verify(llm)
     assert caught.value.parts == {"weights": (real.weights - 5_000_000, real.weights)}

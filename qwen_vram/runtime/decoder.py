@@ -82,11 +82,12 @@ class Decoder:
         return room.steps[batch_size]
 
     def close(self) -> None:
-        """Let go of graphs, rooms and compiled code."""
+        """Let go of graphs, rooms, compiled code and the model."""
         if self._home is not None:
             self._home.steps.clear()
         self._home = None
         self._functions.clear()
+        self.model = None
 
     def _made(self, room: Room, batch_size: int) -> Step:
         step = self._rehearsed(room, batch_size)

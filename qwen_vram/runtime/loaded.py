@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from threading import Event, Thread
 from types import TracebackType
@@ -16,23 +15,16 @@ from transformers import (
     MaxLengthCriteria,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    StaticCache,
     StoppingCriteria,
     StoppingCriteriaList,
     TextIteratorStreamer,
 )
 
-from qwen_vram.arithmetic.estimate import Estimate
-from qwen_vram.arithmetic.split import at_workload, split_of
-from qwen_vram.arithmetic.workload import Workload
 from qwen_vram.errors import QwenVramError, WorkloadError
 from qwen_vram.planning.planner import Plan
-from qwen_vram.planning.search import Search
-from qwen_vram.runtime.decode_room import RoomCache
 from qwen_vram.runtime.decoder import Decoder
-from qwen_vram.runtime.host_cache import HostCache
-from qwen_vram.runtime.kv_cache import PreallocatedCache, cache_bytes
-from qwen_vram.runtime.measure import PeakMeter, Report
+from qwen_vram.runtime.generations import Generations
+from qwen_vram.runtime.measure import Report
 from qwen_vram.runtime.save import SaveReport, save
 from qwen_vram.runtime.streaming import Streamer
 
@@ -70,12 +62,9 @@ class LoadedModel:
         self.plan = plan
         self.devices = tuple(measured)
         self.device = self.devices[0]
-        self._loaded = measured
         self._folder = folder
         self._streamer = streamer
-        self._decoder = decoder
-        self._last: Workload | None = None
-        self._run: dict[torch.device, dict[str, int]] = {device: {} for device in self.devices}
+        self._generations = Generations(plan, measured, decoder)
         if plan.profile.prefill_chunk_size is not None:
             self.model.generation_config.prefill_chunk_size = plan.profile.prefill_chunk_size
         if tokenizer.pad_token_id is None:
@@ -95,7 +84,8 @@ class LoadedModel:
     @property
     def compile_seconds(self) -> float:
         """What compiling and capturing decode steps took so far; 0 where `compiled` is not asked for."""
-        return 0.0 if self._decoder is None else self._decoder.seconds
+        decoder = self._generations.decoder
+        return 0.0 if decoder is None else decoder.seconds
 
     def __iter__(self) -> Iterator[Any]:
         yield self.model
@@ -118,8 +108,8 @@ class LoadedModel:
         self._model = None
         if self._streamer is not None:
             self._streamer.close()
-        if self._decoder is not None:
-            self._decoder.close()
+        if self._generations.decoder is not None:
+            self._generations.decoder.close()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -205,18 +195,11 @@ class LoadedModel:
         Where decode steps are compiled, it has the memory that the plan counts for as long as it lives, if that is
         long enough; whatever else is generated meanwhile takes memory of its own.
         """
-        if self._decoder is not None:
-            return RoomCache(self._decoder, max_length=max_length)
-        layers, profile = self.model.config.num_hidden_layers, self.plan.profile
-        split = tuple(split_of(self.plan.estimate).values())
-        if profile.kv_device == "host":
-            return HostCache(layers, max_length=max_length, split=split)
-        return PreallocatedCache(layers, max_length=max_length, kv_cache=profile.kv_cache, split=split)
+        return self._generations.new_cache(max_length=max_length)
 
     def report(self) -> Report:
         """Predicted beside measured, part by part: the load, and the last generation where there was one."""
-        measured = {device: {**self._loaded[device], **self._run[device]} for device in self.devices}
-        return Report.of(self._prediction(), measured)
+        return Report.of(self._generations.prediction(), self._generations.measured)
 
     def save_quantized(
         self,
@@ -281,12 +264,6 @@ class LoadedModel:
         self._generate(inputs, new, {"do_sample": False, "min_new_tokens": steps, "stopping_criteria": stop})
         return self.report()
 
-    def _prediction(self) -> Estimate:
-        known = self.plan.estimate
-        if self._last is None or known.architecture is None:
-            return known
-        return at_workload(known, self._last)
-
     def _conversation(self, message: str | Sequence[Message], system: str | None) -> dict[str, torch.Tensor]:
         messages = [{"role": "user", "content": message}] if isinstance(message, str) else [dict(m) for m in message]
         if not messages or not all("role" in one and "content" in one for one in messages):
@@ -307,80 +284,10 @@ class LoadedModel:
         new = produced[:, inputs["input_ids"].shape[1] :]
         return cast("list[str]", self.tokenizer.batch_decode(new, skip_special_tokens=True))
 
-    @torch.inference_mode()
     def _generate(
-        self, inputs: dict[str, torch.Tensor], max_new_tokens: int | None, options: dict[str, Any]
+        self, inputs: Mapping[str, torch.Tensor], max_new_tokens: int | None, options: Mapping[str, Any]
     ) -> torch.Tensor:
-        model = self.model
-        batch_size, prompt_len = inputs["input_ids"].shape
-        new = self.plan.workload.max_new_tokens if max_new_tokens is None else max_new_tokens
-        copies = max(int(options.get(name) or 1) for name in ("num_beams", "num_return_sequences"))
-        workload = Workload(
-            prompt_len=prompt_len,
-            max_new_tokens=new,
-            batch_size=batch_size * copies,
-            padded=not bool(inputs["attention_mask"].all()),
-        )
-        self._check_room(workload)
-        meters = [PeakMeter(device) for device in self.devices]
-        for meter in meters:
-            meter.start()
-        on_device = {name: tensor.to(self.device) for name, tensor in inputs.items()}
-        settings = {"max_new_tokens": new, **self._cache_settings(workload), **options}
-        cache = settings.get("past_key_values")
-        try:
-            output = model.generate(**on_device, **{**settings, "return_dict_in_generate": True})
-            self._note(workload, output, meters)
-        finally:
-            if isinstance(cache, RoomCache) and "past_key_values" not in options:
-                cache.release()  # or an error's traceback would keep the memory from the next generation
-        return cast("torch.Tensor", output.sequences)
-
-    def _cache_settings(self, workload: Workload) -> dict[str, Any]:
-        """The plan's cache as `generate` takes it."""
-        kind = self.plan.profile.cache
-        if self._decoder is not None:
-            self._decoder.prepare(workload.batch_size, workload.context_len)
-            return {"past_key_values": self.new_cache(max_length=workload.context_len)}
-        if kind == "preallocated":
-            return {"past_key_values": self.new_cache(max_length=workload.context_len)}
-        if kind == "static":
-            # Our own, for `generate` keeps the one that it makes; and it compiles for one unless it is told not to.
-            cache = StaticCache(config=self.model.config, max_cache_len=workload.context_len)
-            return {"past_key_values": cache, "disable_compile": True}
-        return {"cache_implementation": "dynamic"}
-
-    def _check_room(self, workload: Workload) -> None:
-        """Refuse what is longer than planned and does not fit the budget."""
-        known, planned = self.plan.estimate, self.plan.workload
-        assert known.architecture is not None
-        workload.check(known.architecture)
-        if workload.context_len <= planned.context_len and workload.prompt_len <= planned.prompt_len:
-            if workload.batch_size <= planned.batch_size:
-                return
-        split = split_of(known)
-        Search(known.model, known.architecture, workload, self.plan.budget, known.profile, {}, split).run("quality")
-
-    def _note(self, workload: Workload, output: Any, meters: list[PeakMeter]) -> None:
-        """Keep what the generation took, under the names of the estimate's parts."""
-        if self.plan.profile.cache == "dynamic":
-            # A growing cache holds what was really made, which an early end keeps short.
-            made = output.sequences.shape[1] - workload.prompt_len
-            workload = replace(workload, max_new_tokens=made)
-        if isinstance(output.past_key_values, RoomCache):
-            # What is held, and counted, is the whole room.
-            workload = output.past_key_values.as_held(workload)
-        self._last = workload
-        for meter in meters:
-            held = cache_bytes(output.past_key_values, meter.device)
-            run = {"kv_cache": held, **meter.stop()}
-            if "peak_allocated" in run:
-                weights = self._loaded[meter.device]["weights"]
-                # What stays allocated at rest beside the weights: workspace, rounding, buffers.
-                answer = output.sequences.nbytes if meter.device == self.device else 0
-                run["workspace"] = max(0, meter.allocated() - held - answer - weights)
-                run["activations"] = run["peak_allocated"] - weights - held - run["workspace"]
-            self._run[meter.device] = run
+        return self._generations.run(self.model, inputs, max_new_tokens, options)
 
 
 class _StopWhen(StoppingCriteria):  # type: ignore[misc]

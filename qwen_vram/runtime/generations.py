@@ -1,0 +1,134 @@
+"""Generating by a plan: its cache, the room that a workload has, and what each run took."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from transformers import Cache, StaticCache
+
+from qwen_vram.arithmetic.estimate import Estimate
+from qwen_vram.arithmetic.split import at_workload, split_of
+from qwen_vram.arithmetic.workload import Workload
+from qwen_vram.planning.planner import Plan
+from qwen_vram.planning.search import Search
+from qwen_vram.runtime.decode_room import RoomCache
+from qwen_vram.runtime.decoder import Decoder
+from qwen_vram.runtime.host_cache import HostCache
+from qwen_vram.runtime.kv_cache import PreallocatedCache, cache_bytes
+from qwen_vram.runtime.measure import PeakMeter
+
+
+class Generations:
+    """Runs a loaded model's generations. Holds no model, so that a closed one is given back while reports stay.
+
+    Attributes:
+        measured: What loading took, and the last generation where there was one, on each device.
+    """
+
+    def __init__(self, plan: Plan, loaded: Mapping[torch.device, dict[str, int]], decoder: Decoder | None) -> None:
+        self.plan = plan
+        self.decoder = decoder
+        self.devices = tuple(loaded)
+        self.device = self.devices[0]
+        self.measured = {device: dict(parts) for device, parts in loaded.items()}
+        self._last: Workload | None = None
+
+    def prediction(self) -> Estimate:
+        """What was promised for the last generation, or for the plan's workload before the first."""
+        known = self.plan.estimate
+        if self._last is None or known.architecture is None:
+            return known
+        return at_workload(known, self._last)
+
+    def new_cache(self, *, max_length: int) -> Cache:
+        """As `LoadedModel.new_cache`."""
+        if self.decoder is not None:
+            return RoomCache(self.decoder, max_length=max_length)
+        profile, architecture = self.plan.profile, self.plan.estimate.architecture
+        assert architecture is not None
+        layers, split = architecture.num_hidden_layers, tuple(split_of(self.plan.estimate).values())
+        if profile.kv_device == "host":
+            return HostCache(layers, max_length=max_length, split=split)
+        return PreallocatedCache(layers, max_length=max_length, kv_cache=profile.kv_cache, split=split)
+
+    @torch.inference_mode()
+    def run(
+        self, model: Any, inputs: Mapping[str, torch.Tensor], max_new_tokens: int | None, options: Mapping[str, Any]
+    ) -> torch.Tensor:
+        """Prompts and what followed, (batch, tokens): `model.generate` with the plan's cache, and `options` on top.
+
+        Raises:
+            DoesNotFitError, WorkloadError: as for `LoadedModel.chat`, before anything is allocated.
+        """
+        batch_size, prompt_len = inputs["input_ids"].shape
+        new = self.plan.workload.max_new_tokens if max_new_tokens is None else max_new_tokens
+        copies = max(int(options.get(name) or 1) for name in ("num_beams", "num_return_sequences"))
+        workload = Workload(
+            prompt_len=prompt_len,
+            max_new_tokens=new,
+            batch_size=batch_size * copies,
+            padded=not bool(inputs["attention_mask"].all()),
+        )
+        self._check_room(workload)
+        meters = [PeakMeter(device) for device in self.devices]
+        for meter in meters:
+            meter.start()
+        on_device = {name: tensor.to(self.device) for name, tensor in inputs.items()}
+        settings = {"max_new_tokens": new, **self._cache_settings(model, workload), **options}
+        cache = settings.get("past_key_values")
+        try:
+            output = model.generate(**on_device, **{**settings, "return_dict_in_generate": True})
+            self._note(workload, output, meters)
+        finally:
+            if isinstance(cache, RoomCache) and "past_key_values" not in options:
+                cache.release()  # or an error's traceback would keep the memory from the next generation
+        return cast("torch.Tensor", output.sequences)
+
+    def _cache_settings(self, model: Any, workload: Workload) -> dict[str, Any]:
+        """The plan's cache as `generate` takes it."""
+        kind = self.plan.profile.cache
+        if self.decoder is not None:
+            self.decoder.prepare(workload.batch_size, workload.context_len)
+            return {"past_key_values": self.new_cache(max_length=workload.context_len)}
+        if kind == "preallocated":
+            return {"past_key_values": self.new_cache(max_length=workload.context_len)}
+        if kind == "static":
+            # Our own, for `generate` keeps the one that it makes; and it compiles for one unless it is told not to.
+            cache = StaticCache(config=model.config, max_cache_len=workload.context_len)
+            return {"past_key_values": cache, "disable_compile": True}
+        return {"cache_implementation": "dynamic"}
+
+    def _check_room(self, workload: Workload) -> None:
+        """Refuse what is longer than planned and does not fit the budget."""
+        known, planned = self.plan.estimate, self.plan.workload
+        assert known.architecture is not None
+        workload.check(known.architecture)
+        if workload.context_len <= planned.context_len and workload.prompt_len <= planned.prompt_len:
+            if workload.batch_size <= planned.batch_size:
+                return
+        split = split_of(known)
+        Search(known.model, known.architecture, workload, self.plan.budget, known.profile, {}, split).run("quality")
+
+    def _note(self, workload: Workload, output: Any, meters: list[PeakMeter]) -> None:
+        """Keep what the generation took, under the names of the estimate's parts."""
+        if self.plan.profile.cache == "dynamic":
+            # A growing cache holds what was really made, which an early end keeps short.
+            made = output.sequences.shape[1] - workload.prompt_len
+            workload = replace(workload, max_new_tokens=made)
+        if isinstance(output.past_key_values, RoomCache):
+            # What is held, and counted, is the whole room.
+            workload = output.past_key_values.as_held(workload)
+        self._last = workload
+        for meter in meters:
+            held = cache_bytes(output.past_key_values, meter.device)
+            run = {"kv_cache": held, **meter.stop()}
+            if "peak_allocated" in run:
+                weights = self.measured[meter.device]["weights"]
+                # What stays allocated at rest beside the weights: workspace, rounding, buffers.
+                answer = output.sequences.nbytes if meter.device == self.device else 0
+                run["workspace"] = max(0, meter.allocated() - held - answer - weights)
+                run["activations"] = run["peak_allocated"] - weights - held - run["workspace"]
+            self.measured[meter.device].update(run)
