@@ -91,8 +91,8 @@ def _steps(profile: Profile, workload: Workload) -> list[_Step]:
     steps = [_Step("prefill", chunk, full * chunk)]
     if rest:
         steps.append(_Step("prefill", rest, prompt))
-    if workload.max_new_tokens > 1:
-        # The last token is never fed back.
+    if workload.max_new_tokens > 1 and not profile.compiled:
+        # A captured step has its own pool. The last token is never fed back.
         steps.append(_Step("decode", 1, workload.context_len - 1))
     return steps
 
@@ -113,7 +113,7 @@ class _Rows:
         self.queries = architecture.attention_width * self.element
         self.keys = architecture.key_value_width * self.element
         # Keys that attention sees: a static cache is attended to in its whole length.
-        self.seen = workload.context_len if profile.cache == "static" else step.cached
+        self.seen = workload.context_len if profile.attends_whole else step.cached
         self.linears = {weight.module: weight for weight in architecture.block if weight.is_linear}
 
     def moments(self) -> Iterator[tuple[str, int]]:
@@ -153,7 +153,7 @@ class _Rows:
             return self.workload.padded and self.profile.attention == "fused"
         if self.profile.attention == "eager" or self.workload.padded:
             return True
-        if self.profile.cache == "static":
+        if self.profile.attends_whole:
             return self.step.cached > self.step.queries
         return self.step.queries > 1 and self.step.cached > self.step.queries
 

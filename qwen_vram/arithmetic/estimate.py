@@ -256,7 +256,7 @@ def estimate(label: str, architecture: Architecture, profile: Profile, workload:
             got=profile.streamed_layers,
         )
     stored = weight_bytes(architecture, profile)
-    workspace = workspace_bytes(architecture, profile)
+    workspace = workspace_bytes(architecture, profile, workload)
     every = tuple(moments(architecture, profile, workload))
     peak = max(moment.total for moment in every)
     context, batch = workload.context_len, workload.batch_size

@@ -11,11 +11,13 @@ from typing import NamedTuple
 
 from qwen_vram.arithmetic.allocator import OutOfRoomError
 from qwen_vram.arithmetic.architecture import Architecture
+from qwen_vram.arithmetic.decode_step import step_sizes
 from qwen_vram.arithmetic.machine import Machine
 from qwen_vram.arithmetic.profile import Profile
-from qwen_vram.arithmetic.replay_generation import replay_generation
+from qwen_vram.arithmetic.replay_generation import pool_bytes, replay_generation
 from qwen_vram.arithmetic.replay_load import replay_load
 from qwen_vram.arithmetic.replay_products import CUBLAS_WORKSPACE
+from qwen_vram.arithmetic.storage import ALLOCATION_STEP
 from qwen_vram.arithmetic.weights import weight_bytes
 from qwen_vram.arithmetic.workload import Workload
 
@@ -28,14 +30,16 @@ _REPLAY_MISS = 0.01
 _SEARCHED_TO = 16 * 2**20
 
 
-def workspace_bytes(architecture: Architecture, profile: Profile) -> int:
+def workspace_bytes(architecture: Architecture, profile: Profile, workload: Workload) -> int:
     """What stays allocated at rest beside the weights' own bytes.
 
     cuBLAS's workspace, the rotary embedding's buffers, and what torch's allocator adds to the weights: each tensor is
-    rounded up to 512 bytes, and up to 1 MiB of a large block that could not be split off stays with it.
+    rounded up to 512 bytes, and up to 1 MiB of a large block that could not be split off stays with it. A compiled
+    decode step keeps tensors, and a second workspace for the stream on which it is captured.
     """
     resting = replay_load(architecture, profile).allocated - weight_bytes(architecture, profile).device
-    return sum(CUBLAS_WORKSPACE) + resting
+    step = step_sizes(architecture, profile, workload)
+    return sum(CUBLAS_WORKSPACE) + resting + sum(-(-size // ALLOCATION_STEP) * ALLOCATION_STEP for size in step)
 
 
 def load_peak_bytes(architecture: Architecture, profile: Profile) -> int:
@@ -65,7 +69,7 @@ def replay(architecture: Architecture, profile: Profile, workload: Workload) -> 
     allocator = replay_load(architecture, profile).copy()
     allocator.peak = allocator.allocated
     replay_generation(allocator, architecture, profile, workload)
-    return Replayed(allocator.peak, allocator.reserved)
+    return Replayed(allocator.peak, allocator.reserved + pool_bytes(architecture, profile, workload))
 
 
 @lru_cache(maxsize=256)
@@ -91,7 +95,8 @@ def _runs_within(architecture: Architecture, profile: Profile, workload: Workloa
         loaded = replay_load(architecture, profile)
         if loaded.peak_reserved > limit:
             loaded = replay_load(architecture, profile, limit)
-        replay_generation(loaded.copy(limit), architecture, profile, workload)
+        running = limit - pool_bytes(architecture, profile, workload)
+        replay_generation(loaded.copy(running), architecture, profile, workload)
     except OutOfRoomError:
         return False
     return True

@@ -24,6 +24,15 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "dequantization": get_args(Dequantization),
 }
 
+# What a compiled decode step can run with: all else waits for the host, or for another kernel.
+COMPILED: dict[str, object] = {
+    "attention": "fused",
+    "kv_cache": "bf16",
+    "kv_device": "device",
+    "embeddings": "device",
+    "streamed_layers": 0,
+}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
@@ -43,7 +52,7 @@ class Profile:
         dequantization: How a 4-bit matrix of bitsandbytes meets the rows of a prefill: the `"whole"` matrix in 16 bits
             beside the result, or one tile of it after the other.
         streamed_layers: Decoder layers that stay on the host and pass through two slots on the device.
-        compiled: Decode steps are compiled.
+        compiled: Decode steps are compiled and captured as a CUDA graph, over a cache that is taken at load and stays.
     """
 
     name: str = "custom"
@@ -106,11 +115,30 @@ class Profile:
                 name="compiled",
                 got=True,
             )
+        for knob, runs in COMPILED.items() if self.compiled else ():
+            value = getattr(self, knob)
+            if value != runs:
+                raise WorkloadError(
+                    f"compiled=True needs {knob}={runs!r}, got {knob}={value!r}; change one of the two",
+                    name="compiled",
+                    got=True,
+                )
+        if self.compiled and "int8" in (self.weights, self.lm_head):
+            raise WorkloadError(
+                "compiled=True cannot go with 'int8', whose products wait for the GPU to count outliers; use 'int8-wo'",
+                name="compiled",
+                got=True,
+            )
 
     @property
     def dtype(self) -> FormatName:
         """The model's own dtype: activations, norms, biases, and whatever is not quantized."""
         return self.weights if FORMATS[self.weights].is_dense else "bf16"
+
+    @property
+    def attends_whole(self) -> bool:
+        """Whether attention gets the whole of a cache, filled or not: a static one, which compiled steps do not use."""
+        return self.cache == "static" and not self.compiled
 
     @property
     def element_bytes(self) -> int:

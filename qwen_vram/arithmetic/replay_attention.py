@@ -36,13 +36,13 @@ class Attention(Products):
             return False
         if kind == "eager" or self.workload.padded:
             return True
-        if self.profile.cache == "static":
+        if self.profile.attends_whole:
             return past > 0
         return kind == "sdpa" and queries > 1 and past > 0
 
     def seen(self, queries: int, past: int) -> int:
         """Keys that attention reads for each sequence."""
-        return self.workload.context_len if self.profile.cache == "static" else past + queries
+        return self.workload.context_len if self.profile.attends_whole else past + queries
 
     def mask(self, queries: int, past: int) -> list[int]:
         """The mask that all layers share, where there is one."""

@@ -10,8 +10,12 @@ generation/utils.py); `replay_attention` and `replay_products` have theirs.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from qwen_vram.arithmetic.allocator import CachingAllocator
 from qwen_vram.arithmetic.architecture import Architecture
+from qwen_vram.arithmetic.decode_step import step_sizes
+from qwen_vram.arithmetic.kv_cache import layer_kv_bytes
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.replay_attention import Attention
 from qwen_vram.arithmetic.workload import Workload
@@ -35,10 +39,25 @@ def replay_generation(
     _Generation(allocator, architecture, profile, workload).run()
 
 
+def pool_bytes(architecture: Architecture, profile: Profile, workload: Workload) -> int:
+    """What the pool of a captured decode step reserves: its temporary tensors, had it not been compiled."""
+    if not profile.compiled or workload.logits == "all":
+        return 0
+    allocator = CachingAllocator()
+    generation = _Generation(allocator, architecture, profile, replace(workload, padded=False))
+    generation.warm = True
+    for held in generation.cache:
+        held.extend((0, 0))  # they are there already
+    generation.step(1, workload.context_len - 1)
+    return allocator.peak_reserved
+
+
 class _Generation(Attention):
     """One generation's allocations. Sizes are bytes; T is batch x new tokens of a step."""
 
     def run(self) -> None:
+        if self.profile.compiled and self.workload.logits == "last":
+            self.take_decode_step()
         prompt = self.batch * self.workload.prompt_len * _INT64
         inputs = self.of_generate(prompt, prompt)
         if self.workload.logits == "all":
@@ -54,10 +73,20 @@ class _Generation(Attention):
                 length += 1
                 continue
             if index:
-                logits = self.step(1, length)
+                # A captured step keeps its logits, and all else of it is in its own pool.
+                logits = [] if self.profile.compiled else self.step(1, length)
                 length += 1
             ids = self.sample(logits, ids, length)
         self.give(*ids, *flags, *positions, *inputs, *(block for layer in self.cache for block in layer))
+
+    def take_decode_step(self) -> None:
+        """The cache and the decode step, which are made at load and stay."""
+        context = self.workload.context_len
+        whole = layer_kv_bytes(self.architecture, self.profile, tokens=context, batch_size=self.batch)
+        for held in self.cache:
+            held.extend(self.take(whole // 2) for _ in range(2))
+        for size in step_sizes(self.architecture, self.profile, self.workload):
+            self.take(size)
 
     def of_generate(self, *sizes: int) -> list[int]:
         """Tensors of `generate`'s own, which are where the model starts."""

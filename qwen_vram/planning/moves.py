@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.model import stored_knobs
-from qwen_vram.arithmetic.profile import Profile, resolve_profile
+from qwen_vram.arithmetic.profile import COMPILED, Profile, resolve_profile
 from qwen_vram.arithmetic.storage import FORMATS
 from qwen_vram.arithmetic.workload import Workload
 
@@ -59,7 +59,9 @@ def _is_open(move: Move, start: Profile, workload: Workload, knobs: dict[str, ob
         return False
     if "kv_cache" in move.knobs and start.cache != "preallocated":
         return False
-    if "streamed_layers" in move.knobs and start.compiled:
+    if start.compiled and any(COMPILED.get(knob, value) != value for knob, value in move.knobs.items()):
+        return False
+    if start.compiled and move.knobs.get("weights") == "int8":
         return False
     chunk = move.knobs.get("prefill_chunk_size")
     return not isinstance(chunk, int) or chunk < workload.prompt_len

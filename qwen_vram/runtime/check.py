@@ -19,28 +19,21 @@ _LOGGER = logging.getLogger(__name__)
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-# Knobs that the estimator counts and nothing here runs yet: their values that do run.
-_RUNS: dict[str, tuple[object, ...]] = {
-    "compiled": (False,),
-}
-
 
 def check(chosen: Plan, backend: Backend, device: torch.device) -> None:
     """Refuse by name what cannot be run here, before anything is allocated.
 
     Raises:
-        NotSupportedError: a knob without its mechanism, or a combination.
+        NotSupportedError: a knob that does not run on the device, or a combination.
         BackendUnavailableError: a missing library or GPU feature.
     """
     profile = chosen.profile
-    for knob, runs in _RUNS.items():
-        value = getattr(profile, knob)
-        if value not in runs:
-            raise NotSupportedError(
-                f"{knob}={value!r} is counted by estimate_vram() but cannot be loaded yet; use {knob}={runs[0]!r}",
-                knob=knob,
-                value=value,
-            )
+    if profile.compiled and device.type != "cuda":
+        raise NotSupportedError(
+            "compiled=True runs on a GPU, as a CUDA graph, and this model goes to the CPU; use compiled=False",
+            knob="compiled",
+            value=True,
+        )
     architecture = chosen.estimate.architecture
     assert architecture is not None
     if profile.streamed_layers:

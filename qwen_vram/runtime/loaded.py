@@ -28,6 +28,8 @@ from qwen_vram.arithmetic.workload import Workload
 from qwen_vram.errors import QwenVramError, WorkloadError
 from qwen_vram.planning.planner import Plan
 from qwen_vram.planning.search import Search
+from qwen_vram.runtime.decode_room import RoomCache
+from qwen_vram.runtime.decoder import Decoder
 from qwen_vram.runtime.host_cache import HostCache
 from qwen_vram.runtime.kv_cache import PreallocatedCache, cache_bytes
 from qwen_vram.runtime.measure import PeakMeter, Report
@@ -61,6 +63,7 @@ class LoadedModel:
         measured: Mapping[torch.device, dict[str, int]],
         folder: Path,
         streamer: Streamer | None = None,
+        decoder: Decoder | None = None,
     ) -> None:
         self._model: PreTrainedModel | None = cast("PreTrainedModel", model)
         self.tokenizer = tokenizer
@@ -70,6 +73,7 @@ class LoadedModel:
         self._loaded = measured
         self._folder = folder
         self._streamer = streamer
+        self._decoder = decoder
         self._last: Workload | None = None
         self._run: dict[torch.device, dict[str, int]] = {device: {} for device in self.devices}
         if plan.profile.prefill_chunk_size is not None:
@@ -87,6 +91,11 @@ class LoadedModel:
         if self._model is None:
             raise QwenVramError("this model is closed; load it again")
         return self._model
+
+    @property
+    def compile_seconds(self) -> float:
+        """What compiling and capturing decode steps took so far; 0 where `compiled` is not asked for."""
+        return 0.0 if self._decoder is None else self._decoder.seconds
 
     def __iter__(self) -> Iterator[Any]:
         yield self.model
@@ -109,6 +118,8 @@ class LoadedModel:
         self._model = None
         if self._streamer is not None:
             self._streamer.close()
+        if self._decoder is not None:
+            self._decoder.close()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -189,7 +200,13 @@ class LoadedModel:
             raise failures[0]
 
     def new_cache(self, *, max_length: int) -> Cache:
-        """A preallocated cache of `max_length` tokens, where the plan has it, for `generate(past_key_values=...)`."""
+        """A preallocated cache of `max_length` tokens, where the plan has it, for `generate(past_key_values=...)`.
+
+        Where decode steps are compiled, it has the memory that the plan counts for as long as it lives, if that is
+        long enough; whatever else is generated meanwhile takes memory of its own.
+        """
+        if self._decoder is not None:
+            return RoomCache(self._decoder, max_length=max_length)
         layers, profile = self.model.config.num_hidden_layers, self.plan.profile
         if profile.kv_device == "host":
             return HostCache(layers, max_length=max_length, split=tuple(split_of(self.plan.estimate).values()))
@@ -309,13 +326,21 @@ class LoadedModel:
             meter.start()
         on_device = {name: tensor.to(self.device) for name, tensor in inputs.items()}
         settings = {"max_new_tokens": new, **self._cache_settings(workload), **options}
-        output = model.generate(**on_device, **{**settings, "return_dict_in_generate": True})
-        self._note(workload, output, meters)
+        cache = settings.get("past_key_values")
+        try:
+            output = model.generate(**on_device, **{**settings, "return_dict_in_generate": True})
+            self._note(workload, output, meters)
+        finally:
+            if isinstance(cache, RoomCache) and "past_key_values" not in options:
+                cache.release()  # or an error's traceback would keep the memory from the next generation
         return cast("torch.Tensor", output.sequences)
 
     def _cache_settings(self, workload: Workload) -> dict[str, Any]:
         """The plan's cache as `generate` takes it."""
         kind = self.plan.profile.cache
+        if self._decoder is not None:
+            self._decoder.prepare(workload.batch_size, workload.context_len)
+            return {"past_key_values": self.new_cache(max_length=workload.context_len)}
         if kind == "preallocated":
             return {"past_key_values": self.new_cache(max_length=workload.context_len)}
         if kind == "static":
@@ -341,6 +366,9 @@ class LoadedModel:
             # A growing cache holds what was really made, which an early end keeps short.
             made = output.sequences.shape[1] - workload.prompt_len
             workload = replace(workload, max_new_tokens=made)
+        if isinstance(output.past_key_values, RoomCache):
+            # What is held, and counted, is the whole room.
+            workload = output.past_key_values.as_held(workload)
         self._last = workload
         for meter in meters:
             held = cache_bytes(output.past_key_values, meter.device)

@@ -26,6 +26,7 @@ from qwen_vram.runtime.blob import HostMemory
 from qwen_vram.runtime.blocks import pack_layers
 from qwen_vram.runtime.check import check, dtype_for
 from qwen_vram.runtime.checkpoint import Checkpoint, open_checkpoint
+from qwen_vram.runtime.decoder import decoder_for
 from qwen_vram.runtime.device_map import connect, device_map, left_out, streamed_layers, undispatched
 from qwen_vram.runtime.devices import check_free, devices_for, weakest
 from qwen_vram.runtime.host_embedding import move_embedding_to_host
@@ -156,13 +157,19 @@ def _build(
     if adapter is not None:
         model = add_adapter(model, adapter_folder(adapter), request.dtype)
     model.eval()
+    measured = _loaded(model, backend, meters)
+    decoder = None
+    if profile.compiled:
+        with _progress_bar(progress) as bar:
+            decoder = decoder_for(model, chosen.workload, bar)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
         plan=chosen,
-        measured=_loaded(model, backend, meters),
+        measured=measured,
         folder=checkpoint.folder,
         streamer=streamer,
+        decoder=decoder,
     )
 
 

@@ -1,0 +1,61 @@
+"""One new token of every sequence through a decoder layer and through the model's end: what is compiled.
+
+Nothing here knows a layer's number or a cache: tensors are arguments, so that one compiled function serves all layers.
+The modules are `transformers`' own, whatever their matrices are stored in; sums are those of its forward.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qwen_vram.runtime.decode_attention import decode_attention
+
+
+class Place(NamedTuple):
+    """Where a step's tokens are, on the device.
+
+    Attributes:
+        cos, sin: Of the rotary embedding, (batch, 1, head_dim).
+        slots: Where keys and values go, (batch,): rows of a layer's memory.
+        starts, filled: As for `decode_attention`, the new token included.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    slots: Tensor
+    starts: Tensor
+    filled: Tensor
+
+
+def decode_layer(layer: Any, hidden: Tensor, keys: Tensor, values: Tensor, place: Place) -> Tensor:
+    """One decoder layer: (batch, hidden_size) to the same; puts its keys and values into the memory."""
+    attention, batch = layer.self_attn, hidden.shape[0]
+    normed = layer.input_layernorm(hidden)
+    query = attention.q_proj(normed).view(batch, -1, attention.head_dim)
+    key = attention.k_proj(normed).view(batch, -1, attention.head_dim)
+    value = attention.v_proj(normed).view(batch, -1, attention.head_dim)
+    if hasattr(attention, "q_norm"):
+        query, key = attention.q_norm(query), attention.k_norm(key)
+    keys.index_copy_(0, place.slots, _rotated(key, place))
+    values.index_copy_(0, place.slots, value)
+    attended = decode_attention(
+        _rotated(query, place), keys, values, place.starts, place.filled, float(attention.scaling)
+    )
+    hidden = hidden + attention.o_proj(attended.view(batch, -1))
+    result: Tensor = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    return result
+
+
+def decode_end(model: Any, hidden: Tensor) -> Tensor:
+    """The last norm and the head: (batch, hidden_size) to logits (batch, vocab_size) in float32."""
+    logits: Tensor = model.lm_head(model.model.norm(hidden))
+    return logits.float()
+
+
+def _rotated(heads: Tensor, place: Place) -> Tensor:
+    """Rotary embedding of (batch, heads, head_dim)."""
+    left, right = heads.chunk(2, dim=-1)
+    return heads * place.cos + torch.cat((-right, left), dim=-1) * place.sin

@@ -1,0 +1,179 @@
+"""The decoder: makes decode steps, compiled by torch and captured, and keeps the memory that they run over.
+
+Compiled are one decoder layer, for all of them, and the model's end. torch keeps what it compiled on disk, for later
+runs. Where there is no Triton or no C compiler, a step is captured as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import types
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from shutil import which
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from qwen_vram.arithmetic.workload import Workload
+from qwen_vram.runtime.decode_layer import decode_end, decode_layer
+from qwen_vram.runtime.decode_loop import decode_by_steps
+from qwen_vram.runtime.decode_room import Claim, Room
+from qwen_vram.runtime.decode_step import Functions, Step
+
+_LOGGER = logging.getLogger(__name__)
+
+
+class Decoder:
+    """Makes decode steps of a model, and keeps a room of the planned size for one cache at a time.
+
+    Attributes:
+        seconds: What compiling and capturing took so far.
+        backend: torch's compiler; `None` where steps are captured as they are.
+    """
+
+    def __init__(self, model: Any, *, batch_size: int, max_length: int, backend: Any = "inductor") -> None:
+        self.model = model
+        self.backend = backend
+        self.seconds = 0.0
+        self._planned = (batch_size, max_length)
+        self._functions: dict[int, Functions] = {}
+        self._home: Room | None = None
+        self._holder: Callable[[], Claim | None] = lambda: None
+        self._stream: torch.cuda.Stream | None = None
+        if model.device.type == "cuda":
+            self._stream = torch.cuda.Stream(model.device)  # type: ignore[no-untyped-call]
+            self._pool = torch.cuda.graph_pool_handle()
+
+    def prepare(self, batch_size: int, max_length: int) -> None:
+        """Have a room and a step for so many sequences; the room that was there makes place for a larger one."""
+        if self._holder() is None:
+            if self._home is None or not self._home.holds(batch_size, max_length):
+                self._home = None
+                planned = batch_size <= self._planned[0] and max_length <= self._planned[1]
+                self._home = Room(self.model, *(self._planned if planned else (batch_size, max_length)))
+            self.step(self._home, batch_size)
+
+    def claim(self, holder: Claim, batch_size: int) -> Room:
+        """The room for a cache: the one that is kept, or one of its own while another cache has that."""
+        free = self._holder() is None
+        if free and self._home is not None and self._home.holds(batch_size, holder.max_length):
+            self._holder = weakref.ref(holder)
+            return self._home
+        return Room(self.model, batch_size, holder.max_length)
+
+    def release(self, holder: Claim) -> None:
+        """Take the room back that is kept, if `holder` has it."""
+        if self._holder() is holder:
+            self._holder = lambda: None
+
+    def step(self, room: Room, batch_size: int) -> Step:
+        """The step of so many of a room's sequences, compiled and captured at the first call."""
+        if batch_size not in room.steps:
+            began = perf_counter()
+            room.steps[batch_size] = self._made(room, batch_size)
+            took = perf_counter() - began
+            self.seconds += took
+            _LOGGER.info("made the decode step for a batch of %d: %.1f s", batch_size, took)
+        return room.steps[batch_size]
+
+    def close(self) -> None:
+        """Let go of graphs, rooms and compiled code."""
+        if self._home is not None:
+            self._home.steps.clear()
+        self._home = None
+        self._functions.clear()
+
+    def _made(self, room: Room, batch_size: int) -> Step:
+        step = self._rehearsed(room, batch_size)
+        if self._stream is not None:
+            step.capture(self._stream, self._pool)
+            torch.cuda.empty_cache()  # what a compiler tried out
+        return step
+
+    @torch.inference_mode(False)
+    def _rehearsed(self, room: Room, batch_size: int) -> Step:
+        functions = self._functions.setdefault(batch_size, self._compiled())
+        step = Step(self.model, functions, room, batch_size, dynamic=self.backend is not None)
+        try:
+            with _on(self._stream):
+                step.rehearse()
+                step.rehearse()
+        except _compiler_errors() as error:
+            if self.backend is None:
+                raise
+            _LOGGER.warning("the decode step is captured without being compiled: %s", str(error).strip()[:500])
+            self.backend = None
+            self._functions.clear()
+            return self._rehearsed(room, batch_size)
+        return step
+
+    def _compiled(self) -> Functions:
+        """Layer and end, each a function of its own: what torch compiles belongs to a function's code, for good."""
+        if self.backend is None:
+            return decode_layer, decode_end
+        layer, end = (
+            torch.compile(_copy(function), fullgraph=True, dynamic=False, backend=self.backend)
+            for function in (decode_layer, decode_end)
+        )
+        return layer, end
+
+
+def decoder_for(model: Any, workload: Workload, progress: Callable[..., Iterable[int]]) -> Decoder:
+    """Decode steps for `model.generate`: those of a workload are compiled and captured now.
+
+    Args:
+        model: A `transformers` model, or a `PeftModel` of one.
+        progress: Wraps a range in a progress bar, as `tqdm` does.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decode_by_steps(base)
+    sizes = {"batch_size": workload.batch_size, "max_length": workload.context_len}
+    decoder = Decoder(base, **sizes, backend=compiler_for(base.device))
+    for _ in progress(range(1), desc="Compiling the decode step"):
+        decoder.prepare(**sizes)
+    return decoder
+
+
+def compiler_for(device: torch.device) -> str | None:
+    """The compiler of torch, where it can make code for `device` here; says once what is missing."""
+    compilers = (os.environ.get("CC", ""), "cc", "gcc", "clang")
+    missing = "Triton" if find_spec("triton") is None else ""
+    if not any(which(name) for name in compilers if name):
+        missing = "a C compiler"
+    if not missing:
+        return "inductor"
+    _LOGGER.warning(
+        "compiled=True without %s: decode steps are captured as a CUDA graph, but not compiled; install it to fuse "
+        "norms, rotary embeddings and products' ends",
+        missing,
+    )
+    return None
+
+
+def _copy(function: Any) -> Any:
+    code = function.__code__.replace()
+    return types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__)
+
+
+def _compiler_errors() -> tuple[type[BaseException], ...]:
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+
+    return (TorchDynamoException, FailOnRecompileLimitHit)
+
+
+@contextmanager
+def _on(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """Run on `stream`, after what was asked for before and before what is asked for next."""
+    if stream is None:
+        yield
+        return
+    current = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        yield
+    current.wait_stream(stream)
