@@ -87,6 +87,7 @@ class Decoder:
             self._home.steps.clear()
         self._home = None
         self._functions.clear()
+        self.model = None
 
     def _made(self, room: Room, batch_size: int) -> Step:
         step = self._rehearsed(room, batch_size)
