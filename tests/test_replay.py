@@ -103,6 +103,7 @@ MATRIX = list(
             {"attention": "fused", "cache": "preallocated", "prefill_chunk_size": 512, "embeddings": "host"},
             {"attention": "sdpa", "cache": "static", "prefill_chunk_size": 1024},
             {"attention": "fused", "cache": "preallocated", "kv_device": "host"},
+            {"attention": "fused", "cache": "static"},
             {"attention": "fused", "cache": "static", "compiled": True},
             {"attention": "fused", "cache": "preallocated", "kv_cache": "int8"},
             {"attention": "fused", "cache": "preallocated", "kv_cache": "int4", "prefill_chunk_size": 512},
