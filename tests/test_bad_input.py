@@ -125,6 +125,24 @@ def test_knobs_that_exclude_each_other():
         qv.estimate_vram(SEVEN, compiled=True)
 
 
+@pytest.mark.parametrize(
+    ("knobs", "text"),
+    [
+        ({"attention": "sdpa"}, "compiled=True needs attention='fused', got attention='sdpa'; change one of the two"),
+        ({"kv_cache": "int8"}, "compiled=True needs kv_cache='bf16', got kv_cache='int8'"),
+        ({"kv_device": "host"}, "compiled=True needs kv_device='device', got kv_device='host'"),
+        ({"embeddings": "host"}, "compiled=True needs embeddings='device', got embeddings='host'"),
+        ({"streamed_layers": 3}, "compiled=True needs streamed_layers=0, got streamed_layers=3"),
+        ({"weights": "int8"}, "compiled=True cannot go with 'int8', whose products wait for the GPU"),
+    ],
+    ids=str,
+)
+def test_what_a_compiled_step_cannot_run_with(knobs, text):
+    with pytest.raises(qv.WorkloadError, match=text) as caught:
+        qv.estimate_vram(SEVEN, **{"compiled": True, "cache": "preallocated", "attention": "fused", **knobs})
+    assert (caught.value.name, caught.value.got) == ("compiled", True)
+
+
 @pytest.mark.parametrize("value", [0, -5, 1.5, "512", True])
 @pytest.mark.parametrize("name", ["prompt_len", "max_new_tokens", "batch_size"])
 def test_lengths_that_are_not_positive_whole_numbers(name, value):

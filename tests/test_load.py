@@ -57,6 +57,15 @@ SAVERS = [
 ]
 
 
+@pytest.mark.parametrize("chunk", [None, 16])
+def test_fused_attention_over_a_static_cache_sees_the_prompt_alone(untied, chunk):
+    options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
+    with load(untied, weights="fp32") as plain:
+        expected = plain.generate(PROMPT, **options)
+    with load(untied, weights="fp32", attention="fused", cache="static", prefill_chunk_size=chunk) as llm:
+        assert llm.generate(PROMPT, **options) == expected
+
+
 @pytest.mark.parametrize("knobs", SAVERS, ids=str)
 def test_lossless_knobs_give_the_same_tokens_as_plain_transformers(untied, knobs):
     from transformers import AutoModelForCausalLM, AutoTokenizer

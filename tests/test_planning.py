@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import qwen_vram as qv
+from qwen_vram.arithmetic.profile import COMPILED
 from qwen_vram.planning import budget as budget_module
 from qwen_vram.planning import devices
 from qwen_vram.planning.devices import DeviceMemory, available_ram
@@ -233,3 +234,13 @@ def test_a_host_embedding_is_in_the_placement():
     placement = place(architecture, qv.PROFILES["compact"])
     assert placement.device_map["model.embed_tokens"] == "cpu"
     assert placement.device_map["lm_head"] == 0
+
+
+def test_a_compiled_plan_leaves_out_what_a_decode_step_cannot_run_with():
+    made = qv.plan("Qwen2.5-7B", vram="8GiB", ram="64GiB", compiled=True, prompt_len=4_000)
+    profile = made.profile
+    assert (profile.compiled, profile.attention, profile.weights) == (True, "fused", "nf4")
+    assert all(getattr(profile, knob) == value for knob, value in COMPILED.items())
+    with pytest.raises(qv.DoesNotFitError) as caught:
+        qv.plan("Qwen2.5-7B", vram="2GiB", ram="64GiB", compiled=True, prompt_len=4_000)
+    assert caught.value.estimate.profile.streamed_layers == 0

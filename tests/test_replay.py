@@ -103,6 +103,8 @@ MATRIX = list(
             {"attention": "fused", "cache": "preallocated", "prefill_chunk_size": 512, "embeddings": "host"},
             {"attention": "sdpa", "cache": "static", "prefill_chunk_size": 1024},
             {"attention": "fused", "cache": "preallocated", "kv_device": "host"},
+            {"attention": "fused", "cache": "static"},
+            {"attention": "fused", "cache": "static", "compiled": True},
             {"attention": "fused", "cache": "preallocated", "kv_cache": "int8"},
             {"attention": "fused", "cache": "preallocated", "kv_cache": "int4", "prefill_chunk_size": 512},
         ],
@@ -111,6 +113,8 @@ MATRIX = list(
 )
 # A plain forward has no cache.
 MATRIX = [row for row in MATRIX if not ("logits" in row[3] and "cache" in row[2])]
+# LLM.int8 is not compiled.
+MATRIX = [row for row in MATRIX if not ("compiled" in row[2] and row[1]["weights"] == "int8")]
 
 
 @pytest.mark.parametrize(("model", "weights", "knobs", "workload"), MATRIX, ids=str)

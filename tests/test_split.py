@@ -335,7 +335,9 @@ def test_layers_are_streamed_by_one_device_and_never_by_several():
     assert caught.value.estimate.profile.streamed_layers == 0
 
 
-@pytest.mark.parametrize("knobs", [{"streamed_layers": 3}, {"compiled": True, "cache": "static"}], ids=str)
+@pytest.mark.parametrize(
+    "knobs", [{"streamed_layers": 3}, {"compiled": True, "cache": "static", "attention": "fused"}], ids=str
+)
 def test_what_works_on_one_device_alone_is_refused_by_name(knobs):
     with pytest.raises(qv.NotSupportedError, match="over 2 GPUs cannot be loaded yet; use .* or one GPU") as caught:
         qv.plan("Qwen2.5-7B", profile="default", vram=TWO, **RAM, **knobs)

@@ -150,7 +150,8 @@ class _Rows:
     def _masked(self) -> bool:
         """Whether attention gets an explicit mask: padding, an unfinished cache before the chunk, or a static cache."""
         if self.profile.attention in ("fused", "flash_attention_2"):
-            return self.workload.padded and self.profile.attention == "fused"
+            masked = self.workload.padded or self.profile.attends_whole
+            return masked and self.profile.attention == "fused"
         if self.profile.attention == "eager" or self.workload.padded:
             return True
         if self.profile.attends_whole:

@@ -42,9 +42,10 @@ def headline(estimate: Estimate) -> str:
 
 def _subject(estimate: Estimate) -> str:
     profile, workload = estimate.profile, estimate.workload
+    compiled = ", compiled" if profile.compiled else ""
     return (
         f"{estimate.model} | {profile.name}: {profile.weights} weights, {profile.attention} attention, "
-        f"{profile.cache} cache | {workload.prompt_len:,} + {workload.max_new_tokens:,} tokens, "
+        f"{profile.cache} cache{compiled} | {workload.prompt_len:,} + {workload.max_new_tokens:,} tokens, "
         f"batch {workload.batch_size}"
     )
 

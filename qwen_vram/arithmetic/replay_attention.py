@@ -37,7 +37,7 @@ class Attention(Products):
         if kind == "eager" or self.workload.padded:
             return True
         if self.profile.attends_whole:
-            return past > 0
+            return past > 0 or kind == "fused"
         return kind == "sdpa" and queries > 1 and past > 0
 
     def seen(self, queries: int, past: int) -> int:

@@ -98,7 +98,8 @@ def fused_mask(
         q_offset,
         kv_offset,
         attention_mask=attention_mask,
-        allow_is_causal_skip=allow_is_causal_skip,
+        # sdpa's skip over keys that run on is causal from the top left, ours from the bottom right.
+        allow_is_causal_skip=allow_is_causal_skip and ends_with_query,
         device=device,
         **kwargs,
     )

@@ -15,15 +15,17 @@ from torch.nn import functional
 @torch.library.custom_op(
     "qwen_vram::decode_attention",
     mutates_args=(),
-    schema="(Tensor query, Tensor keys, Tensor values, Tensor starts, Tensor filled, float scale) -> Tensor",
+    schema="(Tensor query, Tensor keys, Tensor values, Tensor rows, Tensor starts, Tensor filled, float scale)"
+    " -> Tensor",
 )
 def decode_attention(
-    query: Tensor, keys: Tensor, values: Tensor, starts: Tensor, filled: Tensor, scale: float
+    query: Tensor, keys: Tensor, values: Tensor, rows: Tensor, starts: Tensor, filled: Tensor, scale: float
 ) -> Tensor:
     """Attention of `query` (batch, heads, head_dim); returns as much.
 
     Args:
         keys, values: (batch x max_length, kv_heads, head_dim), one sequence after the other.
+        rows: 0 to batch, in int32, as the kernel asks for it.
         starts: Where each sequence's first key is, and the end of the last one, (batch + 1,) in int32.
         filled: How many keys each sequence has from there on, (batch,) in int32.
         scale: What scores are multiplied by.
@@ -36,7 +38,7 @@ def decode_attention(
         query,
         keys,
         values,
-        torch.arange(batch + 1, dtype=torch.int32, device=query.device),
+        rows,
         starts,
         1,
         length,
@@ -50,7 +52,9 @@ def decode_attention(
 
 
 @decode_attention.register_fake
-def _(query: Tensor, keys: Tensor, values: Tensor, starts: Tensor, filled: Tensor, scale: float) -> Tensor:
+def _(
+    query: Tensor, keys: Tensor, values: Tensor, rows: Tensor, starts: Tensor, filled: Tensor, scale: float
+) -> Tensor:
     return torch.empty_like(query)
 
 
@@ -61,8 +65,6 @@ def _plain(query: Tensor, keys: Tensor, values: Tensor, starts: Tensor, filled: 
     places = torch.arange(batch * keys.shape[2], device=query.device).view(batch, 1, 1, -1)
     first = starts[:-1].view(-1, 1, 1, 1)
     seen = (places >= first) & (places < first + filled.view(-1, 1, 1, 1))
-    # What was never filled may be anything, NaN too, which a mask lets through.
-    keys, values = (one.masked_fill(~seen.transpose(2, 3), 0) for one in (keys, values))
     output = functional.scaled_dot_product_attention(
         query[:, :, None], keys, values, attn_mask=seen, scale=scale, enable_gqa=True
     )

@@ -20,12 +20,13 @@ class Place(NamedTuple):
     Attributes:
         cos, sin: Of the rotary embedding, (batch, 1, head_dim).
         slots: Where keys and values go, (batch,): rows of a layer's memory.
-        starts, filled: As for `decode_attention`, the new token included.
+        rows, starts, filled: As for `decode_attention`, the new token included.
     """
 
     cos: Tensor
     sin: Tensor
     slots: Tensor
+    rows: Tensor
     starts: Tensor
     filled: Tensor
 
@@ -42,7 +43,7 @@ def decode_layer(layer: Any, hidden: Tensor, keys: Tensor, values: Tensor, place
     keys.index_copy_(0, place.slots, _rotated(key, place))
     values.index_copy_(0, place.slots, value)
     attended = decode_attention(
-        _rotated(query, place), keys, values, place.starts, place.filled, float(attention.scaling)
+        _rotated(query, place), keys, values, place.rows, place.starts, place.filled, float(attention.scaling)
     )
     hidden = hidden + attention.o_proj(attended.view(batch, -1))
     result: Tensor = hidden + layer.mlp(layer.post_attention_layernorm(hidden))

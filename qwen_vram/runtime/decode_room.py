@@ -31,9 +31,10 @@ class Room:
         where = {"dtype": model.dtype, "device": model.device}
         self.batch_size, self.max_length = batch_size, max_length
         self.steps: dict[int, Step] = {}
-        with torch.inference_mode(False):  # or nothing could write to it outside of that mode
+        # Zeros, for a mask takes no NaN away; and outside of inference mode, or nothing could write to them there.
+        with torch.inference_mode(False):
             self.layers = [
-                (torch.empty(shape, **where), torch.empty(shape, **where)) for _ in range(config.num_hidden_layers)
+                (torch.zeros(shape, **where), torch.zeros(shape, **where)) for _ in range(config.num_hidden_layers)
             ]
 
     def holds(self, batch_size: int, max_length: int) -> bool:

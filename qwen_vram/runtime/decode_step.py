@@ -38,6 +38,7 @@ class Step:
         self.tokens, self.positions, self.slots = state(batch_size), state(batch_size, 1), state(batch_size)
         self.filled = state(batch_size, dtype=torch.int32)
         self.starts = state(batch_size + 1, dtype=torch.int32)
+        self.rows = torch.arange(batch_size + 1, dtype=torch.int32, device=model.device)
         self.logits = state(batch_size, model.config.vocab_size, dtype=torch.float32)
         self.graph: torch.cuda.CUDAGraph | None = None
 
@@ -72,7 +73,7 @@ class Step:
         model = self.model.model
         hidden = model.embed_tokens(self.tokens)
         cos, sin = model.rotary_emb(hidden[:, None], self.positions)
-        place = Place(cos, sin, self.slots, self.starts, self.filled)
+        place = Place(cos, sin, self.slots, self.rows, self.starts, self.filled)
         for layer, (keys, values) in zip(model.layers, self.memory, strict=True):
             hidden = self.layer(layer, hidden, keys, values, place)
         self.logits.copy_(self.end(self.model, hidden))

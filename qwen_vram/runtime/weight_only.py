@@ -70,7 +70,13 @@ class WeightOnlyLinear(nn.Linear):
                 product += self.bias
         elif trains or torch.compiler.is_compiling():
             # Products into a result have no gradient, and a compiler dequantizes inside of the product.
-            product = functional.linear(rows, self.dequantize(0, self.out_features, x.dtype), self.bias)
+            matrix = self.dequantize(0, self.out_features, x.dtype)
+            if trains or len(rows) > 1:
+                product = functional.linear(rows, matrix, self.bias)
+            else:
+                # A sum is fused with what makes its terms, so that codes are read once and no matrix is written.
+                product = (matrix * rows).sum(-1)[None]
+                product = product if self.bias is None else product + self.bias
         else:
             tile = partial(self.dequantize, dtype=x.dtype)
             product = tiled_product(rows, self.out_features, tile, self.bias)
