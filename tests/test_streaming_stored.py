@@ -225,7 +225,9 @@ def test_a_small_budget_streams_a_stored_checkpoint_as_it_would_its_original(vra
     assert (plan.profile.weights, plan.profile.lm_head) == ("nf4", "nf4")
     assert plan.estimate.needed_bytes <= plan.budget.vram
     quantized_now = qv.plan(SEVEN_B, weights="nf4", lm_head="nf4", **workload)
-    assert plan.steps[-1].decode_floor_ms == pytest.approx(quantized_now.steps[-1].decode_floor_ms, rel=0.05)
+    floors = [made.steps[-1].decode_floor_ms for made in (plan, quantized_now)]
+    # They load in other ways, which may cost one of them a layer.
+    assert floors[0] == pytest.approx(floors[1], abs=1.01 * floors[1] / quantized_now.profile.streamed_layers)
     same = qv.estimate_vram(SEVEN_B, plan.profile, prompt_len=8000, max_new_tokens=64)
     assert (plan.estimate.weights, plan.estimate.host) == (same.weights, same.host)
 
@@ -241,9 +243,9 @@ def test_loading_holds_what_stays_and_the_slots(weights, lm_head):
 
 def test_a_plan_of_a_saved_copy_streams_and_loads(saved, demo):
     folder = saved(demo, "nf4")
-    needed = qv.plan(folder, vram="8GiB", ram="8GiB", profile="auto", prompt_len=64).estimate.needed_bytes
+    resident = qv.plan(folder, vram="8GiB", ram="8GiB", profile="auto", prompt_len=64)
     plan = qv.plan(folder, vram="8GiB", ram="8GiB", prompt_len=64, streamed_layers=5)
-    assert plan.estimate.needed_bytes <= needed
+    assert plan.estimate.weights < resident.estimate.weights
     with qv.load(folder, streamed_layers=5, prompt_len=64, progress=False, verify=True) as llm:
         assert llm.chat("What is 12 + 30?", do_sample=False).startswith("12 + 30 = 42")
 
