@@ -13,25 +13,20 @@ are in OUT.jsonl already are not run again.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import tempfile
 import time
 from collections import defaultdict
 from datetime import date
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from caps import read
+from cells import run_missing
 from streaming import GIB, ms_per_token
 
 import qwen_vram as qv
 from qwen_vram.arithmetic.timing import decode_bytes
-from qwen_vram.tools.accuracy import make_checkpoint
-from qwen_vram.tools.fresh_process import call_each
 
 PROMPT, SHORT, LONG = 512, 16, 144
 FUSED = {"attention": "fused", "cache": "preallocated"}
@@ -61,18 +56,8 @@ def main() -> None:
     parser.add_argument("--model", default="Qwen2.5-7B")
     parser.add_argument("--by", nargs="+", default=["compiled", "transformers", "uncompiled"])
     options = parser.parse_args()
-    done = read(options.out)
     cells = [{"model": options.model, **cell} for cell in CELLS if cell["by"] in options.by]
-    missing = [cell for cell in cells if json.dumps(cell, sort_keys=True) not in done]
-    with tempfile.TemporaryDirectory(prefix="qwen_vram_decode_") as folder:
-        list(call_each(partial(make_checkpoint, folder=Path(folder)), [options.model]))
-        for ended in call_each(partial(measure, folder), missing):
-            if ended.error:
-                print(f"{ended.item} failed:\n{ended.error[-3000:]}", file=sys.stderr, flush=True)
-                continue
-            print(json.dumps(ended.value), flush=True)
-            with options.out.open("a") as file:
-                file.write(json.dumps(ended.value) + "\n")
+    sys.exit(run_missing(options.out, cells, measure, options.model) > 0)
 
 
 def measure(folder: str, cell: dict[str, Any]) -> dict[str, Any]:

@@ -14,26 +14,21 @@ for both. Random weights attend to all tokens alike; what trained ones do with q
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from datetime import date
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from caps import read
+from cells import run_missing
 from torch import Tensor
 from transformers import Cache
 
 import qwen_vram as qv
 from qwen_vram.runtime.kv_cache import PreallocatedCache
 from qwen_vram.runtime.loaded import LoadedModel
-from qwen_vram.tools.accuracy import make_checkpoint
-from qwen_vram.tools.fresh_process import call_each
 
 CACHES: tuple[dict[str, str], ...] = (
     {"kv_cache": "bf16"},
@@ -66,23 +61,8 @@ def main() -> int:
         for prompt in options.prompts
         for cache in CACHES
     ]
-    done = read(options.out)
-    missing = [cell for cell in cells if json.dumps(cell, sort_keys=True) not in done]
-    failed = 0
-    with tempfile.TemporaryDirectory(prefix="qwen_vram_kv_formats_") as made:
-        if missing and options.checkpoint is None:
-            for ended in call_each(partial(make_checkpoint, folder=Path(made)), [options.model]):
-                if ended.error:
-                    raise SystemExit(f"{options.model} cannot be made:\n{ended.error}")
-        for ended in call_each(partial(measure, str(options.checkpoint or made)), missing):
-            if ended.error:
-                failed += 1
-                print(f"{ended.item} failed:\n{ended.error[-1500:]}", file=sys.stderr, flush=True)
-                continue
-            print(json.dumps(ended.value), flush=True)
-            with options.out.open("a") as file:
-                file.write(json.dumps(ended.value) + "\n")
-    return 1 if failed else 0
+    checkpoint = options.checkpoint
+    return int(run_missing(options.out, cells, measure, options.model, checkpoint=checkpoint) > 0)
 
 
 def measure(folder: str, cell: dict[str, Any]) -> dict[str, Any]:

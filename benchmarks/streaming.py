@@ -16,11 +16,9 @@ read from a quantized copy.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from datetime import date
@@ -29,13 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from caps import limit, load_kernels, read
+from caps import limit, load_kernels
+from cells import run_missing
 
 import qwen_vram as qv
 from qwen_vram.arithmetic.timing import decode_floor_ms, link_bytes
-from qwen_vram.tools.accuracy import make_checkpoint
 from qwen_vram.tools.disk_rate import disk_read_rate
-from qwen_vram.tools.fresh_process import call_each
 
 MODEL = "Qwen2.5-7B"
 GIB = 2**30
@@ -60,21 +57,11 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--model", default=MODEL)
     options = parser.parse_args()
-    done = read(options.out)
     cells = [{"model": options.model, **cell} for cell in {"speed": SPEED, "disk": DISK, "caps": CAPS}[options.what]]
-    missing = [cell for cell in cells if json.dumps(cell, sort_keys=True) not in done]
-    with tempfile.TemporaryDirectory(prefix="qwen_vram_streaming_") as folder:
-        list(call_each(partial(make_checkpoint, folder=Path(folder)), [options.model]))
-        for ended in call_each(partial(measure, folder, options.what), missing):
-            if ended.error:
-                print(f"{ended.item} failed:\n{ended.error[-1500:]}", file=sys.stderr, flush=True)
-                continue
-            print(json.dumps(ended.value), flush=True)
-            with options.out.open("a") as file:
-                file.write(json.dumps(ended.value) + "\n")
+    sys.exit(run_missing(options.out, cells, partial(measure, options.what), options.model) > 0)
 
 
-def measure(folder: str, what: str, cell: dict[str, Any]) -> dict[str, Any]:
+def measure(what: str, folder: str, cell: dict[str, Any]) -> dict[str, Any]:
     if what == "caps":
         found = capped(folder, cell)
     elif what == "disk":

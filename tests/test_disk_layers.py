@@ -26,7 +26,8 @@ from qwen_vram.runtime.blocks import DiskBlock
 from qwen_vram.runtime.disk import Buffer, DiskReader
 from qwen_vram.runtime.image import Image, Piece, WeightsFile
 from tests.conftest import make_checkpoint
-from tests.test_streaming import GREEDY, PROMPTS, load, logits, tokens
+from tests.test_streaming import GREEDY, PROMPTS, check_after_broken_forwards, load, logits, tokens
+from tests.test_streaming_stored import ON_TOP
 
 SEVEN = "Qwen2.5-7B-Instruct"
 
@@ -210,15 +211,7 @@ def test_nothing_moves_from_step_to_step(demo):
 # what runs on top
 
 
-@pytest.mark.parametrize(
-    "knobs",
-    [
-        {"cache": "preallocated", "kv_cache": "int8", "prefill_chunk_size": 16},
-        {"cache": "preallocated", "kv_device": "host", "attention": "fused", "embeddings": "host"},
-        {"dequantization": "tiled", "cache": "preallocated"},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("knobs", ON_TOP, ids=str)
 def test_caches_chunks_and_tiles_work_as_without(saved, demo, knobs):
     answers = []
     for layers in (0, 4):
@@ -271,16 +264,7 @@ def test_it_is_saved_again_as_it_was(saved, demo, tmp_path, weights):
 def test_the_ring_is_right_after_a_forward_that_broke_off(saved, demo, weights, error):
     folder = saved(demo, weights)
     with load(folder, streamed_layers=4, disk_layers=3) as llm:
-        for broken in range(5):
-
-            def stop(*_):
-                raise error("on the way")
-
-            hook = llm.model.model.layers[broken].mlp.register_forward_pre_hook(stop)
-            with pytest.raises(error, match="on the way"):
-                logits(llm)
-            hook.remove()
-            assert torch.equal(logits(llm), resident(folder)[0])
+        check_after_broken_forwards(llm, resident(folder)[0], error)
 
 
 @pytest.mark.parametrize("where", ["take", "passed"])
@@ -632,16 +616,7 @@ def test_on_a_gpu_tokens_and_bytes_are_those_that_were_promised(saved, wide, wei
 def test_on_a_gpu_the_ring_is_right_after_a_forward_that_broke_off(saved, wide):
     folder = saved(wide, "nf4")
     with load(folder, streamed_layers=12, disk_layers=8) as llm:
-        for broken in range(12):
-
-            def stop(*_):
-                raise KeyboardInterrupt
-
-            hook = llm.model.model.layers[broken].mlp.register_forward_pre_hook(stop)
-            with pytest.raises(KeyboardInterrupt):
-                logits(llm)
-            hook.remove()
-            assert torch.equal(logits(llm), resident(folder)[0])
+        check_after_broken_forwards(llm, resident(folder)[0], KeyboardInterrupt)
 
 
 @pytest.mark.gpu

@@ -125,3 +125,12 @@ def test_a_config_dict_a_folder_and_an_architecture_are_models_too(untied):
     assert qv.estimate_vram(config).parts() == expected
     assert qv.estimate_vram(qv.Architecture.from_config(config)).parts() == expected
     assert qv.estimate_vram(str(untied)).parts() == expected
+
+
+@pytest.mark.parametrize("chunk", [512, 1024, 2048, 4096])
+@pytest.mark.parametrize("weights", ["bf16", "nf4"])
+@pytest.mark.parametrize("model", ["Qwen2.5-0.5B", "Qwen2.5-7B", "Qwen2.5-14B", "Qwen3-4B"])
+def test_a_preallocated_cache_does_not_fragment_at_32000_tokens(model, weights, chunk):
+    knobs = {"weights": weights, "attention": "fused", "cache": "preallocated", "prefill_chunk_size": chunk}
+    found = qv.estimate_vram(model, prompt_len=32_000, max_new_tokens=64, **knobs)
+    assert found.peak_reserved <= 1.05 * found.peak_allocated

@@ -244,3 +244,11 @@ def test_a_compiled_plan_leaves_out_what_a_decode_step_cannot_run_with():
     with pytest.raises(qv.DoesNotFitError) as caught:
         qv.plan("Qwen2.5-7B", vram="2GiB", ram="64GiB", compiled=True, prompt_len=4_000)
     assert caught.value.estimate.profile.streamed_layers == 0
+
+
+@pytest.mark.parametrize("weights", ["int4", "int8-wo", "fp8"])
+def test_no_plan_streams_what_no_backend_can_move(weights):
+    with pytest.raises(qv.DoesNotFitError) as caught:
+        qv.plan("Qwen2.5-7B", vram="4GiB", ram="64GiB", weights=weights, prompt_len=2_000)
+    assert caught.value.estimate.profile.streamed_layers == 0
+    assert qv.plan("Qwen2.5-7B", vram="3GiB", ram="64GiB", weights="fp4", prompt_len=2_000).profile.streamed_layers

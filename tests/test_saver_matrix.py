@@ -98,6 +98,11 @@ def expected_refusal(weights, savers):
     return f"({'|'.join(refused)})=" if refused else ""
 
 
+@pytest.mark.parametrize("weights", TARGETS)
+def test_plans_stream_what_backends_can_move(weights):
+    assert FORMATS[weights].streams is isinstance(get_backend(weights), StreamingBackend)
+
+
 def knobs_of(savers, weights):
     heads = {OWN: weights, OTHER: "fp32" if weights == "bf16" else "nf4" if weights == "int8" else "int8"}
     return {knob: heads.get(value, value) for saver in savers for knob, value in SAVERS[saver].items()}

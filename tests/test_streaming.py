@@ -39,6 +39,20 @@ def logits(llm, prompt=PROMPTS[1]):
     return llm.model(**llm.tokenizer(prompt, return_tensors="pt").to(llm.device)).logits
 
 
+def check_after_broken_forwards(llm, expected, error):
+    """A forward that `error` breaks off in each layer in turn leaves the next one right."""
+    for layer in llm.model.model.layers:
+
+        def stop(*_):
+            raise error("on the way")
+
+        hook = layer.mlp.register_forward_pre_hook(stop)
+        with pytest.raises(error, match="on the way"):
+            logits(llm)
+        hook.remove()
+        assert torch.equal(logits(llm), expected)
+
+
 @cache
 def resident(model, weights, **knobs):
     """Logits, and the tokens of one prompt and of four, without streaming."""
@@ -254,17 +268,7 @@ def test_a_streamed_model_is_saved_quantized_as_the_resident_one(demo, tmp_path,
 @pytest.mark.parametrize("weights", ["bf16", "nf4", "int8"])
 def test_the_ring_is_right_after_a_forward_that_broke_off(demo, weights, error):
     with load(demo, weights=weights, streamed_layers=4) as llm:
-        expected = resident(demo, weights)[0]
-        for broken in range(5):
-
-            def stop(*_):
-                raise error("on the way")
-
-            hook = llm.model.model.layers[broken].mlp.register_forward_pre_hook(stop)
-            with pytest.raises(error, match="on the way"):
-                logits(llm)
-            hook.remove()
-            assert torch.equal(logits(llm), expected)
+        check_after_broken_forwards(llm, resident(demo, weights)[0], error)
 
 
 @pytest.mark.parametrize("interrupted", ["copy", "bind"])
@@ -488,16 +492,7 @@ def test_on_a_gpu_nothing_grows_over_200_tokens(wide, weights):
 @pytest.mark.gpu
 def test_on_a_gpu_the_ring_is_right_after_a_forward_that_broke_off(wide):
     with load(wide, weights="nf4", streamed_layers=12) as llm:
-        for broken in range(12):
-
-            def stop(*_):
-                raise KeyboardInterrupt
-
-            hook = llm.model.model.layers[broken].mlp.register_forward_pre_hook(stop)
-            with pytest.raises(KeyboardInterrupt):
-                logits(llm)
-            hook.remove()
-            assert torch.equal(logits(llm), resident(wide, "nf4")[0])
+        check_after_broken_forwards(llm, resident(wide, "nf4")[0], KeyboardInterrupt)
 
 
 @pytest.mark.gpu

@@ -16,6 +16,11 @@ from tests.conftest import make_checkpoint
 from tests.test_streaming import GREEDY, PROMPTS, load, logits, tokens
 
 QUANTIZED = ("nf4", "nf4-plain", "fp4", "int8")
+ON_TOP = [
+    {"cache": "preallocated", "kv_cache": "int8", "prefill_chunk_size": 16},
+    {"cache": "preallocated", "kv_device": "host", "attention": "fused", "embeddings": "host"},
+    {"dequantization": "tiled", "cache": "preallocated"},
+]
 # config.json of Qwen2.5-7B, as far as bytes go.
 SEVEN_B = {
     "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
@@ -168,15 +173,7 @@ def test_formats_of_torchs_own_operators_are_refused_by_name(saved, untied):
 # what runs on top
 
 
-@pytest.mark.parametrize(
-    "knobs",
-    [
-        {"cache": "preallocated", "kv_cache": "int8", "prefill_chunk_size": 16},
-        {"cache": "preallocated", "kv_device": "host", "attention": "fused", "embeddings": "host"},
-        {"dequantization": "tiled", "cache": "preallocated"},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("knobs", ON_TOP, ids=str)
 def test_caches_chunks_and_tiles_work_as_without(saved, demo, knobs):
     answers = []
     for streamed in (0, 4):

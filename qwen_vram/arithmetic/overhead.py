@@ -25,7 +25,7 @@ from qwen_vram.arithmetic.workload import Workload
 # measured: NVIDIA H200, torch 2.11.0+cu130, bitsandbytes 0.50.2, 2026-11-22.
 INT8_KERNELS = 69_206_016
 # What a second stream adds to the process: copies of layers that stream or of a KV cache on the host, a captured step.
-# measured: NVIDIA H100, torch 2.11.0+cu130, 2026-11-25, 33 of 33 fresh processes.
+# measured: NVIDIA H100, torch 2.11.0+cu130, 2026-11-25, 22 of 22 fresh processes.
 SECOND_STREAM = 73_400_320
 
 # What real runs reserved beyond a replay at most; docs/accuracy.md has the rows.

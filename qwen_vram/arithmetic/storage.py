@@ -52,6 +52,11 @@ class StorageFormat(NamedTuple):
         """Whether it is a plain dtype that needs no dequantization."""
         return not self.library
 
+    @property
+    def streams(self) -> bool:
+        """Whether layers in it can stay off the device: their backend says how they are moved."""
+        return self.library in ("", "bitsandbytes")
+
     def part_sizes(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Bytes of each part for a tensor of `shape`, `(rows, columns)` or one dimension. Exact.
 

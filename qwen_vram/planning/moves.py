@@ -59,6 +59,8 @@ def _is_open(move: Move, start: Profile, workload: Workload, knobs: dict[str, ob
         return False
     if "kv_cache" in move.knobs and start.cache != "preallocated":
         return False
+    if "streamed_layers" in move.knobs and not FORMATS[start.weights].streams:
+        return False
     if start.compiled and any(COMPILED.get(knob, value) != value for knob, value in move.knobs.items()):
         return False
     if start.compiled and move.knobs.get("weights") == "int8":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -18,7 +19,7 @@ from qwen_vram.runtime.mapped import MappedCheckpoint
 Binding = Callable[[], None]
 
 
-class Block:
+class Block(ABC):
     """One decoder layer that streams.
 
     Attributes:
@@ -47,9 +48,9 @@ class Block:
         for bind in self._in_slots[slot]:
             bind()
 
+    @abstractmethod
     def bind_host(self, index: int) -> None:
         """Let one of its modules use tensors on the host."""
-        raise NotImplementedError
 
     def drop(self) -> None:
         """Let go of all memory: the layer's tensors are left empty."""

@@ -13,8 +13,7 @@ from qwen_vram.runtime.blob import Key, Layout
 class KvRoom:
     """One block for the keys and values of `layers` layers, taken when the first of them gets its tokens.
 
-    Taken layer by layer it would lie between the activations of the first step, and torch's allocator would reserve
-    up to a fifth more.
+    Taken layer by layer it would lie between the activations of the first step, and torch's allocator would fragment.
     """
 
     def __init__(self, layers: int) -> None:
