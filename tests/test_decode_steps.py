@@ -436,6 +436,7 @@ class Watch(LogitsProcessor):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 @pytest.mark.parametrize("do_sample", [False, True])
 @pytest.mark.parametrize("weights", ["bf16", "nf4", "int4"])
 def test_on_a_gpu_no_token_waits_and_nothing_grows(published, weights, do_sample):
@@ -473,5 +474,9 @@ def test_on_a_gpu_closing_gives_everything_back(demo):
     llm = qv.load(demo, profile="default", prompt_len=300, max_new_tokens=40, **SPEED)
     llm.chat("What is 12 + 30?", max_new_tokens=16, do_sample=False)
     llm.close()
-    # cuBLAS keeps a workspace for each stream.
-    assert torch.cuda.memory_allocated() - before <= 3 * 34_603_008
+    # cuBLAS keeps a workspace for each stream; another model's steps use it again.
+    after = torch.cuda.memory_allocated()
+    assert after - before <= 2 * 34_603_008
+    with qv.load(demo, profile="default", prompt_len=300, max_new_tokens=40, **SPEED) as llm:
+        llm.chat("What is 12 + 30?", max_new_tokens=16, do_sample=False)
+    assert torch.cuda.memory_allocated() == after

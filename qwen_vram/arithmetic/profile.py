@@ -49,8 +49,9 @@ class Profile:
         cache: `"dynamic"` grows by concatenation, `"preallocated"` and `"static"` take the whole context at once.
         attention: The attention function; `"fused"` expands no heads and builds no mask.
         prefill_chunk_size: Prompt tokens a sequence feeds at once; `None` is the whole prompt.
-        dequantization: How a 4-bit matrix of bitsandbytes meets the rows of a prefill: the `"whole"` matrix in 16 bits
-            beside the result, or one tile of it after the other.
+        dequantization: How a matrix of bitsandbytes meets the rows of a prefill. In 4 bits: the `"whole"` matrix in 16
+            bits beside the result, or `"tiled"`, one tile of it after the other. In int8: all outlier columns at once,
+            as many as the data has, or by tiles of a fixed size.
         streamed_layers: Decoder layers that stay on the host and pass through two slots on the device.
         disk_layers: How many of them stay in the checkpoint's files, and are read for every token.
         compiled: Decode steps are compiled and captured as a CUDA graph, over a cache that is taken at load and stays.

@@ -12,7 +12,7 @@ from qwen_vram.arithmetic.architecture import Architecture, Weight
 from qwen_vram.arithmetic.int8_outliers import outlier_columns
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.storage import FORMATS
-from qwen_vram.arithmetic.tiles import counts_tiles, tile_rows, unpacks
+from qwen_vram.arithmetic.tiles import counts_tiles, int8_rows, int8_tile_elements, tile_rows, unpacks
 from qwen_vram.arithmetic.weights import format_of
 
 # cuBLAS's workspace (32 MiB) and cuBLASLt's (1 MiB), which torch keeps from the first product on.
@@ -94,7 +94,8 @@ class Products:
         if storage.is_dense or storage.library == "torch" or fused:
             return take(result_size)
         if storage.name == "int8":
-            return self.int8_product(weight, rows)
+            tiled = self.profile.dequantization == "tiled"
+            return self.int8_in_pieces(weight, rows) if tiled else self.int8_product(weight, rows)
         maxima = []
         if counts_tiles(storage, self.profile, weight.shape, rows):
             if storage.name != "nf4-plain":
@@ -119,17 +120,53 @@ class Products:
         give(tile)
         return result
 
-    def int8_product(self, weight: Weight, rows: int) -> int:
-        """LLM.int8(): quantize the input, take outlier columns out, multiply, put them back."""
+    def int8_in_pieces(self, weight: Weight, rows: int) -> int:
+        """The same for a piece of the rows after the other, outliers by tiles of the matrix."""
+        step = int8_rows(*weight.shape)
+        if rows <= step:
+            return self.int8_piece(weight, rows)
+        result = self.take(rows * weight.shape[0] * self.element)
+        for start in range(0, rows, step):
+            self.give(self.int8_piece(weight, min(step, rows - start)))
+        return result
+
+    def int8_piece(self, weight: Weight, rows: int) -> int:
+        """One piece; the buffers for outliers are taken whether there are any or not."""
         take, give = self.take, self.give
-        out, inner = weight.shape
-        outliers = outlier_columns(weight, rows)
+        scales, codes = self.int8_quantized(rows, weight.shape[1])
+        result = self.int8_multiplied(rows, weight.shape[0])
+        give(codes)
+        elements = int8_tile_elements(*weight.shape)
+        inputs = take(rows * weight.shape[1] * self.element)
+        tile = [take(elements * size) for size in (1, _FP32, self.element)]
+        give(inputs, *tile, scales)
+        return result
+
+    def int8_quantized(self, rows: int, inner: int) -> tuple[int, int]:
+        """Scales and codes of an input."""
+        take, give = self.take, self.give
         half = take(rows * inner * _FP16)
         scales, codes = take(rows * _FP32), take(rows * inner)
         magnitudes = take(rows * inner * _FP16)
         flags = take(rows * inner)
         give(magnitudes)
         give(flags, half)
+        return scales, codes
+
+    def int8_multiplied(self, rows: int, out: int) -> int:
+        """A product of codes in the model's dtype."""
+        product = self.take(rows * out * _FP32)
+        rounded = self.take(rows * out * _FP16)
+        result = self.take(rows * out * self.element)
+        self.give(rounded, product)
+        return result
+
+    def int8_product(self, weight: Weight, rows: int) -> int:
+        """LLM.int8(): quantize the input, take outlier columns out, multiply, put them back."""
+        take, give = self.take, self.give
+        out, inner = weight.shape
+        outliers = outlier_columns(weight, rows)
+        scales, codes = self.int8_quantized(rows, inner)
         apart = []
         if outliers:
             columns = outliers * out
@@ -138,10 +175,7 @@ class Products:
             give(raw, stored)
             apart.append(take(columns * _FP16))
             give(scaled)
-        product = take(rows * out * _FP32)
-        rounded = take(rows * out * _FP16)
-        result = take(rows * out * self.element)
-        give(rounded, product)
+        result = self.int8_multiplied(rows, out)
         if outliers:
             result = self.replace(result, take(rows * out * self.element))
         give(*apart, codes, scales)

@@ -1,7 +1,7 @@
 """Tiles: how many rows of a matrix are quantized or dequantized at once.
 
-The estimator counts by these functions what `runtime.tiled_linear` takes of a 4-bit matrix of bitsandbytes where
-`dequantization="tiled"`, `runtime.backends.bnb_rows` of a matrix that is quantized for streaming, and
+The estimator counts by these functions what `runtime.tiled_linear` and `runtime.tiled_int8` take of a matrix of
+bitsandbytes where `dequantization="tiled"`, `runtime.backends.bnb_rows` of one that is quantized for streaming, and
 `runtime.weight_only` of the formats that run on torch's own operators.
 """
 
@@ -61,3 +61,17 @@ def chunk_rows(out_features: int, in_features: int) -> int:
 def unpacks(storage: StorageFormat, rows: int) -> bool:
     """Whether a format of torch's own operators is dequantized by tiles for a product of `rows` rows, on a GPU."""
     return storage.library == "torch" and (storage.bits > 4 or rows >= UNPACK_FROM_ROWS)
+
+
+def int8_rows(out_features: int, in_features: int) -> int:
+    """Rows of an int8 product's input that are multiplied at once.
+
+    >>> int8_rows(18944, 3584), int8_rows(3584, 3584)
+    (885, 4681)
+    """
+    return max(64, _TILE_ELEMENTS // max(out_features, in_features))
+
+
+def int8_tile_elements(out_features: int, in_features: int) -> int:
+    """Elements of the buffers for outlier columns of an int8 matrix: no more than it has, and a row at the least."""
+    return max(in_features, min(out_features * in_features, _CHUNK_ELEMENTS))

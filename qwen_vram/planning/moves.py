@@ -29,8 +29,8 @@ _MOVES = (
     Move({"prefill_chunk_size": 1024}, "nothing lost: the same tokens, slightly slower prefill"),
     Move({"embeddings": "host"}, "nothing lost: rows are gathered on the host"),
     Move({"prefill_chunk_size": 512}, "nothing lost: the same tokens, slower prefill"),
-    Move({"dequantization": "tiled"}, "nothing lost: 4-bit matrices are dequantized tile by tile"),
-    Move({"weights": "int8"}, "8-bit weights: close to lossless, slow"),
+    Move({"dequantization": "tiled"}, "nothing lost: matrices of bitsandbytes are dequantized tile by tile"),
+    Move({"weights": "int8", "dequantization": "tiled"}, "8-bit weights: close to lossless, slow"),
     Move({"weights": "nf4", "dequantization": "tiled"}, "4-bit weights"),
     Move({"weights": "nf4", "lm_head": "nf4"}, "4-bit head"),
     # A tied head in 4 bits is a copy, which saves something once the table can leave.

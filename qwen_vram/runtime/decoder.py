@@ -10,6 +10,7 @@ import logging
 import os
 import types
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -26,6 +27,9 @@ from qwen_vram.runtime.decode_room import Claim, Room
 from qwen_vram.runtime.decode_step import Functions, Step
 
 _LOGGER = logging.getLogger(__name__)
+
+# cuBLAS keeps a workspace for every stream for good: those of closed models are used again.
+_FREE_STREAMS: defaultdict[torch.device, list[torch.cuda.Stream]] = defaultdict(list)
 
 
 class Decoder:
@@ -46,7 +50,7 @@ class Decoder:
         self._holder: Callable[[], Claim | None] = lambda: None
         self._stream: torch.cuda.Stream | None = None
         if model.device.type == "cuda":
-            self._stream = torch.cuda.Stream(model.device)  # type: ignore[no-untyped-call]
+            self._stream = _take_stream(model.device)
             self._pool = torch.cuda.graph_pool_handle()
 
     def prepare(self, batch_size: int, max_length: int) -> None:
@@ -88,6 +92,9 @@ class Decoder:
         self._home = None
         self._functions.clear()
         self.model = None
+        if self._stream is not None:
+            _FREE_STREAMS[self._stream.device].append(self._stream)
+            self._stream = None
 
     def _made(self, room: Room, batch_size: int) -> Step:
         step = self._rehearsed(room, batch_size)
@@ -154,6 +161,11 @@ def compiler_for(device: torch.device) -> str | None:
         missing,
     )
     return None
+
+
+def _take_stream(device: torch.device) -> torch.cuda.Stream:
+    free = _FREE_STREAMS[device]
+    return free.pop() if free else torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _copy(function: Any) -> Any:

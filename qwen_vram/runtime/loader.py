@@ -152,9 +152,11 @@ def _build(
     if table_on_host(checkpoint.architecture, profile):
         move_embedding_to_host(model, device)
     if profile.dequantization == "tiled" and backend.name == "bnb":
+        from qwen_vram.runtime.tiled_int8 import multiply_int8_in_pieces
         from qwen_vram.runtime.tiled_linear import dequantize_in_tiles
 
         dequantize_in_tiles(model)
+        multiply_int8_in_pieces(model)
     if len(devices) > 1:
         connect(model, chosen, device)
     if adapter is not None:
