@@ -159,7 +159,7 @@ def chunks() -> Iterator[dict[str, Any]]:
     ours = {"attention": "fused", "cache": "preallocated", "weights": "bf16"}
     plain = {"attention": "sdpa", "cache": "dynamic", "weights": "bf16"}
     for knobs in (ours, plain):
-        for chunk in (512, 1_024, 2_048, 4_096):
+        for chunk in (4_096, 2_048, 1_024, 512):
             yield {"model": "Qwen2.5-7B", "knobs": {**knobs, "prefill_chunk_size": chunk}, "prompt_len": 32_000}
 
 

@@ -2,6 +2,7 @@
 
     python benchmarks/merge.py /path/with/40/GB            # the full 7B shape
     python benchmarks/merge.py /tmp/bench --layers 2       # a cut of it, which PEFT can run too
+    python benchmarks/merge.py /path --device cuda         # ours computes on the GPU
 
 Makes a checkpoint of random bf16 weights in the shape of Qwen2.5-7B and a rank-64 adapter on all its linear layers in
 the folder given, and removes what it made. Every run is a fresh process, with the files out of the page cache. The disk
@@ -134,10 +135,10 @@ def status(field: str) -> int:
     raise KeyError(field)
 
 
-def run_ours(base: Path, adapter: Path, out: Path, quantize: str | None) -> None:
+def run_ours(base: Path, adapter: Path, out: Path, quantize: str | None, device: str) -> None:
     from qwen_vram.lora.merge import merge_lora_then_quantize
 
-    merge_lora_then_quantize(base, adapter, out, quantize=quantize, device="cpu", progress=False)  # type: ignore[arg-type]
+    merge_lora_then_quantize(base, adapter, out, quantize=quantize, device=device, progress=False)  # type: ignore[arg-type]
 
 
 def run_peft(base: Path, adapter: Path, out: Path) -> None:
@@ -173,10 +174,14 @@ def forget(folder: Path) -> None:
         os.close(descriptor)
 
 
-def child(what: str, base: Path, adapter: Path, out: Path) -> None:
-    """One run, its figures on standard output. Imports are not timed, because a copy has none."""
+def child(what: str, base: Path, adapter: Path, out: Path, device: str) -> None:
+    """One run, its figures on standard output. Imports and the GPU's context are not timed, because a copy has none."""
+    ours = what not in ("copy", "peft")
     if what != "copy":
-        import torch  # noqa: F401
+        import torch
+
+        if ours and device == "cuda":
+            torch.ones(1, device=device)
     if what == "peft":
         import peft  # noqa: F401
     if what not in ("copy", "16-bit", "peft"):
@@ -192,7 +197,7 @@ def child(what: str, base: Path, adapter: Path, out: Path) -> None:
         for path in out.iterdir():
             sync(path)
     else:
-        run_ours(base, adapter, out, None if what == "16-bit" else what)
+        run_ours(base, adapter, out, None if what == "16-bit" else what, device)
     seconds = time.monotonic() - began
     used = resource.getrusage(resource.RUSAGE_SELF)
     figures = {
@@ -200,16 +205,18 @@ def child(what: str, base: Path, adapter: Path, out: Path) -> None:
         "cpu_seconds": used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime,
         "peak_anonymous": peak.anonymous,
         "peak_resident": status("VmHWM"),
+        "peak_gpu": torch.cuda.max_memory_allocated() if ours and device == "cuda" else 0,
     }
     print(json.dumps(figures))
 
 
-def measure(what: str, base: Path, adapter: Path, root: Path) -> dict[str, float]:
+def measure(what: str, base: Path, adapter: Path, root: Path, device: str) -> dict[str, float]:
     """One run in a fresh process."""
     for folder in (base, adapter):
         forget(folder)
     out = root / f"out-{what}"
     command = [sys.executable, __file__, str(root), "--child", what, str(base), str(adapter), str(out)]
+    command += ["--device", device]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     if finished.returncode:
         raise SystemExit(f"{what} failed:\n{finished.stderr}")
@@ -231,11 +238,12 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--runs", nargs="+", default=None, help="of copy, 16-bit, peft, nf4 and other formats")
     parser.add_argument("--rounds", type=int, default=3, help="odd")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where ours computes")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         what, *paths = options.child
-        child(what, *map(Path, paths))
+        child(what, *map(Path, paths), options.device)
         return
     runs = options.runs or ["copy", "16-bit", "nf4", *(["peft"] if options.layers < LAYERS else [])]
     root = options.folder / f"merge-benchmark-{os.getpid()}"
@@ -244,20 +252,23 @@ def main() -> None:
         make_adapter(root / "adapter", options.layers)
         base_bytes = sum(path.stat().st_size for path in (root / "base").iterdir())
         rounds = [
-            {what: measure(what, root / "base", root / "adapter", root) for what in runs} for _ in range(options.rounds)
+            {what: measure(what, root / "base", root / "adapter", root, options.device) for what in runs}
+            for _ in range(options.rounds)
         ]
     finally:
         shutil.rmtree(root, ignore_errors=True)
     results = {what: median([one[what] for one in rounds]) for what in runs}
     print(f"{options.layers} layers, base {base_bytes / 1e9:.2f} GB, rank {RANK} on all linear layers")
-    print(f"{'':8}{'seconds':>9}{'CPU':>7}{'of base/s':>12}{'written':>10}{'peak anonymous':>16}{'peak resident':>15}")
+    memory = f"{'peak anonymous':>16}{'peak resident':>15}{'peak GPU':>10}"
+    print(f"{'':8}{'seconds':>9}{'CPU':>7}{'of base/s':>12}{'written':>10}{memory}")
     for what, row in results.items():
         rate = base_bytes / row["seconds"] / 1e9
         print(
             f"{what:8}{row['seconds']:>9.1f}{row['cpu_seconds']:>7.1f}{rate:>7.2f} GB/s{row['written'] / 1e9:>7.2f} GB"
             f"{row['peak_anonymous'] / 1e9:>13.2f} GB{row['peak_resident'] / 1e9:>12.2f} GB"
+            f"{row['peak_gpu'] / 1e9:>7.2f} GB"
         )
-    print(json.dumps({"layers": options.layers, "base_bytes": base_bytes, "runs": results}))
+    print(json.dumps({"layers": options.layers, "device": options.device, "base_bytes": base_bytes, "runs": results}))
 
 
 if __name__ == "__main__":

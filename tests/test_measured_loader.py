@@ -27,8 +27,9 @@ def test_weights_and_load_peak(row):
 
 
 # What every row is held to, and the few parts of rows that miss it: the lowest and the highest error that they have.
-# int8's outlier columns are as many as chance has it, in each layer others: a block that is a little larger than the
-# free one takes a new segment, and the estimate counts the expected number in every layer.
+# Where int8's products are bitsandbytes' own, outlier columns are as many as chance has it, in each layer others: a
+# block that is a little larger than the free one takes a new segment, and the estimate counts the expected number in
+# every layer. By tiles (`dequantization="tiled"`), as the planner has it, no int8 row misses anything.
 PROMISED = {
     "peak_allocated": (-0.003, 0.005),
     "peak_reserved": (-0.01, 0.06),
@@ -39,14 +40,6 @@ MISSES = {
     "Qwen2.5-7B-int8-fused-preallocated-512": {"peak_reserved": (-0.076, 0), "process_total": (-0.064, 0)},
     "Qwen2.5-7B-int8-fused-preallocated-1024": {"peak_reserved": (-0.026, 0), "process_total": (-0.018, 0)},
     "Qwen2.5-7B-int8-fused-preallocated-1024-host-8192": {"peak_reserved": (-0.228, 0), "process_total": (-0.208, 0)},
-    "Qwen2.5-7B-int8-fused-preallocated-512-host-tiled-512": {
-        "peak_reserved": (-0.085, 0),
-        "process_total": (-0.071, 0),
-    },
-    "Qwen2.5-7B-int8-fused-preallocated-512-host-tiled-8192": {
-        "peak_reserved": (-0.141, 0),
-        "process_total": (-0.125, 0),
-    },
     "Qwen2.5-14B-int8-sdpa-512": {"peak_reserved": (-0.059, 0), "process_total": (-0.053, 0)},
     "Qwen2.5-0.5B-bf16-sdpa-1024-4096": {"peak_reserved": (-0.018, 0)},
     "Qwen2.5-0.5B-int8-sdpa-static-4096": {"process_total": (0, 0.062)},
