@@ -210,7 +210,12 @@ def capped(folder: str, cell: dict[str, Any]) -> dict[str, Any]:
     limit(cell["cap"])
     with qv.load(folder, profile=profile, vram=1_000 * GIB, **work, progress=False) as llm:
         ends: list[float] = []
-        hook = llm.model.register_forward_hook(lambda *_: (torch.cuda.synchronize(), ends.append(time.perf_counter())))
+
+        def end(*_: object) -> None:
+            torch.cuda.synchronize()
+            ends.append(time.perf_counter())
+
+        hook = llm.model.register_forward_hook(end)
         began = time.perf_counter()
         measured = llm.probe().measured
         hook.remove()

@@ -2,7 +2,9 @@
 
 transformers' sdpa builds an explicit mask as soon as a chunk follows a filled cache, and copies keys and values to
 every query head for it. A causal chunk needs neither: the flash kernel aligns its causal mask at the bottom right and
-reads grouped heads as they are. Padding, and every device but CUDA, take the plain sdpa path.
+reads grouped heads as they are. So does a decode step, for which sdpa would choose cuDNN on Hopper and Blackwell, and
+build a graph for every length that is new, milliseconds of the host's time for each token. Padding, and every device
+but CUDA, take the plain sdpa path.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ def fused_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return result, None
-    if queries == 1 or queries == keys:
+    if queries == keys or not query.is_cuda:
         output = functional.scaled_dot_product_attention(
             query, key, value, is_causal=queries > 1, scale=scaling, enable_gqa=True
         )
