@@ -3,10 +3,12 @@
     python benchmarks/backends.py                          # every format, matrices alone and with the head
     python benchmarks/backends.py --formats nf4 int4 --count 50
     python benchmarks/backends.py --formats gptq-int4 gptq-int8  # with GPTQModel, calibrated on training questions
+    python benchmarks/backends.py --count 0                # bytes and time alone
 
 Held-out questions of each category, greedy, whole answers compared. KL divergence (nats, of bf16's distribution) and
-top-1 agreement are means over every position of 20 questions of each category with their answers. Prints a table, and
-with --json one line for each row.
+top-1 agreement are means over every position of 20 questions of each category with their answers. Milliseconds a token:
+the difference of generations of 16 and of 144 tokens after a prompt of 512, the second of two rounds. Prints a table,
+and with --json one line for each row.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from typing import Any
 
 import torch
 import transformers
+from cells import ms_per_token
 
 import qwen_vram as qv
 from qwen_vram.arithmetic.storage import FORMATS
@@ -48,18 +51,24 @@ def main() -> None:
     texts = [example for name in CATEGORIES for example in asked[name][:COMPARED]]
     with load("bf16", None, options.device) as llm:
         reference = list(logits(llm, texts))
+    if not options.count:
+        asked = {}
     print(
-        f"{'weights':10}{'head':9}{'bytes':>11}"
-        + "".join(f"{name:>9}" for name in CATEGORIES)
-        + f"{'KL':>10}{'top-1':>9}"
+        f"{'weights':10}{'head':9}{'bytes':>11}{'ms/token':>10}"
+        + "".join(f"{name:>9}" for name in asked)
+        + (f"{'KL':>10}{'top-1':>9}" if asked else "")
     )
     for weights in options.formats:
         for head in (None,) if FORMATS[weights].is_dense or weights.startswith("gptq") else (None, weights):
             began = time.monotonic()
             with load(weights, head, options.device) as llm:
                 row = {"weights": weights, "lm_head": llm.plan.profile.head_format, **facts(llm)}
-                row |= {name: right(llm, asked[name]) for name in CATEGORIES}
-                row |= distance(reference, logits(llm, texts))
+                row["ms_per_token"] = ms_per_token(
+                    lambda new, llm=llm: llm.probe(prompt_len=512, batch_size=1, max_new_tokens=new), short=16, long=144
+                )
+                if asked:
+                    row |= {name: right(llm, asked[name]) for name in asked}
+                    row |= distance(reference, logits(llm, texts))
             row |= {"count": options.count, "seconds": round(time.monotonic() - began, 1), **machine(llm)}
             show(row)
             if options.json:
@@ -134,9 +143,10 @@ def machine(llm: qv.LoadedModel) -> dict[str, str]:
 
 
 def show(row: dict[str, Any]) -> None:
-    shares = "".join(f"{100 * row[name] / row['count']:>9.1f}" for name in CATEGORIES)
+    shares = "".join(f"{100 * row[name] / row['count']:>9.1f}" for name in CATEGORIES if name in row)
+    distances = f"{row['kl']:>10.5f}{row['top1']:>9.2%}" if "kl" in row else ""
     print(
-        f"{row['weights']:10}{row['lm_head']:9}{row['bytes']:>11,}{shares}{row['kl']:>10.5f}{row['top1']:>9.2%}",
+        f"{row['weights']:10}{row['lm_head']:9}{row['bytes']:>11,}{row['ms_per_token']:>10.2f}{shares}{distances}",
         flush=True,
     )
 

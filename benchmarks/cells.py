@@ -1,15 +1,17 @@
-"""What benchmarks of many cells share: each in a fresh process, its row appended at once, none run twice."""
+"""What benchmarks share: cells, each in a fresh process, its row appended at once, none run twice; times a token."""
 
 from __future__ import annotations
 
 import json
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from caps import read
 
 from qwen_vram.tools.accuracy import make_checkpoint
@@ -50,3 +52,18 @@ def run_missing(
             with out.open("a") as file:
                 file.write(json.dumps(ended.value) + "\n")
     return failed
+
+
+def ms_per_token(generate: Callable[[int], Any], *, short: int, long: int, rounds: int = 2) -> float:
+    """Milliseconds of a decode step: of the last of so many rounds, after one short generation."""
+    settle = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    generate(short)
+    for _ in range(rounds):
+        times = []
+        for new in (short, long):
+            settle()
+            began = time.perf_counter()
+            generate(new)
+            settle()
+            times.append(time.perf_counter() - began)
+    return 1_000 * (times[1] - times[0]) / (long - short)

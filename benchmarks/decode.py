@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 import transformers
-from cells import run_missing
-from streaming import GIB, ms_per_token
+from cells import ms_per_token, run_missing
+from streaming import GIB
 
 import qwen_vram as qv
 from qwen_vram.arithmetic.timing import decode_bytes

@@ -20,7 +20,6 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,7 @@ from typing import Any
 
 import torch
 from caps import limit, load_kernels
-from cells import run_missing
+from cells import ms_per_token, run_missing
 
 import qwen_vram as qv
 from qwen_vram.arithmetic.timing import decode_floor_ms, link_bytes
@@ -183,20 +182,6 @@ def by_accelerate(folder: str, cell: dict[str, Any]) -> dict[str, Any]:
     torch.cuda.reset_peak_memory_stats()
     ms = ms_per_token(generate, short=2, long=2 + (8 if cell["streamed_layers"] < 10 else 3), rounds=1)
     return {"ms_per_token": ms, "peak_allocated": torch.cuda.max_memory_allocated()}
-
-
-def ms_per_token(generate: Callable[[int], Any], *, short: int, long: int, rounds: int = 2) -> float:
-    """Milliseconds of a decode step: of the last of so many rounds, after one short generation."""
-    generate(short)
-    for _ in range(rounds):
-        times = []
-        for new in (short, long):
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-            generate(new)
-            torch.cuda.synchronize()
-            times.append(time.perf_counter() - began)
-    return 1_000 * (times[1] - times[0]) / (long - short)
 
 
 def capped(folder: str, cell: dict[str, Any]) -> dict[str, Any]:
