@@ -39,6 +39,25 @@ def test_every_saver_answers_right_and_takes_what_was_promised(demo, weights, kn
         assert measured["process_total"] <= 1.01 * promised.process_total
 
 
+def test_decode_steps_run_the_flash_kernel_and_answer_alike(demo):
+    """sdpa would choose cuDNN on Hopper, which builds a graph for every new length."""
+    work = {"prompt_len": 700, "max_new_tokens": 40, "attention": "fused", "cache": "preallocated"}
+    with qv.load(demo, profile="default", progress=False, **work) as llm:
+        ids = torch.randint(1_000, 2_000, (1, 700), generator=torch.Generator().manual_seed(0)).cuda()
+        cache = llm.new_cache(max_length=740)
+        with torch.inference_mode():
+            ids = llm.model(input_ids=ids, past_key_values=cache).logits[:, -1:].argmax(-1)
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+                llm.model(input_ids=ids, past_key_values=cache)
+                torch.cuda.synchronize()
+        kernels = {event.name for event in profiler.events()}
+        assert any("flash" in name for name in kernels)
+        assert not any("cudnn" in name for name in kernels)
+        prompt = "The quick brown fox jumps over the lazy dog. " * 8
+        answers = [llm.generate([prompt], max_new_tokens=40, do_sample=False) for _ in range(5)]
+        assert all(answer == answers[0] for answer in answers)
+
+
 def test_padded_batches_take_the_masked_path(demo):
     prompts = [example.prompt for example in QUESTIONS[:3]]
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]

@@ -40,7 +40,7 @@ def test_what_costs_nothing_comes_before_precision():
         "embeddings='host'",
         "prefill_chunk_size=512",
         "weights='int8', dequantization='tiled'",
-        "weights='nf4', dequantization='tiled'",
+        "weights='nf4'",
     ]
 
 
