@@ -119,3 +119,13 @@ def test_the_cache_is_quantized_only_where_the_caller_left_it_open():
     assert grown.profile.cache == "dynamic"
     with pytest.raises(qv.DoesNotFitError):
         qv.plan(SEVEN, vram="5GiB", **RAM, prompt_len=32_000, cache="dynamic", streamed_layers=0)
+
+
+def test_where_the_host_is_short_the_longest_context_is_of_another_profile():
+    """The profile that needs the least of the GPU keeps the cache on the host, which holds less of it here."""
+    small = {"vram": "6GiB", "ram": "2GiB"}
+    longest = qv.max_context("Qwen2.5-7B", **small, max_new_tokens=64)
+    assert qv.plan("Qwen2.5-7B", **small, prompt_len=longest - 64, max_new_tokens=64).profile.kv_device == "device"
+    with pytest.raises(qv.DoesNotFitError) as refusal:
+        qv.plan("Qwen2.5-7B", **small, prompt_len=longest - 63, max_new_tokens=64)
+    assert refusal.value.nearest.prompt_len == longest - 64

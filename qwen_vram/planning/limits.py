@@ -8,7 +8,6 @@ from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.workload import Workload
 from qwen_vram.planning.budget import Budget, VramLike
 from qwen_vram.planning.search import Search
-from qwen_vram.planning.tiers import most
 
 # Batches are looked for up to here; no card of today holds more.
 _MOST_SEQUENCES = 4096
@@ -42,8 +41,7 @@ def max_context(
     label, architecture = resolve_model(model)
     longest = _workload(architecture, max_new_tokens, batch_size)
     search = Search(label, architecture, longest, Budget.of(vram, ram), profile, knobs)
-    smallest = _smallest(search)
-    prompt = search.longest_prompt(smallest, max_new_tokens, batch_size)
+    prompt = search.longest_prompt(max_new_tokens, batch_size)
     return prompt + max_new_tokens if prompt else 0
 
 
@@ -64,8 +62,9 @@ def max_batch(
     label, architecture = resolve_model(model)
     workload = Workload(prompt_len=prompt_len, max_new_tokens=max_new_tokens)
     search = Search(label, architecture, workload, Budget.of(vram, ram), profile, knobs)
-    smallest = _smallest(search)
-    return most(_MOST_SEQUENCES, lambda number: search.holds(smallest, prompt_len, max_new_tokens, number))
+    return search.most(
+        _MOST_SEQUENCES, lambda profile, number: search.holds(profile, prompt_len, max_new_tokens, number)
+    )
 
 
 def min_vram(
@@ -100,8 +99,3 @@ def _workload(architecture: Architecture, max_new_tokens: int, batch_size: int) 
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
     )
-
-
-def _smallest(search: Search) -> Profile:
-    """The profile that needs the least at the search's workload."""
-    return list(search.candidates())[-1].estimate.profile

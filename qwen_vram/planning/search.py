@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import cached_property, partial
 from typing import Literal, NamedTuple
 
 from qwen_vram.arithmetic.architecture import Architecture
@@ -117,7 +118,7 @@ class Search:
         if not fitting:
             last = found if streams else self._from_disk(found)
             if not fits(last.estimate, self.budget):
-                raise refusal(last.estimate, self.budget, self._nearest(candidate.estimate.profile))
+                raise refusal(last.estimate, self.budget, self._nearest())
             fitting.append(last)
         if prefer == "memory":
             return fitting[-1]
@@ -186,15 +187,30 @@ class Search:
             return any(fits(found, self.budget) for found in self._streamed(profile, workload))
         return fits(self.tiers.fewest_on_disk(result), self.budget)
 
-    def longest_prompt(self, profile: Profile, new: int, batch_size: int) -> int:
+    def most(self, limit: int, holds: Callable[[Profile, int], bool]) -> int:
+        """The largest number up to `limit` that `holds` with any profile of the search; 0 where 1 does not.
+
+        The one that needs the least of the GPU is asked first: where the host is short, another may hold more.
+        """
+        best = 0
+        for profile in self._from_smallest:
+            if best < limit and holds(profile, best + 1):
+                best = most(limit, partial(holds, profile))
+        return best
+
+    def longest_prompt(self, new: int, batch_size: int) -> int:
         """The most prompt tokens that fit before `new` more, 0 where not even one does."""
         longest = self.architecture.max_position_embeddings - new
-        return most(longest, lambda length: self.holds(profile, length, new, batch_size))
+        return self.most(longest, lambda profile, length: self.holds(profile, length, new, batch_size))
 
-    def _nearest(self, profile: Profile) -> Workload | None:
+    @cached_property
+    def _from_smallest(self) -> list[Profile]:
+        return [candidate.estimate.profile for candidate in self.candidates()][::-1]
+
+    def _nearest(self) -> Workload | None:
         """The longest prompt that fits, with this workload's batch and new tokens, then with a batch of one."""
         for batch_size, new in ((self.workload.batch_size, self.workload.max_new_tokens), (1, 1)):
-            longest = self.longest_prompt(profile, new, batch_size)
+            longest = self.longest_prompt(new, batch_size)
             if longest:
                 return Workload(prompt_len=longest, max_new_tokens=new, batch_size=batch_size)
         return None
