@@ -12,11 +12,11 @@ bnb = pytest.importorskip("bitsandbytes")
 OUT, IN = 320, 192
 
 
-def int8(device="cpu", *, bias=False, out=OUT, inner=IN):
+def int8(device="cpu", *, bias=False, out=OUT, inner=IN, threshold=6.0):
     from qwen_vram.runtime.tiled_int8 import multiply_int8_in_pieces
 
     torch.manual_seed(0)
-    linear = bnb.nn.Linear8bitLt(inner, out, bias=bias, has_fp16_weights=False, threshold=6.0)
+    linear = bnb.nn.Linear8bitLt(inner, out, bias=bias, has_fp16_weights=False, threshold=threshold)
     module = torch.nn.ModuleList([linear.to(torch.bfloat16)]).to(device).eval()
     multiply_int8_in_pieces(module)
     return module[0]
@@ -45,6 +45,14 @@ def test_a_piece_is_the_product_of_bitsandbytes(small, outliers, bias):
         x = inputs(rows, min(outliers, rows * IN))
         expected = bnb.nn.Linear8bitLt.forward(linear, x)
         torch.testing.assert_close(linear(x[None])[0], expected, atol=0, rtol=2**-7)
+
+
+@torch.inference_mode()
+def test_without_a_threshold_nothing_is_an_outlier(small, monkeypatch):
+    linear, x = int8(threshold=0.0), inputs(250, 90)
+    expected = bnb.nn.Linear8bitLt.forward(linear, x)
+    monkeypatch.setattr(bnb.nn.Linear8bitLt, "forward", None)  # it must not be asked
+    torch.testing.assert_close(linear(x), expected, atol=0, rtol=2**-7)
 
 
 @torch.inference_mode()

@@ -2,9 +2,11 @@
 
 transformers' sdpa builds an explicit mask as soon as a chunk follows a filled cache, and copies keys and values to
 every query head for it. A causal chunk needs neither: the flash kernel aligns its causal mask at the bottom right and
-reads grouped heads as they are. So does a decode step, for which sdpa would choose cuDNN on Hopper and Blackwell, and
-build a graph for every length that is new, milliseconds of the host's time for each token. Padding, and every device
-but CUDA, take the plain sdpa path.
+reads grouped heads as they are. So does a decode step, for which sdpa may choose cuDNN on Hopper and Blackwell, which
+builds a graph for every length that is new. Padding, and every device but CUDA, take the plain sdpa path.
+
+Source of the choice: torch, aten/src/ATen/native/transformers/cuda/sdp_utils.cpp (check_prefer_cudnn_attention) and
+cudnn/MHA.cpp (MHAGraphCache).
 """
 
 from __future__ import annotations

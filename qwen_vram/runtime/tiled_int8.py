@@ -26,7 +26,7 @@ class TiledLinear8bit(Linear8bitLt):  # type: ignore[misc]
         """`x @ weight.T + bias`: (..., in_features) to (..., out_features)."""
         rows = x.numel() // x.shape[-1]
         state = self.state
-        if state.has_fp16_weights or state.threshold <= 0 or not rows or (torch.is_grad_enabled() and x.requires_grad):
+        if state.has_fp16_weights or not rows or (torch.is_grad_enabled() and x.requires_grad):
             product: Tensor = super().forward(x)
             return product
         if self.weight.CB is not None:
@@ -64,16 +64,19 @@ def multiply_int8_in_pieces(model: nn.Module) -> None:
             module.__class__ = TiledLinear8bit
 
 
-def _add_outliers(result: Tensor, x: Tensor, weight: Tensor, scales: Tensor, columns: Tensor) -> None:
-    """Add `x[:, columns] @ (weight in 16 bits)[:, columns].T`; the buffers are taken whether there are any or not."""
+def _add_outliers(result: Tensor, x: Tensor, weight: Tensor, scales: Tensor, columns: Tensor | None) -> None:
+    """Add `x[:, columns] @ (weight in 16 bits)[:, columns].T`; the buffers are taken whether there are any or not.
+
+    With a threshold of 0 bitsandbytes has no `columns`.
+    """
     elements = int8_tile_elements(*weight.shape)
     inputs = torch.empty_like(x).view(-1)
     taken = weight.new_empty(elements)
     wide = torch.empty(elements, dtype=torch.float32, device=x.device)
     narrow = x.new_empty(elements)
-    count = columns.numel()
-    if not count:
+    if columns is None or not columns.numel():
         return
+    count = columns.numel()
     inputs = inputs[: x.shape[0] * count].view(-1, count)
     torch.index_select(x, 1, columns, out=inputs)
     step = elements // count

@@ -76,12 +76,12 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         tiled = row["weights"] == "int8" and row["knobs"].get("dequantization") == "tiled"
         for part, error in errors(row):
-            found[row["weights"] + ("` tiled" if tiled else "`"), part].append(error)
+            found[f"`{row['weights']}`{' tiled' if tiled else ''}", part].append(error)
     lines = ["| weights | part | cells | mean | lowest | highest | too low |", "|---|---|---|---|---|---|---|"]
     for (weights, part), values in found.items():
         mean, low = sum(values) / len(values), sum(value < 0 for value in values) / len(values)
         spread = f"{mean:+.2%} | {min(values):+.2%} | {max(values):+.2%} | {low:.0%}"
-        lines.append(f"| `{weights} | `{part}` | {len(values)} | {spread} |")
+        lines.append(f"| {weights} | `{part}` | {len(values)} | {spread} |")
     return "\n".join(lines)
 
 
