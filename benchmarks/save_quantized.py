@@ -1,12 +1,13 @@
-"""Loading a saved quantized copy beside quantizing on the fly: seconds, weights and load peak.
+"""Loading a saved quantized copy beside quantizing on the fly, and both beside plain `transformers`: seconds and bytes.
 
     python benchmarks/save_quantized.py                    # Qwen2.5-7B on a GPU, Qwen2.5-0.5B on the CPU
+    python benchmarks/save_quantized.py --formats bf16 nf4 --repeat 1
     python benchmarks/save_quantized.py --model Qwen2.5-14B --folder /disk/with/45/GB --cold
 
 Random bf16 weights of the published shape, which are removed at the end. Every load has a process of its own, which has
 loaded and run the bundled model before, so that neither imports nor kernels are timed. Files are in the page cache, or
-with --cold out of it. Prints a table and one line of JSON for each load; the last column is the share of the time that
-quantizing on the fly takes.
+with --cold out of it. Prints one line of JSON for each kind of load as soon as it is measured, and a table at the end;
+the last column is the share of the time that loading the 16-bit file with this library takes.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -31,9 +33,16 @@ from qwen_vram.tools.accuracy import make_checkpoint
 WORK = {"prompt_len": 64, "max_new_tokens": 1}
 PARTS = ("weights", "load_peak")
 FORMATS: dict[str, dict[str, Any]] = {
+    "bf16": {"weights": "bf16"},
     "nf4": {"weights": "nf4"},
     "compact": {"weights": "nf4", "lm_head": "nf4", "embeddings": "host"},
     "int8": {"weights": "int8"},
+}
+# What transformers loads alike, and how.
+PLAIN: dict[str, dict[str, Any]] = {
+    "bf16": {},
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "int8": {"load_in_8bit": True},
 }
 
 
@@ -41,6 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="Qwen2.5-7B" if torch.cuda.is_available() else "Qwen2.5-0.5B")
     parser.add_argument("--folder", type=Path, help="where to work; default: the system's temporary folder")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--cold", action="store_true", help="take files out of the page cache before every load")
     parser.add_argument("--repeat", type=int, default=3, help="loads of each kind; the fastest counts")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
@@ -53,17 +63,26 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="qwen_vram_save_", dir=options.folder) as work:
         base = Path(work, "base")
         make_checkpoint(options.model, base)
-        for name, knobs in FORMATS.items():
-            out = Path(work, name)
-            save = measure(base, knobs, out, cold=options.cold)
-            fly = fastest(base, knobs, options)
-            copy = fastest(out, {"embeddings": knobs.get("embeddings", "device")}, options)
-            rows += [{"format": name, "loads": "16-bit", **fly}, {"format": name, "loads": "copy", **copy}]
-            rows[-1] |= {"share": copy["seconds"] / fly["seconds"], "saving_s": save["saving_s"]}
+        for name in options.formats:
+            for row in loads_of(name, base, Path(work, name), options):
+                facts = {"model": options.model, "cold": options.cold, "device": device(), "torch": torch.__version__}
+                rows.append({"format": name, **row})
+                print(json.dumps({**facts, **rows[-1], "date": date.today().isoformat()}), flush=True)
     show(rows)
-    for row in rows:
-        facts = {"model": options.model, "cold": options.cold, "device": device(), "torch": torch.__version__}
-        print(json.dumps({**facts, **row, "date": date.today().isoformat()}))
+
+
+def loads_of(name: str, base: Path, out: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Each kind of load of a format."""
+    knobs = FORMATS[name]
+    fly = fastest(base, knobs, options)
+    yield {"loads": "16-bit", **fly}
+    if name in PLAIN:
+        plain = fastest(base, {"by": "transformers", **knobs}, options)
+        yield {"loads": "transformers", **plain, "share": plain["seconds"] / fly["seconds"]}
+    if knobs["weights"] != "bf16":
+        save = measure(base, knobs, out, cold=options.cold)
+        copy = fastest(out, {"embeddings": knobs.get("embeddings", "device")}, options)
+        yield {"loads": "copy", **copy, "share": copy["seconds"] / fly["seconds"], "saving_s": save["saving_s"]}
 
 
 def fastest(checkpoint: Path, knobs: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
@@ -103,13 +122,12 @@ def child(checkpoint: Path, knobs: dict[str, Any], out: Path | None) -> None:
     """One load, its figures on standard output."""
     with qv.load(CHECKPOINT, profile="default", weights=knobs.get("weights", "nf4"), progress=False, **WORK) as llm:
         llm.probe()
+    if knobs.pop("by", None):
+        print(json.dumps(by_transformers(checkpoint, PLAIN[knobs["weights"]])))
+        return
     began = time.monotonic()
     with qv.load(checkpoint, profile="default", progress=False, **WORK, **knobs) as llm:
-        if llm.device.type == "cuda":
-            torch.cuda.synchronize()
-        else:  # files are mapped on the CPU, and read when they are first touched
-            for tensor in llm.model.state_dict().values():
-                tensor.view(-1).view(torch.uint8)[::4096].sum()
+        settle(llm.model)
         row: dict[str, Any] = {"seconds": time.monotonic() - began}
         measured, promised = llm.report().measured, llm.plan.estimate
         for part in PARTS:
@@ -119,20 +137,51 @@ def child(checkpoint: Path, knobs: dict[str, Any], out: Path | None) -> None:
     print(json.dumps(row))
 
 
+def by_transformers(checkpoint: Path, quantization: dict[str, Any]) -> dict[str, Any]:
+    """The same load by `from_pretrained`."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    where = 0 if torch.cuda.is_available() else "cpu"
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "device_map": {"": where}}
+    if quantization:
+        compute = {"bnb_4bit_compute_dtype": torch.bfloat16} if "load_in_4bit" in quantization else {}
+        options["quantization_config"] = BitsAndBytesConfig(**quantization, **compute)
+    before = 0
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    began = time.monotonic()
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, **options)
+    settle(model)
+    row: dict[str, Any] = {"seconds": time.monotonic() - began}
+    if torch.cuda.is_available():
+        row |= {"weights": torch.cuda.memory_allocated() - before}
+        row |= {"load_peak": torch.cuda.max_memory_allocated() - before}
+    return row
+
+
+def settle(model: torch.nn.Module) -> None:
+    """Wait until all is loaded; files are mapped on the CPU, and read when they are first touched."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return
+    for tensor in model.state_dict().values():
+        tensor.view(-1).view(torch.uint8)[::4096].sum()
+
+
 def device() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
 def show(rows: list[dict[str, Any]]) -> None:
     """The rows as a table."""
-    print(f"{'format':9}{'loads':>8}{'seconds':>9}{'weights':>17}{'load peak':>17}{'predicted':>17}{'share':>8}")
+    print(f"{'format':9}{'loads':>14}{'seconds':>9}{'weights':>17}{'load peak':>17}{'predicted':>17}{'share':>8}")
+    parts = ("weights", "load_peak", "predicted_load_peak")
     for row in rows:
-        peak = "-" if row["load_peak"] is None else f"{row['load_peak']:,}"
+        sizes = "".join(f"{'-' if row.get(part) is None else format(row[part], ','):>17}" for part in parts)
         share = f"{row['share']:.0%}" if "share" in row else ""
-        print(
-            f"{row['format']:9}{row['loads']:>8}{row['seconds']:>9.2f}{row['weights']:>17,}{peak:>17}"
-            f"{row['predicted_load_peak']:>17,}{share:>8}"
-        )
+        print(f"{row['format']:9}{row['loads']:>14}{row['seconds']:>9.2f}{sizes}{share:>8}")
 
 
 if __name__ == "__main__":

@@ -7,10 +7,10 @@
 Qwen2.5-7B's shape, random weights; every cell in a fresh process, one after another. `speed`: milliseconds a token are
 the difference of two generations' times over the difference of their lengths, the second of two rounds; the link's
 limit is bytes streamed a token over the rate of pinned copies, which each cell measures first. `caps`: the time from
-the end of the prefill to the end of the last decode step, over the steps. Cells that are in OUT.jsonl
-already are not run again. `disk`: checkpoints are in TMPDIR, whose disk is measured; before each step of a cell with
-"cold", the system is told to drop the files from its page cache, while two layers may be read ahead. NF4 layers are
-read from a quantized copy.
+the end of the prefill to the end of the last decode step, over the steps, by the device's own clock, so that the host
+waits for nothing that a generation does not wait for. Cells that are in OUT.jsonl already are not run again. `disk`:
+checkpoints are in TMPDIR, whose disk is measured; before each step of a cell with "cold", the system is told to drop
+the files from its page cache, while two layers may be read ahead. NF4 layers are read from a quantized copy.
 """
 
 from __future__ import annotations
@@ -194,19 +194,22 @@ def capped(folder: str, cell: dict[str, Any]) -> dict[str, Any]:
     load_kernels(profile.weights)
     limit(cell["cap"])
     with qv.load(folder, profile=profile, vram=1_000 * GIB, **work, progress=False) as llm:
-        ends: list[float] = []
+        ends: list[Any] = []
 
         def end(*_: object) -> None:
-            torch.cuda.synchronize()
-            ends.append(time.perf_counter())
+            ends.append(torch.cuda.Event(enable_timing=True))
+            ends[-1].record()
 
         hook = llm.model.register_forward_hook(end)
         began = time.perf_counter()
         measured = llm.probe().measured
+        torch.cuda.synchronize()
+        whole = 1_000 * (time.perf_counter() - began)
         hook.remove()
         steps = work["max_new_tokens"] - 1  # the first token is the prefill's
-        row["prefill_s"] = ends[-steps - 1] - began
-        row["ms_per_token"] = 1_000 * (ends[-1] - ends[-steps - 1]) / steps
+        decoding = ends[-steps - 1].elapsed_time(ends[-1])
+        row["prefill_s"] = (whole - decoding) / 1_000
+        row["ms_per_token"] = decoding / steps
         return {**row, **measured}
 
 

@@ -5,6 +5,7 @@ import torch
 
 import qwen_vram as qv
 from qwen_vram.demo.tasks import examples
+from qwen_vram.runtime.attention import fused_attention
 
 pytestmark = pytest.mark.gpu
 
@@ -47,7 +48,7 @@ def test_decode_steps_run_the_flash_kernel_and_answer_alike(demo):
         cache = llm.new_cache(max_length=740)
         with torch.inference_mode():
             ids = llm.model(input_ids=ids, past_key_values=cache).logits[:, -1:].argmax(-1)
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profiler:
                 llm.model(input_ids=ids, past_key_values=cache)
                 torch.cuda.synchronize()
         kernels = {event.name for event in profiler.events()}
@@ -67,6 +68,45 @@ def test_padded_batches_take_the_masked_path(demo):
             texts = [llm.tokenizer.apply_chat_template(c, add_generation_prompt=True, tokenize=False) for c in chats]
             answers.append(llm.generate(texts, max_new_tokens=64, do_sample=False))
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("knobs", [{}, {"prefill_chunk_size": 256}, {"kv_cache": "int8"}], ids=str)
+def test_padded_batches_take_what_was_promised_and_answer_alike(wide, knobs):
+    settings = {"attention": "fused", "cache": "preallocated", "batch_size": 4, **knobs}
+    texts = ["word " * count for count in (1_001, 700, 90, 3)]
+    with qv.load(wide, profile="default", prompt_len=1_100, max_new_tokens=60, progress=False, **settings) as llm:
+        answers = [llm.generate(texts, max_new_tokens=60, do_sample=False) for _ in range(5)]
+        report = llm.report()
+        assert report.estimate.workload.padded
+        promised, measured = report.estimate.peak_allocated, report.measured["peak_allocated"]
+        assert measured == pytest.approx(promised, rel=0.005)
+        assert all(answer == answers[0] for answer in answers)
+
+
+@pytest.mark.parametrize("queries", [1, 3, 40])
+def test_a_mask_means_what_it_means_to_sdpa(queries):
+    torch.manual_seed(0)
+    query = torch.randn(3, 14, queries, 64, dtype=torch.bfloat16, device="cuda")
+    key, value = (torch.randn(3, 2, 101, 64, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    mask = (
+        torch.ones(queries, 101, dtype=torch.bool, device="cuda").tril(101 - queries).expand(3, 1, queries, 101).clone()
+    )
+    mask[0, ..., :30] = mask[1, ..., :7] = False
+    found, _ = fused_attention(torch.nn.Module(), query, key, value, mask, scaling=0.125)
+    wanted = torch.nn.functional.scaled_dot_product_attention(
+        query.double(), key.double(), value.double(), attn_mask=mask, scale=0.125, enable_gqa=True
+    )
+    assert found.shape == (3, queries, 14, 64)
+    assert found.is_contiguous()
+    assert torch.allclose(found.double(), wanted.transpose(1, 2), atol=0.01)
+
+
+def test_longer_and_longer_chats_reserve_no_more_than_was_promised(wide):
+    work = {"prompt_len": 3_900, "max_new_tokens": 8, "attention": "fused", "cache": "preallocated"}
+    with qv.load(wide, profile="default", prefill_chunk_size=512, progress=False, **work) as llm:
+        for count in range(300, 3_900, 300):
+            llm.generate(["word " * count], max_new_tokens=8, do_sample=False)
+        assert llm.report().measured["peak_reserved"] <= 1.01 * llm.plan.estimate.peak_reserved
 
 
 def test_closing_gives_the_memory_back(demo):

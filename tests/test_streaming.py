@@ -443,20 +443,12 @@ def test_a_backend_that_cannot_swap_tensors_is_refused_by_name(demo, monkeypatch
 # on a GPU
 
 
-@cache
-def padded_answers(model, weights):
-    """What the resident model answers to four prompts in turn: a padded batch has a tie or two which go either way."""
-    with load(model, weights=weights, attention="fused") as llm:
-        return [tokens(llm, PROMPTS) for _ in range(5)]
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("weights", "streamed"), [("bf16", 1), ("bf16", 2), ("bf16", 12), ("nf4", 1), ("nf4", 3), ("nf4", 12), ("int8", 3)]
 )
 def test_on_a_gpu_tokens_and_bytes_are_those_that_were_promised(wide, weights, streamed):
-    logits_before, one, _ = resident(wide, weights, attention="fused")
-    four = padded_answers(wide, weights)
+    logits_before, one, four = resident(wide, weights, attention="fused")
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     knobs = {"attention": "fused", "cache": "preallocated", "prompt_len": 512, "max_new_tokens": 200, "batch_size": 4}
@@ -467,7 +459,7 @@ def test_on_a_gpu_tokens_and_bytes_are_those_that_were_promised(wide, weights, s
         assert all(block.blob.is_pinned() for block in llm._streamer.blocks)
         assert torch.equal(logits(llm), logits_before)
         assert torch.equal(tokens(llm, PROMPTS[:1]), one)
-        assert any(torch.equal(tokens(llm, PROMPTS), answer) for answer in four)
+        assert torch.equal(tokens(llm, PROMPTS), four)
         report = llm.probe()
         promised, measured = report.estimate.peak_allocated, report.measured["peak_allocated"]
         assert measured == pytest.approx(promised, rel=0.01, abs=2**21)

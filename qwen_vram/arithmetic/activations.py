@@ -37,6 +37,9 @@ _FLAG_BYTES = 3 * ALLOCATION_STEP
 # bitsandbytes multiplies up to this many rows without dequantizing on every GPU; above, kernels differ by GPU and the
 # dequantizing one is counted. Source: bitsandbytes 0.50.2, backends/cuda/ops.py, _GEMM_4BIT_CUSTOM_FLOOR_M.
 FUSED_ROWS = 4
+# What the memory-efficient attention kernel asks of the rows of its bias. Source: torch 2.11,
+# aten/src/ATen/native/transformers/attention.cpp, preprocess_mask.
+_BIAS_ALIGNMENT = 8
 
 
 class Moment(NamedTuple):
@@ -196,11 +199,13 @@ class _Rows:
             scores = heads * self.rows * seen
             live += scores * (self.element + 2 * _FP32 if self.element != _FP32 else 2 * _FP32)
             return live - self.rows * self.queries + expanded
-        live += heads * self.rows * _FP32  # log-sum-exp
-        if self._masked():
-            # The mask as an additive bias in the model's dtype; a mask also rules grouped heads out.
-            live += expanded + self._mask_elements() * self.element
-        return live
+        if not self._masked():
+            return live + heads * self.rows * _FP32  # log-sum-exp
+        # The mask as an additive bias in the model's dtype; a mask also rules grouped heads out.
+        if self.profile.attention == "fused":
+            bias = self.rows * bias_columns(self.seen) * self.element
+            return live + bias + (expanded if self.step.queries > 1 else 0)
+        return live + heads * self.rows * _FP32 + expanded + self._mask_elements() * self.element
 
     def _softmax(self) -> int:
         """What eager attention returns beside its result: the layer's caller keeps it to its end."""
@@ -254,6 +259,11 @@ class _Rows:
         hidden = (self.rows if part.ends else rows) * self.hidden
         made = hidden + linear_bytes(part.head, self.profile, rows, adapted="lm_head" in part.adapted)
         return max(made, sampled) if part.starts else made
+
+
+def bias_columns(keys: int) -> int:
+    """Elements of a row of fused attention's bias over so many keys."""
+    return -(-keys // _BIAS_ALIGNMENT) * _BIAS_ALIGNMENT
 
 
 def linear_bytes(weight: Weight, profile: Profile, rows: int, *, adapted: bool = False) -> int:

@@ -6,6 +6,7 @@ library's own caches.
 
 from __future__ import annotations
 
+from qwen_vram.arithmetic.activations import bias_columns
 from qwen_vram.arithmetic.allocator import CachingAllocator
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.kv_cache import HOST_CACHE_LAYERS, layer_kv_bytes, quantized_tokens
@@ -155,15 +156,21 @@ class Attention(Products):
         heads = self.architecture.num_attention_heads
         masked = self.masked(queries, past)
         grouped = heads > self.architecture.num_key_value_heads
-        expanded = [take(self.batch * seen * wide) for _ in range(2)] if masked and grouped else []
+        fused = masked and self.profile.attention == "fused"
+        expands = masked and grouped and not (fused and queries == 1)
+        expanded = [take(self.batch * seen * wide) for _ in range(2)] if expands else []
         scores = []
         if self.profile.attention == "eager":
             result, softmax = self.eager(rows, seen, heads)
             scores = [softmax]
-        else:
-            bias = [take(rows * seen * self.element)] if masked else []
+        elif fused:
+            bias = take(rows * bias_columns(seen) * self.element)
             result = take(rows * wide)
-            give(take(rows * heads * _FP32), *bias)
+            give(bias)
+        else:
+            biases = [take(rows * seen * self.element)] if masked else []
+            result = take(rows * wide)
+            give(take(rows * heads * _FP32), *biases)
         give(*expanded)
         return result, scores
 

@@ -3,7 +3,9 @@
 transformers' sdpa builds an explicit mask as soon as a chunk follows a filled cache, and copies keys and values to
 every query head for it. A causal chunk needs neither: the flash kernel aligns its causal mask at the bottom right and
 reads grouped heads as they are. So does a decode step, for which sdpa may choose cuDNN on Hopper and Blackwell, which
-builds a graph for every length that is new. Padding, and every device but CUDA, take the plain sdpa path.
+builds a graph for every length that is new. Where padding needs a mask, torch's memory-efficient kernel is called for
+the same reason, and because its answers do not change from run to run; a decode step's heads that share keys are its
+rows, so that no key is copied. Every device but CUDA takes the plain sdpa path.
 
 Source of the choice: torch, aten/src/ATen/native/transformers/cuda/sdp_utils.cpp (check_prefer_cudnn_attention) and
 cudnn/MHA.cpp (MHAGraphCache).
@@ -17,8 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from qwen_vram.arithmetic.activations import bias_columns
 
 NAME = "qwen_vram_fused"
 
@@ -48,6 +52,8 @@ def fused_attention(
     head_dim) and no weights.
     """
     queries, keys = query.shape[2], key.shape[2]
+    if attention_mask is not None and query.is_cuda and attention_mask.dtype == torch.bool:
+        return _masked(query, key, value, attention_mask, scaling), None
     if attention_mask is not None:
         result, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -72,6 +78,32 @@ def fused_attention(
         scale=scaling,
     )[0]
     return output, None
+
+
+def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
+    """Attention by the memory-efficient kernel under a boolean mask, (batch, 1, q, c)."""
+    batch, heads, queries, head_dim = query.shape
+    groups = heads // key.shape[1]
+    if queries == 1:
+        query = query.reshape(batch, key.shape[1], groups, head_dim)
+    else:
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    bias = _bias(mask, query.dtype).expand(*query.shape[:3], -1)
+    output: Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, key, value, bias, query.requires_grad, 0.0, False, scale=scaling
+    )[0]
+    return output.reshape(batch, 1, heads, head_dim) if queries == 1 else output.transpose(1, 2).contiguous()
+
+
+def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where a mask is true, the least finite number elsewhere: a row without any true stays finite.
+
+    Rows are as long as the kernel asks; sdpa would make such a copy of its own.
+    """
+    keys = mask.shape[-1]
+    room = mask.new_empty((*mask.shape[:-1], bias_columns(keys)), dtype=dtype)
+    zero, least = torch.zeros((), dtype=dtype), torch.tensor(torch.finfo(dtype).min, dtype=dtype)
+    return torch.where(mask, zero, least, out=room[..., :keys])
 
 
 def fused_mask(

@@ -94,12 +94,21 @@ class Generations:
             self.decoder.prepare(workload.batch_size, workload.context_len)
             return {"past_key_values": self.new_cache(max_length=workload.context_len)}
         if kind == "preallocated":
-            return {"past_key_values": self.new_cache(max_length=workload.context_len)}
+            return {"past_key_values": self.new_cache(max_length=self._length(workload))}
         if kind == "static":
             # Our own, for `generate` keeps the one that it makes; and it compiles for one unless it is told not to.
             cache = StaticCache(config=model.config, max_cache_len=workload.context_len)
             return {"past_key_values": cache, "disable_compile": True}
         return {"cache_implementation": "dynamic"}
+
+    def _length(self, workload: Workload) -> int:
+        """Tokens of a preallocated cache: those planned, so that every generation takes the same block again.
+
+        A block for each length would leave ever longer ones behind, reserved beside what was promised.
+        """
+        planned = self.plan.workload
+        covered = workload.batch_size <= planned.batch_size and workload.context_len <= planned.context_len
+        return planned.context_len if covered else workload.context_len
 
     def _check_room(self, workload: Workload) -> None:
         """Refuse what is longer than planned and does not fit the budget."""
@@ -118,12 +127,15 @@ class Generations:
             # A growing cache holds what was really made, which an early end keeps short.
             made = output.sequences.shape[1] - workload.prompt_len
             workload = replace(workload, max_new_tokens=made)
-        if isinstance(output.past_key_values, RoomCache):
-            # What is held, and counted, is the whole room.
-            workload = output.past_key_values.as_held(workload)
+        cache = output.past_key_values
+        # What is held, and counted, is the whole room.
+        if isinstance(cache, RoomCache):
+            workload = cache.as_held(workload)
+        elif isinstance(cache, (PreallocatedCache, HostCache)):
+            workload = replace(workload, max_new_tokens=cache.layers[0].max_length - workload.prompt_len)
         self._last = workload
         for meter in meters:
-            held = cache_bytes(output.past_key_values, meter.device)
+            held = cache_bytes(cache, meter.device)
             run = {"kv_cache": held, **meter.stop()}
             if "peak_allocated" in run:
                 weights = self.measured[meter.device]["weights"]
