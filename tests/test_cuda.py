@@ -106,7 +106,8 @@ def test_longer_and_longer_chats_reserve_no_more_than_was_promised(wide):
     with qv.load(wide, profile="default", prefill_chunk_size=512, progress=False, **work) as llm:
         for count in range(300, 3_900, 300):
             llm.generate(["word " * count], max_new_tokens=8, do_sample=False)
-        assert llm.report().measured["peak_reserved"] <= 1.01 * llm.plan.estimate.peak_reserved
+        # What shorter chunks left may not fit longer ones; a cache of each length would leave 244 MB.
+        assert llm.report().measured["peak_reserved"] <= llm.plan.estimate.peak_reserved + 2**24
 
 
 def test_closing_gives_the_memory_back(demo):

@@ -1,9 +1,10 @@
-"""A progress bar over bytes, on standard error."""
+"""Progress on standard error: our bar over bytes, and those of `transformers`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 @contextmanager
@@ -16,3 +17,16 @@ def progress_bar(label: str, total: int, *, shown: bool) -> Iterator[Callable[[i
     with Progress(*columns, console=Console(stderr=True), disable=not shown) as progress:
         task = progress.add_task(label, total=total)
         yield lambda count: progress.advance(task, count)
+
+
+@contextmanager
+def transformers_bars(shown: bool) -> Iterator[Callable[..., Any]]:
+    """Have `transformers` show its bars, or not; gives its `tqdm`."""
+    from transformers.utils import logging
+
+    was_shown = logging.is_progress_bar_enabled()
+    (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
+    try:
+        yield logging.tqdm
+    finally:
+        (logging.enable_progress_bar if was_shown else logging.disable_progress_bar)()
