@@ -1,12 +1,14 @@
 """Streamed layers beside the link's limit and beside accelerate, on a GPU; and long prompts on very small cards.
 
     python benchmarks/streaming.py speed OUT.jsonl    # 512-token prompt: ours, accelerate on the same maps, resident
+    python benchmarks/streaming.py host OUT.jsonl     # all layers on the host, and some of them computed by the CPU
     python benchmarks/streaming.py disk OUT.jsonl     # the same with layers on the disk, and in the page cache
     python benchmarks/streaming.py caps OUT.jsonl     # 32,000 tokens under 4, 3 and 2 GiB, planned by profile="auto"
 
 Qwen2.5-7B's shape, random weights; every cell in a fresh process, one after another. `speed`: milliseconds a token are
 the difference of two generations' times over the difference of their lengths, the second of two rounds; the link's
-limit is bytes streamed a token over the rate of pinned copies, which each cell measures first. `caps`: the time from
+limit is bytes streamed a token over the rate of pinned copies, which each cell measures first; `host` measures the rate
+of the CPU's products too. `caps`: the time from
 the end of the prefill to the end of the last decode step, over the steps, by the device's own clock, so that the host
 waits for nothing that a generation does not wait for. Cells that are in OUT.jsonl already are not run again. `disk`:
 checkpoints are in TMPDIR, whose disk is measured; before each step of a cell with "cold", the system is told to drop
@@ -31,6 +33,7 @@ from cells import ms_per_token, run_missing
 
 import qwen_vram as qv
 from qwen_vram.arithmetic.timing import decode_floor_ms, link_bytes
+from qwen_vram.tools.calibrate_steps import packed_product_rate, plain_product_rate
 from qwen_vram.tools.disk_rate import disk_read_rate
 
 MODEL = "Qwen2.5-7B"
@@ -42,6 +45,11 @@ SPEED = [
     for by in ("ours", "accelerate")
 ]
 SPEED += [{"by": "ours", "weights": weights, "streamed_layers": 0} for weights in ("bf16", "nf4")]
+HOST = [
+    {"by": "ours", "weights": weights, "streamed_layers": 28, "host_layers": layers}
+    for weights in ("nf4", "bf16")
+    for layers in (0, 10, 16, 22, 28)
+]
 DISK = [
     {"by": "ours", "weights": weights, "streamed_layers": 28, "disk_layers": layers, "cold": cold}
     for weights in ("bf16", "nf4")
@@ -52,11 +60,12 @@ CAPS = [{"cap": cap * GIB, "prompt_len": 32_000, "max_new_tokens": 64} for cap i
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("speed", "disk", "caps"))
+    parser.add_argument("what", choices=("speed", "host", "disk", "caps"))
     parser.add_argument("out", type=Path)
     parser.add_argument("--model", default=MODEL)
     options = parser.parse_args()
-    cells = [{"model": options.model, **cell} for cell in {"speed": SPEED, "disk": DISK, "caps": CAPS}[options.what]]
+    every = {"speed": SPEED, "host": HOST, "disk": DISK, "caps": CAPS}[options.what]
+    cells = [{"model": options.model, **cell} for cell in every]
     sys.exit(run_missing(options.out, cells, partial(measure, options.what), options.model) > 0)
 
 
@@ -69,6 +78,9 @@ def measure(what: str, folder: str, cell: dict[str, Any]) -> dict[str, Any]:
         found = {"pinned_gb_s": pinned_rate(), **by_accelerate(folder, cell)}
     else:
         found = {"pinned_gb_s": pinned_rate(), **by_us(folder, cell)}
+    if what == "host":
+        product_rate = {"bf16": plain_product_rate, "nf4": packed_product_rate}[cell["weights"]](2 * GIB)
+        found |= {"product_gb_s": (product_rate or 0) / 1e9, "threads": torch.get_num_threads()}
     versions = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     return {"cell": cell, **found, **versions, "date": date.today().isoformat()}
 
@@ -89,7 +101,7 @@ def pinned_rate() -> float:
 def by_us(folder: str, cell: dict[str, Any]) -> dict[str, Any]:
     """This library's streamed layers, and what was promised of them."""
     work = {"prompt_len": PROMPT, "max_new_tokens": 34}
-    knobs = {"weights": cell["weights"], "streamed_layers": cell["streamed_layers"]}
+    knobs = {knob: cell[knob] for knob in ("weights", "streamed_layers", "host_layers") if knob in cell}
     settings = {**knobs, "attention": "fused", "cache": "preallocated", "profile": "default", "progress": False}
     began = time.perf_counter()
     with qv.load(folder, vram=1_000 * GIB, **settings, **work) as llm:

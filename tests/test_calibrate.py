@@ -25,6 +25,8 @@ MEASURED = Machine(
     pinned_copy_rate=25_000_000_000,
     host_bandwidth=40_000_000_000,
     disk_read_rate=2_000_000_000,
+    host_product_rate=30_000_000_000,
+    host_4bit_rate=35_000_000_000,
     torch="2.11.0+cu130",
     driver="580.95.05",
     date="2026-11-24",
@@ -35,6 +37,7 @@ FOUND = {
     "kernels-bf16": {"kernels-bf16": 450},
     "kernels-nf4": {"kernels-nf4": 470},
     "rates": {"device_bandwidth": 9, "pinned_copy_rate": 5, "host_bandwidth": 7},
+    "products": {"host_product_rate": 8, "host_4bit_rate": None},
     "disk": {"disk_read_rate": 3},
 }
 
@@ -246,7 +249,7 @@ def test_steps_make_a_machine(monkeypatch):
     assert (machine.device_bandwidth, machine.pinned_copy_rate, machine.host_bandwidth) == (9, 5, 7)
     assert machine.disk_read_rate == 3
     assert current() == machine
-    assert lines == [f"{number}/5 measuring {what}" for number, what in enumerate(calibrate.STEPS.values(), 1)]
+    assert lines == [f"{number}/6 measuring {what}" for number, what in enumerate(calibrate.STEPS.values(), 1)]
 
 
 @pytest.mark.parametrize("hidden", ["context", "kernels-nf4"])
@@ -334,7 +337,7 @@ def test_a_system_that_cannot_empty_its_page_cache_keeps_the_disks_default(monke
 def test_without_a_gpu_it_is_refused(folder):
     result = run("calibrate", CUDA_VISIBLE_DEVICES="-1")
     assert result.returncode == 2
-    assert result.stdout == "1/5 measuring the CUDA context\n"
+    assert result.stdout == "1/6 measuring the CUDA context\n"
     assert result.stderr.startswith("error: calibrate measures an NVIDIA GPU, and torch ")
     assert result.stderr.count("\n") == 1
     assert list(folder.iterdir()) == []

@@ -27,8 +27,12 @@ FIGURES = {
     "device_bandwidth": ("device memory, read plus written", "bytes/s"),
     "pinned_copy_rate": ("pinned host memory to device", "bytes/s"),
     "host_bandwidth": ("host memory, read plus written", "bytes/s"),
+    "host_product_rate": ("16-bit weights times one row, by the CPU", "bytes/s"),
+    "host_4bit_rate": ("4-bit weights times one row, by the CPU", "bytes/s"),
     "disk_read_rate": ("disk of the cache folder", "bytes/s"),
 }
+# Figures that files from before them lack, and that a machine may not have.
+_LATER = ("host_product_rate", "host_4bit_rate")
 _TEXTS = ("device", "torch", "driver", "date")
 
 
@@ -43,6 +47,8 @@ class Machine:
         device_bandwidth: Bytes a second of a copy within device memory, read plus written.
         pinned_copy_rate: Bytes a second from pinned host memory to the device.
         host_bandwidth: Bytes a second of a copy within host memory, read plus written; `None` has no stated default.
+        host_product_rate: Bytes a second of 16-bit weights that the CPU multiplies with one row; `None` likewise.
+        host_4bit_rate: The same of bitsandbytes' 4-bit weights; `None` too where the CPU has no kernel for it.
         disk_read_rate: Bytes a second of reads from a file that the system's page cache does not hold.
         torch, driver, date: What it was measured with, and when (ISO).
         source: Whether `qwen-vram calibrate` measured it, or the library states it.
@@ -61,6 +67,8 @@ class Machine:
     date: str
     source: Literal["measured", "default"]
     kept: tuple[str, ...] = ()
+    host_product_rate: int | None = None
+    host_4bit_rate: int | None = None
 
     @property
     def key(self) -> str:
@@ -69,7 +77,7 @@ class Machine:
 
     def is_measured(self, figure: str) -> bool:
         """Whether a figure was measured by `qwen-vram calibrate`, and is no stated default."""
-        return self.source == "measured" and figure not in self.kept
+        return self.source == "measured" and figure not in self.kept and getattr(self, figure) is not None
 
     def __str__(self) -> str:
         """The versions, and a line for each figure with where it is from."""
@@ -103,13 +111,15 @@ def parse_machine(data: object) -> Machine:
         ValueError: a field is missing, unknown, of another type, or no size or rate that a computer can have.
     """
     names = {field.name for field in fields(Machine)}
-    if not isinstance(data, dict) or data.keys() != names:
+    if not isinstance(data, dict) or data.keys() | set(_LATER) != names or "kept" not in data:
         raise ValueError(f"a machine has the fields {', '.join(sorted(names))} and no other")
-    values: dict[str, Any] = dict(data)
+    values: dict[str, Any] = dict.fromkeys(_LATER) | data
     for name in _TEXTS:
         if not isinstance(values[name], str):
             raise ValueError(f"{name} is no text")
     for name in FIGURES:
+        if name in _LATER and values[name] is None:
+            continue
         # The smallest GPU has kernels to load, but a driver may have loaded them with the context.
         least = 0 if name == "lazy_kernels" else 1
         if type(values[name]) is not int or not least <= values[name] < 2**63:

@@ -53,6 +53,8 @@ class Profile:
             bits beside the result, or `"tiled"`, one tile of it after the other. In int8: all outlier columns at once,
             as many as the data has, or by tiles of a fixed size.
         streamed_layers: Decoder layers that stay on the host and pass through two slots on the device.
+        host_layers: How many of them compute on the CPU in steps of few rows, as decode steps of few sequences are, and
+            cross the link for a prefill alone.
         disk_layers: How many of them stay in the checkpoint's files, and are read for every token.
         compiled: Decode steps are compiled and captured as a CUDA graph, over a cache that is taken at load and stays.
     """
@@ -68,6 +70,7 @@ class Profile:
     prefill_chunk_size: int | None = None
     dequantization: Dequantization = "whole"
     streamed_layers: int = 0
+    host_layers: int = 0
     disk_layers: int = 0
     compiled: bool = False
 
@@ -86,7 +89,7 @@ class Profile:
                 name="prefill_chunk_size",
                 got=chunk,
             )
-        for knob in ("streamed_layers", "disk_layers"):
+        for knob in ("streamed_layers", "host_layers", "disk_layers"):
             layers = getattr(self, knob)
             if not _is_count(layers, 0):
                 raise WorkloadError(f"{knob} must be a number of layers from 0, got {layers!r}", name=knob, got=layers)
@@ -96,6 +99,13 @@ class Profile:
                 "part; stream at least that many",
                 name="disk_layers",
                 got=self.disk_layers,
+            )
+        if self.host_layers > self.streamed_layers - self.disk_layers:
+            raise WorkloadError(
+                f"host_layers {self.host_layers} is more than the {self.streamed_layers - self.disk_layers} of "
+                f"streamed_layers {self.streamed_layers} that are not on the disk, of which it is a part; stream more",
+                name="host_layers",
+                got=self.host_layers,
             )
         if not isinstance(self.compiled, bool):
             raise UnknownNameError("compiled in profile", self.compiled, ("True", "False"))

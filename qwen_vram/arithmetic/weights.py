@@ -20,6 +20,10 @@ _QUICK_BLOCK = 2**28
 # Tensors of a disk layer below this stay in host memory, for each would be a request of its own to the disk: norms,
 # biases, tables and the scales of scales, 0.1 % of a layer of Qwen2.5-7B.
 SMALLEST_READ = 2**16
+# Rows that share a block of the CPU's 4-bit kernel. Source: bitsandbytes 0.50.2, functional.py,
+# _convert_weight_packed_for_cpu (block_n).
+PACKED_ROWS = 32
+MAXIMUM_OF = 64  # weights that share a block maximum, which is bf16 there
 # Host memory that disk layers pass through: one is copied to the device while the next is read.
 _DISK_BUFFERS = 2
 
@@ -37,7 +41,8 @@ class WeightBytes(NamedTuple):
 
     Attributes:
         device: On the device for good: resident layers, slots of the streaming ring, head, norms, embedding, adapter.
-        host: On the host: streamed layers, what those on the disk pass through, the embedding where it lives there.
+        host: On the host: streamed layers, copies of those that compute there, what those on the disk pass through, the
+            embedding where it lives there.
         disk: In the checkpoint's files: what is read of disk layers.
     """
 
@@ -96,6 +101,28 @@ def disk_buffers(profile: Profile) -> int:
     return min(profile.disk_layers, _DISK_BUFFERS)
 
 
+def computing_copies(architecture: Architecture, profile: Profile) -> int:
+    """Bytes of the copies that layers computing on the CPU need: 4-bit matrices as its kernel reads them. Exact."""
+    if FORMATS[profile.weights].bits != 4:
+        return 0
+    count = sum(weight.numel for weight in architecture.block if weight.is_linear)
+    layers = min(profile.host_layers, architecture.num_hidden_layers)
+    return layers * (count // 2 + count // MAXIMUM_OF * 2)
+
+
+def is_packed(weight: Weight) -> bool:
+    """Whether the CPU's 4-bit kernel takes a matrix of this shape."""
+    return weight.shape[0] % PACKED_ROWS == 0 and weight.shape[1] % MAXIMUM_OF == 0
+
+
+def may_compute(architecture: Architecture, profile: Profile) -> bool:
+    """Whether streamed layers can compute on a CPU: plain ones, and those in 4 bits whose shapes its kernel takes."""
+    if architecture.adapted or not FORMATS[profile.weights].streams:
+        return False
+    packed = all(is_packed(weight) for weight in architecture.block if weight.is_linear)
+    return FORMATS[profile.weights].is_dense or (FORMATS[profile.weights].bits == 4 and packed)
+
+
 def may_be_on_disk(architecture: Architecture, profile: Profile) -> bool:
     """Whether a checkpoint's files hold layers as `profile` has them, and not what they are quantized from."""
     if architecture.stored_format is None:
@@ -119,6 +146,7 @@ def weight_bytes(architecture: Architecture, profile: Profile) -> WeightBytes:
     in_files = min(profile.disk_layers, streamed)
     device = on_device * block
     host = (streamed - in_files + disk_buffers(profile)) * block + in_files * small
+    host += computing_copies(architecture, profile)
     for weight in architecture.outer:
         storage = FORMATS[format_of(weight, profile)]
         if weight.role == "embedding" and table_on_host(architecture, profile):
@@ -145,6 +173,7 @@ def _stored_bytes(architecture: Architecture, stored: Stored, profile: Profile) 
     passing = disk_buffers(profile) * block_bytes(architecture, profile)
     small, disk = stored.on_disk(in_files, SMALLEST_READ)
     host, table = stored.on_host(streamed - in_files) + passing + small, size(stored.embedding)
+    host += computing_copies(architecture, profile)
     if table_on_host(architecture, profile):
         host += table
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.estimate import Estimate
@@ -33,6 +33,7 @@ class Placement:
         rotary: The rotary tables.
         norm: The last norm.
         head: The head.
+        computing: Numbers of the layers on the host that compute there in decode steps.
     """
 
     embeddings: Where
@@ -40,6 +41,7 @@ class Placement:
     rotary: Where
     norm: Where
     head: Where
+    computing: frozenset[int] = frozenset()
 
     @property
     def device_map(self) -> dict[str, Where]:
@@ -63,7 +65,8 @@ class Placement:
             return "disk"
         if where != "cpu":
             return "device"
-        return "stream" if name.startswith("model.layers.") and self.norm != "cpu" else "host"
+        streams = name.startswith("model.layers.") and self.norm != "cpu"
+        return "stream" if streams and int(name.rpartition(".")[2]) not in self.computing else "host"
 
 
 def spread(streamed: int, layers: int) -> frozenset[int]:
@@ -75,26 +78,47 @@ def spread(streamed: int, layers: int) -> frozenset[int]:
     return frozenset((index + 1) * layers // streamed - 1 for index in range(streamed))
 
 
-def on_disk(layers: int, streamed: Collection[int]) -> frozenset[int]:
+def among(layers: int, streamed: Collection[int]) -> frozenset[int]:
     """`layers` of the streamed ones, as evenly among them as they go.
 
-    >>> sorted(on_disk(2, {3, 7, 11, 15}))
+    >>> sorted(among(2, {3, 7, 11, 15}))
     [7, 15]
     """
     ordered = sorted(streamed)
     return frozenset(ordered[index] for index in spread(layers, len(ordered))) if layers else frozenset()
 
 
+class Away(NamedTuple):
+    """Numbers of the layers that are not resident, and of those among them on the disk and computing on the host."""
+
+    streamed: frozenset[int]
+    disk: frozenset[int]
+    computing: frozenset[int]
+
+
+def layers_away(architecture: Architecture, profile: Profile) -> Away:
+    """Which layers `profile` has stream, and how."""
+    count = profile.streamed_layers
+    streamed = spread(count, architecture.num_hidden_layers) if count else frozenset()
+    disk = among(profile.disk_layers, streamed)
+    return Away(streamed, disk, among(profile.host_layers, streamed - disk))
+
+
 def place(architecture: Architecture, profile: Profile, *, device: Where = 0) -> Placement:
     """Where `profile` puts each module: on `device`, on the host or on the disk."""
     layers = [device] * architecture.num_hidden_layers
-    streamed = spread(profile.streamed_layers, len(layers)) if profile.streamed_layers else frozenset()
-    for index in streamed:
-        layers[index] = "cpu"
-    for index in on_disk(profile.disk_layers, streamed):
-        layers[index] = "disk"
+    away = layers_away(architecture, profile)
+    for index in away.streamed:
+        layers[index] = "disk" if index in away.disk else "cpu"
     table: Where = "cpu" if table_on_host(architecture, profile) else device
-    return Placement(embeddings=table, layers=tuple(layers), rotary=device, norm=device, head=device)
+    return Placement(
+        embeddings=table,
+        layers=tuple(layers),
+        rotary=device,
+        norm=device,
+        head=device,
+        computing=away.computing,
+    )
 
 
 def place_split(architecture: Architecture, profile: Profile, counts: Mapping[int, int]) -> Placement:

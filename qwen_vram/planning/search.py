@@ -9,9 +9,11 @@ from typing import Literal, NamedTuple
 
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.estimate import Estimate, estimate
+from qwen_vram.arithmetic.machine_file import current
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.split import ONE_DEVICE, split_estimate
-from qwen_vram.arithmetic.timing import decode_floor_ms
+from qwen_vram.arithmetic.storage import FORMATS
+from qwen_vram.arithmetic.timing import decode_floor_ms, product_rate
 from qwen_vram.arithmetic.weights import streaming_slots
 from qwen_vram.arithmetic.workload import Workload
 from qwen_vram.planning.budget import Budget
@@ -24,6 +26,7 @@ from qwen_vram.planning.tiers import Tiers, most
 Prefer = Literal["quality", "speed", "memory"]
 
 _FROM_DISK = "layers are read from the disk for every token"
+_COMPUTED = "layers cross the link, or compute on the CPU, for every token"
 
 
 class Step(NamedTuple):
@@ -71,6 +74,7 @@ class Search:
         self.several = len(budget.devices) > 1
         self.start, moves = search_space(architecture, profile, workload, knobs)
         may_read = profile == "auto" and "disk_layers" not in knobs
+        self.may_compute = profile == "auto" and "host_layers" not in knobs
         self.tiers = Tiers(architecture, budget, self.estimate, self.start, may_read=may_read)
         self.moves = tuple(move for move in moves if not (self.several and ONE_DEVICE.keys() & move.knobs.keys()))
 
@@ -110,7 +114,7 @@ class Search:
             streams = self._may_stream(candidate.estimate.profile)
             if streams and fitting:
                 break
-            found = self._fewest_streamed(candidate) if streams else candidate
+            found = self._fewest_streamed(candidate, prefer) if streams else candidate
             if fits(found.estimate, self.budget):
                 fitting.append(found)
                 if prefer == "quality":
@@ -124,7 +128,7 @@ class Search:
             return fitting[-1]
         return min(fitting, key=lambda found: found.steps[-1].decode_floor_ms)
 
-    def _fewest_streamed(self, everything: Candidate) -> Candidate:
+    def _fewest_streamed(self, everything: Candidate, prefer: Prefer) -> Candidate:
         """A candidate that streams all layers, with as few of them as fit, and of these as few on the disk.
 
         The cache goes back to where it was at the start, or stays where the moves have brought it: whole rather than
@@ -139,14 +143,20 @@ class Search:
             smallest = min(on_the_gpu, key=lambda found: found.host, default=everything.estimate)
             return everything._replace(estimate=smallest)
         best = min(fitting, key=lambda found: (found.profile.kv_cache != start.kv_cache, self._floor(found.profile)))
-        knobs = {
-            knob: getattr(best.profile, knob) for knob in ("streamed_layers", "disk_layers", "kv_cache", "kv_device")
-        }
+        if self._should_compute(best.profile, prefer):
+            best = self.tiers.quickest(best, self._floor)
+        turned = ("streamed_layers", "host_layers", "disk_layers", "kv_cache", "kv_device")
+        knobs = {knob: getattr(best.profile, knob) for knob in turned}
         change = change_of(replace(moved, streamed_layers=0), best.profile, Move(knobs, ""))
         need = needed(best, self.budget)
-        cost = _FROM_DISK if best.profile.disk_layers else last.cost
+        cost = _FROM_DISK if best.profile.disk_layers else _COMPUTED if best.profile.host_layers else last.cost
         step = Step(change, need, before[-1].needed_bytes - need, cost, self._floor(best.profile))
         return Candidate(best, (*before, step))
+
+    def _should_compute(self, profile: Profile, prefer: Prefer) -> bool:
+        """Whether layers may compute on the CPU: at a measured rate, and in 4 bits, which it rounds, for speed."""
+        rate = product_rate(profile, current())
+        return self.may_compute and rate is not None and (prefer == "speed" or FORMATS[profile.weights].is_dense)
 
     def _streamed(self, moved: Profile, workload: Workload) -> Iterator[Estimate]:
         """With the cache where it was at the start, and where the moves have brought it: as few streamed as fit."""

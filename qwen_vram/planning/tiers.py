@@ -8,7 +8,13 @@ from dataclasses import replace
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.estimate import Estimate
 from qwen_vram.arithmetic.profile import Profile
-from qwen_vram.arithmetic.weights import may_be_on_disk, streaming_slots, weight_bytes
+from qwen_vram.arithmetic.weights import (
+    computing_copies,
+    may_be_on_disk,
+    may_compute,
+    streaming_slots,
+    weight_bytes,
+)
 from qwen_vram.arithmetic.workload import Workload
 from qwen_vram.planning.budget import Budget
 from qwen_vram.planning.fit import fits, needed, on_device
@@ -42,7 +48,7 @@ class Tiers:
         """`base` with as many of its streamed layers on the device as that holds."""
 
         def streaming(layers: int) -> Estimate:
-            return self.estimate(replace(base, streamed_layers=layers, disk_layers=0), workload)
+            return self.estimate(replace(base, streamed_layers=layers, host_layers=0, disk_layers=0), workload)
 
         layers = base.streamed_layers
         resident = most(layers, lambda resident: on_device(streaming(layers - resident), self.budget))
@@ -62,10 +68,25 @@ class Tiers:
         room = self.budget.ram - taken + weight_bytes(self.architecture, profile).host
 
         def on_disk(kept: int) -> Profile:
-            return replace(profile, disk_layers=profile.streamed_layers - kept)
+            return replace(profile, disk_layers=profile.streamed_layers - max(kept, profile.host_layers))
 
         kept = most(profile.streamed_layers, lambda kept: weight_bytes(self.architecture, on_disk(kept)).host <= room)
         return self.estimate(on_disk(kept), result.workload)
+
+    def quickest(self, result: Estimate, floor: Callable[[Profile], float]) -> Estimate:
+        """`result` with so many of its layers on the host computing there that `floor` is least, and no more.
+
+        For one sequence alone, as rates are measured, and in as much host memory as copies for the CPU find.
+        """
+        profile = result.profile
+        if result.workload.batch_size > 1 or not may_compute(self.architecture, profile):
+            return result
+        choices = [
+            replace(profile, host_layers=count) for count in range(profile.streamed_layers - profile.disk_layers + 1)
+        ]
+        room = self.budget.ram - result.host
+        held = [choice for choice in choices if computing_copies(self.architecture, choice) <= room]
+        return self.estimate(min(held, key=floor), result.workload)
 
     def _fewest_away(self, base: Profile, workload: Workload) -> Estimate:
         """`base` without a GPU: as many layers resident as the host holds, the others on the disk."""

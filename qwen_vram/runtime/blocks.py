@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qwen_vram.arithmetic.weights import SMALLEST_READ
 from qwen_vram.errors import NotSupportedError
-from qwen_vram.runtime.backends.base import StreamingBackend
+from qwen_vram.runtime.backends.base import HostBackend, StreamingBackend
 from qwen_vram.runtime.blob import HostMemory, Layout
 from qwen_vram.runtime.image import Image, Piece
 from qwen_vram.runtime.mapped import MappedCheckpoint
@@ -66,7 +66,7 @@ class Block(ABC):
 
 
 class HostBlock(Block):
-    """One that stays in host memory, in `blob`."""
+    """One that stays in host memory, in `blob`; `computes` where it can run on the CPU too."""
 
     def __init__(
         self, layer: nn.Module, modules: Sequence[nn.Module], backend: StreamingBackend, memory: HostMemory
@@ -77,18 +77,44 @@ class HostBlock(Block):
         for key, view in views.items():
             view.copy_(self._tensors[key])
         self._tensors = {}
+        self._views = views
         self._on_host = self._bindings(views)
+        self._computing: list[Binding] = []
         for bind in self._on_host:
             bind()
 
+    @property
+    def computes(self) -> bool:
+        """Whether `compute_on` was called."""
+        return bool(self._computing)
+
+    def compute_on(self, backend: HostBackend) -> None:
+        """Make what its modules need to compute on the CPU, for `bind_computing`."""
+        self._computing = [
+            backend.host_binding(module, {name: view for (owner, name), view in self._views.items() if owner == index})
+            for index, module in enumerate(self.modules)
+        ]
+
+    def bind_computing(self) -> None:
+        """Let the layer compute on the CPU, until it is bound elsewhere."""
+        for bind in self._computing:
+            bind()
+
+    def bind(self, slot: int) -> None:
+        """Let the layer use what lies in a slot."""
+        for module in self.modules if self._computing else ():
+            module.__dict__.pop("forward", None)
+        super().bind(slot)
+
     def bind_host(self, index: int) -> None:
         """Let one of its modules use what lies in `blob`."""
+        self.modules[index].__dict__.pop("forward", None)
         self._on_host[index]()
 
     def drop(self) -> None:
         """Let go of all memory: the layer's tensors are left empty."""
         super().drop()
-        self._on_host = []
+        self._on_host, self._computing, self._views = [], [], {}
         self.blob = self.blob.new_empty(0)
 
 

@@ -14,7 +14,7 @@ from qwen_vram.errors import BackendUnavailableError, NotSupportedError
 from qwen_vram.files.local import read_tensors
 from qwen_vram.planning.planner import Plan
 from qwen_vram.runtime import attention
-from qwen_vram.runtime.backends.base import Backend, StreamingBackend
+from qwen_vram.runtime.backends.base import Backend, HostBackend, StreamingBackend
 from qwen_vram.runtime.checkpoint import Checkpoint
 
 _LOGGER = logging.getLogger(__name__)
@@ -41,6 +41,8 @@ def check(chosen: Plan, backend: Backend, device: torch.device) -> None:
     assert architecture is not None
     if profile.streamed_layers:
         _check_streaming(profile, backend)
+    if profile.host_layers:
+        _check_host(chosen, backend, architecture)
     if profile.disk_layers and not may_be_on_disk(architecture, profile):
         raise NotSupportedError(
             f"disk_layers={profile.disk_layers}: {profile.weights} layers are made of this checkpoint's 16-bit ones "
@@ -85,6 +87,27 @@ def _check_streaming(profile: Profile, backend: Backend) -> None:
             knob="streamed_layers",
             value=profile.streamed_layers,
         )
+
+
+def _check_host(chosen: Plan, backend: Backend, architecture: Architecture) -> None:
+    """Refuse layers that cannot compute on the CPU."""
+    profile = chosen.profile
+    asked = f"host_layers={profile.host_layers}"
+    if architecture.adapted:
+        raise NotSupportedError(
+            f"{asked} with an adapter: its matrices are on the device; merge it first (qwen-vram merge), or use "
+            "host_layers=0",
+            knob="host_layers",
+            value=profile.host_layers,
+        )
+    if not isinstance(backend, HostBackend):
+        raise NotSupportedError(
+            f"{asked}: the backend {backend.name!r} of weights={profile.weights!r} does not say how its layers compute "
+            "on the CPU; use host_layers=0",
+            knob="host_layers",
+            value=profile.host_layers,
+        )
+    backend.check_host(profile, architecture)
 
 
 def check_files(checkpoint: Checkpoint, profile: Profile, dtype: torch.dtype) -> None:

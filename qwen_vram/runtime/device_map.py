@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from qwen_vram.arithmetic.tiles import head_by_tiles
-from qwen_vram.planning.placement import on_disk, spread
+from qwen_vram.planning.placement import Away, layers_away
 from qwen_vram.planning.planner import Plan
 from qwen_vram.runtime.backends.base import Backend, Request
 
@@ -22,16 +22,10 @@ from qwen_vram.runtime.backends.base import Backend, Request
 _MISTAKEN = ("accelerate.big_modeling", "transformers.integrations.bitsandbytes")
 
 
-def streamed_layers(chosen: Plan) -> frozenset[int]:
-    """The numbers of the layers that stream."""
-    count, architecture = chosen.profile.streamed_layers, chosen.estimate.architecture
-    assert architecture is not None
-    return spread(count, architecture.num_hidden_layers) if count else frozenset()
-
-
-def disk_layers(chosen: Plan) -> frozenset[int]:
-    """The numbers of those among them that stay in the checkpoint's files."""
-    return on_disk(chosen.profile.disk_layers, streamed_layers(chosen))
+def away_of(chosen: Plan) -> Away:
+    """Which layers are not resident."""
+    assert chosen.estimate.architecture is not None
+    return layers_away(chosen.estimate.architecture, chosen.profile)
 
 
 def device_map(chosen: Plan, device: torch.device) -> dict[str, int | str | torch.device]:
@@ -43,7 +37,7 @@ def device_map(chosen: Plan, device: torch.device) -> dict[str, int | str | torc
     if chosen.estimate.devices:
         return dict(chosen.device_map)
     on_host = chosen.placement.embeddings == "cpu" and device.type != "cpu"
-    streamed = streamed_layers(chosen)
+    streamed = away_of(chosen).streamed
     if not on_host and not streamed:
         return {"": "cpu" if device.type == "cpu" else device.index}
     # "cpu" as a text would be a second device, on which bitsandbytes' quantizer leaves matrices as they are.
@@ -76,7 +70,7 @@ def left_out(chosen: Plan) -> dict[str, tuple[int, ...]]:
         return {}
     return {
         f"model.layers.{number}.{weight.name}": weight.shape
-        for number in streamed_layers(chosen)
+        for number in away_of(chosen).streamed
         for weight in architecture.block
     }
 

@@ -26,7 +26,7 @@ from qwen_vram.runtime.blob import HostMemory
 from qwen_vram.runtime.check import check, check_files, dtype_for
 from qwen_vram.runtime.checkpoint import Checkpoint, open_checkpoint
 from qwen_vram.runtime.decoder import decoder_for
-from qwen_vram.runtime.device_map import connect, device_map, disk_layers, left_out, streamed_layers, undispatched
+from qwen_vram.runtime.device_map import away_of, connect, device_map, left_out, undispatched
 from qwen_vram.runtime.devices import check_free, devices_for, weakest
 from qwen_vram.runtime.host_embedding import move_embedding_to_host
 from qwen_vram.runtime.loaded import LoadedModel
@@ -148,7 +148,7 @@ def _build(
         if profile.streamed_layers:
             assert isinstance(backend, StreamingBackend)
             memory = HostMemory(device)
-            blocks = pack_layers(model, streamed_layers(chosen), disk_layers(chosen), backend, request, memory, bar)
+            blocks = pack_layers(model, away_of(chosen), backend, request, memory, bar)
             slots = streaming_slots(checkpoint.architecture, profile)
             streamer = Streamer(blocks, memory, slots, disk_buffers(profile))
     if table_on_host(checkpoint.architecture, profile):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from qwen_vram.runtime.backends.base import Request, StreamingBackend
+from qwen_vram.planning.placement import Away
+from qwen_vram.runtime.backends.base import HostBackend, Request, StreamingBackend
 from qwen_vram.runtime.blob import HostMemory
 from qwen_vram.runtime.blocks import Block, DiskBlock, HostBlock
 from qwen_vram.runtime.mapped import MappedCheckpoint
@@ -17,21 +18,19 @@ from qwen_vram.runtime.mapped import MappedCheckpoint
 
 def pack_layers(
     model: Any,
-    numbers: Collection[int],
-    on_disk: Collection[int],
+    away: Away,
     backend: StreamingBackend,
     request: Request,
     memory: HostMemory,
     progress: Callable[..., Iterable[int]],
 ) -> list[Block]:
-    """Build the decoder layers with these numbers, which stand on the meta device, and leave them where they belong.
+    """Build the decoder layers that are away, which stand on the meta device, and leave them where they belong.
 
     A quantized head that stands there too is built first, to stay on the device. The device holds one matrix and a tile
     at a time beside what it held before, and nothing more where matrices are stored quantized; the host, one layer in
     the request's format beside the blocks. Of disk layers hardly anything is read.
 
     Args:
-        on_disk: Those among them that stay in the checkpoint's files.
         progress: Wraps the numbers in a progress bar, as `tqdm` does.
     """
     model.requires_grad_(False)
@@ -41,7 +40,7 @@ def pack_layers(
         mapped = MappedCheckpoint(Path(request.folder), files)
         if request.late_head:
             _build(model, "lm_head", "model.embed_tokens" if _untie(model) else "lm_head", mapped, backend, request)
-        for number in progress(sorted(numbers), desc="Packing streamed layers"):
+        for number in progress(sorted(away.streamed), desc="Packing streamed layers"):
             layer = model.model.layers[number]
             modules = []
             for name, module in list(layer.named_modules()):
@@ -49,11 +48,15 @@ def pack_layers(
                     made = _build(layer, name, f"model.layers.{number}.{name}", mapped, backend, request)
                     backend.binding(made, {key: one.to("cpu") for key, one in backend.tensors(made).items()})()
                     modules.append(made)
-            if number in on_disk:
+            if number in away.disk:
                 nth = sum(isinstance(block, DiskBlock) for block in blocks)
                 blocks.append(DiskBlock(layer, modules, backend, mapped, nth))
             else:
-                blocks.append(HostBlock(layer, modules, backend, memory))
+                block = HostBlock(layer, modules, backend, memory)
+                if number in away.computing:
+                    assert isinstance(backend, HostBackend)
+                    block.compute_on(backend)
+                blocks.append(block)
             mapped.forget()
     return blocks
 

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qwen_vram.arithmetic.timing import HOST_ROWS
 from qwen_vram.errors import NotSupportedError, QwenVramError
 from qwen_vram.runtime.blob import HostMemory
 from qwen_vram.runtime.blocks import Block, DiskBlock, HostBlock
 from qwen_vram.runtime.disk import Buffer, DiskReader
+from qwen_vram.runtime.host_layers import HostLayer
 
 
 class Slot:
@@ -36,7 +38,8 @@ class Slot:
 class Streamer:
     """Brings each block into a slot before its layer runs, and the blocks that follow while it does.
 
-    Blocks follow each other in a circle, as tokens make them; any other order works too, more slowly. One thread at a
+    Those of `hosts` compute on the CPU where a step has few rows, and are brought into slots where it has many. Blocks
+    follow each other in a circle, as tokens make them; any other order works too, more slowly. One thread at a
     time may run the model. Between its runs a layer's parameters show whatever its last slot holds now, except to
     `state_dict()`, which reads the host: what writes into parameters, as merging an adapter does, is lost. Layers that
     stream compute no gradients.
@@ -61,6 +64,12 @@ class Streamer:
                 slot.memory.record_stream(self.stream)
         on_disk = [block for block in self.blocks if isinstance(block, DiskBlock)]
         self._reader = self._read(on_disk, disk_buffers) if on_disk else None
+        self.hosts = {
+            number: HostLayer(block, self.device)
+            for number, block in enumerate(self.blocks)
+            if isinstance(block, HostBlock) and block.computes
+        }
+        self._few = False
         for number, block in enumerate(self.blocks):
             block.prepare([slot.memory for slot in self.slots])
             self._attach(number, block)
@@ -88,9 +97,11 @@ class Streamer:
             block.drop()
         for hook in self._hooks:
             hook.remove()
+        for host in self.hosts.values():
+            host.remove()
         for block in self.blocks:
             block.layer.register_forward_pre_hook(_refuse)
-        self.blocks, self.slots, self._hooks = [], [], []
+        self.blocks, self.slots, self._hooks, self.hosts = [], [], [], {}
         self._memory.give_back()
 
     def _attach(self, number: int, block: Block) -> None:
@@ -106,11 +117,16 @@ class Streamer:
                 module.register_state_dict_post_hook(lambda *_: block.bind(resting)),  # type: ignore[no-untyped-call]
             ]
 
-    def _before(self, number: int, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-        """Have the layer's block in a slot, wait for its copy, and let the layer use it."""
+    def _before(self, number: int, layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Have the layer's block in a slot, wait for its copy, let it be used; or have the layer compute on the CPU."""
         if torch.is_grad_enabled():
             _check_no_gradient(layer, inputs)
-        block = self.blocks[number]
+        block, host = self.blocks[number], self.hosts.get(number)
+        self._few = bool(inputs) and inputs[0].shape[:-1].numel() <= HOST_ROWS
+        if host is not None and self._few:
+            return host.enter(inputs)
+        if host is not None:
+            host.active = False  # where a step was broken off
         slot = self._holding(block)
         if slot is None:
             slot = self._fetch(block, self._idle(self._following(number)))
@@ -118,8 +134,9 @@ class Streamer:
             slot.computes_on = torch.cuda.current_stream(self.device)
             slot.filled.wait(slot.computes_on)
         block.bind(slot.index)
+        return inputs
 
-    def _after(self, number: int, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    def _after(self, number: int, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
         """Start copying what follows into slots that hold nothing of it, up to what the disk has yet to bring."""
         following = self._following(number)
         for block in following:
@@ -127,10 +144,14 @@ class Streamer:
                 if not self._is_ready(block):
                     break
                 self._fetch(block, self._idle(following))
+        host = self.hosts.get(number)
+        return host.leave(output) if host is not None and host.active else output
 
     def _following(self, number: int) -> list[Block]:
         """The blocks that fill the slots once block `number` is done."""
-        return [self.blocks[(number + step) % len(self.blocks)] for step in range(1, len(self.slots) + 1)]
+        order = [(number + step) % len(self.blocks) for step in range(1, len(self.blocks) + 1)]
+        streaming = [index for index in order if not (self._few and index in self.hosts)]
+        return [self.blocks[index] for index in streaming[: len(self.slots)]]
 
     def _holding(self, block: Block) -> Slot | None:
         return next((slot for slot in self.slots if slot.block is block), None)

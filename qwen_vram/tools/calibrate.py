@@ -24,6 +24,7 @@ STEPS = {
     "kernels-bf16": "kernels that the bundled model loads in bf16",
     "kernels-nf4": "kernels that the bundled model loads in nf4",
     "rates": "copy rates",
+    "products": "products on the CPU, of 16-bit and of 4-bit weights",
     "disk": "reads from the disk of the cache folder",
 }
 _STEP_SECONDS = 600
@@ -74,9 +75,10 @@ def machine_of(found: dict[str, Any]) -> Machine:
     disk = found["disk_read_rate"]
     if disk is None:
         kept.append("disk_read_rate")
-    names = ("device", "torch", "driver", "device_bandwidth", "pinned_copy_rate", "host_bandwidth")
+    names = ("device", "torch", "driver")
+    rates = ("device_bandwidth", "pinned_copy_rate", "host_bandwidth", "host_product_rate", "host_4bit_rate")
     return Machine(
-        **{name: found[name] for name in names},
+        **{name: found[name] for name in names + rates},
         **memory,
         disk_read_rate=DEFAULT.disk_read_rate if disk is None else disk,
         date=date.today().isoformat(),

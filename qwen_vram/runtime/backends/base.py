@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from qwen_vram.arithmetic.architecture import Architecture
     from qwen_vram.arithmetic.profile import Profile
 
 
@@ -88,6 +89,25 @@ class StreamingBackend(Backend, Protocol):
         """A call that makes `module` use these tensors, named as by `tensors()`, in place of its own.
 
         It is made before the module has run, and called for every layer of every token: it only assigns.
+        """
+
+
+@runtime_checkable
+class HostBackend(StreamingBackend, Protocol):
+    """A backend whose layers can compute on the CPU, where they wait to be streamed."""
+
+    def check_host(self, profile: Profile, architecture: Architecture) -> None:
+        """Refuse layers that cannot compute on this machine's CPU.
+
+        Raises:
+            BackendUnavailableError, NotSupportedError: the CPU, the format or a shape rules them out.
+        """
+
+    def host_binding(self, module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Callable[[], None]:
+        """A call that makes `module` compute with these tensors, named as by `tensors()`, all of them on the host.
+
+        It may keep copies of its own, as `arithmetic.weights` counts them, and set `module.forward`, which is taken
+        away again when the module is bound elsewhere.
         """
 
 

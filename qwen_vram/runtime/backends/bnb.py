@@ -5,17 +5,21 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import nn
 
+from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.errors import BackendUnavailableError, NotSupportedError
 from qwen_vram.runtime.backends.base import Request, from_pretrained
 from qwen_vram.runtime.backends.bnb_cpu import check_scales, keep_scales
+from qwen_vram.runtime.backends.bnb_host import check_kernel
 from qwen_vram.runtime.backends.dense import DenseBackend, filled, parameters
+from qwen_vram.runtime.cpu_product import multiply, pack
 
 _INSTALL = 'pip install "bitsandbytes>=0.50"'
 
@@ -212,6 +216,23 @@ class BnbBackend:
             def bind() -> None:
                 bind_parameters()
                 weight.quant_state = module.quant_state = fresh(made)
+
+        return bind
+
+    def check_host(self, profile: Profile, architecture: Architecture) -> None:
+        """Refuse int8, and 4-bit matrices that the CPU's fused kernel does not multiply."""
+        check_kernel(profile, architecture)
+
+    def host_binding(self, module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Callable[[], None]:
+        """A 4-bit matrix is packed for the CPU's kernel; all else is used as it is."""
+        if len(tensors) == len(parameters(module)):
+            return self.binding(module, tensors)
+        weight: Any = module.weight
+        matrix = pack(tensors["weight"], _with_tensors(weight.quant_state, tensors))
+        product = partial(multiply, matrix=matrix, bias=tensors.get("bias"))
+
+        def bind() -> None:
+            module.forward = product
 
         return bind
 

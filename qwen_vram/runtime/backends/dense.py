@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
+from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.storage import FORMATS
 from qwen_vram.errors import NotSupportedError
@@ -54,6 +55,13 @@ class DenseBackend:
                 parameter.data = tensor
 
         return bind
+
+    def check_host(self, profile: Profile, architecture: Architecture) -> None:
+        """Nothing to refuse: torch multiplies every plain dtype on every CPU."""
+
+    def host_binding(self, module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Callable[[], None]:
+        """The same as on a device."""
+        return self.binding(module, tensors)
 
 
 def filled(module: nn.Module, weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> nn.Module:

@@ -1,0 +1,75 @@
+"""4-bit matrices of bitsandbytes multiplied on the CPU by its fused kernel, beside a GPU too.
+
+bitsandbytes loads one native library; the one for a GPU lacks this kernel, which is in the CPU's, in the same package.
+Source of layout and call: bitsandbytes 0.50.2, functional.py (_convert_weight_packed_for_cpu), backends/cpu/ops.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qwen_vram.arithmetic.weights import PACKED_ROWS
+
+_HALF = PACKED_ROWS // 2
+
+
+class PackedMatrix(NamedTuple):
+    """A matrix of (out_features, in_features) as the kernel reads it: codes by 32 rows, block maxima by columns."""
+
+    codes: Tensor
+    absmax: Tensor
+    shape: tuple[int, int]
+    blocksize: int
+    quant_type: str
+
+
+@cache
+def kernel_library() -> Any:
+    """The library of bitsandbytes for the CPU; `None` where there is none, or the CPU has no AVX512-BF16."""
+    from bitsandbytes.consts import DYNAMIC_LIBRARY_SUFFIX, PACKAGE_DIR
+
+    try:
+        library = ctypes.CDLL(str(PACKAGE_DIR / f"libbitsandbytes_cpu{DYNAMIC_LIBRARY_SUFFIX}"))
+        runs = bool(library.has_avx512bf16_cpu())
+    except (OSError, AttributeError):
+        return None
+    return library if runs else None
+
+
+def pack(codes: Tensor, state: Any) -> PackedMatrix:
+    """A 4-bit matrix on the host, with its `QuantState`, in memory of its own: 4 bits a weight, and bf16 maxima."""
+    from bitsandbytes.functional import dequantize_blockwise
+
+    rows, columns = state.shape
+    absmax = state.absmax
+    if state.nested:
+        absmax = dequantize_blockwise(absmax, state.state2) + state.offset
+    # Two rows that are 16 apart share a byte; each column pair of 32 rows lies side by side.
+    first, second = codes.view(torch.uint8).view(rows // PACKED_ROWS, 2, _HALF, columns // 2).unbind(1)
+    pairs = torch.stack(((second & 0xF0) | (first >> 4), (second << 4) | (first & 0x0F)), dim=-1)
+    packed = pairs.transpose(1, 2).contiguous().view(rows, columns // 2)
+    maxima = absmax.view(rows, columns // state.blocksize).T.to(torch.bfloat16).contiguous()
+    return PackedMatrix(packed, maxima, (rows, columns), state.blocksize, state.quant_type)
+
+
+def multiply(x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Tensor:
+    """`x @ matrix.T + bias` in bf16: (..., in_features) to (..., out_features), in the dtype of `x`."""
+    rows, columns = matrix.shape
+    flat = x.reshape(-1, columns).to(torch.bfloat16).contiguous()
+    result = flat.new_empty(flat.shape[0], rows)
+    call = getattr(kernel_library(), f"gemv_4bit_inference_cpu_{matrix.quant_type}_bf16")
+    sizes = (flat.shape[0], rows, columns)
+    pointers = (flat.data_ptr(), matrix.codes.data_ptr(), matrix.absmax.data_ptr(), result.data_ptr())
+    call(
+        *map(ctypes.c_int64, sizes),
+        *map(ctypes.c_void_p, pointers),
+        *map(ctypes.c_int64, (matrix.blocksize, flat.stride(0), result.stride(0))),
+    )
+    if bias is not None:
+        result += bias
+    return result.to(x.dtype).view(*x.shape[:-1], rows)
