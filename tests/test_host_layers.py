@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from bitsandbytes import functional
 
 import qwen_vram as qv
 from qwen_vram.arithmetic import machine_file
+from qwen_vram.arithmetic.catalog import find
 from qwen_vram.arithmetic.machine import DEFAULT
-from qwen_vram.arithmetic.timing import HOST_ROWS, decode_floor_ms
+from qwen_vram.arithmetic.timing import HOST_ROWS, decode_floor_ms, decode_ms
 from qwen_vram.arithmetic.weights import computing_copies
 from qwen_vram.arithmetic.workload import Workload
 from qwen_vram.runtime import cpu_product
@@ -240,11 +242,12 @@ def test_a_plan_computes_where_that_is_quicker(measured):
     plan = qv.plan(SEVEN, **asked)
     profile, work = plan.profile, Workload(prompt_len=2_000)
     assert 0 < profile.host_layers < profile.streamed_layers
-    floors = {
-        count: decode_floor_ms(plan.estimate.architecture, profile.replace(host_layers=count), work, measured)
+    times = {
+        count: decode_ms(plan.estimate.architecture, profile.replace(host_layers=count), work, measured)
         for count in range(profile.streamed_layers + 1)
     }
-    assert floors[profile.host_layers] == min(floors.values()) == plan.steps[-1].decode_floor_ms
+    assert times[profile.host_layers] == min(times.values()) < times[profile.host_layers - 1]
+    assert plan.steps[-1].decode_floor_ms <= min(times.values())
     assert f"host_layers={profile.host_layers}" in plan.steps[-1].change
     assert plan.steps[-1].cost == "layers cross the link, or compute on the CPU, for every token"
     assert f"host_layers={profile.host_layers}" in plan.call
@@ -285,6 +288,29 @@ def test_a_plan_keeps_host_layers_that_were_asked_for(measured):
     plan = qv.plan(SEVEN, vram="6GiB", ram="12GiB", weights="bf16", streamed_layers=28, host_layers=9)
     assert (plan.profile.streamed_layers, plan.profile.host_layers) == (28, 9)
     assert 0 < plan.profile.disk_layers <= 19
+
+
+ROWS = Path(__file__).parent.parent / "benchmarks" / "results" / "streaming_host.jsonl"
+
+
+@pytest.mark.parametrize(
+    "row", [json.loads(line) for line in ROWS.read_text().splitlines()], ids=lambda row: str(row["cell"])
+)
+def test_predicted_times_are_near_those_that_were_measured(row):
+    """By the rates that `calibrate`'s step found on that machine before the runs."""
+    machine = replace(
+        DEFAULT,
+        device_bandwidth=2_970_000_000_000,
+        pinned_copy_rate=54_700_000_000,
+        host_product_rate=78_220_399_970,
+        host_4bit_rate=47_964_979_418,
+    )
+    cell, work = row["cell"], Workload(prompt_len=512, max_new_tokens=34)
+    knobs = {knob: cell[knob] for knob in ("weights", "streamed_layers", "host_layers")}
+    found = find(SEVEN), qv.Profile(**knobs, attention="fused", cache="preallocated"), work, machine
+    assert decode_ms(*found) == pytest.approx(row["ms_per_token"], rel=0.14)
+    assert decode_floor_ms(*found) < row["ms_per_token"]
+    assert row["peak_allocated"] == pytest.approx(row["predicted_peak"], rel=0.01)
 
 
 # on a GPU

@@ -15,6 +15,7 @@ from qwen_vram.demo.tasks import examples
 from qwen_vram.runtime import attention
 from qwen_vram.runtime.backends import TARGETS, get_backend
 from qwen_vram.runtime.backends.base import StreamingBackend
+from qwen_vram.runtime.cpu_product import kernel_library
 from qwen_vram.runtime.host_cache import HostCache
 from qwen_vram.runtime.host_embedding import HostEmbedding
 from qwen_vram.runtime.kv_cache import PreallocatedCache, PreallocatedLayer
@@ -46,6 +47,7 @@ SAVERS = {
     "tiles": {"dequantization": "tiled"},
     "streamed": {"streamed_layers": 2},
     "disk": {"streamed_layers": 2, "disk_layers": 2},
+    "computing": {"streamed_layers": 2, "host_layers": 1},
     "compiled": {"compiled": True},
 }
 PAIRS = [(one, two) for one, two in combinations(SAVERS, 2) if not SAVERS[one].keys() & SAVERS[two].keys()]
@@ -87,10 +89,12 @@ def expected_refusal(weights, savers):
     refused = [NOT_HERE[saver] for saver in savers if saver in NOT_HERE]
     if "head" in chosen and weights in STORED:
         refused.append("lm_head")
-    if chosen & {"streamed", "disk"} and not isinstance(get_backend(weights), StreamingBackend):
+    if chosen & {"streamed", "disk", "computing"} and not isinstance(get_backend(weights), StreamingBackend):
         refused.append("streamed_layers")
     if "disk" in chosen and weights != "bf16":  # as the checkpoint is stored
         refused.append("disk_layers")
+    if "computing" in chosen and (weights == "int8" or (FORMATS[weights].bits == 4 and kernel_library() is None)):
+        refused.append("host_layers")
     try:
         get_backend(weights).check(qv.Profile(weights=weights), torch.device("cpu"))
     except REFUSALS:
@@ -192,6 +196,8 @@ def check_weights(llm):
     assert host_bytes(llm.model) == estimate.architecture.head.numel * profile.element_bytes * on_host
     if not config.tie_word_embeddings:
         assert real["lm_head.weight"] == head_bytes(estimate.architecture, profile)
+    streamer = llm._streamer
+    assert (len(streamer.hosts) if streamer else 0) == profile.host_layers
     kinds = Counter(type(module).__name__ for module in llm.model.modules())
     four_bit = FORMATS[profile.weights].library == "bitsandbytes" and FORMATS[profile.weights].bits == 4
     tiled = four_bit and profile.dequantization == "tiled"

@@ -144,7 +144,7 @@ class Search:
             return everything._replace(estimate=smallest)
         best = min(fitting, key=lambda found: (found.profile.kv_cache != start.kv_cache, self._floor(found.profile)))
         if self._should_compute(best.profile, prefer):
-            best = self.tiers.quickest(best, self._floor)
+            best = self.tiers.quickest(best)
         turned = ("streamed_layers", "host_layers", "disk_layers", "kv_cache", "kv_device")
         knobs = {knob: getattr(best.profile, knob) for knob in turned}
         change = change_of(replace(moved, streamed_layers=0), best.profile, Move(knobs, ""))

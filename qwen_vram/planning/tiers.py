@@ -8,6 +8,7 @@ from dataclasses import replace
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.estimate import Estimate
 from qwen_vram.arithmetic.profile import Profile
+from qwen_vram.arithmetic.timing import decode_ms
 from qwen_vram.arithmetic.weights import (
     computing_copies,
     may_be_on_disk,
@@ -73,8 +74,8 @@ class Tiers:
         kept = most(profile.streamed_layers, lambda kept: weight_bytes(self.architecture, on_disk(kept)).host <= room)
         return self.estimate(on_disk(kept), result.workload)
 
-    def quickest(self, result: Estimate, floor: Callable[[Profile], float]) -> Estimate:
-        """`result` with so many of its layers on the host computing there that `floor` is least, and no more.
+    def quickest(self, result: Estimate) -> Estimate:
+        """`result` with so many of its layers on the host computing there that a step is shortest, and no more.
 
         For one sequence alone, as rates are measured, and in as much host memory as copies for the CPU find.
         """
@@ -86,7 +87,8 @@ class Tiers:
         ]
         room = self.budget.ram - result.host
         held = [choice for choice in choices if computing_copies(self.architecture, choice) <= room]
-        return self.estimate(min(held, key=floor), result.workload)
+        best = min(held, key=lambda choice: decode_ms(self.architecture, choice, result.workload))
+        return self.estimate(best, result.workload)
 
     def _fewest_away(self, base: Profile, workload: Workload) -> Estimate:
         """`base` without a GPU: as many layers resident as the host holds, the others on the disk."""
