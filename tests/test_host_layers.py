@@ -293,24 +293,32 @@ def test_a_plan_keeps_host_layers_that_were_asked_for(measured):
 ROWS = Path(__file__).parent.parent / "benchmarks" / "results" / "streaming_host.jsonl"
 
 
+XEON = replace(
+    DEFAULT,  # what `calibrate`'s steps found there before the runs
+    device_bandwidth=2_970_000_000_000,
+    pinned_copy_rate=54_700_000_000,
+    host_product_rate=78_220_399_970,
+    host_4bit_rate=47_964_979_418,
+)
+
+
 @pytest.mark.parametrize(
     "row", [json.loads(line) for line in ROWS.read_text().splitlines()], ids=lambda row: str(row["cell"])
 )
 def test_predicted_times_are_near_those_that_were_measured(row):
-    """By the rates that `calibrate`'s step found on that machine before the runs."""
-    machine = replace(
-        DEFAULT,
-        device_bandwidth=2_970_000_000_000,
-        pinned_copy_rate=54_700_000_000,
-        host_product_rate=78_220_399_970,
-        host_4bit_rate=47_964_979_418,
-    )
     cell, work = row["cell"], Workload(prompt_len=512, max_new_tokens=34)
     knobs = {knob: cell[knob] for knob in ("weights", "streamed_layers", "host_layers")}
-    found = find(SEVEN), qv.Profile(**knobs, attention="fused", cache="preallocated"), work, machine
+    found = find(SEVEN), qv.Profile(**knobs, attention="fused", cache="preallocated"), work, XEON
     assert decode_ms(*found) == pytest.approx(row["ms_per_token"], rel=0.14)
     assert decode_floor_ms(*found) < row["ms_per_token"]
     assert row["peak_allocated"] == pytest.approx(row["predicted_peak"], rel=0.01)
+
+
+@pytest.mark.parametrize(("weights", "computing"), [("bf16", 9), ("nf4", 6)])
+def test_of_28_streamed_layers_so_many_compute_there(weights, computing):
+    work, profile = Workload(prompt_len=512, max_new_tokens=34), qv.Profile(weights=weights, streamed_layers=28)
+    times = [decode_ms(find(SEVEN), profile.replace(host_layers=count), work, XEON) for count in range(29)]
+    assert times.index(min(times)) == computing
 
 
 # on a GPU

@@ -27,8 +27,8 @@ FIGURES = {
     "device_bandwidth": ("device memory, read plus written", "bytes/s"),
     "pinned_copy_rate": ("pinned host memory to device", "bytes/s"),
     "host_bandwidth": ("host memory, read plus written", "bytes/s"),
-    "host_product_rate": ("16-bit weights times one row, by the CPU", "bytes/s"),
-    "host_4bit_rate": ("4-bit weights times one row, by the CPU", "bytes/s"),
+    "host_product_rate": ("CPU products, 16-bit weights", "bytes/s"),
+    "host_4bit_rate": ("CPU products, 4-bit weights", "bytes/s"),
     "disk_read_rate": ("disk of the cache folder", "bytes/s"),
 }
 # Figures that files from before them lack, and that a machine may not have.

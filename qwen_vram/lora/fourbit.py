@@ -110,34 +110,42 @@ def _encode_on_cpu(values: torch.Tensor, quant_type: str) -> tuple[torch.Tensor,
     all of a cell has one code, unless a midpoint is in it: the few values there are compared with it.
     """
     midpoints, order, cells = _tables(quant_type)
-    codes = torch.empty(values.numel() // 2, 1, dtype=torch.uint8)
-    scales = torch.empty(values.numel() // _BLOCK)
+    scales = _block_maxima(values)
+    inverse = (1.0 / scales.clamp(min=1e-38)).view(-1, 1)
+    finite = bool(scales.isfinite().all())
+    found = scratch("found", values.shape, torch.uint8)
     for start in range(0, values.numel(), _CACHED):
         some = values[start : start + _CACHED]
         scaled = scratch("scaled", some.shape, torch.float32).copy_(some)
-        blocks = scaled.view(-1, _BLOCK)
-        other = scratch("other", some.shape, torch.float32)
-        largest = scales[start // _BLOCK : start // _BLOCK + len(blocks)]
-        torch.amax(torch.abs(blocks, out=other.view(-1, _BLOCK)), dim=1, out=largest)
-        blocks.mul_((1.0 / largest.clamp(min=1e-38)).view(-1, 1))
-        if not largest.isfinite().all():
+        scaled.view(-1, _BLOCK).mul_(inverse[start // _BLOCK : (start + len(some)) // _BLOCK])
+        if not finite:
             scaled.nan_to_num_()  # NaN has no cell; who merges is told by the proof
-        cell = scratch("cell", some.shape, torch.int32).copy_(_cell(scaled, out=other))
-        found = torch.index_select(cells, 0, cell, out=scratch("code", some.shape, torch.uint8))
-        words = found.view(torch.int64)  # 8 codes each
-        unsure = torch.nonzero(words & _UNSURE_IN_WORD)[:, 0]
-        exact = order[torch.bucketize(scaled.view(-1, 8)[unsure], midpoints)]
-        words[unsure] = exact.view(torch.int64)[:, 0]
-        # The low byte of a pair is the first code: 16 times it, and the second, are the low byte of the sum.
-        pairs = found.view(torch.int16)
-        high = torch.bitwise_right_shift(pairs, 8, out=scratch("high", pairs.shape, torch.int16))
-        codes[start // 2 : start // 2 + len(pairs), 0] = high.add_(pairs, alpha=16)
-    return codes, scales
+        cell = scratch("cell", some.shape, torch.int32).copy_(_cell(scaled, out=scaled))
+        torch.index_select(cells, 0, cell, out=found[start : start + len(some)])
+    words = found.view(torch.int64)  # 8 codes each
+    marks = torch.bitwise_and(words, _UNSURE_IN_WORD, out=scratch("marks", words.shape, torch.int64))
+    unsure = torch.nonzero(marks)[:, 0]
+    scaled = values.view(-1, 8)[unsure] * inverse[unsure // (_BLOCK // 8)]
+    words[unsure] = order[torch.bucketize(scaled, midpoints)].view(torch.int64)[:, 0]
+    # The low byte of a pair is the first code: 16 times it, and the second, are the low byte of the sum.
+    pairs = found.view(torch.int16)
+    high = torch.bitwise_right_shift(pairs, 8, out=scratch("high", pairs.shape, torch.int16))
+    return high.add_(pairs, alpha=16).to(torch.uint8).view(-1, 1), scales
+
+
+def _block_maxima(values: torch.Tensor) -> torch.Tensor:
+    """The largest absolute value of each block in float32. Floats without a sign are in the order of their bits."""
+    absolute = torch.abs(values, out=scratch("absolute", values.shape, values.dtype))
+    bits = absolute.view(torch.int32 if values.dtype == torch.float32 else torch.int16)
+    return bits.view(-1, _BLOCK).amax(dim=1).view(values.dtype).float()
 
 
 def _cell(scaled: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Numbers from -1 to 1 as those of their cells, 0 to 2 * `_CELLS`, with what is to be cut off."""
-    return torch.mul(scaled, _CELLS, out=out).add_(_CELLS)
+    """Numbers from -1 to 1 as those of their cells, 0 to 2 * `_CELLS`, with what is to be cut off.
+
+    `_CELLS` is a power of 2, so that sums are the same with and without a fused multiply-add.
+    """
+    return torch.add(torch.tensor(float(_CELLS)), scaled, alpha=_CELLS, out=out)
 
 
 @cache

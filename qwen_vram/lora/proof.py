@@ -45,19 +45,24 @@ class Proof:
     def add(self, base: torch.Tensor, merged: torch.Tensor, stored: torch.Tensor) -> None:
         """Count a piece: three float32 tensors of the same shape. `merged` and `stored` are used up."""
         base, merged, stored = base.reshape(-1), merged.reshape(-1), stored.reshape(-1)
-        low, high = torch.aminmax(_difference(stored, merged))
-        self._add(base, merged.sub_(base), stored, torch.maximum(-low, high))
+        error = stored.sub_(merged)
+        low, high = torch.aminmax(error)
+        update = merged.sub_(base)
+        # stored - base = error + update
+        kept = torch.dot(error, update) + torch.dot(update, update)
+        self._add(base, update, kept, torch.maximum(-low, high))
 
     def add_blocks(
         self, base: torch.Tensor, merged: torch.Tensor, decoded: torch.Tensor, scales: torch.Tensor, group_size: int
     ) -> Blocks:
         """Count a piece that was decoded with `scales`, one for `group_size` weights, which are not final."""
         base, merged, decoded = base.reshape(-1), merged.reshape(-1), decoded.reshape(-1)
-        difference = _difference(decoded, merged)
+        difference = torch.sub(decoded, merged, out=scratch("difference", merged.shape, torch.float32, merged.device))
         errors = _by_block(difference.abs_(), group_size).amax(dim=1)
         update = merged.sub_(base)
-        products = _by_block(torch.mul(decoded, update, out=difference), group_size).sum(dim=1)
-        self._add(base, update, decoded, errors.new_zeros(()))
+        products = _by_block(decoded.mul_(update), group_size).sum(dim=1)
+        kept = products.sum() - torch.dot(base, update)
+        self._add(base, update, kept, errors.new_zeros(()))
         return Blocks(scales, products, errors)
 
     def settle(self, blocks: Blocks, scales: torch.Tensor) -> None:
@@ -70,8 +75,7 @@ class Proof:
         kept = float(torch.sum(relative.double() * blocks.products.double()))
         self._count(kept, 0.0, 0.0, float((blocks.errors + change.abs()).max()))
 
-    def _add(self, base: torch.Tensor, update: torch.Tensor, stored: torch.Tensor, error: torch.Tensor) -> None:
-        kept = torch.dot(stored.sub_(base), update)
+    def _add(self, base: torch.Tensor, update: torch.Tensor, kept: torch.Tensor, error: torch.Tensor) -> None:
         self._count(*torch.stack([kept, torch.dot(update, update), torch.dot(base, base), error]).tolist())
 
     def _count(self, kept: float, update_squared: float, base_squared: float, error: float) -> None:
@@ -91,11 +95,6 @@ class Proof:
     def relative_size(self) -> float | None:
         """Norm of the update over the norm of the base; `None` where that is zero."""
         return math.sqrt(self.update_squared / self.base_squared) if self.base_squared else None
-
-
-def _difference(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """`one - other` in this thread's scratch memory."""
-    return torch.sub(one, other, out=scratch("difference", one.shape, torch.float32, one.device))
 
 
 def _by_block(values: torch.Tensor, size: int) -> torch.Tensor:
