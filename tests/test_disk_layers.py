@@ -537,6 +537,18 @@ def test_a_16_bit_checkpoint_is_quantized_first():
     assert qv.plan(SEVEN, vram="6GiB", ram="5GiB", weights="bf16").profile.disk_layers > 0
 
 
+def test_plain_layers_are_on_the_disk_in_their_own_dtype_alone():
+    plain = {name: value for name, value in quantized().items() if name != "quantization_config"}
+    budget = {"vram": "6GiB", "ram": "5GiB"}
+    for key, name, own in (("dtype", "float16", "fp16"), ("torch_dtype", "bfloat16", "bf16")):
+        other = {"fp16": "bf16", "bf16": "fp16"}[own]
+        assert qv.plan({**plain, key: name}, **budget, weights=own).profile.disk_layers > 0
+        with pytest.raises(
+            qv.DoesNotFitError, match=f"; in {own}, as the files hold them, layers can stay on the disk"
+        ):
+            qv.plan({**plain, key: name}, **budget, weights=other)
+
+
 def test_what_the_caller_set_stays():
     with pytest.raises(qv.DoesNotFitError):
         qv.plan(quantized(), vram="3GiB", ram="2GiB", prompt_len=2_000, disk_layers=0)

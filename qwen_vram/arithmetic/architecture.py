@@ -1,6 +1,6 @@
 """The shape of a dense Qwen model: the only reader of config.json keys, and the list of every weight.
 
-It knows names, shapes and roles. It does not know dtypes, bytes or devices.
+It knows names, shapes, roles, and the dtype that config.json names. It does not know bytes or devices.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ SUPPORTED = ("qwen2", "qwen3")
 # Largest dimension believed. Llama-3 405B's intermediate_size is 53,248 and the largest published vocabulary about
 # 262,144; a config.json past this bound is damaged or hostile.
 _LARGEST = 10_000_000
+
+_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 class Weight(NamedTuple):
@@ -59,6 +61,7 @@ class Architecture:
         max_position_embeddings: Positions the model may be used with, YaRN's factor included where config.json sets it.
         tie_word_embeddings: The head is the embedding's own tensor, so it is neither stored nor counted twice.
         attention_bias: q, k and v carry biases. (o does too on a Qwen3 whose config.json sets `attention_bias`.)
+        dtype: The plain dtype that config.json names; `"bf16"`, as every published one is, where it names none.
         stored_format: The storage format of a checkpoint that is quantized already; `None` for plain dtypes.
         stored_head: Whether its head is quantized too.
         stored: Its tensors' bytes, where its headers were read for them.
@@ -78,6 +81,7 @@ class Architecture:
     max_position_embeddings: int
     tie_word_embeddings: bool
     attention_bias: bool
+    dtype: str = "bf16"
     stored_format: str | None = None
     stored_head: bool = False
     stored: Stored | None = field(default=None, repr=False)
@@ -139,6 +143,7 @@ class Architecture:
             max_position_embeddings=reader.positions(),
             tie_word_embeddings=reader.flag("tie_word_embeddings"),
             attention_bias=model_type == "qwen2" or reader.flag("attention_bias"),
+            dtype=reader.dtype(),
             **reader.stored(),
         )
 
@@ -255,6 +260,11 @@ class _Reader:
                 source=self.source,
             )
         return str(got)
+
+    def dtype(self) -> str:
+        """The plain dtype, by the name that its storage format has here."""
+        named = str(self.config.get("dtype") or self.config.get("torch_dtype"))
+        return _DTYPES.get(named.removeprefix("torch."), "bf16")
 
     def stored(self) -> dict[str, Any]:
         """`stored_format` and `stored_head` of a checkpoint that bitsandbytes quantized; empty for plain dtypes."""

@@ -5,6 +5,7 @@ The operations and their order are PEFT's `merge_and_unload` on a float32 base, 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -119,7 +120,12 @@ class LoadedUpdate:
         return merged + (self.apply(rows, start, stop) - rows)
 
     def _with_low_rank(self, low_rank: LowRank, rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        merged = self._product(low_rank, start, stop).add_(rows)
+        product, scale = self._product(low_rank, start, stop), low_rank.scale * self.factor
+        if abs(math.frexp(scale)[0]) != 0.5:
+            product.mul_(scale)
+            scale = 1.0
+        # A power of 2 is left to the sum: what it scales is exact, with and without a fused multiply-add.
+        merged = torch.add(rows, product, alpha=scale, out=product)
         if low_rank.magnitude is None:
             return merged
         if low_rank.embedding:
@@ -128,11 +134,11 @@ class LoadedUpdate:
         return merged.mul_((self.magnitude[start:stop] / norms).view(-1, 1))
 
     def _product(self, low_rank: LowRank, start: int, stop: int) -> torch.Tensor:
-        """Rows `start` to `stop` of the scaled product."""
+        """Rows `start` to `stop` of the product, not scaled."""
         b, a = (self.b, self.a[:, start:stop]) if low_rank.embedding else (self.b[start:stop], self.a)
         name = f"product {self.update.adapter}"
         product = torch.mm(b, a, out=scratch(name, (len(b), a.shape[1]), torch.float32, self.device))
-        return (product.T if low_rank.embedding else product).mul_(low_rank.scale * self.factor)
+        return product.T if low_rank.embedding else product
 
     def _column_norms(self, low_rank: LowRank) -> torch.Tensor:
         """DoRA on an embedding: the norm of each column of the adapted table, `(hidden_size,)`.

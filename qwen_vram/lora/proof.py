@@ -47,23 +47,18 @@ class Proof:
         base, merged, stored = base.reshape(-1), merged.reshape(-1), stored.reshape(-1)
         error = stored.sub_(merged)
         low, high = torch.aminmax(error)
-        update = merged.sub_(base)
-        # stored - base = error + update
-        kept = torch.dot(error, update) + torch.dot(update, update)
-        self._add(base, update, kept, torch.maximum(-low, high))
+        self._add(base, merged.sub_(base), error, torch.maximum(-low, high))
 
     def add_blocks(
         self, base: torch.Tensor, merged: torch.Tensor, decoded: torch.Tensor, scales: torch.Tensor, group_size: int
     ) -> Blocks:
         """Count a piece that was decoded with `scales`, one for `group_size` weights, which are not final."""
         base, merged, decoded = base.reshape(-1), merged.reshape(-1), decoded.reshape(-1)
-        difference = torch.sub(decoded, merged, out=scratch("difference", merged.shape, torch.float32, merged.device))
-        errors = _by_block(difference.abs_(), group_size).amax(dim=1)
+        error = torch.sub(decoded, merged, out=scratch("error", merged.shape, torch.float32, merged.device))
         update = merged.sub_(base)
         products = _by_block(decoded.mul_(update), group_size).sum(dim=1)
-        kept = products.sum() - torch.dot(base, update)
-        self._add(base, update, kept, errors.new_zeros(()))
-        return Blocks(scales, products, errors)
+        self._add(base, update, error, products.new_zeros(()))
+        return Blocks(scales, products, _by_block(error.abs_(), group_size).amax(dim=1))
 
     def settle(self, blocks: Blocks, scales: torch.Tensor) -> None:
         """Correct what `add_blocks` counted, now that `scales` are final.
@@ -75,8 +70,11 @@ class Proof:
         kept = float(torch.sum(relative.double() * blocks.products.double()))
         self._count(kept, 0.0, 0.0, float((blocks.errors + change.abs()).max()))
 
-    def _add(self, base: torch.Tensor, update: torch.Tensor, kept: torch.Tensor, error: torch.Tensor) -> None:
-        self._count(*torch.stack([kept, torch.dot(update, update), torch.dot(base, base), error]).tolist())
+    def _add(self, base: torch.Tensor, update: torch.Tensor, error: torch.Tensor, largest: torch.Tensor) -> None:
+        """Count sums of a piece, and the largest error given; `stored - base` is `update + error`."""
+        update_squared = torch.dot(update, update)
+        kept = torch.dot(error, update) + update_squared
+        self._count(*torch.stack([kept, update_squared, torch.dot(base, base), largest]).tolist())
 
     def _count(self, kept: float, update_squared: float, base_squared: float, error: float) -> None:
         with self._lock:

@@ -165,6 +165,7 @@ def _threads() -> Iterator[ThreadPoolExecutor]:
     pool = ThreadPoolExecutor(
         min(threads, _MOST_THREADS), thread_name_prefix="merge", initializer=torch.set_num_threads, initargs=(1,)
     )
+    torch.set_num_threads(1)
     try:
         yield pool
     finally:

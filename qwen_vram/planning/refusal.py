@@ -54,8 +54,8 @@ def refusal(smallest: Estimate, budget: Budget, nearest: Workload | None) -> Doe
         if nearest
         else "not even one token would fit; use a smaller model"
     )
-    if _quantizes(smallest) and (budget.vram is None or on_device(smallest, budget)):
-        advice += "; once the checkpoint is quantized (qwen-vram quantize), its layers can stay on the disk"
+    if budget.vram is None or on_device(smallest, budget):
+        advice += _on_disk(smallest)
     return DoesNotFitError(
         f"{smallest.model} with {smallest.profile.weights} weights at {work.prompt_len} + {work.max_new_tokens} "
         f"tokens, batch {work.batch_size}, needs {short.needs}; {short.allowed} are allowed; {advice}",
@@ -67,7 +67,13 @@ def refusal(smallest: Estimate, budget: Budget, nearest: Workload | None) -> Doe
     )
 
 
-def _quantizes(result: Estimate) -> bool:
-    """Whether a 16-bit checkpoint is quantized while it loads to what could be read from the disk."""
-    stored = result.architecture is None or result.architecture.stored_format is not None
-    return not stored and FORMATS[result.profile.weights].library == "bitsandbytes"
+def _on_disk(result: Estimate) -> str:
+    """How layers that are made of a plain checkpoint's while it loads could stay on the disk; empty for others."""
+    architecture, weights = result.architecture, result.profile.weights
+    if architecture is None or architecture.stored_format is not None:
+        return ""
+    if FORMATS[weights].library == "bitsandbytes":
+        return "; once the checkpoint is quantized (qwen-vram quantize), its layers can stay on the disk"
+    if FORMATS[weights].is_dense and weights != architecture.dtype:
+        return f"; in {architecture.dtype}, as the files hold them, layers can stay on the disk"
+    return ""
