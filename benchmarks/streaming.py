@@ -33,8 +33,8 @@ from cells import ms_per_token, run_missing
 
 import qwen_vram as qv
 from qwen_vram.arithmetic.timing import decode_floor_ms, link_bytes
-from qwen_vram.tools.calibrate_steps import packed_product_rate, plain_product_rate
 from qwen_vram.tools.disk_rate import disk_read_rate
+from qwen_vram.tools.product_rates import packed_product_rate, plain_product_rate
 
 MODEL = "Qwen2.5-7B"
 GIB = 2**30

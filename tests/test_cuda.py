@@ -101,6 +101,23 @@ def test_a_mask_means_what_it_means_to_sdpa(queries):
     assert torch.allclose(found.double(), wanted.transpose(1, 2), atol=0.01)
 
 
+def test_a_masked_product_trains_as_sdpa_does():
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 4, 24, 64, dtype=torch.bfloat16, device="cuda") for _ in range(3))
+    mask = torch.ones(2, 1, 24, 24, dtype=torch.bool, device="cuda").tril()
+    mask[0, ..., :5] = False
+    mask |= torch.eye(24, dtype=torch.bool, device="cuda")
+    gradients = []
+    for attend in (
+        lambda *states: fused_attention(torch.nn.Module(), *states, mask, scaling=0.125)[0].transpose(1, 2),
+        lambda *states: torch.nn.functional.scaled_dot_product_attention(*states, attn_mask=mask, scale=0.125),
+    ):
+        trained = value.clone().requires_grad_()  # as where an adapter is on the values alone
+        attend(query, key, trained).float().square().sum().backward()
+        gradients.append(trained.grad)
+    assert torch.allclose(*gradients, atol=0.05, rtol=0.05)
+
+
 def test_longer_and_longer_chats_reserve_no_more_than_was_promised(wide):
     work = {"prompt_len": 3_900, "max_new_tokens": 8, "attention": "fused", "cache": "preallocated"}
     with qv.load(wide, profile="default", prefill_chunk_size=512, progress=False, **work) as llm:

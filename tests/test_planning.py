@@ -10,8 +10,9 @@ import qwen_vram as qv
 from qwen_vram.arithmetic.profile import COMPILED
 from qwen_vram.planning import budget as budget_module
 from qwen_vram.planning import devices
+from qwen_vram.planning.away import spread
 from qwen_vram.planning.devices import DeviceMemory, available_ram
-from qwen_vram.planning.placement import place, spread
+from qwen_vram.planning.placement import place
 
 SEVEN = "Qwen/Qwen2.5-7B-Instruct"
 RAM = {"ram": "64GiB"}

@@ -111,7 +111,7 @@ def parse_machine(data: object) -> Machine:
         ValueError: a field is missing, unknown, of another type, or no size or rate that a computer can have.
     """
     names = {field.name for field in fields(Machine)}
-    if not isinstance(data, dict) or data.keys() | set(_LATER) != names or "kept" not in data:
+    if not isinstance(data, dict) or data.keys() | set(_LATER) != names:
         raise ValueError(f"a machine has the fields {', '.join(sorted(names))} and no other")
     values: dict[str, Any] = dict.fromkeys(_LATER) | data
     for name in _TEXTS:

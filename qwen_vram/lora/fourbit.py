@@ -113,29 +113,29 @@ def _encode_on_cpu(values: torch.Tensor, quant_type: str) -> tuple[torch.Tensor,
     scales = _block_maxima(values)
     inverse = (1.0 / scales.clamp(min=1e-38)).view(-1, 1)
     finite = bool(scales.isfinite().all())
-    found = scratch("found", values.shape, torch.uint8)
+    found = scratch("work", values.shape, torch.uint8)
     for start in range(0, values.numel(), _CACHED):
         some = values[start : start + _CACHED]
         scaled = scratch("scaled", some.shape, torch.float32).copy_(some)
         scaled.view(-1, _BLOCK).mul_(inverse[start // _BLOCK : (start + len(some)) // _BLOCK])
         if not finite:
             scaled.nan_to_num_()  # NaN has no cell; who merges is told by the proof
-        cell = scratch("cell", some.shape, torch.int32).copy_(_cell(scaled, out=scaled))
+        cell = scaled.view(torch.int32).copy_(_cell(scaled, out=scaled))
         torch.index_select(cells, 0, cell, out=found[start : start + len(some)])
     words = found.view(torch.int64)  # 8 codes each
-    marks = torch.bitwise_and(words, _UNSURE_IN_WORD, out=scratch("marks", words.shape, torch.int64))
+    marks = torch.bitwise_and(words, _UNSURE_IN_WORD, out=scratch("spare", words.shape, torch.int64))
     unsure = torch.nonzero(marks)[:, 0]
     scaled = values.view(-1, 8)[unsure] * inverse[unsure // (_BLOCK // 8)]
     words[unsure] = order[torch.bucketize(scaled, midpoints)].view(torch.int64)[:, 0]
     # The low byte of a pair is the first code: 16 times it, and the second, are the low byte of the sum.
     pairs = found.view(torch.int16)
-    high = torch.bitwise_right_shift(pairs, 8, out=scratch("high", pairs.shape, torch.int16))
+    high = torch.bitwise_right_shift(pairs, 8, out=scratch("spare", pairs.shape, torch.int16))
     return high.add_(pairs, alpha=16).to(torch.uint8).view(-1, 1), scales
 
 
 def _block_maxima(values: torch.Tensor) -> torch.Tensor:
     """The largest absolute value of each block in float32. Floats without a sign are in the order of their bits."""
-    absolute = torch.abs(values, out=scratch("absolute", values.shape, values.dtype))
+    absolute = torch.abs(values, out=scratch("work", values.shape, values.dtype))
     bits = absolute.view(torch.int32 if values.dtype == torch.float32 else torch.int16)
     return bits.view(-1, _BLOCK).amax(dim=1).view(values.dtype).float()
 

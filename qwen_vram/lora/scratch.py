@@ -17,7 +17,7 @@ class _Buffers(threading.local):
     """Each thread's own."""
 
     def __init__(self) -> None:
-        self.by_key: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}
+        self.by_key: dict[tuple[str, torch.device], torch.Tensor] = {}
 
 
 _buffers = _Buffers()
@@ -29,8 +29,8 @@ def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch
     The buffers go when the thread ends.
     """
     buffers = _buffers.by_key
-    key = (name, dtype, device)
-    count = math.prod(shape)
-    if key not in buffers or buffers[key].numel() < count:
-        buffers[key] = torch.empty(count, dtype=dtype, device=device)
-    return buffers[key][:count].view(shape)
+    key = (name, device)
+    nbytes = math.prod(shape) * dtype.itemsize
+    if key not in buffers or buffers[key].numel() < nbytes:
+        buffers[key] = torch.empty(nbytes, dtype=torch.uint8, device=device)
+    return buffers[key][:nbytes].view(dtype).view(shape)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.estimate import Estimate
@@ -14,6 +14,7 @@ from qwen_vram.arithmetic.split import split_of
 from qwen_vram.arithmetic.weights import table_on_host
 from qwen_vram.arithmetic.workload import Workload
 from qwen_vram.errors import DoesNotFitError, WorkloadError
+from qwen_vram.planning.away import layers_away
 from qwen_vram.planning.budget import Budget, VramLike
 from qwen_vram.planning.fit import fits, on_device
 from qwen_vram.planning.refusal import shortage
@@ -69,41 +70,6 @@ class Placement:
         return "stream" if streams and int(name.rpartition(".")[2]) not in self.computing else "host"
 
 
-def spread(streamed: int, layers: int) -> frozenset[int]:
-    """`streamed` of `layers` indices, as evenly as they go, so that each has resident layers to hide behind.
-
-    >>> sorted(spread(3, 28))
-    [8, 17, 27]
-    """
-    return frozenset((index + 1) * layers // streamed - 1 for index in range(streamed))
-
-
-def among(layers: int, streamed: Collection[int]) -> frozenset[int]:
-    """`layers` of the streamed ones, as evenly among them as they go.
-
-    >>> sorted(among(2, {3, 7, 11, 15}))
-    [7, 15]
-    """
-    ordered = sorted(streamed)
-    return frozenset(ordered[index] for index in spread(layers, len(ordered))) if layers else frozenset()
-
-
-class Away(NamedTuple):
-    """Numbers of the layers that are not resident, and of those among them on the disk and computing on the host."""
-
-    streamed: frozenset[int]
-    disk: frozenset[int]
-    computing: frozenset[int]
-
-
-def layers_away(architecture: Architecture, profile: Profile) -> Away:
-    """Which layers `profile` has stream, and how."""
-    count = profile.streamed_layers
-    streamed = spread(count, architecture.num_hidden_layers) if count else frozenset()
-    disk = among(profile.disk_layers, streamed)
-    return Away(streamed, disk, among(profile.host_layers, streamed - disk))
-
-
 def place(architecture: Architecture, profile: Profile, *, device: Where = 0) -> Placement:
     """Where `profile` puts each module: on `device`, on the host or on the disk."""
     layers = [device] * architecture.num_hidden_layers
@@ -143,6 +109,12 @@ def place_on(budget: Budget, result: Estimate) -> Placement:
         return place_split(result.architecture, result.profile, split_of(result))
     device: Where = "cpu" if budget.vram is None else next(iter(budget.devices), 0)
     return place(result.architecture, result.profile, device=device)
+
+
+def _streaming(profile: Profile, count: int) -> Profile:
+    """`profile` with so many layers off the device, and no more of them on the disk or computing than that."""
+    disk = min(profile.disk_layers, count)
+    return profile.replace(streamed_layers=count, disk_layers=disk, host_layers=min(profile.host_layers, count - disk))
 
 
 def offload_map(
@@ -196,12 +168,12 @@ def offload_map(
                 name="layers_on_cpu",
                 got=layers_on_cpu,
             )
-        tried = [chosen.replace(streamed_layers=layers_on_cpu)]
+        tried = [_streaming(chosen, layers_on_cpu)]
         if vram is None and reserve is None:
             return place(architecture, tried[0]).device_map
     else:
         on_host = chosen.replace(embeddings="host")
-        tried = [chosen, on_host, *(on_host.replace(streamed_layers=count) for count in range(1, layers + 1))]
+        tried = [chosen, on_host, *(_streaming(on_host, count) for count in range(1, layers + 1))]
     budget = Budget.of(vram, ram, reserve)
     if budget.vram is None:
         return place(architecture, chosen, device="cpu").device_map

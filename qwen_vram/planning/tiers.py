@@ -102,7 +102,7 @@ class Tiers:
         return reading(layers - most(layers, lambda resident: fits(reading(layers - resident), self.budget)))
 
     def _may_read(self, profile: Profile) -> bool:
-        """Whether layers of `profile` may stay on the disk: the caller left it open, and files hold them as they run."""
+        """Whether layers of `profile` may stay on the disk: the caller left it open, and files hold them so."""
         as_stored = self.architecture.stored_format is not None or profile.dtype == self.architecture.dtype
         return self.may_read and as_stored and may_be_on_disk(self.architecture, profile)
 

@@ -52,7 +52,7 @@ def fused_attention(
     head_dim) and no weights.
     """
     queries, keys = query.shape[2], key.shape[2]
-    if attention_mask is not None and query.is_cuda and attention_mask.dtype == torch.bool:
+    if attention_mask is not None and query.is_cuda and attention_mask.dtype == torch.bool and not dropout:
         return _masked(query, key, value, attention_mask, scaling), None
     if attention_mask is not None:
         result, _ = sdpa_attention_forward(
@@ -89,8 +89,9 @@ def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: fl
     else:
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     bias = _bias(mask, query.dtype).expand(*query.shape[:3], -1)
+    trains = any(one.requires_grad for one in (query, key, value))
     output: Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(
-        query, key, value, bias, query.requires_grad, 0.0, False, scale=scaling
+        query, key, value, bias, trains, 0.0, False, scale=scaling
     )[0]
     return output.reshape(batch, 1, heads, head_dim) if queries == 1 else output.transpose(1, 2).contiguous()
 
@@ -102,8 +103,7 @@ def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """
     keys = mask.shape[-1]
     room = mask.new_empty((*mask.shape[:-1], bias_columns(keys)), dtype=dtype)
-    zero, least = torch.zeros((), dtype=dtype), torch.tensor(torch.finfo(dtype).min, dtype=dtype)
-    return torch.where(mask, zero, least, out=room[..., :keys])
+    return room[..., :keys].fill_(torch.finfo(dtype).min).masked_fill_(mask, 0)
 
 
 def fused_mask(

@@ -41,8 +41,6 @@ def check(chosen: Plan, backend: Backend, device: torch.device) -> None:
     assert architecture is not None
     if profile.streamed_layers:
         _check_streaming(profile, backend)
-    if profile.host_layers:
-        _check_host(chosen, backend, architecture)
     if profile.disk_layers and not may_be_on_disk(architecture, profile):
         raise NotSupportedError(
             f"disk_layers={profile.disk_layers}: {profile.weights} layers are made of this checkpoint's 16-bit ones "
@@ -53,6 +51,8 @@ def check(chosen: Plan, backend: Backend, device: torch.device) -> None:
         )
     _check_tied(profile, architecture)
     backend.check(profile, device)
+    if profile.host_layers:
+        check_host(chosen, backend)
     if profile.attention == "fused":
         reason = attention.kernel_runs(dtype_for(profile, device), architecture.head_dim, device)
         if reason:
@@ -89,9 +89,14 @@ def _check_streaming(profile: Profile, backend: Backend) -> None:
         )
 
 
-def _check_host(chosen: Plan, backend: Backend, architecture: Architecture) -> None:
-    """Refuse layers that cannot compute on the CPU."""
-    profile = chosen.profile
+def check_host(chosen: Plan, backend: Backend) -> None:
+    """Refuse layers that cannot compute on the CPU.
+
+    Raises:
+        NotSupportedError, BackendUnavailableError: they cannot.
+    """
+    profile, architecture = chosen.profile, chosen.estimate.architecture
+    assert architecture is not None
     asked = f"host_layers={profile.host_layers}"
     if architecture.adapted:
         raise NotSupportedError(

@@ -7,6 +7,7 @@ Source of layout and call: bitsandbytes 0.50.2, functional.py (_convert_weight_p
 from __future__ import annotations
 
 import ctypes
+import logging
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -28,9 +29,21 @@ class PackedMatrix(NamedTuple):
     quant_type: str
 
 
+def import_quietly() -> None:
+    """Import bitsandbytes without the line that it logs on CPUs with AVX512-BF16, which asks for a kernel hub."""
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        import bitsandbytes  # noqa: F401
+    finally:
+        logger.setLevel(level)
+
+
 @cache
 def kernel_library() -> Any:
     """The library of bitsandbytes for the CPU; `None` where there is none, or the CPU has no AVX512-BF16."""
+    import_quietly()
     from bitsandbytes.consts import DYNAMIC_LIBRARY_SUFFIX, PACKAGE_DIR
 
     try:

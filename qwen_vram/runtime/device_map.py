@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from qwen_vram.arithmetic.tiles import head_by_tiles
-from qwen_vram.planning.placement import Away, layers_away
+from qwen_vram.planning.away import Away, layers_away
 from qwen_vram.planning.planner import Plan
 from qwen_vram.runtime.backends.base import Backend, Request
 

@@ -102,22 +102,28 @@ class Generations:
         return {"cache_implementation": "dynamic"}
 
     def _length(self, workload: Workload) -> int:
-        """Tokens of a preallocated cache: those planned, so that every generation takes the same block again.
+        """Tokens of a preallocated cache: those planned, so that as many sequences take the same block again.
 
         A block for each length would leave ever longer ones behind, reserved beside what was promised.
         """
+        return self.plan.workload.context_len if self._is_covered(workload) else workload.context_len
+
+    def _is_covered(self, workload: Workload) -> bool:
+        """Whether the plan's own workload takes at least as much."""
         planned = self.plan.workload
-        covered = workload.batch_size <= planned.batch_size and workload.context_len <= planned.context_len
-        return planned.context_len if covered else workload.context_len
+        return (
+            workload.batch_size <= planned.batch_size
+            and workload.prompt_len <= planned.prompt_len
+            and workload.context_len <= planned.context_len
+        )
 
     def _check_room(self, workload: Workload) -> None:
         """Refuse what is longer than planned and does not fit the budget."""
-        known, planned = self.plan.estimate, self.plan.workload
+        known = self.plan.estimate
         assert known.architecture is not None
         workload.check(known.architecture)
-        if workload.context_len <= planned.context_len and workload.prompt_len <= planned.prompt_len:
-            if workload.batch_size <= planned.batch_size:
-                return
+        if self._is_covered(workload):
+            return
         split = split_of(known)
         Search(known.model, known.architecture, workload, self.plan.budget, known.profile, {}, split).run("quality")
 
@@ -132,7 +138,9 @@ class Generations:
         if isinstance(cache, RoomCache):
             workload = cache.as_held(workload)
         elif isinstance(cache, (PreallocatedCache, HostCache)):
-            workload = replace(workload, max_new_tokens=cache.layers[0].max_length - workload.prompt_len)
+            # The last token is never stored: a caller's cache may be one shorter than the workload.
+            new = max(1, cache.layers[0].max_length - workload.prompt_len)
+            workload = replace(workload, max_new_tokens=new)
         self._last = workload
         for meter in meters:
             held = cache_bytes(cache, meter.device)

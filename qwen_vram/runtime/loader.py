@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from qwen_vram.arithmetic.model import ModelLike
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.tiles import head_by_tiles
 from qwen_vram.arithmetic.weights import disk_buffers, head_is_a_copy, streaming_slots, table_on_host
+from qwen_vram.errors import BackendUnavailableError, NotSupportedError
 from qwen_vram.planning.budget import VramLike
 from qwen_vram.planning.planner import Plan, plan
 from qwen_vram.planning.search import Prefer
@@ -23,11 +23,12 @@ from qwen_vram.runtime.adapter import add_adapter, check_adapter, check_peft
 from qwen_vram.runtime.backends import get_backend
 from qwen_vram.runtime.backends.base import Backend, Request, StreamingBackend
 from qwen_vram.runtime.blob import HostMemory
-from qwen_vram.runtime.check import check, check_files, dtype_for
+from qwen_vram.runtime.check import check, check_files, check_host, dtype_for
 from qwen_vram.runtime.checkpoint import Checkpoint, open_checkpoint
 from qwen_vram.runtime.decoder import decoder_for
 from qwen_vram.runtime.device_map import away_of, connect, device_map, left_out, undispatched
 from qwen_vram.runtime.devices import check_free, devices_for, weakest
+from qwen_vram.runtime.garbage import garbage_of_this_load
 from qwen_vram.runtime.host_embedding import move_embedding_to_host
 from qwen_vram.runtime.loaded import LoadedModel
 from qwen_vram.runtime.measure import PeakMeter, weight_storages
@@ -79,7 +80,8 @@ def load(
     place = weakest(devices)
     if place.type == "cuda" and profile == "auto" and torch.cuda.get_device_capability(place) < (8, 0):
         knobs.setdefault("attention", "sdpa")  # the flash kernel begins with Ampere
-    chosen = plan(
+    planned = partial(
+        plan,
         model,
         profile=profile,
         vram={} if place.type == "cpu" else vram,
@@ -92,7 +94,14 @@ def load(
         adapter=adapter,
         **knobs,
     )
+    chosen = planned()
     backend = get_backend(chosen.profile.weights)
+    if chosen.profile.host_layers and "host_layers" not in knobs and profile == "auto":
+        try:
+            check_host(chosen, backend)
+        except (NotSupportedError, BackendUnavailableError):  # another backend, or another CPU than was measured
+            chosen = planned(host_layers=0)
+            backend = get_backend(chosen.profile.weights)
     for one in devices:
         check(chosen, backend, one)
     if adapter is not None:
@@ -100,7 +109,7 @@ def load(
         assert chosen.estimate.architecture is not None
         check_adapter(adapter_folder(adapter), chosen.estimate.architecture, chosen.profile)
     check_free(chosen, devices)
-    with _garbage_of_this_load():
+    with garbage_of_this_load():
         llm = _build(open_checkpoint(model), chosen, backend, devices, adapter, progress)
     if verify:
         try:
@@ -191,16 +200,3 @@ def _loaded(model: Any, backend: Backend, meters: list[PeakMeter]) -> dict[torch
         load_peak = {"load_peak": peaks["peak_allocated"] - meter.before} if peaks else {}
         loaded[meter.device] = {"weights": sum(weight_storages(model, backend, meter.device).values()), **load_peak}
     return loaded
-
-
-@contextmanager
-def _garbage_of_this_load() -> Iterator[None]:
-    """Have the garbage collector look at new objects alone: all that `transformers` imported takes it 0.2 s a time."""
-    if gc.get_freeze_count():  # they are the program's own, and would be let go
-        yield
-        return
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()

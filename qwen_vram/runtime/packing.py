@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from qwen_vram.planning.placement import Away
+from qwen_vram.planning.away import Away
 from qwen_vram.runtime.backends.base import HostBackend, Request, StreamingBackend
 from qwen_vram.runtime.blob import HostMemory
 from qwen_vram.runtime.blocks import Block, DiskBlock, HostBlock

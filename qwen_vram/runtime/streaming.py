@@ -2,7 +2,7 @@
 
 While one layer computes in its slot, the next ones are copied into the others, on a stream of their own. A layer is one
 piece of memory, so that it is one copy. From token to token nothing is allocated, and the host waits for nothing but
-the disk.
+the disk, and for layers that it computes itself (`host_layers`).
 """
 
 from __future__ import annotations
@@ -20,19 +20,7 @@ from qwen_vram.runtime.blob import HostMemory
 from qwen_vram.runtime.blocks import Block, DiskBlock, HostBlock
 from qwen_vram.runtime.disk import Buffer, DiskReader
 from qwen_vram.runtime.host_layers import HostLayer
-
-
-class Slot:
-    """Room on the device for one block, and which block it holds."""
-
-    def __init__(self, index: int, memory: Tensor) -> None:
-        self.index = index
-        self.memory = memory
-        self.block: Block | None = None
-        if memory.is_cuda:
-            self.filled = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self.computed = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self.computes_on = torch.cuda.current_stream(memory.device)
+from qwen_vram.runtime.slot import Slot
 
 
 class Streamer:
@@ -70,6 +58,7 @@ class Streamer:
             if isinstance(block, HostBlock) and block.computes
         }
         self._few = False
+        self._orders = {few: [self._order(number, few=few) for number in range(len(blocks))] for few in (False, True)}
         for number, block in enumerate(self.blocks):
             block.prepare([slot.memory for slot in self.slots])
             self._attach(number, block)
@@ -101,7 +90,7 @@ class Streamer:
             host.remove()
         for block in self.blocks:
             block.layer.register_forward_pre_hook(_refuse)
-        self.blocks, self.slots, self._hooks, self.hosts = [], [], [], {}
+        self.blocks, self.slots, self._hooks, self.hosts, self._orders = [], [], [], {}, {}
         self._memory.give_back()
 
     def _attach(self, number: int, block: Block) -> None:
@@ -149,8 +138,11 @@ class Streamer:
 
     def _following(self, number: int) -> list[Block]:
         """The blocks that fill the slots once block `number` is done."""
+        return self._orders[self._few][number]
+
+    def _order(self, number: int, *, few: bool) -> list[Block]:
         order = [(number + step) % len(self.blocks) for step in range(1, len(self.blocks) + 1)]
-        streaming = [index for index in order if not (self._few and index in self.hosts)]
+        streaming = [index for index in order if not (few and index in self.hosts)]
         return [self.blocks[index] for index in streaming[: len(self.slots)]]
 
     def _holding(self, block: Block) -> Slot | None:

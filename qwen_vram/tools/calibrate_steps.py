@@ -9,8 +9,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from qwen_vram.arithmetic.machine_file import CalibrationError, make_folder
@@ -26,8 +25,6 @@ _SMALLEST_BUFFER = 2**28
 _CACHES = 4
 _WARM_UP = 3
 _REPEATS = 15
-# The largest matrix of a layer of Qwen2.5-7B.
-_MATRIX = (18_944, 3_584)
 
 
 def no_gpu() -> str | None:
@@ -174,59 +171,10 @@ def host_bandwidth(size: int) -> int:
 def measure_products() -> dict[str, Any]:
     """Bytes of weights a second that the CPU multiplies with one row; `None` in 4 bits where it has no kernel."""
     from qwen_vram.planning.devices import available_ram
+    from qwen_vram.tools.product_rates import packed_product_rate, plain_product_rate
 
     size = buffer_size(available_ram(), least=_SMALLEST_BUFFER, where="of host memory")
     return {"host_product_rate": plain_product_rate(size), "host_4bit_rate": packed_product_rate(size)}
-
-
-def plain_product_rate(size: int) -> int:
-    """Bytes a second of bf16 matrices, `size` bytes of them in turn."""
-    import torch
-
-    rows, columns = _MATRIX
-    x = torch.ones(1, columns, dtype=torch.bfloat16)
-    matrices = [torch.ones(rows, columns, dtype=torch.bfloat16) for _ in range(max(2, size // (2 * rows * columns)))]
-    return _product_rate([partial(torch.nn.functional.linear, x, matrix) for matrix in matrices], 2 * rows * columns)
-
-
-def packed_product_rate(size: int) -> int | None:
-    """Stored bytes a second of NF4 matrices, `size` bytes of them in turn, by bitsandbytes' fused kernel."""
-    from importlib.util import find_spec
-
-    import torch
-
-    from qwen_vram.arithmetic.storage import FORMATS
-
-    if find_spec("bitsandbytes") is None:
-        return None
-    from qwen_vram.runtime.cpu_product import PackedMatrix, kernel_library, multiply
-
-    if kernel_library() is None:
-        return None
-    rows, columns = _MATRIX
-    nbytes, x = FORMATS["nf4"].nbytes(_MATRIX), torch.ones(1, columns, dtype=torch.bfloat16)
-    matrices = [
-        PackedMatrix(
-            torch.ones(rows, columns // 2, dtype=torch.uint8),
-            torch.ones(columns // 64, rows, dtype=torch.bfloat16),
-            _MATRIX,
-            64,
-            "nf4",
-        )
-        for _ in range(max(2, size // nbytes))
-    ]
-    return _product_rate([partial(multiply, x, matrix, None) for matrix in matrices], nbytes)
-
-
-def _product_rate(products: Sequence[Callable[[], object]], nbytes: int) -> int:
-    """Bytes a second of products with matrices of `nbytes` each: the median of several rounds over all of them."""
-    times = []
-    for _ in range(_WARM_UP + _REPEATS):
-        start = time.perf_counter()
-        for product in products:
-            product()
-        times.append(time.perf_counter() - start)
-    return int(len(products) * nbytes / statistics.median(times[_WARM_UP:]))
 
 
 def main() -> None:

@@ -104,10 +104,10 @@ class HostBackend(StreamingBackend, Protocol):
         """
 
     def host_binding(self, module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Callable[[], None]:
-        """A call that makes `module` compute with these tensors, named as by `tensors()`, all of them on the host.
+        """A call that sets `module.forward` to one that computes with these tensors, all of them on the host.
 
-        It may keep copies of its own, as `arithmetic.weights` counts them, and set `module.forward`, which is taken
-        away again when the module is bound elsewhere.
+        They are named as by `tensors()`. Parameters stay as they are, for a model is where its first one is; the
+        attribute is taken away again when the layer is bound to a slot. Copies are counted in `arithmetic.weights`.
         """
 
 

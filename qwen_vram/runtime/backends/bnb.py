@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -18,8 +17,9 @@ from qwen_vram.errors import BackendUnavailableError, NotSupportedError
 from qwen_vram.runtime.backends.base import Request, from_pretrained
 from qwen_vram.runtime.backends.bnb_cpu import check_scales, keep_scales
 from qwen_vram.runtime.backends.bnb_host import check_kernel
-from qwen_vram.runtime.backends.dense import DenseBackend, filled, parameters
-from qwen_vram.runtime.cpu_product import multiply, pack
+from qwen_vram.runtime.backends.bnb_state import copied, itself, quantization_tensors, with_tensors
+from qwen_vram.runtime.backends.dense import DenseBackend, filled, parameters, twin_binding
+from qwen_vram.runtime.cpu_product import import_quietly, multiply, pack
 
 _INSTALL = 'pip install "bitsandbytes>=0.50"'
 
@@ -48,17 +48,6 @@ class _Once(logging.Filter):
 
 
 _ONCE = _Once()
-
-
-def _import_quietly() -> None:
-    """Import bitsandbytes without the line that it logs on CPUs with AVX512-BF16, which asks for a kernel hub."""
-    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        import bitsandbytes  # noqa: F401
-    finally:
-        logger.setLevel(level)
 
 
 def quantization_config(weights: str, *, head: bool, dtype: torch.dtype) -> Any:
@@ -115,7 +104,7 @@ class BnbBackend:
         """The model with its matrices quantized; embeddings, norms and biases keep the model's dtype."""
         from transformers import AutoConfig
 
-        _import_quietly()
+        import_quietly()
         logging.getLogger("bitsandbytes.autograd._functions").addFilter(_ONCE)
         profile = request.profile
         # transformers quantizes nothing there: the embedding never is, streamed layers are in `build`.
@@ -187,11 +176,11 @@ class BnbBackend:
 
     def storages(self, module: nn.Module) -> list[torch.Tensor]:
         """Block maxima, code tables and offset of a 4-bit matrix, row scales of an int8 one."""
-        return list(_quantization(module).values())
+        return list(quantization_tensors(module).values())
 
     def tensors(self, module: nn.Module) -> dict[str, torch.Tensor]:
         """Codes, biases, and the quantization state."""
-        return {**parameters(module), **_quantization(module)}
+        return {**parameters(module), **quantization_tensors(module)}
 
     def binding(self, module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Callable[[], None]:
         """Put the tensors into parameters and quantization state; an int8 matrix is left as after its first product."""
@@ -209,9 +198,9 @@ class BnbBackend:
                 state.CB, state.SCB = tensors["weight"], tensors["SCB"]
 
         else:
-            made = _with_tensors(weight.quant_state, tensors)
+            made = with_tensors(weight.quant_state, tensors)
             # On the CPU the first product changes the state, and the codes that it belongs to.
-            fresh = _copy if tensors["weight"].device.type == "cpu" else _itself
+            fresh = copied if tensors["weight"].device.type == "cpu" else itself
 
             def bind() -> None:
                 bind_parameters()
@@ -226,48 +215,12 @@ class BnbBackend:
     def host_binding(self, module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Callable[[], None]:
         """A 4-bit matrix is packed for the CPU's kernel; all else is used as it is."""
         if len(tensors) == len(parameters(module)):
-            return self.binding(module, tensors)
+            return twin_binding(module, tensors)
         weight: Any = module.weight
-        matrix = pack(tensors["weight"], _with_tensors(weight.quant_state, tensors))
+        matrix = pack(tensors["weight"], with_tensors(weight.quant_state, tensors))
         product = partial(multiply, matrix=matrix, bias=tensors.get("bias"))
 
         def bind() -> None:
             module.forward = product
 
         return bind
-
-
-def _quantization(module: nn.Module) -> dict[str, torch.Tensor]:
-    """What bitsandbytes keeps beside the codes of a matrix, by name."""
-    weight = getattr(module, "weight", None)
-    state = getattr(weight, "quant_state", None)
-    if state is not None:
-        found = {"absmax": state.absmax, "code": state.code}
-        if state.nested:
-            found |= {"offset": state.offset, "state2.absmax": state.state2.absmax, "state2.code": state.state2.code}
-        return found
-    scales = getattr(weight, "SCB", None)
-    if scales is None:  # from the first product on
-        scales = getattr(getattr(module, "state", None), "SCB", None)
-    return {"SCB": scales} if isinstance(scales, torch.Tensor) else {}
-
-
-def _with_tensors(state: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """A `QuantState` like `state` of other tensors."""
-    made = copy.copy(state)
-    made.absmax, made.code = tensors["absmax"], tensors["code"]
-    if state.nested:
-        made.offset, made.state2 = tensors["offset"], copy.copy(state.state2)
-        made.state2.absmax, made.state2.code = tensors["state2.absmax"], tensors["state2.code"]
-    return made
-
-
-def _copy(state: Any) -> Any:
-    """A `QuantState` that may change, with the one that stays as it is; see `bnb_cpu`."""
-    made = copy.copy(state)
-    made.before_packing = state
-    return made
-
-
-def _itself(state: Any) -> Any:
-    return state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 
 import torch
@@ -60,8 +61,8 @@ class DenseBackend:
         """Nothing to refuse: torch multiplies every plain dtype on every CPU."""
 
     def host_binding(self, module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Callable[[], None]:
-        """The same as on a device."""
-        return self.binding(module, tensors)
+        """Its forward becomes a twin's, whose parameters are these."""
+        return twin_binding(module, tensors)
 
 
 def filled(module: nn.Module, weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> nn.Module:
@@ -69,6 +70,19 @@ def filled(module: nn.Module, weights: Mapping[str, torch.Tensor], dtype: torch.
     for name, tensor in weights.items():
         module.register_parameter(name, nn.Parameter(tensor.to(dtype), requires_grad=False))
     return module
+
+
+def twin_binding(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Callable[[], None]:
+    """A call after which `module` computes with these parameters and keeps its own, wherever they are."""
+    twin = copy.copy(module)
+    own = {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
+    twin.__dict__["_parameters"] = {**module._parameters, **own}  # a bias that there is not is one of them
+    forward = twin.forward
+
+    def bind() -> None:
+        module.forward = forward
+
+    return bind
 
 
 def parameters(module: nn.Module) -> dict[str, torch.Tensor]:

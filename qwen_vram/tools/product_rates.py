@@ -1,0 +1,60 @@
+"""How fast this CPU multiplies weights with one row, as decode steps of layers that compute on it do."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.util import find_spec
+
+import torch
+
+from qwen_vram.arithmetic.storage import FORMATS
+
+# The largest matrix of a layer of Qwen2.5-7B.
+_MATRIX = (18_944, 3_584)
+_WARM_UP = 3
+_REPEATS = 15
+
+
+def plain_product_rate(size: int) -> int:
+    """Bytes a second of bf16 matrices, `size` bytes of them in turn."""
+    rows, columns = _MATRIX
+    x = torch.ones(1, columns, dtype=torch.bfloat16)
+    matrices = [torch.ones(rows, columns, dtype=torch.bfloat16) for _ in range(max(2, size // (2 * rows * columns)))]
+    return _product_rate([partial(torch.nn.functional.linear, x, matrix) for matrix in matrices], 2 * rows * columns)
+
+
+def packed_product_rate(size: int) -> int | None:
+    """Stored bytes a second of NF4 matrices, `size` bytes of them in turn, by bitsandbytes' fused kernel."""
+    if find_spec("bitsandbytes") is None:
+        return None
+    from qwen_vram.runtime.cpu_product import PackedMatrix, kernel_library, multiply
+
+    if kernel_library() is None:
+        return None
+    rows, columns = _MATRIX
+    nbytes, x = FORMATS["nf4"].nbytes(_MATRIX), torch.ones(1, columns, dtype=torch.bfloat16)
+    matrices = [
+        PackedMatrix(
+            torch.ones(rows, columns // 2, dtype=torch.uint8),
+            torch.ones(columns // 64, rows, dtype=torch.bfloat16),
+            _MATRIX,
+            64,
+            "nf4",
+        )
+        for _ in range(max(2, size // nbytes))
+    ]
+    return _product_rate([partial(multiply, x, matrix, None) for matrix in matrices], nbytes)
+
+
+def _product_rate(products: Sequence[Callable[[], object]], nbytes: int) -> int:
+    """Bytes a second of products with matrices of `nbytes` each: the median of several rounds over all of them."""
+    times = []
+    for _ in range(_WARM_UP + _REPEATS):
+        start = time.perf_counter()
+        for product in products:
+            product()
+        times.append(time.perf_counter() - start)
+    return int(len(products) * nbytes / statistics.median(times[_WARM_UP:]))
