@@ -128,12 +128,12 @@ def test_transformers_reads_nothing_of_a_streamed_layer(saved, untied, tmp_path,
         read.append(0 if made.is_meta else made.nbytes)
         return made
 
-    def packing(model, numbers, *rest):
-        assert numbers == {0, 2}
+    def packing(model, away, *rest):
+        assert away.streamed == {0, 2}
         for number, layer in enumerate(model.model.layers):
-            assert {parameter.is_meta for parameter in layer.parameters()} == {number in numbers}
+            assert {parameter.is_meta for parameter in layer.parameters()} == {number in away.streamed}
         files = set(tmp_path.iterdir())
-        blocks = pack(model, numbers, *rest)
+        blocks = pack(model, away, *rest)
         assert set(tmp_path.iterdir()) == files == set()
         return blocks
 

@@ -14,6 +14,7 @@ import torch
 
 from qwen_vram.lora.codec import Part
 from qwen_vram.lora.scratch import scratch
+from qwen_vram.lora.threads import one_thread
 from qwen_vram.runtime.backends.bnb import quantization_config
 
 # Source: bitsandbytes 0.50.2, nn/modules.py (Params4bit, blocksize 64) and functional.py (nested blocks of 256).
@@ -74,9 +75,10 @@ class FourBit:
         offset = state2 = None
         absmax = scales
         if self.scales_wait:
-            offset = scales.mean()
-            absmax, state2 = quantize_blockwise(scales - offset, blocksize=_NESTED_BLOCK)
-            scales = dequantize_blockwise(absmax, state2) + offset
+            offset = scales.mean()  # whose last bits depend on the number of threads, in bitsandbytes too
+            with one_thread():
+                absmax, state2 = quantize_blockwise(scales - offset, blocksize=_NESTED_BLOCK)
+                scales = dequantize_blockwise(absmax, state2) + offset
         state = QuantState(
             absmax=absmax,
             shape=torch.Size(shape),

@@ -22,6 +22,7 @@ from qwen_vram.lora.proof import Blocks, Proof
 from qwen_vram.lora.scratch import scratch
 from qwen_vram.lora.stored import byte_pieces, pieces
 from qwen_vram.lora.targets import Target
+from qwen_vram.lora.threads import compute_alone
 from qwen_vram.runtime.writer import CheckpointWriter
 
 # More threads than this wait for the disk.
@@ -153,7 +154,7 @@ def merged_rows(
     base = merged = scratch("base", shape, torch.float32, device).copy_(raw)
     for number, update in enumerate(updates):
         merged = update.add_to(merged, base, start, stop) if number else update.apply(base, start, stop)
-    return base, merged, scratch("rounded", shape, stored.dtype, device).copy_(merged)
+    return base, merged, scratch("raw", shape, stored.dtype, device).copy_(merged)
 
 
 @contextmanager
@@ -162,10 +163,7 @@ def _threads() -> Iterator[ThreadPoolExecutor]:
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     # A piece is too small to be divided, and threads that wait for each other waste half their time.
-    pool = ThreadPoolExecutor(
-        min(threads, _MOST_THREADS), thread_name_prefix="merge", initializer=torch.set_num_threads, initargs=(1,)
-    )
-    torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(min(threads, _MOST_THREADS), thread_name_prefix="merge", initializer=compute_alone)
     try:
         yield pool
     finally:
