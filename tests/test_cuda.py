@@ -1,5 +1,7 @@
 """The loader on a GPU: run with `pytest -m gpu` where there is one."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -101,6 +103,28 @@ def test_a_mask_means_what_it_means_to_sdpa(queries):
     assert torch.allclose(found.double(), wanted.transpose(1, 2), atol=0.01)
 
 
+@pytest.mark.parametrize("queries", [1, 40])
+def test_what_the_kernel_does_not_check_goes_to_sdpa(queries):
+    """Masks with heads of their own, and dtypes that autocast has mixed."""
+    torch.manual_seed(0)
+    module = torch.nn.Module()
+    module.num_key_value_groups = 7
+    query = torch.randn(1, 14, queries, 64, device="cuda")
+    key, value = (torch.randn(1, 2, 101, 64, device="cuda") for _ in range(2))
+    masks = torch.ones(1, 14, queries, 101, dtype=torch.bool, device="cuda").tril(101 - queries)
+    masks[:, :3, :, :30] = False
+    for mask in (masks, masks[:, :1]):
+        wanted = torch.nn.functional.scaled_dot_product_attention(
+            query.double(), key.double(), value.double(), attn_mask=mask, scale=0.125, enable_gqa=True
+        ).transpose(1, 2)
+        halves = [states.bfloat16() for states in (query, key, value)]
+        found, _ = fused_attention(module, *halves, mask, scaling=0.125)
+        assert torch.allclose(found.double(), wanted, atol=0.02)
+        with torch.autocast("cuda", torch.float16):
+            found, _ = fused_attention(module, query, key, value.half(), mask, scaling=0.125)
+        assert torch.allclose(found.double(), wanted, atol=0.01)
+
+
 def test_a_masked_product_trains_as_sdpa_does():
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, 4, 24, 64, dtype=torch.bfloat16, device="cuda") for _ in range(3))
@@ -125,6 +149,14 @@ def test_longer_and_longer_chats_reserve_no_more_than_was_promised(wide):
             llm.generate(["word " * count], max_new_tokens=8, do_sample=False)
         # What shorter chunks left may not fit longer ones; a cache of each length would leave 244 MB.
         assert llm.report().measured["peak_reserved"] <= llm.plan.estimate.peak_reserved + 2**24
+
+
+def test_a_model_that_was_dropped_is_gone_before_the_next_plan(wide):
+    model = weakref.ref(qv.load(wide, profile="default", progress=False).model)
+    assert model() is not None  # only the collector finds it
+    assert torch.cuda.memory_allocated() > 2**26
+    with qv.load(wide, profile="default", progress=False):
+        assert model() is None
 
 
 def test_closing_gives_the_memory_back(demo):

@@ -18,9 +18,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import qwen_vram as qv
+from qwen_vram.arithmetic.catalog import find
 from qwen_vram.arithmetic.machine import DEFAULT
 from qwen_vram.arithmetic.timing import decode_floor_ms, disk_bytes, link_bytes
-from qwen_vram.arithmetic.weights import SMALLEST_READ, block_bytes
+from qwen_vram.arithmetic.weights import SMALLEST_READ, block_bytes, streaming_slots
+from qwen_vram.arithmetic.workload import Workload
 from qwen_vram.runtime import image
 from qwen_vram.runtime.blocks import DiskBlock
 from qwen_vram.runtime.disk import Buffer, DiskReader
@@ -476,9 +478,17 @@ def test_the_disk_sets_the_floor_of_a_token_unless_buffers_hold_all():
         known = qv.estimate_vram(SEVEN, streamed_layers=28, disk_layers=on_disk)
         shape = known.architecture, known.profile, known.workload
         from_disk = known.disk if on_disk > 2 else 0
-        assert disk_bytes(*shape[:2]) == from_disk
+        assert disk_bytes(*shape) == from_disk
         expected = 1_000 * max(link_bytes(*shape) / DEFAULT.pinned_copy_rate, from_disk / DEFAULT.disk_read_rate)
         assert decode_floor_ms(*shape, machine=DEFAULT) == pytest.approx(expected)
+
+
+def test_disk_layers_that_have_the_slots_to_themselves_stay_there():
+    work = Workload(prompt_len=512, max_new_tokens=512)
+    for computing, moves in ((24, True), (25, False)):
+        profile = qv.Profile(weights="nf4", streamed_layers=28, disk_layers=3, host_layers=computing)
+        assert streaming_slots(find(SEVEN), profile) == 3
+        assert bool(disk_bytes(find(SEVEN), profile, work)) == bool(link_bytes(find(SEVEN), profile, work)) == moves
 
 
 def quantized():

@@ -18,7 +18,7 @@ from qwen_vram.arithmetic.weights import computing_copies
 from qwen_vram.arithmetic.workload import Workload
 from qwen_vram.runtime import cpu_product
 from qwen_vram.runtime.cpu_product import kernel_library, multiply, pack
-from tests.test_streaming import PROMPTS, check_after_broken_forwards, load, logits, resident, tokens
+from tests.test_streaming import GREEDY, PROMPTS, check_after_broken_forwards, load, logits, resident, tokens
 
 SEVEN = "Qwen2.5-7B-Instruct"
 RATES = {"host_product_rate": 100_000_000_000, "host_4bit_rate": 100_000_000_000}
@@ -118,6 +118,31 @@ def test_a_forward_that_broke_off_leaves_the_next_one_right(demo, error):
         assert torch.equal(tokens(llm, PROMPTS[:1], new=10), answer)
 
 
+@pytest.mark.parametrize("weights", ["bf16", packed_weights("nf4")])
+def test_layers_with_an_adapter_put_on_later_stream(demo, weights):
+    """Its weights are on the device, where the rest of such a layer is not."""
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], layers_to_transform=[0, 3])
+    settings.init_lora_weights = False
+    answers = []
+    for streaming in ({}, {"streamed_layers": 5, "host_layers": 5}):
+        with load(demo, weights=weights, **streaming) as llm:
+            torch.manual_seed(0)
+            adapted = peft.get_peft_model(llm.model, settings)
+            inputs = llm.tokenizer(PROMPTS[0], return_tensors="pt")
+            answers.append(adapted.generate(**inputs, **GREEDY, max_new_tokens=8))
+            if streaming:
+                assert sorted(llm._streamer.hosts) == [1, 2, 4]
+                assert {len(order) for order in llm._streamer._orders[True]} == {2}
+    assert torch.equal(*answers)
+
+
+def test_a_matrix_on_the_cpu_refuses_an_input_on_another_device():
+    matrix = cpu_product.PackedMatrix(torch.empty(0), torch.empty(0), (32, 64), 64, "nf4")
+    with pytest.raises(ValueError, match="the matrix is on the CPU, the input on meta; call the decoder layer"):
+        multiply(torch.empty(1, 64, device="meta"), matrix, None)
+
+
 @needs_kernel
 def test_what_is_saved_is_what_was_loaded(demo, tmp_path):
     with load(demo, weights="nf4", streamed_layers=5, host_layers=5) as llm:
@@ -144,7 +169,7 @@ def test_a_stored_checkpoint_computes_too(demo, tmp_path):
 def test_closing_takes_everything_back(demo, weights):
     llm = load(demo, weights=weights, streamed_layers=5, host_layers=3)
     tokens(llm, PROMPTS[:1], new=3)
-    assert any("forward" in module.__dict__ for module in llm.model.modules())
+    assert not any("forward" in module.__dict__ for module in llm.model.modules())
     blocks = [host.block for host in llm._streamer.hosts.values()]
     llm.close()
     for block in blocks:
@@ -381,8 +406,9 @@ def test_on_a_gpu_the_cpu_takes_part(wide, weights, streamed, computing):
     with load(wide, weights=weights, streamed_layers=streamed, host_layers=computing, **settings) as llm:
         found = step_logits(llm, ids)
         assert torch.equal(found[0], expected[0])  # the prefill streams
-        # Sums in another order, and in 4 bits scales in bf16.
-        assert (found[1] - expected[1]).abs().max() < 0.05 * expected[1].std()
+        # Sums in another order, and in 4 bits scales in bf16. In 4 bits the CPU's kernel beside exact products of the
+        # same codes, with all 12 layers on it, differs by up to 0.048 of the deviation.
+        assert (found[1] - expected[1]).abs().max() < (0.05 if weights == "bf16" else 0.1) * expected[1].std()
         answers = [tokens(llm, PROMPTS[:1], new=60) for _ in range(2)]
         assert torch.equal(*answers)
         report = llm.probe()

@@ -1,13 +1,17 @@
 """Loading on the CPU, with the real libraries: bytes, answers, reports, and what `transformers` does with the model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import qwen_vram as qv
 from qwen_vram.arithmetic.weights import stored_weights
 from qwen_vram.runtime.backends import get_backend
+from qwen_vram.runtime.generations import Generations
 from qwen_vram.runtime.measure import weight_storages
 
+SEVEN = "Qwen/Qwen2.5-7B-Instruct"
 QUANTIZED = ("nf4", "nf4-plain", "fp4", "int8", "int4", "int8-wo", "fp8")
 FORMATS = ("bf16", "fp32", "fp16", *QUANTIZED)
 
@@ -226,6 +230,25 @@ def test_beams_and_a_cache_of_ones_own_pass_through(untied):
         own = llm.new_cache(max_length=400)
         assert llm.generate(PROMPT, past_key_values=own, **options)
         assert own.get_seq_length() == inputs["input_ids"].shape[1] + 5
+
+
+def test_padding_that_was_not_planned_has_to_fit():
+    knobs = {"profile": "default", "attention": "fused", "cache": "preallocated", "prefill_chunk_size": 4_096}
+    work = {"prompt_len": 24_576, "max_new_tokens": 1_024, "batch_size": 4}
+    unpadded, padded = (qv.estimate_vram(SEVEN, **knobs, **work, padded=one).needed_bytes for one in (False, True))
+    assert padded > unpadded + 10**9  # the mask, its bias, and keys and values for every head
+    for vram, in_full in ((padded, 25_600), (unpadded, None)):
+        runs = Generations(qv.plan(SEVEN, **knobs, **work, vram=vram), {torch.device("cpu"): {}}, None)
+        workload = runs.plan.workload
+        assert runs._cache_length(workload) == 25_600
+        assert runs._cache_length(replace(workload, prompt_len=400, padded=True)) == 25_600
+        if in_full:
+            assert runs._cache_length(replace(workload, padded=True)) == in_full
+            continue
+        with pytest.raises(qv.DoesNotFitError):
+            runs._cache_length(replace(workload, padded=True))
+        # Not beside a cache of the planned length, but beside one of its own.
+        assert runs._cache_length(replace(workload, prompt_len=20_000, max_new_tokens=1, padded=True)) == 20_001
 
 
 def test_beam_search_reorders_the_preallocated_cache(untied):

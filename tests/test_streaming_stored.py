@@ -44,9 +44,9 @@ def saved(tmp_path_factory):
 
 
 @cache
-def resident(folder):
+def resident(folder, attention="sdpa"):
     """Logits, and the tokens of one prompt and of four, without streaming."""
-    with load(folder) as llm:
+    with load(folder, attention=attention) as llm:
         return logits(llm), tokens(llm, PROMPTS[:1], 24), tokens(llm, PROMPTS, 24)
 
 
@@ -256,9 +256,11 @@ def test_a_plan_of_a_saved_copy_streams_and_loads(saved, demo):
 @pytest.mark.parametrize("weights", ["nf4", "int8"])
 def test_on_a_gpu_tokens_and_bytes_are_those_that_were_promised(saved, wide, weights, embeddings, streamed):
     folder = saved(wide, weights, weights)
-    before, one, four = resident(folder)
+    # For a padded batch sdpa may choose cuDNN, whose answers are not always the same.
+    before, one, four = resident(folder, attention="fused")
     torch.cuda.empty_cache()
-    with load(folder, streamed_layers=streamed, embeddings=embeddings, cache="preallocated", batch_size=4) as llm:
+    knobs = {"attention": "fused", "embeddings": embeddings, "cache": "preallocated", "batch_size": 4}
+    with load(folder, streamed_layers=streamed, **knobs) as llm:
         promised, measured = llm.plan.estimate, llm.report().measured
         assert measured["weights"] == promised.weights
         assert measured["load_peak"] <= 1.01 * promised.load_peak + 2**21

@@ -51,20 +51,23 @@ def product_rate(profile: Profile, machine: Machine) -> int | None:
 
 def link_bytes(architecture: Architecture, profile: Profile, workload: Workload) -> int:
     """Bytes that cross from host to device for one decode step: streamed layers, and the cache where it lives there."""
-    layers = min(profile.streamed_layers, architecture.num_hidden_layers)
-    layers -= computing_layers(architecture, profile, workload)
-    # What the slots hold together stays in them from step to step.
-    moving = layers if layers > streaming_slots(architecture, profile) else 0
-    streamed = moving * block_bytes(architecture, profile)
+    streamed = _moving_layers(architecture, profile, workload) * block_bytes(architecture, profile)
     if profile.kv_device == "device":
         return streamed
     layer = layer_kv_bytes(architecture, profile, tokens=workload.context_len, batch_size=workload.batch_size)
     return streamed + architecture.num_hidden_layers * layer
 
 
-def disk_bytes(architecture: Architecture, profile: Profile) -> int:
+def _moving_layers(architecture: Architecture, profile: Profile, workload: Workload) -> int:
+    """Layers that pass through the slots in a decode step: none where the slots hold all of them together."""
+    layers = min(profile.streamed_layers, architecture.num_hidden_layers)
+    layers -= computing_layers(architecture, profile, workload)
+    return layers if layers > streaming_slots(architecture, profile) else 0
+
+
+def disk_bytes(architecture: Architecture, profile: Profile, workload: Workload) -> int:
     """Bytes that are read from the checkpoint's files for one decode step; none where the buffers hold all of them."""
-    stays = profile.disk_layers <= disk_buffers(profile)
+    stays = profile.disk_layers <= disk_buffers(profile) or not _moving_layers(architecture, profile, workload)
     return 0 if stays else weight_bytes(architecture, profile).disk
 
 
@@ -81,7 +84,7 @@ def decode_floor_ms(
     machine = machine or current()
     device = decode_bytes(architecture, profile, workload) / machine.device_bandwidth
     link = link_bytes(architecture, profile, workload) / machine.pinned_copy_rate
-    disk = disk_bytes(architecture, profile) / machine.disk_read_rate
+    disk = disk_bytes(architecture, profile, workload) / machine.disk_read_rate
     return 1000 * max(device + _products(architecture, profile, workload, machine), link, disk)
 
 

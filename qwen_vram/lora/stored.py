@@ -85,6 +85,12 @@ class StoredTensor:
         read_into(self.path, piece, self.offset + start)
         return piece
 
+    def announce(self) -> None:
+        """Have the system fetch the tensor from the disk in the background, where it can be told to."""
+        if hasattr(os, "posix_fadvise"):
+            with self.path.open("rb", buffering=0) as file:
+                os.posix_fadvise(file.fileno(), self.offset, self.nbytes, os.POSIX_FADV_WILLNEED)
+
     def float32(self, device: torch.device, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Rows `start` to `stop` in float32 on `device`."""
         return self.read(start, stop).to(device).float()

@@ -78,6 +78,7 @@ class Streamer:
 
     def _start(self, shard: Shard[Weight], weight: Weight) -> _Job:
         target, codec = weight.target, weight.codec
+        target.base.announce()
         job = _Job(shard, weight, [LoadedUpdate(update, target.base, self.device) for update in target.updates])
         columns = torch.Size(target.shape[1:]).numel()
         if codec is not None:

@@ -52,7 +52,7 @@ def fused_attention(
     head_dim) and no weights.
     """
     queries, keys = query.shape[2], key.shape[2]
-    if attention_mask is not None and query.is_cuda and attention_mask.dtype == torch.bool and not dropout:
+    if attention_mask is not None and not dropout and _takes(query, key, value, attention_mask):
         return _masked(query, key, value, attention_mask, scaling), None
     if attention_mask is not None:
         result, _ = sdpa_attention_forward(
@@ -78,6 +78,12 @@ def fused_attention(
         scale=scaling,
     )[0]
     return output, None
+
+
+def _takes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> bool:
+    """Whether `_masked` may be asked: the kernel itself looks neither at dtypes, which autocast mixes, nor at heads."""
+    alike = query.dtype == key.dtype == value.dtype
+    return query.is_cuda and alike and mask.dtype == torch.bool and mask.shape[1] == 1
 
 
 def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:

@@ -96,26 +96,27 @@ class HostBlock(Block):
         ]
 
     def bind_computing(self) -> None:
-        """Let the layer compute on the CPU, until it is bound to a slot."""
+        """Let the layer compute on the CPU, until `stop_computing`, or until it is bound to a slot."""
         for bind in self._computing:
             bind()
 
     def bind(self, slot: int) -> None:
         """Let the layer use what lies in a slot."""
-        self._stop_computing()
+        self.stop_computing()
         super().bind(slot)
 
     def bind_host(self, index: int) -> None:
         """Let one of its modules use what lies in `blob`."""
         self._on_host[index]()
 
-    def _stop_computing(self) -> None:
+    def stop_computing(self) -> None:
+        """Undo `bind_computing`."""
         for module in self.modules if self._computing else ():
             module.__dict__.pop("forward", None)
 
     def drop(self) -> None:
         """Let go of all memory: the layer's tensors are left empty."""
-        self._stop_computing()
+        self.stop_computing()
         super().drop()
         self._on_host, self._computing, self._views = [], [], {}
         self.blob = self.blob.new_empty(0)

@@ -71,7 +71,13 @@ def pack(codes: Tensor, state: Any) -> PackedMatrix:
 
 
 def multiply(x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Tensor:
-    """`x @ matrix.T + bias` in bf16: (..., in_features) to (..., out_features), in the dtype of `x`."""
+    """`x @ matrix.T + bias` in bf16: (..., in_features) to (..., out_features), in the dtype of `x`.
+
+    Raises:
+        ValueError: `x` is not on the CPU; the kernel would read wherever its address points.
+    """
+    if x.device.type != "cpu":
+        raise ValueError(f"the matrix is on the CPU, the input on {x.device}; call the decoder layer as a whole")
     rows, columns = matrix.shape
     flat = x.reshape(-1, columns).to(torch.bfloat16).contiguous()
     result = flat.new_empty(flat.shape[0], rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -12,14 +12,18 @@ import torch
 _MAY_BE_A_MODEL = 2**26
 
 
+def collect_dropped(devices: Iterable[torch.device]) -> None:
+    """Let go of models that were dropped and not closed, where GPUs may hold one: no plan should have to spare it."""
+    if any(one.type == "cuda" and torch.cuda.memory_allocated(one) > _MAY_BE_A_MODEL for one in devices):
+        gc.collect()
+
+
 @contextmanager
 def garbage_of_this_load() -> Iterator[None]:
     """Have the garbage collector look at new objects alone: all that `transformers` imported takes it 0.2 s a time."""
     if gc.get_freeze_count():  # they are the program's own, and would be let go
         yield
         return
-    if torch.cuda.is_available() and torch.cuda.memory_allocated() > _MAY_BE_A_MODEL:
-        gc.collect()  # what was dropped, and not closed, would stay through this load
     gc.freeze()
     try:
         yield

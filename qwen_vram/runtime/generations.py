@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ from transformers import Cache, StaticCache
 from qwen_vram.arithmetic.estimate import Estimate
 from qwen_vram.arithmetic.split import at_workload, split_of
 from qwen_vram.arithmetic.workload import Workload
+from qwen_vram.errors import DoesNotFitError
 from qwen_vram.planning.planner import Plan
 from qwen_vram.planning.search import Search
 from qwen_vram.runtime.decode_room import RoomCache
@@ -72,12 +74,12 @@ class Generations:
             batch_size=batch_size * copies,
             padded=not bool(inputs["attention_mask"].all()),
         )
-        self._check_room(workload)
+        length = self._cache_length(workload)
         meters = [PeakMeter(device) for device in self.devices]
         for meter in meters:
             meter.start()
         on_device = {name: tensor.to(self.device) for name, tensor in inputs.items()}
-        settings = {"max_new_tokens": new, **self._cache_settings(model, workload), **options}
+        settings = {"max_new_tokens": new, **self._cache_settings(model, workload, length), **options}
         cache = settings.get("past_key_values")
         try:
             output = model.generate(**on_device, **{**settings, "return_dict_in_generate": True})
@@ -87,29 +89,43 @@ class Generations:
                 cache.release()  # or an error's traceback would keep the memory from the next generation
         return cast("torch.Tensor", output.sequences)
 
-    def _cache_settings(self, model: Any, workload: Workload) -> dict[str, Any]:
-        """The plan's cache as `generate` takes it."""
+    def _cache_settings(self, model: Any, workload: Workload, length: int) -> dict[str, Any]:
+        """The plan's cache as `generate` takes it; a preallocated one has room for `length` tokens."""
         kind = self.plan.profile.cache
         if self.decoder is not None:
             self.decoder.prepare(workload.batch_size, workload.context_len)
             return {"past_key_values": self.new_cache(max_length=workload.context_len)}
         if kind == "preallocated":
-            return {"past_key_values": self.new_cache(max_length=self._length(workload))}
+            return {"past_key_values": self.new_cache(max_length=length)}
         if kind == "static":
             # Our own, for `generate` keeps the one that it makes; and it compiles for one unless it is told not to.
             cache = StaticCache(config=model.config, max_cache_len=workload.context_len)
             return {"past_key_values": cache, "disable_compile": True}
         return {"cache_implementation": "dynamic"}
 
-    def _length(self, workload: Workload) -> int:
-        """Tokens of a preallocated cache: those planned, so that as many sequences take the same block again.
+    def _cache_length(self, workload: Workload) -> int:
+        """Tokens of a preallocated cache, which fits: those planned, so that as many sequences take one block again.
 
-        A block for each length would leave ever longer ones behind, reserved beside what was promised.
+        A block for each length would leave ever longer ones behind, reserved beside what was promised. It is as long as
+        the workload where that is longer than planned, or where padding, which was not, leaves no room for more.
+
+        Raises:
+            DoesNotFitError, WorkloadError: as for `LoadedModel.chat`.
         """
-        return self.plan.workload.context_len if self._is_covered(workload) else workload.context_len
+        planned, architecture = self.plan.workload, self.plan.estimate.architecture
+        assert architecture is not None
+        workload.check(architecture)
+        if self._is_covered(workload):
+            if planned.padded or not workload.padded:
+                return planned.context_len
+            with suppress(DoesNotFitError):
+                self._check_room(replace(workload, max_new_tokens=planned.context_len - workload.prompt_len))
+                return planned.context_len
+        self._check_room(workload)
+        return workload.context_len
 
     def _is_covered(self, workload: Workload) -> bool:
-        """Whether the plan's own workload takes at least as much."""
+        """Whether the plan's own workload has at least as many sequences and tokens."""
         planned = self.plan.workload
         return (
             workload.batch_size <= planned.batch_size
@@ -118,12 +134,9 @@ class Generations:
         )
 
     def _check_room(self, workload: Workload) -> None:
-        """Refuse what is longer than planned and does not fit the budget."""
+        """Refuse what does not fit the budget."""
         known = self.plan.estimate
         assert known.architecture is not None
-        workload.check(known.architecture)
-        if self._is_covered(workload):
-            return
         split = split_of(known)
         Search(known.model, known.architecture, workload, self.plan.budget, known.profile, {}, split).run("quality")
 

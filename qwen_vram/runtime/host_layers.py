@@ -25,6 +25,7 @@ class HostLayer:
         self.block = block
         self.device = device
         self.active = False
+        self._modules = set(block.modules)
         attention: Any = block.layer.self_attn
         last = [getattr(attention, f"{name}_norm", None) or getattr(attention, f"{name}_proj") for name in "qkv"]
         self._hooks = [module.register_forward_hook(self._to_device) for module in last]
@@ -39,7 +40,15 @@ class HostLayer:
     def leave(self, output: Tensor) -> Tensor:
         """End it: the layer's result, on the device."""
         self.active = False
+        self.block.stop_computing()
         return output.to(self.device)
+
+    def is_whole(self) -> bool:
+        """Whether all that has weights in the layer came with it: an adapter's lie on the device, and compute there."""
+        return all(
+            module in self._modules or not any(True for _ in module.parameters(recurse=False))
+            for module in self.block.layer.modules()
+        )
 
     def remove(self) -> None:
         """Take the hooks off."""

@@ -28,7 +28,7 @@ from qwen_vram.runtime.checkpoint import Checkpoint, open_checkpoint
 from qwen_vram.runtime.decoder import decoder_for
 from qwen_vram.runtime.device_map import away_of, connect, device_map, left_out, undispatched
 from qwen_vram.runtime.devices import check_free, devices_for, weakest
-from qwen_vram.runtime.garbage import garbage_of_this_load
+from qwen_vram.runtime.garbage import collect_dropped, garbage_of_this_load
 from qwen_vram.runtime.host_embedding import move_embedding_to_host
 from qwen_vram.runtime.loaded import LoadedModel
 from qwen_vram.runtime.measure import PeakMeter, weight_storages
@@ -77,6 +77,7 @@ def load(
         UnknownNameError, UnitError, WorkloadError: as for `plan()`.
     """
     devices = devices_for(device, vram)
+    collect_dropped(devices)
     place = weakest(devices)
     if place.type == "cuda" and profile == "auto" and torch.cuda.get_device_capability(place) < (8, 0):
         knobs.setdefault("attention", "sdpa")  # the flash kernel begins with Ampere

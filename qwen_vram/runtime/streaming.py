@@ -26,7 +26,8 @@ from qwen_vram.runtime.slot import Slot
 class Streamer:
     """Brings each block into a slot before its layer runs, and the blocks that follow while it does.
 
-    Those of `hosts` compute on the CPU where a step has few rows, and are brought into slots where it has many. Blocks
+    Those of `hosts` compute on the CPU where a step has few rows, and are brought into slots where it has many, or once
+    they have an adapter. Blocks
     follow each other in a circle, as tokens make them; any other order works too, more slowly. One thread at a
     time may run the model. Between its runs a layer's parameters show whatever its last slot holds now, except to
     `state_dict()`, which reads the host: what writes into parameters, as merging an adapter does, is lost. Layers that
@@ -58,7 +59,7 @@ class Streamer:
             if isinstance(block, HostBlock) and block.computes
         }
         self._few = False
-        self._orders = {few: [self._order(number, few=few) for number in range(len(blocks))] for few in (False, True)}
+        self._orders = self._all_orders()
         for number, block in enumerate(self.blocks):
             block.prepare([slot.memory for slot in self.slots])
             self._attach(number, block)
@@ -112,10 +113,13 @@ class Streamer:
             _check_no_gradient(layer, inputs)
         block, host = self.blocks[number], self.hosts.get(number)
         self._few = bool(inputs) and inputs[0].shape[:-1].numel() <= HOST_ROWS
-        if host is not None and self._few:
+        if host is not None and self._few and host.is_whole():
             return host.enter(inputs)
         if host is not None:
             host.active = False  # where a step was broken off
+            if self._few:  # and with an adapter that was put on since
+                self.hosts.pop(number).remove()
+                self._orders = self._all_orders()
         slot = self._holding(block)
         if slot is None:
             slot = self._fetch(block, self._idle(self._following(number)))
@@ -139,6 +143,10 @@ class Streamer:
     def _following(self, number: int) -> list[Block]:
         """The blocks that fill the slots once block `number` is done."""
         return self._orders[self._few][number]
+
+    def _all_orders(self) -> dict[bool, list[list[Block]]]:
+        """What follows each block, in steps of few rows and of many."""
+        return {few: [self._order(number, few=few) for number in range(len(self.blocks))] for few in (False, True)}
 
     def _order(self, number: int, *, few: bool) -> list[Block]:
         order = [(number + step) % len(self.blocks) for step in range(1, len(self.blocks) + 1)]
