@@ -152,8 +152,11 @@ def test_longer_and_longer_chats_reserve_no_more_than_was_promised(wide):
 
 
 def test_a_model_that_was_dropped_is_gone_before_the_next_plan(wide):
-    model = weakref.ref(qv.load(wide, profile="default", progress=False).model)
-    assert model() is not None  # only the collector finds it
+    llm = qv.load(wide, profile="default", progress=False)
+    llm.model.owner = llm  # a circle, which only the collector finds
+    model = weakref.ref(llm.model)
+    del llm
+    assert model() is not None
     assert torch.cuda.memory_allocated() > 2**26
     with qv.load(wide, profile="default", progress=False):
         assert model() is None
