@@ -30,6 +30,15 @@ def test_estimate_prints_json_and_nothing_else():
     assert data["weights"] == 5_547_065_104
 
 
+def test_padding_is_counted():
+    asked = ["plan", "Qwen2.5-7B", "--vram", "80GiB", "--ram", "32GiB", "--batch-size", "4", "--padded", "--json"]
+    data = json.loads(run(*asked).stdout)
+    assert data["estimate"]["workload"]["padded"] is True
+    asked = ["estimate", "Qwen2.5-7B", "--batch-size", "4", "--json"]
+    even, padded = (json.loads(run(*asked, *flag).stdout) for flag in ([], ["--padded"]))
+    assert padded["peak_allocated"] > even["peak_allocated"]
+
+
 def test_plan_prints_its_steps():
     result = run("plan", "Qwen2.5-7B-Instruct", "--vram", "8GiB", "--ram", "32GiB", "--prompt-len", "32000")
     assert result.returncode == 0

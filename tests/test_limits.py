@@ -11,6 +11,25 @@ SEVEN = "Qwen2.5-7B-Instruct"
 RAM = {"ram": "64GiB"}
 
 
+def test_a_padded_batch_is_planned_with_its_mask():
+    work = {"prompt_len": 16_000, "batch_size": 4, "padded": True}
+    even, padded = (qv.plan(SEVEN, vram="80GiB", **RAM, **{**work, "padded": one}) for one in (False, True))
+    assert padded.workload.padded
+    assert padded.estimate == qv.estimate_vram(SEVEN, padded.profile, **work)
+    assert padded.estimate.needed_bytes > even.estimate.needed_bytes
+    assert "batch 4, padded\n" in str(padded)
+    assert "batch_size=4, padded=True, " in padded.call
+    assert qv.Plan.from_dict(json.loads(json.dumps(padded.to_dict()))) == padded
+    knobs = {"profile": padded.profile}
+    smallest = qv.min_vram(SEVEN, **work, **knobs)
+    assert smallest == padded.estimate.needed_bytes > qv.min_vram(SEVEN, **{**work, "padded": False}, **knobs)
+    assert qv.max_batch(SEVEN, smallest, **RAM, prompt_len=16_000, padded=True, **knobs) == 4
+    assert qv.max_context(SEVEN, smallest, **RAM, batch_size=4, padded=True, **knobs) == 16_512
+    with pytest.raises(qv.DoesNotFitError) as refused:
+        qv.plan(SEVEN, vram=smallest - 1, **RAM, **work, **knobs)
+    assert refused.value.nearest.padded
+
+
 @pytest.mark.parametrize(
     ("vram", "knobs"),
     [("6GiB", {}), ("5GiB", {"kv_cache": "bf16"}), ("7GiB", {"profile": "int4-flash"}), ("18GiB", {"weights": "bf16"})],

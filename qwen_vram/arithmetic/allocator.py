@@ -68,6 +68,10 @@ class CachingAllocator:
         twin._used, twin._segment_sizes = dict(self._used), dict(self._segment_sizes)
         return twin
 
+    def state(self) -> object:
+        """What decides where the next blocks come from, to be compared with that of another moment."""
+        return (tuple(self._free[0]), tuple(self._free[1]), self.reserved)
+
     def take(self, nbytes: int) -> int:
         """Allocate `nbytes` and return the block's address.
 

@@ -46,7 +46,7 @@ def _subject(estimate: Estimate) -> str:
     return (
         f"{estimate.model} | {profile.name}: {profile.weights} weights, {profile.attention} attention, "
         f"{profile.cache} cache{compiled} | {workload.prompt_len:,} + {workload.max_new_tokens:,} tokens, "
-        f"batch {workload.batch_size}"
+        f"batch {workload.batch_size}{', padded' if workload.padded else ''}"
     )
 
 

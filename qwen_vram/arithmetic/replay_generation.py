@@ -123,16 +123,28 @@ class _Generation(Attention):
         hidden_size = rows * self.architecture.hidden_size * self.element
         hidden = take(hidden_size)  # the embeddings, or what comes from the device before
         kept = [hidden, *self.shared(rows, queries, past)] if self.architecture.starts else []
-        for layer in range(self.architecture.num_hidden_layers):
+        remaining = self.architecture.num_hidden_layers
+        states: list[object] = [None, None]
+        while remaining:
+            layer = self.architecture.num_hidden_layers - remaining
             copies = [] if self.architecture.starts else self.copies(rows, queries, past)
             following = self.layer(layer, hidden_size, queries, past)
             give(*copies)
             if hidden not in kept:
                 give(hidden)
             hidden = following
+            remaining -= 1
+            states.append(self.state(hidden, past))
+            if states[-1] is not None and states[-1] == states[-3]:
+                remaining %= 2  # two layers after which all is as before them: so would every two be
         normed = [self.norm(rows, self.architecture.hidden_size)] if self.architecture.ends else []
         give(hidden, *kept)
         return self.logits(rows if self.workload.logits == "all" else self.batch, normed)
+
+    def state(self, hidden: int, past: int) -> object:
+        """What decides all that the layers to come do; `None` where each takes a cache of its own."""
+        own = self.profile.cache == "dynamic" or (self.profile.cache == "static" and not past)
+        return None if own and self.workload.logits == "last" else (hidden, self.allocator.state())
 
     def shared(self, rows: int, queries: int, past: int) -> list[int]:
         """What the model makes once for all layers: cosines and sines, and the mask."""

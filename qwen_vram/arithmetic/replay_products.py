@@ -27,6 +27,7 @@ class Products:
     """What norms and linear layers take and give. Every method returns the block of its result; sizes are bytes."""
 
     def __init__(self, allocator: CachingAllocator, architecture: Architecture, profile: Profile) -> None:
+        self.allocator = allocator
         self.take, self.give = allocator.take, allocator.give
         self.architecture = architecture
         self.profile = profile
@@ -126,8 +127,10 @@ class Products:
         if rows <= step:
             return self.int8_piece(weight, rows)
         result = self.take(rows * weight.shape[0] * self.element)
-        for start in range(0, rows, step):
-            self.give(self.int8_piece(weight, min(step, rows - start)))
+        last = rows % step or step
+        # The second piece takes the blocks that the first one gave, and so would all that are as large.
+        for size in (*[step] * min(-(-rows // step) - 1, 2), last):
+            self.give(self.int8_piece(weight, size))
         return result
 
     def int8_piece(self, weight: Weight, rows: int) -> int:

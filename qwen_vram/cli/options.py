@@ -12,6 +12,7 @@ Model = Annotated[str, typer.Argument(help="Catalog name, checkpoint folder or h
 PromptLen = Annotated[int, typer.Option(help="Prompt tokens of one sequence.")]
 NewTokens = Annotated[int, typer.Option(help="Tokens generated after it.")]
 BatchSize = Annotated[int, typer.Option(help="Sequences at once.")]
+Padded = Annotated[bool, typer.Option("--padded", help="Prompts of a batch differ in length: count the mask.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Vram = Annotated[
     str | None,

@@ -14,6 +14,7 @@ from qwen_vram.cli.options import (
     Knobs,
     Model,
     NewTokens,
+    Padded,
     Prefer,
     PromptLen,
     Ram,
@@ -32,6 +33,7 @@ def estimate(
     prompt_len: PromptLen = 512,
     max_new_tokens: NewTokens = 512,
     batch_size: BatchSize = 1,
+    padded: Padded = False,
     params: Annotated[float | None, typer.Option(help="Instead of a model: parameters, for the rule of thumb.")] = None,
     knobs: Knobs = None,
     as_json: AsJson = False,
@@ -44,6 +46,7 @@ def estimate(
         prompt_len=prompt_len,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
+        padded=padded,
         **parsed_knobs(knobs),
     )
     if as_json:
@@ -62,6 +65,7 @@ def plan(
     prompt_len: PromptLen = 512,
     max_new_tokens: NewTokens = 512,
     batch_size: BatchSize = 1,
+    padded: Padded = False,
     knobs: Knobs = None,
     as_json: AsJson = False,
 ) -> None:
@@ -76,10 +80,11 @@ def plan(
         prompt_len=prompt_len,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
+        padded=padded,
         **parsed_knobs(knobs),
     )
     room: dict[str, Any] = {"vram": result.budget.given, "ram": result.budget.ram}
-    asked: dict[str, Any] = {**parsed_knobs(knobs), "profile": profile, "max_new_tokens": max_new_tokens}
+    asked = {**parsed_knobs(knobs), "profile": profile, "max_new_tokens": max_new_tokens, "padded": padded}
     limits = {
         "max_context": qv.max_context(model, **room, **asked, batch_size=batch_size),
         "max_batch": qv.max_batch(model, **room, **asked, prompt_len=prompt_len),

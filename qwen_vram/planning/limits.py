@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.model import ModelLike, resolve_model
 from qwen_vram.arithmetic.profile import Profile
@@ -21,6 +23,7 @@ def max_context(
     ram: str | int | None = None,
     max_new_tokens: int = 512,
     batch_size: int = 1,
+    padded: bool = False,
     **knobs: object,
 ) -> int:
     """The most tokens that one sequence can hold, `max_new_tokens` of them generated; 0 where nothing fits.
@@ -29,7 +32,7 @@ def max_context(
     do without. Each answer takes some twenty estimates, a few seconds.
 
     Args:
-        model, vram, ram, profile, **knobs: As for `plan`.
+        model, vram, ram, profile, padded, **knobs: As for `plan`.
 
     Raises:
         UnknownNameError, WorkloadError, ConfigError, UnitError, HubError: as for `plan`.
@@ -39,7 +42,7 @@ def max_context(
         32768
     """
     label, architecture = resolve_model(model)
-    longest = _workload(architecture, max_new_tokens, batch_size)
+    longest = _workload(architecture, max_new_tokens, batch_size, padded)
     search = Search(label, architecture, longest, Budget.of(vram, ram), profile, knobs)
     prompt = search.longest_prompt(max_new_tokens, batch_size)
     return prompt + max_new_tokens if prompt else 0
@@ -53,6 +56,7 @@ def max_batch(
     ram: str | int | None = None,
     prompt_len: int = 512,
     max_new_tokens: int = 512,
+    padded: bool = False,
     **knobs: object,
 ) -> int:
     """The most sequences of `prompt_len` and `max_new_tokens` tokens at once, up to 4,096; 0 where not even one fits.
@@ -60,7 +64,7 @@ def max_batch(
     Savers, arguments and errors as for `max_context`.
     """
     label, architecture = resolve_model(model)
-    workload = Workload(prompt_len=prompt_len, max_new_tokens=max_new_tokens)
+    workload = Workload(prompt_len=prompt_len, max_new_tokens=max_new_tokens, padded=padded)
     search = Search(label, architecture, workload, Budget.of(vram, ram), profile, knobs)
     return search.most(
         _MOST_SEQUENCES, lambda profile, number: search.holds(profile, prompt_len, max_new_tokens, number)
@@ -74,6 +78,7 @@ def min_vram(
     prompt_len: int = 512,
     max_new_tokens: int = 512,
     batch_size: int = 1,
+    padded: bool = False,
     **knobs: object,
 ) -> int:
     """Bytes of the smallest `vram` for which `plan` says yes at this workload.
@@ -85,17 +90,13 @@ def min_vram(
         True
     """
     label, architecture = resolve_model(model)
-    workload = Workload(prompt_len=prompt_len, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    workload = Workload(prompt_len=prompt_len, max_new_tokens=max_new_tokens, batch_size=batch_size, padded=padded)
     search = Search(label, architecture, workload, Budget(vram=0, ram=0), profile, knobs)
     return min(candidate.estimate.needed_bytes for candidate in search.candidates())
 
 
-def _workload(architecture: Architecture, max_new_tokens: int, batch_size: int) -> Workload:
+def _workload(architecture: Architecture, max_new_tokens: int, batch_size: int, padded: bool) -> Workload:
     """The longest workload that the model's positions allow."""
-    shortest = Workload(prompt_len=1, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    shortest = Workload(prompt_len=1, max_new_tokens=max_new_tokens, batch_size=batch_size, padded=padded)
     shortest.check(architecture)
-    return Workload(
-        prompt_len=architecture.max_position_embeddings - max_new_tokens,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-    )
+    return replace(shortest, prompt_len=architecture.max_position_embeddings - max_new_tokens)

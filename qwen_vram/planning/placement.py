@@ -128,6 +128,7 @@ def offload_map(
     prompt_len: int = 512,
     max_new_tokens: int = 512,
     batch_size: int = 1,
+    padded: bool = False,
     **knobs: object,
 ) -> dict[str, Where]:
     """A `device_map` that leaves room for cache and activations, with as little on the host as the budget allows.
@@ -145,6 +146,7 @@ def offload_map(
         layers_on_cpu: This many layers go to the host whatever fits, and the table stays: the article's third row is
             `layers_on_cpu=3`. The budget is then checked where `vram` is given.
         profile: The profile whose weights, cache and attention are counted.
+        padded: As for `plan`.
 
     Raises:
         DoesNotFitError: not even all layers on the host fit the budget.
@@ -159,7 +161,7 @@ def offload_map(
     """
     label, architecture = resolve_model(model)
     chosen = resolve_profile(profile, **stored_knobs(architecture, knobs))
-    workload = Workload(prompt_len=prompt_len, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    workload = Workload(prompt_len=prompt_len, max_new_tokens=max_new_tokens, batch_size=batch_size, padded=padded)
     layers = architecture.num_hidden_layers
     if layers_on_cpu is not None:
         if isinstance(layers_on_cpu, bool) or not isinstance(layers_on_cpu, int) or not 0 <= layers_on_cpu <= layers:

@@ -69,11 +69,12 @@ class Plan:
         model = "config" if self.model is None else repr(self.model)
         where = ", device='cpu'" if self.budget.vram is None else f", vram={self.budget.given}"
         plain, work = PROFILES["default"], self.workload
+        padded = ", padded=True" if work.padded else ""
         chosen = {knob: getattr(self.profile, knob) for knob in KNOBS}
         knobs = "".join(f", {knob}={value!r}" for knob, value in chosen.items() if value != getattr(plain, knob))
         return (
             f"qv.load({model}, profile='default'{where}, prompt_len={work.prompt_len}, "
-            f"max_new_tokens={work.max_new_tokens}, batch_size={work.batch_size}{knobs})"
+            f"max_new_tokens={work.max_new_tokens}, batch_size={work.batch_size}{padded}{knobs})"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -148,6 +149,7 @@ def plan(
     prompt_len: int = 512,
     max_new_tokens: int = 512,
     batch_size: int = 1,
+    padded: bool = False,
     adapter: str | Path | None = None,
     **knobs: object,
 ) -> Plan:
@@ -169,6 +171,7 @@ def plan(
             `vram` is read from the machine, and 0 where it is given.
         prefer: `"quality"` takes the first profile that fits, `"memory"` the smallest one, `"speed"` the one that
             moves the fewest bytes for a token among those that fit.
+        padded: Prompts of a batch differ in length, so that attention needs a mask, and memory for it.
         adapter: Folder or hub id of a LoRA adapter that runs beside the base.
 
     Raises:
@@ -177,7 +180,7 @@ def plan(
         UnknownNameError, WorkloadError, ConfigError, UnitError, HubError: as for `estimate_vram`.
     """
     label, architecture = resolve_model(model, adapter)
-    workload = Workload(prompt_len=prompt_len, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    workload = Workload(prompt_len=prompt_len, max_new_tokens=max_new_tokens, batch_size=batch_size, padded=padded)
     if prefer not in ("quality", "speed", "memory"):
         raise UnknownNameError("prefer", prefer, ("quality", "speed", "memory"))
     workload.check(architecture)

@@ -191,7 +191,7 @@ class Search:
 
     def holds(self, profile: Profile, prompt_len: int, new: int, batch_size: int) -> bool:
         """Whether `profile` fits the budget at another workload; what the search streams, as few layers as fit."""
-        workload = Workload(prompt_len=prompt_len, max_new_tokens=new, batch_size=batch_size)
+        workload = replace(self.workload, prompt_len=prompt_len, max_new_tokens=new, batch_size=batch_size)
         result = self.estimate(profile, workload)
         if self.budget.vram is not None and self._may_stream(profile) and on_device(result, self.budget):
             return any(fits(found, self.budget) for found in self._streamed(profile, workload))
@@ -222,5 +222,5 @@ class Search:
         for batch_size, new in ((self.workload.batch_size, self.workload.max_new_tokens), (1, 1)):
             longest = self.longest_prompt(new, batch_size)
             if longest:
-                return Workload(prompt_len=longest, max_new_tokens=new, batch_size=batch_size)
+                return replace(self.workload, prompt_len=longest, max_new_tokens=new, batch_size=batch_size)
         return None

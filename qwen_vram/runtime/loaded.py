@@ -260,6 +260,8 @@ class LoadedModel:
         new = max_new_tokens or planned.max_new_tokens
         steps = min(steps or new, new)
         inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        if planned.padded:
+            inputs["attention_mask"][0, 0] = 0
         stop = StoppingCriteriaList([MaxLengthCriteria(shape[1] + steps)])
         self._generate(inputs, new, {"do_sample": False, "min_new_tokens": steps, "stopping_criteria": stop})
         return self.report()

@@ -49,6 +49,7 @@ def load(
     prompt_len: int = 512,
     max_new_tokens: int = 512,
     batch_size: int = 1,
+    padded: bool = False,
     adapter: str | Path | None = None,
     device: str | None = None,
     progress: bool = True,
@@ -62,6 +63,7 @@ def load(
 
     Args:
         model: A checkpoint folder, a catalog name, or a hub id.
+        padded: As for `plan()`. A padded batch that was not planned has to fit all the same before it runs.
         vram: As for `plan()`; needs a GPU, and every GPU that a dict names.
         adapter: Folder or hub id of a LoRA adapter, run beside the base by PEFT; the model is then a `PeftModel`.
         device: `"cuda"` or `"cpu"`; `None` takes the GPU where there is one.
@@ -92,6 +94,7 @@ def load(
         prompt_len=prompt_len,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
+        padded=padded,
         adapter=adapter,
         **knobs,
     )
