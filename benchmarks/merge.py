@@ -234,7 +234,7 @@ def median(rows: list[dict[str, float]]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where to work; 33 GB for the full shape")
+    parser.add_argument("folder", type=Path, help="where to work; 40 GB for the full shape")
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--runs", nargs="+", default=None, help="of copy, 16-bit, peft, nf4 and other formats")
     parser.add_argument("--rounds", type=int, default=3, help="odd")

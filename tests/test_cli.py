@@ -30,8 +30,30 @@ def test_estimate_prints_json_and_nothing_else():
     assert data["weights"] == 5_547_065_104
 
 
+@pytest.mark.parametrize("pair", ["prompt_len=5", "model=x", "device=cpu", "batch_size=2"])
+def test_what_is_no_knob_is_refused_by_name(pair):
+    refused = run("estimate", "Qwen2.5-7B", "--set", pair)
+    assert refused.returncode == 2
+    assert f"unknown knob '{pair.partition('=')[0]}'; choose from weights, lm_head" in " ".join(refused.stderr.split())
+    assert "Traceback" not in run("estimate", "Qwen2.5-7B", "--set", "prefill_chunk_size=\u00b2").stderr
+
+
+def test_quantize_looks_at_its_output_before_it_loads(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    missing = str(tmp_path / "no-such-model")
+    for out, options, message in (
+        (tmp_path / "full", [], "exists"),
+        (tmp_path / "full", ["--overwrite"], "has no config.json"),
+        (tmp_path / "new", ["--max-shard-size", "4"], "max_shard_size"),
+    ):
+        refused = run("quantize", missing, str(out), *options)
+        assert refused.returncode == 2
+        assert message in " ".join(refused.stderr.split())
+
+
 def test_padding_is_counted():
-    asked = ["plan", "Qwen2.5-7B", "--vram", "80GiB", "--ram", "32GiB", "--batch-size", "4", "--padded", "--json"]
+    asked = ["plan", "Qwen2.5-7B-Instruct", "--vram", "80GiB", "--ram", "32GiB", "--batch-size", "2", "--padded", "--json"]
     data = json.loads(run(*asked).stdout)
     assert data["estimate"]["workload"]["padded"] is True
     asked = ["estimate", "Qwen2.5-7B", "--batch-size", "4", "--json"]

@@ -1,5 +1,6 @@
 """Loading on the CPU, with the real libraries: bytes, answers, reports, and what `transformers` does with the model."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -230,6 +231,28 @@ def test_beams_and_a_cache_of_ones_own_pass_through(untied):
         own = llm.new_cache(max_length=400)
         assert llm.generate(PROMPT, past_key_values=own, **options)
         assert own.get_seq_length() == inputs["input_ids"].shape[1] + 5
+
+
+def test_messages_of_another_kind_are_refused(untied):
+    with load(untied) as llm:
+        for message in (5, None, [], [{"role": "user"}], [{"role": "user", "content": None}], ["hi"]):
+            with pytest.raises(qv.WorkloadError, match="message must be a text, or a list of"):
+                llm.chat(message)
+        with pytest.raises(qv.WorkloadError, match="system must be a text, got 5"):
+            llm.chat("hi", system=5)
+
+
+def test_a_checkpoint_without_a_usable_tokenizer_says_so(demo, tmp_path):
+    folder = shutil.copytree(demo, tmp_path / "copy")
+    (folder / "chat_template.jinja").unlink()
+    with load(folder) as llm, pytest.raises(qv.CheckpointError, match=r"has no chat template; use generate\(\)"):
+        llm.chat("hi")
+    (folder / "tokenizer.json").write_text('{"broken')
+    with pytest.raises(qv.CheckpointError, match="the tokenizer in .* cannot be read .* download tokenizer.json and"):
+        load(folder)
+    (folder / "tokenizer.json").unlink()
+    with load(folder) as llm, pytest.raises(qv.CheckpointError, match="makes no tokens of the prompt; add the model's"):
+        llm.generate("hi")
 
 
 def test_padding_that_was_not_planned_has_to_fit():

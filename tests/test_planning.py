@@ -253,3 +253,46 @@ def test_no_plan_streams_what_no_backend_can_move(weights):
         qv.plan("Qwen2.5-7B", vram="4GiB", ram="64GiB", weights=weights, prompt_len=2_000)
     assert caught.value.estimate.profile.streamed_layers == 0
     assert qv.plan("Qwen2.5-7B", vram="3GiB", ram="64GiB", weights="fp4", prompt_len=2_000).profile.streamed_layers
+
+
+@pytest.mark.parametrize("vram", [0.9 * 2**33, 8.0, ["8GiB"], b"8GiB"], ids=str)
+def test_what_is_no_size_is_refused_and_not_taken_for_no_gpu(vram):
+    with pytest.raises(qv.UnitError, match="vram is not a size"):
+        qv.plan(SEVEN, vram=vram)
+    with pytest.raises(qv.UnitError, match="vram is not a size"):
+        qv.max_context(SEVEN, vram)
+
+
+def test_nothing_is_kept_free_where_a_shell_says_so():
+    assert plan("8GiB", reserve="0") == plan("8GiB", reserve=0)
+
+
+@pytest.mark.parametrize("vram", ["24GiB", "3GiB"])
+def test_a_cache_that_is_to_be_on_the_host_is_not_quantized(vram):
+    chosen = plan(vram, prompt_len=8_000, kv_device="host").profile
+    assert (chosen.kv_cache, chosen.kv_device) == ("bf16", "host")
+
+
+@pytest.mark.parametrize(
+    ("model", "vram", "prompt_len"), [("Qwen2.5-3B", "1.255GiB", 8_000), ("Qwen2.5-14B", "1.79GiB", 1_000)]
+)
+def test_a_card_that_holds_a_long_prompt_holds_a_short_one(model, vram, prompt_len):
+    """All layers streamed leave less than a cache in int4 takes, and more than one on the host does."""
+    for length in (prompt_len, 30_000 if model == "Qwen2.5-3B" else 6_000):
+        assert qv.plan(model, vram=vram, **RAM, prompt_len=length, max_new_tokens=64).profile.kv_device == "host"
+
+
+@pytest.mark.parametrize(("vram", "weights"), [("8GiB", "nf4"), ("12GiB", "int8")])
+def test_the_table_stays_where_the_host_has_no_room_for_it(vram, weights):
+    chosen = qv.plan(SEVEN, vram=vram, ram="1GiB")
+    assert (chosen.profile.weights, chosen.profile.embeddings, chosen.estimate.host) == (weights, "device", 0)
+    assert qv.max_context(SEVEN, vram, ram="1GiB") > 1_024
+
+
+def test_weights_follow_a_head_that_was_asked_for():
+    for vram in ("80GiB", "8GiB"):
+        chosen = plan(vram, lm_head="nf4")
+        assert chosen.profile.weights == "nf4"
+        assert chosen.steps[0].change == "nf4 weights, fused attention, preallocated cache"
+    with pytest.raises(qv.NotSupportedError, match="lm_head='nf4' with weights='int4': .* use lm_head='int4'"):
+        plan("80GiB", weights="int4", lm_head="nf4")

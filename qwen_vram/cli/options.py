@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 import qwen_vram as qv
+from qwen_vram.arithmetic.profile import KNOBS
 
 Model = Annotated[str, typer.Argument(help="Catalog name, checkpoint folder or hub id.")]
 PromptLen = Annotated[int, typer.Option(help="Prompt tokens of one sequence.")]
@@ -58,6 +59,8 @@ def parsed_knobs(pairs: list[str] | None) -> dict[str, Any]:
         name, separator, value = pair.partition("=")
         if not separator or not name:
             raise qv.UnknownNameError("--set", pair, ("KNOB=VALUE",))
+        if name not in KNOBS:
+            raise qv.UnknownNameError("knob", name, KNOBS)
         lowered = value.lower()
-        knobs[name] = int(value) if value.isdigit() else words.get(lowered, value)
+        knobs[name] = int(value) if value.isdecimal() else words.get(lowered, value)
     return knobs

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 import qwen_vram as qv
+from qwen_vram.cli.consoles import errors
 from qwen_vram.cli.options import (
     AsJson,
     BatchSize,
@@ -70,26 +71,27 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Find the least lossy way to run a model within a budget."""
-    result = qv.plan(
-        model,
-        profile=profile,
-        vram=budgets(vram),
-        ram=ram,
-        reserve=reserve,
-        prefer=prefer,  # type: ignore[arg-type]
-        prompt_len=prompt_len,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        padded=padded,
-        **parsed_knobs(knobs),
-    )
-    room: dict[str, Any] = {"vram": result.budget.given, "ram": result.budget.ram}
-    asked = {**parsed_knobs(knobs), "profile": profile, "max_new_tokens": max_new_tokens, "padded": padded}
-    limits = {
-        "max_context": qv.max_context(model, **room, **asked, batch_size=batch_size),
-        "max_batch": qv.max_batch(model, **room, **asked, prompt_len=prompt_len),
-        "min_vram": qv.min_vram(model, **asked, prompt_len=prompt_len, batch_size=batch_size),
-    }
+    with errors.status("planning"):  # seconds, or minutes where every chunk has a mask of its own
+        result = qv.plan(
+            model,
+            profile=profile,
+            vram=budgets(vram),
+            ram=ram,
+            reserve=reserve,
+            prefer=prefer,  # type: ignore[arg-type]
+            prompt_len=prompt_len,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            padded=padded,
+            **parsed_knobs(knobs),
+        )
+        room: dict[str, Any] = {"vram": result.budget.given, "ram": result.budget.ram}
+        asked = {**parsed_knobs(knobs), "profile": profile, "max_new_tokens": max_new_tokens, "padded": padded}
+        limits = {
+            "max_context": qv.max_context(model, **room, **asked, batch_size=batch_size),
+            "max_batch": qv.max_batch(model, **room, **asked, prompt_len=prompt_len),
+            "min_vram": qv.min_vram(model, **asked, prompt_len=prompt_len, batch_size=batch_size),
+        }
     if as_json:
         print(json.dumps({**result.to_dict(), "limits": limits}))
         return

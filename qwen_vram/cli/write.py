@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -97,9 +98,9 @@ def quantize(
             name="calibration",
             got=calibration,
         )
-    from qwen_vram.runtime.save import saving_backend
+    from qwen_vram.runtime.save import check_output
 
-    saving_backend(weights)  # refuses before anything is loaded
+    check_output(Path(out), model, weights=weights, max_shard_size=max_shard_size, overwrite=overwrite)
     with qv.load(
         model,
         profile="default",

@@ -47,7 +47,7 @@ class Budget:
         """
         devices = by_device(vram)
         size = sum(devices.values()) if devices else _free_vram() if vram is None else None
-        if isinstance(vram, str | int):
+        if vram is not None and not isinstance(vram, Mapping):
             size = parse_bytes(vram, name="vram")
         host = available_ram() if ram is None else parse_bytes(ram, name="ram")
         kept = _reserve(reserve, FREE_RESERVE if vram is None and size is not None else 0)
@@ -97,7 +97,7 @@ def by_device(vram: VramLike) -> dict[int, int]:
 def _reserve(reserve: str | int | None, default: int) -> int:
     if reserve is None:
         return default
-    return 0 if type(reserve) is int and reserve == 0 else parse_bytes(reserve, name="reserve")
+    return 0 if reserve == "0" or (type(reserve) is int and reserve == 0) else parse_bytes(reserve, name="reserve")
 
 
 def _free_vram() -> int | None:

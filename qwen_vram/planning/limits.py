@@ -11,6 +11,8 @@ from qwen_vram.arithmetic.workload import Workload
 from qwen_vram.planning.budget import Budget, VramLike
 from qwen_vram.planning.search import Search
 
+# More than any host has.
+_ANY_HOST = 2**62
 # Batches are looked for up to here; no card of today holds more.
 _MOST_SEQUENCES = 4096
 
@@ -91,7 +93,7 @@ def min_vram(
     """
     label, architecture = resolve_model(model)
     workload = Workload(prompt_len=prompt_len, max_new_tokens=max_new_tokens, batch_size=batch_size, padded=padded)
-    search = Search(label, architecture, workload, Budget(vram=0, ram=0), profile, knobs)
+    search = Search(label, architecture, workload, Budget(vram=0, ram=_ANY_HOST), profile, knobs)
     return min(candidate.estimate.needed_bytes for candidate in search.candidates())
 
 

@@ -18,13 +18,21 @@ from qwen_vram.arithmetic.weights import streaming_slots
 from qwen_vram.arithmetic.workload import Workload
 from qwen_vram.planning.budget import Budget
 from qwen_vram.planning.fit import fits, needed, on_device
-from qwen_vram.planning.moves import Move, change_of, cost_of, search_space
+from qwen_vram.planning.moves import (
+    Move,
+    change_of,
+    cost_of,
+    has_a_head_that_loads,
+    no_such_head,
+    search_space,
+)
 from qwen_vram.planning.refusal import refusal
 from qwen_vram.planning.split import balanced
 from qwen_vram.planning.tiers import Tiers, most
 
 Prefer = Literal["quality", "speed", "memory"]
 
+_HOST_CACHE = {"kv_cache": "bf16", "kv_device": "host"}
 _FROM_DISK = "layers are read from the disk for every token"
 _COMPUTED = "layers cross the link, or compute on the CPU, for every token"
 
@@ -76,23 +84,46 @@ class Search:
         may_read = profile == "auto" and "disk_layers" not in knobs
         self.may_compute = profile == "auto" and "host_layers" not in knobs
         self.tiers = Tiers(architecture, budget, self.estimate, self.start, may_read=may_read)
-        self.moves = tuple(move for move in moves if not (self.several and ONE_DEVICE.keys() & move.knobs.keys()))
+        self.searches = profile == "auto"
+        self.moves = tuple(move for move in moves if self._has_room(move))
+        self._may_move_cache = any(_HOST_CACHE.items() <= move.knobs.items() for move in self.moves)
+
+    def _has_room(self, move: Move) -> bool:
+        """Whether a move can be made on these devices: some on one GPU alone, and the table only where the host is."""
+        table = self.architecture.vocab_size * self.architecture.hidden_size * self.start.element_bytes
+        too_large = self.budget.vram is not None and move.knobs.get("embeddings") == "host" and table > self.budget.ram
+        return not too_large and not (self.several and ONE_DEVICE.keys() & move.knobs.keys())
 
     def candidates(self) -> Iterator[Candidate]:
         """Every profile on the way that needs less than all before it."""
         steps: tuple[Step, ...] = ()
         current, least = self.start, 0
-        for move in (None, *self.moves):
+        for move in (None, *self._all_moves()):
             profile = current if move is None else self._after(move, current)
+            if self.searches and not has_a_head_that_loads(profile):
+                current = profile
+                continue
             result = self.estimate(profile, self.workload)
             need = needed(result, self.budget)
             if steps and need >= least:
                 continue  # it would cost something and save nothing
             saved = least - need if steps else 0
-            change, cost = change_of(current, profile, move), cost_of(profile, move)
+            turned = move if steps else None
+            change, cost = change_of(current, profile, turned), cost_of(profile, turned)
             steps = (*steps, Step(change, need, saved, cost, self._floor(profile)))
             current, least = profile, need
             yield Candidate(result, steps)
+        if not steps:
+            raise no_such_head(current)
+
+    def _all_moves(self) -> Iterator[Move]:
+        """The moves; of the last one, where layers stream, another form with the cache on the host.
+
+        A cache that saves nothing there while all layers are on the GPU may save much once they are gone.
+        """
+        yield from self.moves
+        if self._may_move_cache and self.moves and "streamed_layers" in self.moves[-1].knobs:
+            yield self.moves[-1]._replace(knobs={**self.moves[-1].knobs, **_HOST_CACHE})
 
     def _after(self, move: Move, current: Profile) -> Profile:
         """`current` with a move made. The last layer stays where streaming it would only make room for a third slot."""
@@ -160,7 +191,9 @@ class Search:
 
     def _streamed(self, moved: Profile, workload: Workload) -> Iterator[Estimate]:
         """With the cache where it was at the start, and where the moves have brought it: as few streamed as fit."""
-        for base in (replace(moved, kv_cache=self.start.kv_cache, kv_device=self.start.kv_device), moved):
+        start = {"kv_cache": self.start.kv_cache, "kv_device": self.start.kv_device}
+        for cache in (start, _HOST_CACHE if self._may_move_cache else start, {}):
+            base = replace(moved.replace(**cache), name=moved.name)
             yield self.tiers.fewest_on_disk(self.tiers.resident_first(base, workload))
 
     def _from_disk(self, last: Candidate) -> Candidate:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_vram.errors import WorkloadError
+from qwen_vram.runtime.checkpoint import open_tokenizer
 
 Calibration = str | Path | Sequence[str]
 
@@ -59,9 +60,7 @@ def _read(path: Path) -> list[Any]:
 
 def tokens(folder: Path, texts: Sequence[str]) -> list[list[int]]:
     """Token numbers of each text, by the tokenizer in `folder`, cut to `MOST_TOKENS`."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    tokenizer = open_tokenizer(folder)
     return [tokenizer(text, truncation=True, max_length=MOST_TOKENS)["input_ids"] for text in texts]
 
 

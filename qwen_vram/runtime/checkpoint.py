@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qwen_vram.arithmetic.architecture import Architecture, Weight
 from qwen_vram.arithmetic.catalog import catalog_row
@@ -89,6 +90,24 @@ def _beside(weight: Weight, name: str) -> list[str]:
     return [f"{weight.name}.{_NAMES.get(part, part)}" for part in parts if part != "offset"] + [
         f"{weight.name}.{state}"
     ]
+
+
+def open_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a checkpoint; without any files it is one that knows no words.
+
+    Raises:
+        CheckpointError: its files are broken.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise CheckpointError(
+            f"the tokenizer in {str(folder)!r} cannot be read ({type(error).__name__}: {error}); download "
+            "tokenizer.json and tokenizer_config.json again",
+            path=str(folder),
+        ) from error
 
 
 def _check_tensors(folder: Path, architecture: Architecture) -> None:

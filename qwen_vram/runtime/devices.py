@@ -11,7 +11,7 @@ from qwen_vram.units import format_gib
 
 
 def devices_for(device: str | None, vram: VramLike) -> list[torch.device]:
-    """Where to load: the GPUs that `vram` names or the current one, unless the caller says otherwise.
+    """Where to load: the GPUs that `vram` names or the current one, the CPU for `{}`, or what the caller says.
 
     Raises:
         BackendUnavailableError: an unknown device, or a GPU that is not here.
@@ -20,7 +20,8 @@ def devices_for(device: str | None, vram: VramLike) -> list[torch.device]:
     if device not in (None, "cpu", "cuda"):
         raise BackendUnavailableError(f"unknown device {device!r}; choose from cuda, cpu", backend=str(device))
     wanted = device == "cuda" or (device is None and vram not in (None, {}))
-    if torch.cuda.is_available() and device != "cpu":
+    without = device == "cpu" or (device is None and vram == {})
+    if torch.cuda.is_available() and not without:
         numbers = list(by_device(vram)) or [torch.cuda.current_device()]
         _check_numbers(numbers)
         return [torch.device("cuda", number) for number in numbers]

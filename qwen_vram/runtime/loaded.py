@@ -20,7 +20,7 @@ from transformers import (
     TextIteratorStreamer,
 )
 
-from qwen_vram.errors import QwenVramError, WorkloadError
+from qwen_vram.errors import CheckpointError, QwenVramError, WorkloadError
 from qwen_vram.planning.planner import Plan
 from qwen_vram.runtime.decoder import Decoder
 from qwen_vram.runtime.generations import Generations
@@ -267,13 +267,24 @@ class LoadedModel:
         return self.report()
 
     def _conversation(self, message: str | Sequence[Message], system: str | None) -> dict[str, torch.Tensor]:
-        messages = [{"role": "user", "content": message}] if isinstance(message, str) else [dict(m) for m in message]
-        if not messages or not all("role" in one and "content" in one for one in messages):
+        asked = [{"role": "user", "content": message}] if isinstance(message, str) else message
+        if not isinstance(asked, Sequence) or not asked or not all(_is_message(one) for one in asked):
             raise WorkloadError(
-                'message must be a text, or a list of {"role": ..., "content": ...}', name="message", got=message
+                f'message must be a text, or a list of {{"role": ..., "content": ...}}, got {message!r}',
+                name="message",
+                got=message,
             )
+        messages = [dict(one) for one in asked]
         if system is not None:
+            if not isinstance(system, str):
+                raise WorkloadError(f"system must be a text, got {system!r}", name="system", got=system)
             messages.insert(0, {"role": "system", "content": system})
+        if not self.tokenizer.chat_template:
+            raise CheckpointError(
+                f"{str(self._folder)!r} has no chat template; use generate() with a prompt of your own, or add the "
+                "model's chat_template.jinja",
+                path=str(self._folder),
+            )
         inputs = self.tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
@@ -282,6 +293,11 @@ class LoadedModel:
     def _answer(
         self, inputs: dict[str, torch.Tensor], max_new_tokens: int | None, options: dict[str, Any]
     ) -> list[str]:
+        if not inputs["input_ids"].shape[1]:
+            raise CheckpointError(
+                f"the tokenizer in {str(self._folder)!r} makes no tokens of the prompt; add the model's tokenizer.json",
+                path=str(self._folder),
+            )
         produced = self._generate(inputs, max_new_tokens, options)
         new = produced[:, inputs["input_ids"].shape[1] :]
         return cast("list[str]", self.tokenizer.batch_decode(new, skip_special_tokens=True))
@@ -300,3 +316,9 @@ class _StopWhen(StoppingCriteria):  # type: ignore[misc]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device, dtype=torch.bool)
+
+
+def _is_message(one: object) -> bool:
+    if not isinstance(one, Mapping) or not isinstance(one.get("role"), str):
+        return False
+    return one.get("content") is not None or "tool_calls" in one

@@ -24,7 +24,7 @@ from qwen_vram.runtime.backends import get_backend
 from qwen_vram.runtime.backends.base import Backend, Request, StreamingBackend
 from qwen_vram.runtime.blob import HostMemory
 from qwen_vram.runtime.check import check, check_files, check_host, dtype_for
-from qwen_vram.runtime.checkpoint import Checkpoint, open_checkpoint
+from qwen_vram.runtime.checkpoint import Checkpoint, open_checkpoint, open_tokenizer
 from qwen_vram.runtime.decoder import decoder_for
 from qwen_vram.runtime.device_map import away_of, connect, device_map, left_out, undispatched
 from qwen_vram.runtime.devices import check_free, devices_for, weakest
@@ -87,7 +87,7 @@ def load(
         plan,
         model,
         profile=profile,
-        vram={} if place.type == "cpu" else vram,
+        vram={} if place.type == "cpu" else vram or None,
         ram=ram,
         reserve=reserve,
         prefer=prefer,
@@ -132,8 +132,6 @@ def _build(
     adapter: str | Path | None,
     progress: bool,
 ) -> LoadedModel:
-    from transformers import AutoTokenizer
-
     profile, device, dtype = chosen.profile, devices[0], dtype_for(chosen.profile, weakest(devices))
     if profile.disk_layers:
         check_files(checkpoint, profile, dtype)
@@ -151,7 +149,7 @@ def _build(
         late_head=late_head,
         left_out=left_out(chosen),
     )
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+    tokenizer = open_tokenizer(checkpoint.folder)
     meters = [PeakMeter(one) for one in devices]
     for meter in meters:
         meter.start()

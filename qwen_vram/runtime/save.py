@@ -85,6 +85,18 @@ def saving_backend(weights: str) -> SavingBackend:
     raise NotSupportedError(f"weights={weights!r} cannot be saved quantized: {why}", knob="weights", value=weights)
 
 
+def check_output(out: Path, source: str, *, weights: str, max_shard_size: str | int, overwrite: bool) -> None:
+    """What `save` refuses whatever the model holds, before it is loaded. `source` is a folder, or on the hub.
+
+    Raises:
+        NotSupportedError, CheckpointError, UnitError: as for `save`.
+    """
+    saving_backend(weights)
+    parse_bytes(max_shard_size, name="max_shard_size")
+    sources = [Path(source)] if Path(source).is_dir() else []
+    OutputFolder(out, needed_bytes=0, sources=sources, overwrite=overwrite)
+
+
 def save(
     model: PreTrainedModel,
     architecture: Architecture,
