@@ -53,8 +53,8 @@ def test_quantize_looks_at_its_output_before_it_loads(tmp_path):
 
 
 def test_padding_is_counted():
-    asked = ["plan", "Qwen2.5-7B-Instruct", "--vram", "80GiB", "--ram", "32GiB", "--batch-size", "2", "--padded", "--json"]
-    data = json.loads(run(*asked).stdout)
+    asked = ["plan", "Qwen2.5-7B-Instruct", "--vram", "80GiB", "--ram", "32GiB", "--batch-size", "2"]
+    data = json.loads(run(*asked, "--padded", "--json").stdout)
     assert data["estimate"]["workload"]["padded"] is True
     asked = ["estimate", "Qwen2.5-7B", "--batch-size", "4", "--json"]
     even, padded = (json.loads(run(*asked, *flag).stdout) for flag in ([], ["--padded"]))
