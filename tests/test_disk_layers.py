@@ -530,13 +530,23 @@ def test_a_plan_keeps_as_many_streamed_layers_in_memory_as_fit():
     assert qv.plan(quantized(), vram="3GiB", ram="2GiB", prompt_len=longer - 512).profile.disk_layers
 
 
-def test_a_plan_that_not_even_the_disk_saves_says_what_it_needs():
-    with pytest.raises(qv.DoesNotFitError, match="of host memory; 1.00 GiB are allowed") as caught:
-        qv.plan(quantized(), vram="3GiB", ram="1GiB", prompt_len=2_000)
+@pytest.mark.parametrize("pinned, ram, allowed", [({"embeddings": "host"}, "1GiB", "1.00"), ({}, "0.2GiB", "0.20")])
+def test_a_plan_that_not_even_the_disk_saves_says_what_it_needs(pinned, ram, allowed):
+    work = {"vram": "3GiB", "prompt_len": 2_000, **pinned}
+    with pytest.raises(qv.DoesNotFitError, match=f"of host memory; {allowed} GiB are allowed") as caught:
+        qv.plan(quantized(), **work, ram=ram)
     smallest = caught.value.estimate
     assert smallest.profile.disk_layers == smallest.profile.streamed_layers > 0
     assert caught.value.needed_bytes == smallest.host
-    assert qv.plan(quantized(), vram="3GiB", ram=smallest.host, prompt_len=2_000).profile == smallest.profile
+    assert qv.plan(quantized(), **work, ram=smallest.host).profile == smallest.profile
+
+
+def test_the_token_table_stays_on_the_gpu_where_the_host_has_no_room_for_it():
+    work = {"vram": "3GiB", "prompt_len": 2_000}
+    roomy, short = (qv.plan(quantized(), **work, ram=ram) for ram in ("2GiB", "1GiB"))
+    assert (roomy.profile.embeddings, short.profile.embeddings) == ("host", "device")
+    assert short.profile.disk_layers > roomy.profile.disk_layers
+    assert short.estimate.host <= short.budget.ram
 
 
 def test_a_16_bit_checkpoint_is_quantized_first():
