@@ -530,7 +530,9 @@ def test_a_plan_keeps_as_many_streamed_layers_in_memory_as_fit():
     assert qv.plan(quantized(), vram="3GiB", ram="2GiB", prompt_len=longer - 512).profile.disk_layers
 
 
-@pytest.mark.parametrize("pinned, ram, allowed", [({"embeddings": "host"}, "1GiB", "1.00"), ({}, "0.2GiB", "0.20")])
+@pytest.mark.parametrize(
+    ("pinned", "ram", "allowed"), [({"embeddings": "host"}, "1GiB", "1.00"), ({}, "0.2GiB", "0.20")]
+)
 def test_a_plan_that_not_even_the_disk_saves_says_what_it_needs(pinned, ram, allowed):
     work = {"vram": "3GiB", "prompt_len": 2_000, **pinned}
     with pytest.raises(qv.DoesNotFitError, match=f"of host memory; {allowed} GiB are allowed") as caught:
