@@ -485,7 +485,10 @@ def test_an_unknown_device(untied):
             "compiled=True runs on a GPU, .* use compiled=False",
         ),
         ({"lm_head": "nf4"}, "lm_head='nf4' with weights='bf16'"),
-        ({"weights": "nf4", "lm_head": "int8"}, "lm_head='int8' with weights='nf4': bitsandbytes takes one format"),
+        (
+            {"weights": "nf4", "lm_head": "int8"},
+            "lm_head='int8' with weights='nf4': a model is quantized to one format",
+        ),
     ],
     ids=str,
 )

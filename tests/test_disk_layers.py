@@ -429,8 +429,8 @@ def test_a_thread_that_is_gone_is_said_and_not_waited_for(tmp_path):
 
 
 def test_layers_that_are_quantized_on_load_are_in_no_file(demo):
-    with pytest.raises(qv.NotSupportedError, match=r"disk_layers=2: nf4 layers .* in no file; quantize it once with "
-                       r"`qwen-vram quantize CHECKPOINT OUT --weights nf4` and load OUT") as caught:  # fmt: skip
+    with pytest.raises(qv.NotSupportedError, match=r"disk_layers=2 with weights='nf4': .* in no file; quantize it "
+                       r"once \(qwen-vram quantize MODEL OUT --weights nf4\) and load OUT") as caught:  # fmt: skip
         load(demo, weights="nf4", streamed_layers=3, disk_layers=2)
     assert caught.value.knob == "disk_layers"
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import qwen_vram
+from qwen_vram.arithmetic.profile import CHOICES, KNOBS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -36,6 +37,18 @@ def test_examples_in_docstrings_give_what_they_show(name):
 def test_links_inside_the_repository_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+def test_the_reference_names_every_knob_profile_and_error():
+    rows = dict(
+        re.findall(r"^\| `\"?(\w[\w-]*)\"?`[^|]*\| (.*)\|$", (ROOT / "docs" / "reference.md").read_text(), re.M)
+    )
+    plain = qwen_vram.Profile()
+    for knob in KNOBS:
+        assert rows[knob].startswith(f"`{getattr(plain, knob)!r}`".replace("'", '"')), knob
+        assert all(f'`"{value}"`' in rows[knob] for value in CHOICES.get(knob, ())), knob
+    assert rows.keys() >= {"auto", *qwen_vram.PROFILES}
+    assert rows.keys() >= {name for name in qwen_vram.__all__ if name.endswith("Error")} - {"QwenVramError"}
 
 
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)

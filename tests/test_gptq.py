@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qwen_vram as qv
+from qwen_vram.arithmetic.model import resolve_model
 from qwen_vram.demo import ADAPTER
 from qwen_vram.demo.tasks import SKILL, examples
 from qwen_vram.lora.gptq import dequantized
@@ -224,8 +226,8 @@ def test_a_merge_ends_in_gptq_with_its_proof(demo, gptqmodel, calibration, tmp_p
 @pytest.mark.parametrize("weights", ["gptq-int4", "gptq-int8"])
 def test_quantizing_on_load_is_refused_with_the_command(untied, weights):
     text = (
-        f"weights='{weights}' cannot be made of a 16-bit checkpoint while it loads: .*: qwen-vram quantize MODEL OUT "
-        f"--weights {weights} --calibration texts.txt, or qv.quantize_gptq\\(MODEL, OUT, calibration=texts, "
+        f"weights='{weights}': GPTQ's codes cannot be made of a 16-bit checkpoint while it loads.*: qwen-vram quantize "
+        f"MODEL OUT --weights {weights} --calibration texts.txt, or qv.quantize_gptq\\(MODEL, OUT, calibration=texts, "
         f"bits={weights[-1]}\\); then load OUT"
     )
     assert refused(qv.NotSupportedError, text, lambda: load(untied, weights=weights)).knob == "weights"
@@ -247,10 +249,10 @@ def test_a_missing_library_is_named_with_the_install_line(untied, tmp_path, monk
     assert not list(tmp_path.iterdir())
 
 
-def test_a_head_that_is_quantized_too(gptqmodel):
-    profile = qv.Profile(weights="gptq", lm_head="gptq")
-    text = "lm_head='gptq': a head that gptq quantized too is not loaded by transformers"
-    refused(qv.NotSupportedError, text, lambda: get_backend("gptq").check(profile, torch.device("cpu")))
+def test_a_head_that_is_quantized_too(gptq_demo):
+    architecture = replace(resolve_model(gptq_demo)[1], stored_head=True)
+    text = "lm_head='gptq' with weights='gptq': a head that gptq quantized too is not loaded by transformers"
+    refused(qv.NotSupportedError, text, lambda: qv.plan(architecture, vram={}))
 
 
 @pytest.mark.parametrize(

@@ -245,12 +245,14 @@ def test_int8_is_refused_by_name(demo):
 def test_an_adapter_is_refused_by_name(demo):
     from qwen_vram.demo import ADAPTER
 
-    with pytest.raises(qv.NotSupportedError, match=r"host_layers=2 with an adapter: .* merge it first"):
+    with pytest.raises(
+        qv.NotSupportedError, match=r"host_layers=2 with weights='bf16': an adapter's matrices .* merge it first"
+    ):
         load(demo, adapter=ADAPTER, streamed_layers=3, host_layers=2)
 
 
 def test_a_cpu_without_the_kernel_is_refused_by_name(demo, monkeypatch):
-    monkeypatch.setattr("qwen_vram.runtime.backends.bnb_host.kernel_library", lambda: None)
+    monkeypatch.setattr("qwen_vram.runtime.backends.bnb.kernel_library", lambda: None)
     with pytest.raises(
         qv.BackendUnavailableError, match=r"host_layers=2 with weights='nf4': .* needs a CPU with AVX512"
     ):
@@ -283,7 +285,7 @@ def test_an_auto_plan_streams_where_the_backend_cannot_compute(demo, monkeypatch
         return qv.plan(model, **{"host_layers": 2, **knobs, "profile": "default", "streamed_layers": 3})
 
     monkeypatch.setattr("qwen_vram.runtime.loader.plan", planned)
-    monkeypatch.setattr("qwen_vram.runtime.backends.bnb_host.kernel_library", lambda: None)
+    monkeypatch.setattr("qwen_vram.runtime.backends.bnb.kernel_library", lambda: None)
     with qv.load(demo, weights="nf4", progress=False) as llm:
         assert asked == [None, 0]
         assert (llm.plan.profile.streamed_layers, llm.plan.profile.host_layers) == (3, 0)

@@ -14,7 +14,7 @@ CacheKind = Literal["preallocated", "dynamic", "static"]
 Dequantization = Literal["whole", "tiled"]
 Attention = Literal["fused", "sdpa", "flash_attention_2", "eager"]
 
-_CHOICES: dict[str, tuple[str, ...]] = {
+CHOICES: dict[str, tuple[str, ...]] = {
     "weights": FORMAT_NAMES,
     "embeddings": get_args(Device),
     "kv_cache": get_args(KvFormat),
@@ -76,7 +76,7 @@ class Profile:
 
     def __post_init__(self) -> None:
         """Refuse every value that no part of the library knows."""
-        for knob, allowed in _CHOICES.items():
+        for knob, allowed in CHOICES.items():
             value = getattr(self, knob)
             if value not in allowed:
                 raise UnknownNameError(f"{knob} in profile", value, allowed)

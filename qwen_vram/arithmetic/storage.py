@@ -57,6 +57,11 @@ class StorageFormat(NamedTuple):
         """Whether layers in it can stay off the device: their backend says how they are moved."""
         return self.library in ("", "bitsandbytes")
 
+    @property
+    def is_plugged(self) -> bool:
+        """Whether this library counts it and another package's backend would load it."""
+        return self.library in ("kernels", "compressed-tensors")
+
     def part_sizes(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Bytes of each part for a tensor of `shape`, `(rows, columns)` or one dimension. Exact.
 

@@ -115,14 +115,6 @@ def is_packed(weight: Weight) -> bool:
     return weight.shape[0] % PACKED_ROWS == 0 and weight.shape[1] % MAXIMUM_OF == 0
 
 
-def may_compute(architecture: Architecture, profile: Profile) -> bool:
-    """Whether streamed layers can compute on a CPU: plain ones, and those in 4 bits whose shapes its kernel takes."""
-    if architecture.adapted or not FORMATS[profile.weights].streams:
-        return False
-    packed = all(is_packed(weight) for weight in architecture.block if weight.is_linear)
-    return FORMATS[profile.weights].is_dense or (FORMATS[profile.weights].bits == 4 and packed)
-
-
 def may_be_on_disk(architecture: Architecture, profile: Profile) -> bool:
     """Whether a checkpoint's files hold layers as `profile` has them, and not what they are quantized from."""
     if architecture.stored_format is None:

@@ -10,7 +10,6 @@ from qwen_vram.arithmetic.model import stored_knobs
 from qwen_vram.arithmetic.profile import COMPILED, Profile, resolve_profile
 from qwen_vram.arithmetic.storage import FORMATS
 from qwen_vram.arithmetic.workload import Workload
-from qwen_vram.errors import NotSupportedError
 
 # Where the search begins: nothing lost, nothing expanded, nothing that grows.
 _LOSSLESS = Profile(name="auto", attention="fused", cache="preallocated")
@@ -70,21 +69,6 @@ def _is_open(move: Move, start: Profile, workload: Workload, knobs: dict[str, ob
         return False
     chunk = move.knobs.get("prefill_chunk_size")
     return not isinstance(chunk, int) or chunk < workload.prompt_len
-
-
-def has_a_head_that_loads(profile: Profile) -> bool:
-    """Whether the head is in the weights' format or in 16 bits: backends take one format for a model."""
-    return profile.head_format in (profile.dtype, profile.weights)
-
-
-def no_such_head(profile: Profile) -> NotSupportedError:
-    """Said where no move leads to a head that loads."""
-    return NotSupportedError(
-        f"lm_head={profile.lm_head!r} with weights={profile.weights!r}: a model is quantized to one format; use "
-        f"lm_head={profile.weights!r}, or leave one of the two out",
-        knob="lm_head",
-        value=profile.lm_head,
-    )
 
 
 def change_of(before: Profile, candidate: Profile, move: Move | None) -> str:

@@ -18,14 +18,8 @@ from qwen_vram.arithmetic.weights import streaming_slots
 from qwen_vram.arithmetic.workload import Workload
 from qwen_vram.planning.budget import Budget
 from qwen_vram.planning.fit import fits, needed, on_device
-from qwen_vram.planning.moves import (
-    Move,
-    change_of,
-    cost_of,
-    has_a_head_that_loads,
-    no_such_head,
-    search_space,
-)
+from qwen_vram.planning.loadable import not_loadable
+from qwen_vram.planning.moves import Move, change_of, cost_of, search_space
 from qwen_vram.planning.refusal import refusal
 from qwen_vram.planning.split import balanced
 from qwen_vram.planning.tiers import Tiers, most
@@ -84,7 +78,6 @@ class Search:
         may_read = profile == "auto" and "disk_layers" not in knobs
         self.may_compute = profile == "auto" and "host_layers" not in knobs
         self.tiers = Tiers(architecture, budget, self.estimate, self.start, may_read=may_read)
-        self.searches = profile == "auto"
         self.moves = tuple(move for move in moves if self._has_room(move))
         self._may_move_cache = any(_HOST_CACHE.items() <= move.knobs.items() for move in self.moves)
 
@@ -95,12 +88,17 @@ class Search:
         return not too_large and not (self.several and ONE_DEVICE.keys() & move.knobs.keys())
 
     def candidates(self) -> Iterator[Candidate]:
-        """Every profile on the way that needs less than all before it."""
+        """Every profile on the way that loads, and needs less than all before it.
+
+        Raises:
+            NotSupportedError: what the caller asked for loads on no machine.
+        """
         steps: tuple[Step, ...] = ()
         current, least = self.start, 0
         for move in (None, *self._all_moves()):
             profile = current if move is None else self._after(move, current)
-            if self.searches and not has_a_head_that_loads(profile):
+            refused = not_loadable(self.architecture, profile)
+            if refused:
                 current = profile
                 continue
             result = self.estimate(profile, self.workload)
@@ -113,8 +111,8 @@ class Search:
             steps = (*steps, Step(change, need, saved, cost, self._floor(profile)))
             current, least = profile, need
             yield Candidate(result, steps)
-        if not steps:
-            raise no_such_head(current)
+        if refused and not steps:
+            raise refused
 
     def _all_moves(self) -> Iterator[Move]:
         """The moves; of the last one, where layers stream, another form with the cache on the host.

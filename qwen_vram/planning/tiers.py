@@ -12,13 +12,13 @@ from qwen_vram.arithmetic.timing import decode_ms
 from qwen_vram.arithmetic.weights import (
     computing_copies,
     may_be_on_disk,
-    may_compute,
     streaming_slots,
     weight_bytes,
 )
 from qwen_vram.arithmetic.workload import Workload
 from qwen_vram.planning.budget import Budget
 from qwen_vram.planning.fit import fits, needed, on_device
+from qwen_vram.planning.loadable import not_loadable
 
 
 class Tiers:
@@ -80,7 +80,7 @@ class Tiers:
         For one sequence alone, as rates are measured, and in as much host memory as copies for the CPU find.
         """
         profile = result.profile
-        if result.workload.batch_size > 1 or not may_compute(self.architecture, profile):
+        if result.workload.batch_size > 1 or not self._may_compute(profile):
             return result
         choices = [
             replace(profile, host_layers=count) for count in range(profile.streamed_layers - profile.disk_layers + 1)
@@ -100,6 +100,11 @@ class Tiers:
             return self.estimate(replace(base, streamed_layers=away, disk_layers=away), workload)
 
         return reading(layers - most(layers, lambda resident: fits(reading(layers - resident), self.budget)))
+
+    def _may_compute(self, profile: Profile) -> bool:
+        """Whether a layer that streams can compute on a CPU instead."""
+        one = replace(profile, host_layers=1)
+        return profile.streamed_layers > profile.disk_layers and not_loadable(self.architecture, one) is None
 
     def _may_read(self, profile: Profile) -> bool:
         """Whether layers of `profile` may stay on the disk: the caller left it open, and files hold them so."""

@@ -1,4 +1,7 @@
-"""What can be run here: knobs, formats and devices, checked before anything is read or allocated."""
+"""What can be run here: libraries, kernels and devices, checked before anything is read or allocated.
+
+What can be run nowhere is refused when it is planned; see `planning.loadable`.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,8 @@ from importlib.util import find_spec
 
 import torch
 
-from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.profile import Profile
-from qwen_vram.arithmetic.weights import SMALLEST_READ, head_is_a_copy, may_be_on_disk, table_on_host
+from qwen_vram.arithmetic.weights import SMALLEST_READ, table_on_host
 from qwen_vram.errors import BackendUnavailableError, NotSupportedError
 from qwen_vram.files.local import read_tensors
 from qwen_vram.planning.planner import Plan
@@ -41,15 +43,11 @@ def check(chosen: Plan, backend: Backend, device: torch.device) -> None:
     assert architecture is not None
     if profile.streamed_layers:
         _check_streaming(profile, backend)
-    if profile.disk_layers and not may_be_on_disk(architecture, profile):
-        raise NotSupportedError(
-            f"disk_layers={profile.disk_layers}: {profile.weights} layers are made of this checkpoint's 16-bit ones "
-            "while it loads, and are in no file; quantize it once with `qwen-vram quantize CHECKPOINT OUT --weights "
-            f"{profile.weights}` and load OUT, or use disk_layers=0",
-            knob="disk_layers",
-            value=profile.disk_layers,
+    if profile.embeddings == "host" and not table_on_host(architecture, profile):
+        _LOGGER.warning(
+            "embeddings='host' leaves the token table where it is: it is this model's head too (tie_word_embeddings); "
+            "with quantized weights, lm_head in their format is a head of its own, and the table goes to the host"
         )
-    _check_tied(profile, architecture)
     backend.check(profile, device)
     if profile.host_layers:
         check_host(chosen, backend)
@@ -63,22 +61,6 @@ def check(chosen: Plan, backend: Backend, device: torch.device) -> None:
         _check_flash_attention_2(device)
 
 
-def _check_tied(profile: Profile, architecture: Architecture) -> None:
-    """Refuse a quantized head that a quantized checkpoint has not; say it where a shared head keeps the table."""
-    if head_is_a_copy(architecture, profile) and architecture.stored_format is not None:
-        raise NotSupportedError(
-            f"lm_head={profile.lm_head!r}: this checkpoint's head is its token table (tie_word_embeddings), which is "
-            "stored in 16 bits; load the 16-bit checkpoint, whose table is quantized into a head of its own",
-            knob="lm_head",
-            value=profile.lm_head,
-        )
-    if profile.embeddings == "host" and not table_on_host(architecture, profile):
-        _LOGGER.warning(
-            "embeddings='host' leaves the token table where it is: it is this model's head too (tie_word_embeddings); "
-            "with quantized weights, lm_head in their format is a head of its own, and the table goes to the host"
-        )
-
-
 def _check_streaming(profile: Profile, backend: Backend) -> None:
     if not isinstance(backend, StreamingBackend):
         raise NotSupportedError(
@@ -90,25 +72,17 @@ def _check_streaming(profile: Profile, backend: Backend) -> None:
 
 
 def check_host(chosen: Plan, backend: Backend) -> None:
-    """Refuse layers that cannot compute on the CPU.
+    """Refuse layers that cannot compute on this machine's CPU.
 
     Raises:
         NotSupportedError, BackendUnavailableError: they cannot.
     """
     profile, architecture = chosen.profile, chosen.estimate.architecture
     assert architecture is not None
-    asked = f"host_layers={profile.host_layers}"
-    if architecture.adapted:
-        raise NotSupportedError(
-            f"{asked} with an adapter: its matrices are on the device; merge it first (qwen-vram merge), or use "
-            "host_layers=0",
-            knob="host_layers",
-            value=profile.host_layers,
-        )
     if not isinstance(backend, HostBackend):
         raise NotSupportedError(
-            f"{asked}: the backend {backend.name!r} of weights={profile.weights!r} does not say how its layers compute "
-            "on the CPU; use host_layers=0",
+            f"host_layers={profile.host_layers}: the backend {backend.name!r} of weights={profile.weights!r} does not "
+            "say how its layers compute on the CPU; use host_layers=0",
             knob="host_layers",
             value=profile.host_layers,
         )

@@ -13,13 +13,12 @@ from torch import nn
 
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.profile import Profile
-from qwen_vram.errors import BackendUnavailableError, NotSupportedError
+from qwen_vram.errors import BackendUnavailableError
 from qwen_vram.runtime.backends.base import Request, from_pretrained
 from qwen_vram.runtime.backends.bnb_cpu import check_scales, keep_scales
-from qwen_vram.runtime.backends.bnb_host import check_kernel
 from qwen_vram.runtime.backends.bnb_state import copied, itself, quantization_tensors, with_tensors
 from qwen_vram.runtime.backends.dense import DenseBackend, filled, parameters, twin_binding
-from qwen_vram.runtime.cpu_product import import_quietly, multiply, pack
+from qwen_vram.runtime.cpu_product import import_quietly, kernel_library, multiply, pack
 
 _INSTALL = 'pip install "bitsandbytes>=0.50"'
 
@@ -78,7 +77,7 @@ class BnbBackend:
     name = "bnb"
 
     def check(self, profile: Profile, device: torch.device) -> None:
-        """Refuse a missing library, a GPU that is too old, and a head in a third format."""
+        """Refuse a missing library, and a GPU that is too old."""
         if find_spec("bitsandbytes") is None:
             raise BackendUnavailableError(
                 f"weights={profile.weights!r} needs bitsandbytes, which is not installed; run: {_INSTALL}",
@@ -91,13 +90,6 @@ class BnbBackend:
                 f"weights={profile.weights!r} needs a GPU of compute capability {oldest[0]}.{oldest[1]}, got "
                 f"{torch.cuda.get_device_capability(device)}; use weights='fp16'",
                 backend="bnb",
-            )
-        if profile.head_format not in (profile.dtype, profile.weights):
-            raise NotSupportedError(
-                f"lm_head={profile.head_format!r} with weights={profile.weights!r}: bitsandbytes takes one format for "
-                f"a model; use lm_head={profile.weights!r}, or leave it out",
-                knob="lm_head",
-                value=profile.head_format,
             )
 
     def load(self, request: Request) -> nn.Module:
@@ -209,8 +201,14 @@ class BnbBackend:
         return bind
 
     def check_host(self, profile: Profile, architecture: Architecture) -> None:
-        """Refuse int8, and 4-bit matrices that the CPU's fused kernel does not multiply."""
-        check_kernel(profile, architecture)
+        """Refuse a CPU without the fused 4-bit kernel."""
+        if kernel_library() is None:
+            raise BackendUnavailableError(
+                f"host_layers={profile.host_layers} with weights={profile.weights!r}: bitsandbytes' fused 4-bit kernel "
+                "needs a CPU with AVX512-BF16 and its CPU library, and one of them is not here; use host_layers=0, and "
+                "the layers stream",
+                backend=self.name,
+            )
 
     def host_binding(self, module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Callable[[], None]:
         """A 4-bit matrix is packed for the CPU's kernel; all else is used as it is."""

@@ -10,8 +10,6 @@ from torch import nn
 
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.profile import Profile
-from qwen_vram.arithmetic.storage import FORMATS
-from qwen_vram.errors import NotSupportedError
 from qwen_vram.runtime.backends.base import Request, from_pretrained
 
 
@@ -21,15 +19,7 @@ class DenseBackend:
     name = "dense"
 
     def check(self, profile: Profile, device: torch.device) -> None:
-        """Refuse a head of another format than the rest: only quantizing backends can mix."""
-        if profile.head_format != profile.dtype:
-            kind = "quantized " if not FORMATS[profile.head_format].is_dense else ""
-            raise NotSupportedError(
-                f"lm_head={profile.head_format!r} with weights={profile.weights!r}: a {kind}head of its own needs "
-                "quantized weights of the same format; leave lm_head out, or set weights too",
-                knob="lm_head",
-                value=profile.head_format,
-            )
+        """Nothing to refuse: torch runs every plain dtype on every device."""
 
     def load(self, request: Request) -> nn.Module:
         """The model in its own dtype."""

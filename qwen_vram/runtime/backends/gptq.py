@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from qwen_vram.arithmetic.profile import Profile
-from qwen_vram.errors import CheckpointError, NotSupportedError, UnknownNameError
+from qwen_vram.errors import CheckpointError, UnknownNameError
 from qwen_vram.files.local import read_config
 from qwen_vram.runtime.backends.base import Request, from_pretrained
 from qwen_vram.runtime.backends.gptq_library import check_installed, import_quietly, quietly
@@ -34,25 +34,8 @@ class GptqBackend:
     name = "gptq"
 
     def check(self, profile: Profile, device: torch.device) -> None:
-        """Refuse quantizing on load, a quantized head, and a missing library."""
-        if profile.weights.startswith("gptq-int"):
-            raise NotSupportedError(
-                f"weights={profile.weights!r} cannot be made of a 16-bit checkpoint while it loads: GPTQ chooses codes "
-                "by what the model computes from sample texts. Quantize it once: "
-                f"qwen-vram quantize MODEL OUT --weights {profile.weights} --calibration texts.txt, or "
-                f"qv.quantize_gptq(MODEL, OUT, calibration=texts, bits={profile.weights[-1]}); then load OUT, or use "
-                "weights='int4'",
-                knob="weights",
-                value=profile.weights,
-            )
+        """Refuse a missing library, and a kernel that is none."""
         check_installed(f"weights={profile.weights!r}")
-        if profile.head_format != profile.dtype:
-            raise NotSupportedError(
-                f"lm_head={profile.head_format!r}: a head that {profile.weights} quantized too is not loaded by "
-                "transformers; use a checkpoint whose head is in 16 bits, as most are",
-                knob="lm_head",
-                value=profile.head_format,
-            )
         _chosen_kernel()
 
     def load(self, request: Request) -> nn.Module:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from qwen_vram.arithmetic.profile import Profile
-from qwen_vram.errors import BackendUnavailableError, NotSupportedError
+from qwen_vram.errors import BackendUnavailableError
 from qwen_vram.runtime.backends.base import Request, from_pretrained
 from qwen_vram.runtime.int4_layout import order_is_known
 from qwen_vram.runtime.weight_only import WeightOnlyLinear
@@ -23,14 +23,7 @@ class TorchBackend:
     name = "torch"
 
     def check(self, profile: Profile, device: torch.device) -> None:
-        """Refuse int4 where its kernels do not run, and a head in a third format."""
-        if profile.head_format not in (profile.dtype, profile.weights):
-            raise NotSupportedError(
-                f"lm_head={profile.head_format!r} with weights={profile.weights!r}: one format is quantized for a "
-                f"model; use lm_head={profile.weights!r}, or leave it out",
-                knob="lm_head",
-                value=profile.head_format,
-            )
+        """Refuse int4 where its kernels do not run."""
         reason = _int4_cannot_run(device) if profile.weights == "int4" else ""
         if reason:
             raise BackendUnavailableError(f"weights='int4' cannot run: {reason}; use weights='nf4'", backend=self.name)
