@@ -20,7 +20,7 @@ _BYTES_PER_UNIT = {
     "GiB": 2**30,
     "TiB": 2**40,
 }
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*")
+_SIZE = re.compile(r" *([0-9]+(?:\.[0-9]+)?) *([A-Za-z]+) *")
 _SPELLING = {unit.lower(): unit for unit in _BYTES_PER_UNIT}
 
 # No card has less, so a smaller integer is a number of gigabytes whose unit was forgotten.

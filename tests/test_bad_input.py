@@ -128,7 +128,14 @@ def test_knobs_that_exclude_each_other():
 @pytest.mark.parametrize(
     ("knobs", "text"),
     [
-        ({"attention": "sdpa"}, "compiled=True needs attention='fused', got attention='sdpa'; change one of the two"),
+        (
+            {"attention": "sdpa"},
+            "compiled=True needs attention='fused', got attention='sdpa'; change one side, or begin",
+        ),
+        (
+            {"attention": "sdpa", "embeddings": "host"},
+            "needs attention='fused', embeddings='device', got attention='sdpa', embeddings='host'; change one",
+        ),
         ({"kv_cache": "int8"}, "compiled=True needs kv_cache='bf16', got kv_cache='int8'"),
         ({"kv_device": "host"}, "compiled=True needs kv_device='device', got kv_device='host'"),
         ({"embeddings": "host"}, "compiled=True needs embeddings='device', got embeddings='host'"),
@@ -222,7 +229,10 @@ def test_a_budget_nothing_fits_says_what_would():
 
 
 def test_a_budget_not_even_one_token_fits():
-    with pytest.raises(qv.DoesNotFitError, match="not even one token would fit; use a smaller model") as caught:
+    with pytest.raises(
+        qv.DoesNotFitError,
+        match="not even one token would fit; offer more, set fewer knobs yourself, or use a smaller model",
+    ) as caught:
         qv.plan(SEVEN, vram="1GiB")
     assert caught.value.nearest is None
     with pytest.raises(qv.DoesNotFitError, match="GiB of host memory; 2.00 GiB are allowed") as caught:
@@ -473,7 +483,7 @@ def test_no_gpu_where_one_was_asked_for(untied, monkeypatch, asked, shown):
 
 
 def test_an_unknown_device(untied):
-    with pytest.raises(qv.BackendUnavailableError, match="unknown device 'tpu'; choose from cuda, cpu"):
+    with pytest.raises(qv.UnknownNameError, match="unknown device 'tpu'; choose from cuda, cpu"):
         qv.load(untied, device="tpu")
 
 
@@ -530,3 +540,46 @@ def test_an_empty_prompt_or_message(untied, monkeypatch):
         for message in ([], [{"text": "hi"}]):
             with pytest.raises(qv.WorkloadError, match="message must be a text, or a list of"):
                 llm.chat(message)
+
+
+@pytest.mark.parametrize("profile", [None, 3, b"default", ["default"], Path("default")], ids=repr)
+def test_a_profile_that_is_none(profile):
+    for call in (qv.estimate_vram, lambda model, profile: qv.plan(model, profile=profile, vram={})):
+        with pytest.raises(qv.UnknownNameError, match="unknown profile .*; choose from default, .*; or pass a Profile"):
+            call(SEVEN, profile=profile)
+
+
+def test_a_name_that_is_too_long_for_a_file():
+    with pytest.raises(qv.UnknownNameError, match="unknown model"):
+        qv.estimate_vram("q" * 300)
+
+
+@pytest.mark.parametrize("adapter", [True, 0, b"folder", []], ids=repr)
+def test_an_adapter_that_is_no_name(adapter):
+    with pytest.raises(qv.CheckpointError, match="an adapter is a folder or a hub id, got"):
+        qv.estimate_vram(SEVEN, adapter=adapter)
+
+
+@pytest.mark.parametrize("size", ["\u0663GiB", "8\nGiB", "\uff18GiB"])
+def test_sizes_are_in_plain_digits(size):
+    with pytest.raises(qv.UnitError, match="vram is not a size"):
+        qv.plan(SEVEN, vram=size)
+
+
+def test_a_format_that_nobody_saves(untied, tmp_path):
+    from qwen_vram.runtime.save import check_output
+
+    text = "unknown format to save 'nope'; choose from int8, nf4, nf4-plain, fp4, int4, int8-wo, fp8"
+    with pytest.raises(qv.UnknownNameError, match=f"{text}$"):
+        check_output(tmp_path / "out", str(untied), weights="nope", max_shard_size="4GB", overwrite=False)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_a_config_that_says_quantized_over_plain_weights(copy, method):
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "bits": 4, "group_size": 128}
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        qv.CheckpointError, match=rf"says that {method.upper()} quantized .* take quantization_config out"
+    ):
+        qv.load(copy)

@@ -6,10 +6,16 @@ import sys
 
 import pytest
 
+import qwen_vram as qv
+
 
 def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "qwen_vram", *arguments]
     return subprocess.run(command, capture_output=True, text=True, input=stdin, timeout=300)
+
+
+def test_it_says_its_version():
+    assert run("--version").stdout == f"qwen-vram {qv.__version__}\n"
 
 
 def test_estimate_prints_a_table():
@@ -140,13 +146,13 @@ def test_merge_writes_a_checkpoint_that_chat_loads(untied, adapter, tmp_path, qu
 
 
 def test_merge_prints_json_and_nothing_else(untied, adapter, tmp_path):
-    arguments = [str(untied), str(adapter), str(tmp_path / "merged"), "--quantize", "none", "--also", f"{adapter}=0.5"]
+    arguments = [str(untied), str(adapter), str(tmp_path / "merged"), "--quantize", "None", "--also", f"{adapter}=0.5"]
     data = json.loads(run("merge", *arguments, "--json").stdout)
     assert data["quantize"] is None
     assert [weight for _, weight in data["adapters"]] == [1.0, 0.5]
     again = run("merge", *arguments)
     assert again.returncode == 2
-    assert "exists; choose another folder, or pass overwrite=True" in again.stderr
+    assert "exists; choose another folder, or pass overwrite=True (--overwrite)" in again.stderr
 
 
 @pytest.mark.slow

@@ -551,11 +551,21 @@ def test_the_token_table_stays_on_the_gpu_where_the_host_has_no_room_for_it():
     assert short.estimate.host <= short.budget.ram
 
 
-def test_a_16_bit_checkpoint_is_quantized_first():
+def test_layers_that_are_made_while_loading_need_memory_and_plain_ones_come_from_the_files():
+    """Where the host is too short for quantized layers, whole ones are read from the disk: slower, and nothing lost."""
+    for model, budget in ((SEVEN, {"vram": "3GiB", "ram": "2GiB"}), ("Qwen3-14B", {"vram": {}, "ram": "6GiB"})):
+        chosen = qv.plan(model, **budget, prompt_len=128)
+        profile, layers = chosen.profile, chosen.estimate.architecture.num_hidden_layers
+        assert (profile.weights, profile.lm_head, profile.streamed_layers) == ("bf16", None, layers)
+        assert layers - 1 <= profile.disk_layers <= layers
+        assert chosen.estimate.host <= chosen.budget.ram
+        assert "read from the disk for every token; of a quantized copy (qwen-vram quantize)" in chosen.steps[-1].cost
+        assert "weights='bf16'" in "".join(step.change for step in chosen.steps[1:])
+        assert qv.max_context(model, **budget) > 1_024
     with pytest.raises(
         qv.DoesNotFitError, match=r"once the checkpoint is quantized \(qwen-vram quantize\), its layers"
     ):
-        qv.plan(SEVEN, vram="3GiB", ram="2GiB")
+        qv.plan(SEVEN, vram="3GiB", ram="0.5GiB")
     assert qv.plan(SEVEN, vram="6GiB", ram="5GiB", weights="bf16").profile.disk_layers > 0
 
 

@@ -316,7 +316,7 @@ def test_samples_are_read_line_by_line(tmp_path):
         ({"bits": 3}, qv.UnknownNameError, "unknown bits 3; choose from 4, 8"),
         ({"group_size": 100}, qv.UnknownNameError, "unknown group_size 100; choose from 32, 64, 128"),
         ({"max_shard_size": 4}, qv.UnitError, "max_shard_size is a bare number"),
-        ({"device": "tpu"}, qv.BackendUnavailableError, "unknown device 'tpu'"),
+        ({"device": "tpu"}, qv.UnknownNameError, "unknown device 'tpu'"),
     ],
 )
 def test_settings_that_are_none(untied, gptqmodel, tmp_path, knobs, error, text):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 import qwen_vram as qv
-from qwen_vram.planning.search import most
+from qwen_vram.planning.tiers import most
 
 SEVEN = "Qwen2.5-7B-Instruct"
 RAM = {"ram": "64GiB"}
@@ -149,3 +149,29 @@ def test_where_the_host_is_short_the_longest_context_is_of_another_profile():
     with pytest.raises(qv.DoesNotFitError) as refusal:
         qv.plan("Qwen2.5-7B", **small, prompt_len=longest - 63, max_new_tokens=64)
     assert refusal.value.nearest.prompt_len == longest - 64
+
+
+@pytest.mark.parametrize(
+    ("model", "budget", "work"),
+    [
+        # A quantized head takes a buffer for 16 rows, so that the smallest profile has a whole one.
+        (
+            "Qwen3-14B",
+            {"vram": 5_452_102_515, "ram": "64GiB"},
+            {"prompt_len": 32_000, "max_new_tokens": 1, "batch_size": 16},
+        ),
+        # Plain layers from the disk, for quantized ones do not fit the host.
+        ("Qwen3-14B", {"vram": {}, "ram": 6_507_163_965}, {"prompt_len": 32_000, "max_new_tokens": 2}),
+    ],
+    ids=["gpu", "cpu"],
+)
+def test_what_a_refusal_offers_fits_and_one_token_more_does_not(model, budget, work):
+    with pytest.raises(qv.DoesNotFitError) as caught:
+        qv.plan(model, **budget, **work)
+    offered = caught.value.nearest
+    assert (offered.max_new_tokens, offered.batch_size) == (work["max_new_tokens"], work.get("batch_size", 1))
+    assert qv.plan(model, **budget, **{**work, "prompt_len": offered.prompt_len}).workload == offered
+    with pytest.raises(qv.DoesNotFitError):
+        qv.plan(model, **budget, **{**work, "prompt_len": offered.prompt_len + 1})
+    longest = qv.max_context(model, **budget, **{knob: count for knob, count in work.items() if knob != "prompt_len"})
+    assert longest == offered.context_len

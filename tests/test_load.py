@@ -287,3 +287,20 @@ def test_beam_search_reorders_the_preallocated_cache(untied):
 def test_a_sharded_checkpoint_loads(sharded):
     with load(sharded) as llm:
         assert llm.report().measured["weights"] == llm.plan.estimate.weights
+
+
+def test_cache_and_probe_of_no_tokens(untied):
+    with qv.load(untied, profile="int4-flash", weights="bf16", prompt_len=16, max_new_tokens=4, progress=False) as llm:
+        for length in (0, -1, 1.5, True):
+            with pytest.raises(
+                qv.WorkloadError, match="max_length must be a positive whole number of tokens, got"
+            ) as caught:
+                llm.new_cache(max_length=length)
+            assert (caught.value.name, caught.value.got) == ("max_length", length)
+        for name in ("prompt_len", "max_new_tokens", "batch_size"):
+            with pytest.raises(qv.WorkloadError, match=f"{name} must be a positive whole number, got 0"):
+                llm.probe(**{name: 0})
+        with pytest.raises(qv.WorkloadError, match="must be a positive whole number, got -1"):
+            llm.probe(steps=-1)
+    with pytest.raises(qv.QwenVramError, match="this model is closed; load it again"):
+        llm.new_cache(max_length=8)

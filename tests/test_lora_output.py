@@ -171,6 +171,17 @@ def test_an_output_in_folders_that_are_not_there_yet(base, adapter, tmp_path):
         assert (out / "config.json").is_file()
 
 
+@pytest.mark.parametrize("quantize", [None, "nf4", "int8"])
+def test_updates_that_cancel_leave_nothing_to_keep(base, adapter, tmp_path, quantize):
+    report = merge_lora_then_quantize(
+        base, [(adapter, 1.0), (adapter, -1.0)], tmp_path / "out", quantize=quantize, progress=False
+    )
+    assert report.share is None
+    assert not report.worst
+    assert ": nothing to keep\n" in str(report)
+    assert max(module.relative_size for module in report.modules) < 1e-6
+
+
 def test_overwriting_swaps_the_whole_folder(base, adapter, tmp_path):
     merge(base, adapter, tmp_path / "out", quantize="nf4")
     (tmp_path / "out" / "stale.json").write_text("{}")

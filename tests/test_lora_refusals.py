@@ -463,9 +463,7 @@ def test_an_update_that_overflows_fp16(tmp_path):
 
 def test_an_unknown_device_and_a_missing_gpu(base, adapter, tmp_path, monkeypatch):
     folder = adapter("plain")
-    refused(
-        base, folder, tmp_path, qv.BackendUnavailableError, "unknown device 'tpu'; choose from cuda, cpu", device="tpu"
-    )
+    refused(base, folder, tmp_path, qv.UnknownNameError, "unknown device 'tpu'; choose from cuda, cpu", device="tpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     text = "device='cuda' asks for a GPU, and torch sees none here; leave it out"
     refused(base, folder, tmp_path, qv.BackendUnavailableError, text, device="cuda")

@@ -10,7 +10,7 @@ from qwen_vram.arithmetic.architecture import Architecture, Weight
 from qwen_vram.errors import CheckpointError, NotSupportedError
 from qwen_vram.files.header import read_header
 from qwen_vram.files.hub import hub_snapshot
-from qwen_vram.files.local import parse_config
+from qwen_vram.files.local import is_folder, parse_config
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -20,9 +20,16 @@ BASE_LAYER = ".base_layer."
 
 
 def adapter_folder(adapter: str | Path) -> Path:
-    """The local folder of an adapter, downloaded where it is a hub id."""
+    """The local folder of an adapter, downloaded where it is a hub id.
+
+    Raises:
+        CheckpointError: it is neither a folder nor a hub id.
+        HubError: the hub does not give it.
+    """
+    if not isinstance(adapter, (str, Path)):
+        raise CheckpointError(f"an adapter is a folder or a hub id, got {adapter!r}", path=repr(adapter))
     folder = Path(adapter)
-    return folder if folder.is_dir() or folder.is_absolute() else hub_snapshot(str(adapter))
+    return folder if is_folder(folder) or folder.is_absolute() else hub_snapshot(str(adapter))
 
 
 def adapter_tensors(folder: Path) -> tuple[Weight, ...]:

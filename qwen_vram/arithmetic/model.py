@@ -13,7 +13,7 @@ from qwen_vram.arithmetic.catalog import catalog_row, row_architecture, unknown_
 from qwen_vram.arithmetic.stored_checkpoint import checkpoint_architecture
 from qwen_vram.errors import ConfigError, UnknownNameError
 from qwen_vram.files.hub import hub_config, hub_tensors
-from qwen_vram.files.local import read_config, read_tensors
+from qwen_vram.files.local import exists, is_folder, read_config, read_tensors
 
 ModelLike = str | Path | Mapping[str, object] | Architecture
 
@@ -67,7 +67,7 @@ def _named(knobs: Mapping[str, object], stored: str | None) -> dict[str, object]
     if backend not in (None, "gptq", *_GPTQ_LIBRARIES):
         hint = "others follow from the format: weights='nf4' is bitsandbytes'"
         raise UnknownNameError("backend", backend, ("gptq", *_GPTQ_LIBRARIES), hint=hint)
-    if {backend, named.get("weights")} & set(_GPTQ_LIBRARIES[1:]):
+    if backend in _GPTQ_LIBRARIES[1:] or named.get("weights") in _GPTQ_LIBRARIES[1:]:
         _LOGGER.warning(
             "auto-gptq does not import under transformers 5; GPTQModel reads its checkpoints and makes new ones (pip "
             'install "qwen-vram[gptq]"), and is taken in its place'
@@ -99,14 +99,14 @@ def _resolve(model: ModelLike) -> tuple[str, Architecture]:
     if not isinstance(model, (str, Path)):
         raise ConfigError(f"a model is a name, a folder, a config dict or an Architecture, got {type(model).__name__}")
     folder = Path(model)
-    if folder.is_dir():
+    if is_folder(folder):
         source = str(folder / "config.json")
         return folder.name, checkpoint_architecture(read_config(folder), lambda: read_tensors(folder), source=source)
     name = str(model)
     row = catalog_row(name)
     if row is not None:
         return row.repo_id, row_architecture(row)
-    if folder.exists() or len(folder.parts) > 2 or name.startswith((".", "/", "~")):
+    if len(folder.parts) > 2 or name.startswith((".", "/", "~")) or exists(folder):
         raise ConfigError(f"no checkpoint folder {name!r}; point to the folder that holds config.json", source=name)
     if not _HUB_ID.fullmatch(name):
         raise unknown_model(name)

@@ -129,18 +129,20 @@ class Profile:
             )
         if self.compiled and self.cache == "dynamic":
             raise WorkloadError(
-                "compiled=True needs a cache of fixed size, got cache='dynamic'; set cache='static'",
+                "compiled=True needs a cache of fixed size, got cache='dynamic'; set cache='static', or begin with "
+                "profile='speed'",
                 name="compiled",
                 got=True,
             )
-        for knob, runs in COMPILED.items() if self.compiled else ():
-            value = getattr(self, knob)
-            if value != runs:
-                raise WorkloadError(
-                    f"compiled=True needs {knob}={runs!r}, got {knob}={value!r}; change one of the two",
-                    name="compiled",
-                    got=True,
-                )
+        others = {knob: runs for knob, runs in COMPILED.items() if getattr(self, knob) != runs}
+        if self.compiled and others:
+            needs = ", ".join(f"{knob}={runs!r}" for knob, runs in others.items())
+            got = ", ".join(f"{knob}={getattr(self, knob)!r}" for knob in others)
+            raise WorkloadError(
+                f"compiled=True needs {needs}, got {got}; change one side, or begin with profile='speed'",
+                name="compiled",
+                got=True,
+            )
         if self.compiled and "int8" in (self.weights, self.lm_head):
             raise WorkloadError(
                 "compiled=True cannot go with 'int8', whose products wait for the GPU to count outliers; use 'int8-wo'",
@@ -232,6 +234,9 @@ PROFILES: dict[str, Profile] = {
 }
 
 
+_AUTO = "'auto' is for plan() and load(), which know a budget"
+
+
 def resolve_profile(profile: str | Profile, **knobs: object) -> Profile:
     """The profile called `profile`, or `profile` itself, with `knobs` changed.
 
@@ -241,8 +246,8 @@ def resolve_profile(profile: str | Profile, **knobs: object) -> Profile:
     """
     if isinstance(profile, str):
         if profile not in PROFILES:
-            allowed = (*PROFILES, "auto")
-            hint = "'auto' is for plan() and load(), which know a budget" if profile == "auto" else ""
-            raise UnknownNameError("profile", profile, allowed, hint=hint)
+            raise UnknownNameError("profile", profile, tuple(PROFILES), hint=_AUTO)
         profile = PROFILES[profile]
+    elif not isinstance(profile, Profile):
+        raise UnknownNameError("profile", profile, tuple(PROFILES), hint=f"or pass a Profile; {_AUTO}")
     return profile.replace(**knobs)

@@ -41,6 +41,12 @@ def checkpoint_architecture(
     architecture = Architecture.from_config(plain, source=source)
     tensors = read()
     _check(architecture, tensors, source)
+    if name in ("gptq", "awq") and not any(tensor.endswith(".qweight") for tensor in tensors):
+        raise CheckpointError(
+            f"{source} says that {name.upper()} quantized the weights, and no tensor holds its codes ('.qweight'); "
+            "take quantization_config out of config.json, or bring the quantized files",
+            path=source,
+        )
     stored = _sort(architecture, tensors, source)
     quantized_head = any(not _is_plain(tensor.name, tensors) for tensor in stored.head)
     return replace(architecture, stored_format=name, stored_head=quantized_head, stored=stored)

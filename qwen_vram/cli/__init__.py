@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import Annotated
 
 import typer
 
@@ -14,6 +15,13 @@ from qwen_vram.cli.machine import calibrate, demo
 from qwen_vram.cli.plans import estimate, plan
 from qwen_vram.cli.write import merge, quantize
 
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"qwen-vram {qv.__version__}")
+        raise typer.Exit
+
+
 app = typer.Typer(
     help="Run Qwen models in as little GPU memory as possible, and know the peak before you load.",
     no_args_is_help=True,
@@ -21,6 +29,17 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Options before a command."""
+
+
 for command in (estimate, plan, chat, merge, quantize, calibrate, demo):
     app.command()(command)
 

@@ -37,7 +37,7 @@ def merge(
         base,
         adapters,
         out,
-        quantize=None if quantize == "none" else quantize,  # type: ignore[arg-type]
+        quantize=None if quantize.lower() == "none" else quantize,  # type: ignore[arg-type]
         calibration=calibration,
         device=device,
         max_shard_size=max_shard_size,

@@ -22,6 +22,19 @@ AUTO_GPTQ_SINGLE = "gptq_model-*.safetensors"
 AUTO_GPTQ_CONFIG = "quantize_config.json"
 
 
+def exists(path: Path) -> bool:
+    """Whether there is such a file or folder. A name that is too long for the file system is none."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is such a folder."""
+    return exists(path) and path.is_dir()
+
+
 def read_config(folder: Path) -> dict[str, object]:
     """The config.json of `folder`, with AutoGPTQ's settings where those are in a file of their own.
 

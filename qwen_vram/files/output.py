@@ -57,7 +57,7 @@ class OutputFolder:
         if not self.out.exists() or not any(self.out.iterdir()):
             return
         if not self.overwrite:
-            raise self._error("exists; choose another folder, or pass overwrite=True")
+            raise self._error("exists; choose another folder, or pass overwrite=True (--overwrite)")
         if not (self.out / CONFIG).is_file():
             raise self._error(f"has no {CONFIG}, so it is not a checkpoint and is not overwritten; remove it yourself")
 

@@ -10,6 +10,10 @@ import torch
 
 from qwen_vram.lora.scratch import scratch
 
+# Relative size of what float32 leaves of updates that cancel, as of an adapter with the weights 1 and -1: half a unit
+# in the last place (2**-24) for each sum. No share of that means anything.
+_RESIDUE = 2.0**-21
+
 
 class Blocks(NamedTuple):
     """What a piece adds block by block, because the scale of each block is still to be quantized itself.
@@ -87,8 +91,10 @@ class Proof:
 
     @property
     def share(self) -> float | None:
-        """Share of the update that is left; `None` where there is no update."""
-        return self.kept / self.update_squared if self.update_squared else None
+        """Share of the update that is left; `None` where there is no update but float32's own rounding."""
+        if self.update_squared <= _RESIDUE**2 * self.base_squared:
+            return None
+        return self.kept / self.update_squared
 
     @property
     def relative_size(self) -> float | None:

@@ -9,6 +9,7 @@ from qwen_vram.arithmetic.model import ModelLike, resolve_model
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.workload import Workload
 from qwen_vram.planning.budget import Budget, VramLike
+from qwen_vram.planning.reach import longest_prompt, reach
 from qwen_vram.planning.search import Search
 
 # More than any host has.
@@ -46,7 +47,7 @@ def max_context(
     label, architecture = resolve_model(model)
     longest = _workload(architecture, max_new_tokens, batch_size, padded)
     search = Search(label, architecture, longest, Budget.of(vram, ram), profile, knobs)
-    prompt = search.longest_prompt(max_new_tokens, batch_size)
+    prompt = longest_prompt(search, max_new_tokens, batch_size)
     return prompt + max_new_tokens if prompt else 0
 
 
@@ -68,9 +69,7 @@ def max_batch(
     label, architecture = resolve_model(model)
     workload = Workload(prompt_len=prompt_len, max_new_tokens=max_new_tokens, padded=padded)
     search = Search(label, architecture, workload, Budget.of(vram, ram), profile, knobs)
-    return search.most(
-        _MOST_SEQUENCES, lambda profile, number: search.holds(profile, prompt_len, max_new_tokens, number)
-    )
+    return reach(search, _MOST_SEQUENCES, lambda number: replace(workload, batch_size=number))
 
 
 def min_vram(

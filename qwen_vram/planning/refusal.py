@@ -52,7 +52,7 @@ def refusal(smallest: Estimate, budget: Budget, nearest: Workload | None) -> Doe
         f"prompt_len={nearest.prompt_len} with max_new_tokens={nearest.max_new_tokens} and "
         f"batch_size={nearest.batch_size} would fit"
         if nearest
-        else "not even one token would fit; use a smaller model"
+        else "not even one token would fit; offer more, set fewer knobs yourself, or use a smaller model"
     )
     if budget.vram is None or on_device(smallest, budget):
         advice += _on_disk(smallest)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
 from typing import Literal, NamedTuple
 
 from qwen_vram.arithmetic.architecture import Architecture
@@ -20,13 +19,14 @@ from qwen_vram.planning.budget import Budget
 from qwen_vram.planning.fit import fits, needed, on_device
 from qwen_vram.planning.loadable import not_loadable
 from qwen_vram.planning.moves import Move, change_of, cost_of, search_space
+from qwen_vram.planning.reach import nearest
 from qwen_vram.planning.refusal import refusal
 from qwen_vram.planning.split import balanced
-from qwen_vram.planning.tiers import Tiers, most
+from qwen_vram.planning.tiers import Tiers
 
 Prefer = Literal["quality", "speed", "memory"]
 
-_HOST_CACHE = {"kv_cache": "bf16", "kv_device": "host"}
+_HOST_CACHE: dict[str, object] = {"kv_cache": "bf16", "kv_device": "host"}
 _FROM_DISK = "layers are read from the disk for every token"
 _COMPUTED = "layers cross the link, or compute on the CPU, for every token"
 
@@ -45,10 +45,11 @@ class Step(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """What one step of the search came to, and every step up to it."""
+    """What one step of the search came to, every step up to it, and the profile before it."""
 
     estimate: Estimate
     steps: tuple[Step, ...]
+    before: Profile
 
 
 class Search:
@@ -72,6 +73,8 @@ class Search:
         self.architecture = architecture
         self.workload = workload
         self.budget = budget
+        self.profile = profile
+        self.knobs = knobs
         self.split = split
         self.several = len(budget.devices) > 1
         self.start, moves = search_space(architecture, profile, workload, knobs)
@@ -79,6 +82,7 @@ class Search:
         self.may_compute = profile == "auto" and "host_layers" not in knobs
         self.tiers = Tiers(architecture, budget, self.estimate, self.start, may_read=may_read)
         self.moves = tuple(move for move in moves if self._has_room(move))
+        self._may_move_head = "lm_head" not in knobs and architecture.stored_format is None
         self._may_move_cache = any(_HOST_CACHE.items() <= move.knobs.items() for move in self.moves)
 
     def _has_room(self, move: Move) -> bool:
@@ -109,19 +113,27 @@ class Search:
             turned = move if steps else None
             change, cost = change_of(current, profile, turned), cost_of(profile, turned)
             steps = (*steps, Step(change, need, saved, cost, self._floor(profile)))
+            yield Candidate(result, steps, current)
             current, least = profile, need
-            yield Candidate(result, steps)
         if refused and not steps:
             raise refused
 
     def _all_moves(self) -> Iterator[Move]:
-        """The moves; of the last one, where layers stream, another form with the cache on the host.
+        """The moves; of the last one, where layers stream, other forms.
 
-        A cache that saves nothing there while all layers are on the GPU may save much once they are gone.
+        A cache that saves nothing on the host while all layers are on the GPU may save much there once they are gone;
+        and of what is left then, the buffer that some rows' product with a quantized head takes may be the largest.
         """
         yield from self.moves
-        if self._may_move_cache and self.moves and "streamed_layers" in self.moves[-1].knobs:
-            yield self.moves[-1]._replace(knobs={**self.moves[-1].knobs, **_HOST_CACHE})
+        stream = self.moves[-1] if self.moves else None
+        if stream is None or "streamed_layers" not in stream.knobs:
+            return
+        forms: list[dict[str, object]] = [_HOST_CACHE] if self._may_move_cache else []
+        if self._may_move_head:
+            tied = {"embeddings": self.start.embeddings} if self.architecture.tie_word_embeddings else {}
+            forms.append({"lm_head": None, **tied})
+        for form in forms:
+            yield stream._replace(knobs={**stream.knobs, **form})
 
     def _after(self, move: Move, current: Profile) -> Profile:
         """`current` with a move made. The last layer stays where streaming it would only make room for a third slot."""
@@ -139,20 +151,23 @@ class Search:
             DoesNotFitError: none fits.
         """
         fitting: list[Candidate] = []
+        seen: list[Candidate] = []
         for candidate in self.candidates():
             streams = self._may_stream(candidate.estimate.profile)
             if streams and fitting:
                 break
+            seen.append(candidate)
             found = self._fewest_streamed(candidate, prefer) if streams else candidate
             if fits(found.estimate, self.budget):
                 fitting.append(found)
                 if prefer == "quality":
                     break
         if not fitting:
-            last = found if streams else self._from_disk(found)
-            if not fits(last.estimate, self.budget):
-                raise refusal(last.estimate, self.budget, self._nearest())
-            fitting.append(last)
+            least = found if streams else self._from_disk(found)
+            others = (self._tiered(candidate, prefer) for candidate in self._from_files(seen))
+            fitting = [one for one in (least, *others) if fits(one.estimate, self.budget)][:1]
+        if not fitting:
+            raise refusal(least.estimate, self.budget, nearest(self))
         if prefer == "memory":
             return fitting[-1]
         return min(fitting, key=lambda found: found.steps[-1].decode_floor_ms)
@@ -174,13 +189,17 @@ class Search:
         best = min(fitting, key=lambda found: (found.profile.kv_cache != start.kv_cache, self._floor(found.profile)))
         if self._should_compute(best.profile, prefer):
             best = self.tiers.quickest(best)
-        turned = ("streamed_layers", "host_layers", "disk_layers", "kv_cache", "kv_device")
-        knobs = {knob: getattr(best.profile, knob) for knob in turned}
-        change = change_of(replace(moved, streamed_layers=0), best.profile, Move(knobs, ""))
-        need = needed(best, self.budget)
-        cost = _FROM_DISK if best.profile.disk_layers else _COMPUTED if best.profile.host_layers else last.cost
+        need, change = needed(best, self.budget), change_of(everything.before, best.profile, _turned(best.profile))
+        cost = self._cost_of_tiers(best.profile) or last.cost
         step = Step(change, need, before[-1].needed_bytes - need, cost, self._floor(best.profile))
-        return Candidate(best, (*before, step))
+        return everything._replace(estimate=best, steps=(*before, step))
+
+    def _cost_of_tiers(self, profile: Profile) -> str:
+        """What layers cost that are on the disk, or that the CPU computes; empty where there are none."""
+        if profile.disk_layers:
+            plain = FORMATS[profile.weights].is_dense
+            return f"{_FROM_DISK}; of a quantized copy (qwen-vram quantize), fewer bytes" if plain else _FROM_DISK
+        return _COMPUTED if profile.host_layers else ""
 
     def _should_compute(self, profile: Profile, prefer: Prefer) -> bool:
         """Whether layers may compute on the CPU: at a measured rate, and in 4 bits, which it rounds, for speed."""
@@ -194,16 +213,40 @@ class Search:
             base = replace(moved.replace(**cache), name=moved.name)
             yield self.tiers.fewest_on_disk(self.tiers.resident_first(base, workload))
 
+    def _from_files(self, seen: Sequence[Candidate]) -> list[Candidate]:
+        """What the candidates `seen` leave out: layers that stay in the checkpoint's files, because those hold them so.
+
+        What is quantized while it loads has to be in memory; where it does not fit, plain layers may, from the disk.
+        """
+        plain = [one for one in seen if self.tiers.may_read_layers(one.estimate.profile)]
+        if not plain or plain[-1] is seen[-1]:
+            return []
+        profile, last = plain[-1].estimate.profile, seen[-1]
+        if self.budget.vram is not None:
+            if not self._may_stream(last.estimate.profile):
+                return []
+            profile = self._after(self.moves[-1], profile)
+        result = self.estimate(profile, self.workload)
+        need, before = needed(result, self.budget), last.estimate.profile
+        saved, change = last.steps[-1].needed_bytes - need, change_of(before, profile, _turned(profile))
+        step = Step(change, need, saved, "layers as the files hold them", self._floor(profile))
+        return [Candidate(result, (*last.steps, step), before)]
+
+    def _tiered(self, candidate: Candidate, prefer: Prefer) -> Candidate:
+        """A candidate with its layers where they fit."""
+        streams = self._may_stream(candidate.estimate.profile)
+        return self._fewest_streamed(candidate, prefer) if streams else self._from_disk(candidate)
+
     def _from_disk(self, last: Candidate) -> Candidate:
         """The last candidate with as few layers on the disk as fit, all where none do; itself where that is no less."""
         result = self.tiers.fewest_on_disk(last.estimate)
         profile, need = result.profile, needed(result, self.budget)
         if (need, result.host) >= (last.steps[-1].needed_bytes, last.estimate.host):
             return last
-        move = Move({knob: getattr(profile, knob) for knob in ("streamed_layers", "disk_layers")}, _FROM_DISK)
-        change = change_of(last.estimate.profile, profile, move)
-        step = Step(change, need, last.steps[-1].needed_bytes - need, move.cost, self._floor(profile))
-        return Candidate(result, (*last.steps, step))
+        change = change_of(last.estimate.profile, profile, _turned(profile))
+        cost = self._cost_of_tiers(profile)
+        step = Step(change, need, last.steps[-1].needed_bytes - need, cost, self._floor(profile))
+        return Candidate(result, (*last.steps, step), last.estimate.profile)
 
     def _may_stream(self, profile: Profile) -> bool:
         """Whether the search, not the caller, streams layers in `profile`."""
@@ -220,38 +263,25 @@ class Search:
             return balanced(self.label, self.architecture, profile, workload, self.budget.devices)
         return estimate(self.label, self.architecture, profile, workload)
 
-    def holds(self, profile: Profile, prompt_len: int, new: int, batch_size: int) -> bool:
+    def holds(self, profile: Profile, workload: Workload) -> bool:
         """Whether `profile` fits the budget at another workload; what the search streams, as few layers as fit."""
-        workload = replace(self.workload, prompt_len=prompt_len, max_new_tokens=new, batch_size=batch_size)
         result = self.estimate(profile, workload)
         if self.budget.vram is not None and self._may_stream(profile) and on_device(result, self.budget):
             return any(fits(found, self.budget) for found in self._streamed(profile, workload))
         return fits(self.tiers.fewest_on_disk(result), self.budget)
 
-    def most(self, limit: int, holds: Callable[[Profile, int], bool]) -> int:
-        """The largest number up to `limit` that `holds` with any profile of the search; 0 where 1 does not.
+    def profiles(self) -> list[Profile]:
+        """Every profile that the search may come to: the one that needs the least of the GPU first."""
+        found = list(self.candidates())
+        from_files = [candidate.estimate.profile for candidate in self._from_files(found)]
+        return [candidate.estimate.profile for candidate in found[::-1]] + from_files
 
-        The one that needs the least of the GPU is asked first: where the host is short, another may hold more.
-        """
-        best = 0
-        for profile in self._from_smallest:
-            if best < limit and holds(profile, best + 1):
-                best = most(limit, partial(holds, profile))
-        return best
+    def at(self, workload: Workload) -> Search:
+        """The same search for another workload."""
+        return Search(self.label, self.architecture, workload, self.budget, self.profile, self.knobs, self.split)
 
-    def longest_prompt(self, new: int, batch_size: int) -> int:
-        """The most prompt tokens that fit before `new` more, 0 where not even one does."""
-        longest = self.architecture.max_position_embeddings - new
-        return self.most(longest, lambda profile, length: self.holds(profile, length, new, batch_size))
 
-    @cached_property
-    def _from_smallest(self) -> list[Profile]:
-        return [candidate.estimate.profile for candidate in self.candidates()][::-1]
-
-    def _nearest(self) -> Workload | None:
-        """The longest prompt that fits, with this workload's batch and new tokens, then with a batch of one."""
-        for batch_size, new in ((self.workload.batch_size, self.workload.max_new_tokens), (1, 1)):
-            longest = self.longest_prompt(new, batch_size)
-            if longest:
-                return replace(self.workload, prompt_len=longest, max_new_tokens=new, batch_size=batch_size)
-        return None
+def _turned(profile: Profile) -> Move:
+    """Every knob that steps to `profile` may have turned."""
+    turned = ("weights", "lm_head", "embeddings", "prefill_chunk_size", "streamed_layers", "host_layers", "disk_layers")
+    return Move({knob: getattr(profile, knob) for knob in (*turned, "kv_cache", "kv_device")}, "")

@@ -61,7 +61,7 @@ class Tiers:
         Without a GPU host memory is all there is: layers are resident there, or on the disk.
         """
         profile = result.profile
-        if fits(result, self.budget) or not self._may_read(profile):
+        if fits(result, self.budget) or not self.may_read_layers(profile):
             return result
         if self.budget.vram is None and not self.start.streamed_layers:
             return self._fewest_away(profile, result.workload)
@@ -106,7 +106,7 @@ class Tiers:
         one = replace(profile, host_layers=1)
         return profile.streamed_layers > profile.disk_layers and not_loadable(self.architecture, one) is None
 
-    def _may_read(self, profile: Profile) -> bool:
+    def may_read_layers(self, profile: Profile) -> bool:
         """Whether layers of `profile` may stay on the disk: the caller left it open, and files hold them so."""
         as_stored = self.architecture.stored_format is not None or profile.dtype == self.architecture.dtype
         return self.may_read and as_stored and may_be_on_disk(self.architecture, profile)

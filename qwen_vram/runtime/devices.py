@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qwen_vram.errors import BackendUnavailableError, DoesNotFitError
+from qwen_vram.errors import BackendUnavailableError, DoesNotFitError, UnknownNameError
 from qwen_vram.planning.budget import VramLike, by_device
 from qwen_vram.planning.planner import Plan
 from qwen_vram.units import format_gib
@@ -14,11 +14,12 @@ def devices_for(device: str | None, vram: VramLike) -> list[torch.device]:
     """Where to load: the GPUs that `vram` names or the current one, the CPU for `{}`, or what the caller says.
 
     Raises:
-        BackendUnavailableError: an unknown device, or a GPU that is not here.
+        UnknownNameError: an unknown device.
+        BackendUnavailableError: a GPU that is not here.
         UnitError: `vram` is a dict with other keys than device numbers.
     """
     if device not in (None, "cpu", "cuda"):
-        raise BackendUnavailableError(f"unknown device {device!r}; choose from cuda, cpu", backend=str(device))
+        raise UnknownNameError("device", device, ("cuda", "cpu"))
     wanted = device == "cuda" or (device is None and vram not in (None, {}))
     without = device == "cpu" or (device is None and vram == {})
     if torch.cuda.is_available() and not without:
@@ -39,10 +40,11 @@ def working_device(device: str | None) -> torch.device:
     """Where arithmetic is done on files: the GPU where there is one, unless the caller says otherwise.
 
     Raises:
-        BackendUnavailableError: an unknown device, or a GPU that is not here.
+        UnknownNameError: an unknown device.
+        BackendUnavailableError: a GPU that is not here.
     """
     if device not in (None, "cpu", "cuda"):
-        raise BackendUnavailableError(f"unknown device {device!r}; choose from cuda, cpu", backend=str(device))
+        raise UnknownNameError("device", device, ("cuda", "cpu"))
     if device == "cuda" and not torch.cuda.is_available():
         raise BackendUnavailableError(
             "device='cuda' asks for a GPU, and torch sees none here; leave it out to work on the CPU, or install a "

@@ -13,7 +13,7 @@ from transformers import Cache, StaticCache
 from qwen_vram.arithmetic.estimate import Estimate
 from qwen_vram.arithmetic.split import at_workload, split_of
 from qwen_vram.arithmetic.workload import Workload
-from qwen_vram.errors import DoesNotFitError
+from qwen_vram.errors import DoesNotFitError, WorkloadError
 from qwen_vram.planning.planner import Plan
 from qwen_vram.planning.search import Search
 from qwen_vram.runtime.decode_room import RoomCache
@@ -47,6 +47,12 @@ class Generations:
 
     def new_cache(self, *, max_length: int) -> Cache:
         """As `LoadedModel.new_cache`."""
+        if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
+            raise WorkloadError(
+                f"max_length must be a positive whole number of tokens, got {max_length!r}",
+                name="max_length",
+                got=max_length,
+            )
         if self.decoder is not None:
             return RoomCache(self.decoder, max_length=max_length)
         profile, architecture = self.plan.profile, self.plan.estimate.architecture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from threading import Event, Thread
 from types import TracebackType
@@ -194,7 +195,12 @@ class LoadedModel:
 
         Where decode steps are compiled, it has the memory that the plan counts for as long as it lives, if that is
         long enough; whatever else is generated meanwhile takes memory of its own.
+
+        Raises:
+            WorkloadError: `max_length` is no positive number.
+            QwenVramError: the model is closed.
         """
+        assert self.model is not None
         return self._generations.new_cache(max_length=max_length)
 
     def report(self) -> Report:
@@ -255,10 +261,15 @@ class LoadedModel:
             DoesNotFitError, WorkloadError: as for `chat`, before anything is allocated.
         """
         planned = self.plan.workload
-        shape = (batch_size or planned.batch_size, prompt_len or planned.prompt_len)
+        workload = replace(
+            planned,
+            prompt_len=planned.prompt_len if prompt_len is None else prompt_len,
+            max_new_tokens=planned.max_new_tokens if max_new_tokens is None else max_new_tokens,
+            batch_size=planned.batch_size if batch_size is None else batch_size,
+        )
+        shape, new = (workload.batch_size, workload.prompt_len), workload.max_new_tokens
+        steps = new if steps is None else min(replace(workload, max_new_tokens=steps).max_new_tokens, new)
         tokens = torch.randint(0, self.model.config.vocab_size, shape)
-        new = max_new_tokens or planned.max_new_tokens
-        steps = min(steps or new, new)
         inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
         if planned.padded:
             inputs["attention_mask"][0, 0] = 0

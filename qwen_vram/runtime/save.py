@@ -13,7 +13,8 @@ import torch
 
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.profile import Profile
-from qwen_vram.errors import NotSupportedError
+from qwen_vram.arithmetic.storage import FORMAT_NAMES, FORMATS
+from qwen_vram.errors import NotSupportedError, UnknownNameError
 from qwen_vram.files.companions import companion_files, copy_files
 from qwen_vram.files.layout import Shard, Slot, disk_bytes, lay_out
 from qwen_vram.files.local import CONFIG, read_config
@@ -72,7 +73,11 @@ def saving_backend(weights: str) -> SavingBackend:
 
     Raises:
         NotSupportedError: they are not quantized, or their backend cannot save.
+        UnknownNameError: there is no such format.
     """
+    if weights not in FORMAT_NAMES:
+        saved = tuple(name for name, storage in FORMATS.items() if storage.library in ("bitsandbytes", "torch"))
+        raise UnknownNameError("format to save", weights, saved)
     backend = get_backend(weights)
     if isinstance(backend, SavingBackend):
         return backend
