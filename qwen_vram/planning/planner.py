@@ -16,7 +16,8 @@ from qwen_vram.arithmetic.workload import Workload
 from qwen_vram.errors import ConfigError, QwenVramError, UnknownNameError
 from qwen_vram.planning.budget import Budget, VramLike
 from qwen_vram.planning.placement import Placement, Where, place_on
-from qwen_vram.planning.search import Prefer, Search, Step
+from qwen_vram.planning.search import Prefer, Search
+from qwen_vram.planning.walk import Step
 from qwen_vram.units import format_bytes, format_gib
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qwen_vram.arithmetic.workload import Workload
+from qwen_vram.planning.fit import fits
 from qwen_vram.planning.tiers import most
 
 if TYPE_CHECKING:
@@ -14,11 +15,24 @@ if TYPE_CHECKING:
 
 
 def reach(search: Search, limit: int, workload: Callable[[int], Workload]) -> int:
-    """The largest number up to `limit` whose workload fits with any profile of the search; 0 where that of 1 does not.
+    """The largest number up to `limit` for whose workload a plan is found; 0 where that of 1 has none.
 
     The profile that needs the least of the GPU is asked first; where the host is short, another may hold more. Which
-    profiles save anything depends on the workload, so those of the workload that was reached are asked too.
+    profiles save anything depends on the workload, so those of the workload that was reached are asked too. Fragments
+    of torch's allocator do not grow evenly, so that a larger workload may fit where one between does not.
     """
+    best = _reach_of_profiles(search, limit, workload)
+    if not best or _is_planned(search.at(workload(best))):
+        return best
+    return most(best - 1, lambda number: _is_planned(search.at(workload(number))))
+
+
+def _is_planned(search: Search) -> bool:
+    return fits(search.find("quality").estimate, search.budget)
+
+
+def _reach_of_profiles(search: Search, limit: int, workload: Callable[[int], Workload]) -> int:
+    """The largest number that any of the search's profiles holds. A plan may leave out the one that does."""
     best, asked, profiles = 0, set(), search.profiles()
     while profiles:
         for profile in profiles:
