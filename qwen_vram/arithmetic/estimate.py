@@ -18,6 +18,7 @@ from qwen_vram.arithmetic.model import ModelLike, resolve_model, stored_knobs
 from qwen_vram.arithmetic.overhead import (
     Replayed,
     least_reserved,
+    least_reserved_is_at_most,
     load_peak_bytes,
     load_reserved_bytes,
     process_bytes,
@@ -150,6 +151,14 @@ class Estimate:
         beside = process_bytes(0, self.profile, self.machine)
         loading = load_reserved_bytes(self.architecture, self.profile)
         return beside + least_reserved(self.architecture, self.profile, self.workload, max(self.peak_reserved, loading))
+
+    def needs_at_most(self, limit: int) -> bool:
+        """Whether `needed_bytes` is at most `limit`: the same answer, sooner. For one device."""
+        if self.architecture is None or self.devices or "needed_bytes" in vars(self):
+            return self.needed_bytes <= limit
+        beside = process_bytes(0, self.profile, self.machine)
+        roomy = max(self.peak_reserved, load_reserved_bytes(self.architecture, self.profile))
+        return least_reserved_is_at_most(self.architecture, self.profile, self.workload, roomy, limit - beside)
 
     def sum(self, part: str) -> int:
         """A part's bytes on all devices together."""

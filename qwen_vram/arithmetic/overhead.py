@@ -6,6 +6,7 @@ with its kernels in neither: only nvidia-smi shows it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -82,14 +83,32 @@ def least_reserved(architecture: Architecture, profile: Profile, workload: Workl
     Torch gives unused segments back before it is out of memory. Searched where that can save more than twice the
     share that is added for what a replay can miss.
     """
-    low = replay(architecture, profile, workload).peak
+    *_, (_, least) = _bounds(architecture, profile, workload, roomy)
+    return least
+
+
+def least_reserved_is_at_most(
+    architecture: Architecture, profile: Profile, workload: Workload, roomy: int, limit: int
+) -> bool:
+    """Whether `least_reserved` is: the same search, which ends once that is known."""
+    for low, high in _bounds(architecture, profile, workload, roomy):
+        if high <= limit or low > limit:
+            break
+    return high <= limit
+
+
+def _bounds(architecture: Architecture, profile: Profile, workload: Workload, roomy: int) -> Iterator[tuple[int, int]]:
+    """Bounds of `least_reserved`, narrower and narrower; the last pair's upper one is it."""
+    low, high = replay(architecture, profile, workload).peak, roomy
     if roomy <= low * (1 + 2 * _REPLAY_MISS):
-        return roomy
-    high = roomy
-    while high - low > _SEARCHED_TO:
+        yield roomy, roomy
+        return
+    while True:
+        yield min(roomy, int(low * (1 + _REPLAY_MISS))), min(roomy, int(high * (1 + _REPLAY_MISS)))
+        if high - low <= _SEARCHED_TO:
+            return
         middle = (low + high) // 2
         low, high = (low, middle) if _runs_within(architecture, profile, workload, middle) else (middle, high)
-    return min(roomy, int(high * (1 + _REPLAY_MISS)))
 
 
 def _runs_within(architecture: Architecture, profile: Profile, workload: Workload, limit: int) -> bool:

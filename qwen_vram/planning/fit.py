@@ -39,4 +39,4 @@ def live_bytes(part: Estimate) -> int:
 
 
 def _holds(room: int, part: Estimate) -> bool:
-    return live_bytes(part) <= room and part.needed_bytes <= room
+    return live_bytes(part) <= room and part.needs_at_most(room)

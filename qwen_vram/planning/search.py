@@ -16,7 +16,7 @@ from qwen_vram.planning.fit import fits, needed, on_device
 from qwen_vram.planning.moves import Move, change_of
 from qwen_vram.planning.reach import nearest
 from qwen_vram.planning.refusal import refusal
-from qwen_vram.planning.walk import HOST_CACHE, Candidate, Step, Walk
+from qwen_vram.planning.walk import Candidate, Step, Walk
 
 Prefer = Literal["quality", "speed", "memory"]
 
@@ -108,10 +108,10 @@ class Search(Walk):
             yield replace(moved.replace(embeddings=self.start.embeddings), name=moved.name)
 
     def _streamed(self, moved: Profile, workload: Workload) -> Iterator[Estimate]:
-        """With the cache where it was at the start, and where the moves have brought it: as few streamed as fit."""
-        start = {"kv_cache": self.start.kv_cache, "kv_device": self.start.kv_device}
-        for cache in (start, HOST_CACHE if self._may_move_cache else start, {}):
-            base = replace(moved.replace(**cache), name=moved.name)
+        """With the cache as at the start, as the moves have left it, and in every form on their way: as few as fit."""
+        start: dict[str, object] = {"kv_cache": self.start.kv_cache, "kv_device": self.start.kv_device}
+        caches: tuple[dict[str, object], ...] = (start, *self.caches, {})
+        for base in dict.fromkeys(replace(moved.replace(**cache), name=moved.name) for cache in caches):
             yield self.tiers.fewest_on_disk(self.tiers.resident_first(base, workload))
 
     def _from_files(self, seen: Sequence[Candidate]) -> list[Candidate]:
@@ -152,6 +152,8 @@ class Search(Walk):
     def holds(self, profile: Profile, workload: Workload) -> bool:
         """Whether `profile` fits the budget at another workload; what the search streams, as few layers as fit."""
         result = self.estimate(profile, workload)
+        if fits(result, self.budget):
+            return True
         if self.budget.vram is not None and self._may_stream(profile) and on_device(result, self.budget):
             streamed = (found for table in self._tables(profile) for found in self._streamed(table, workload))
             return any(fits(found, self.budget) for found in streamed)

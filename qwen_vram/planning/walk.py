@@ -20,7 +20,9 @@ from qwen_vram.planning.moves import Move, change_of, cost_of, search_space
 from qwen_vram.planning.split import balanced
 from qwen_vram.planning.tiers import Tiers
 
-HOST_CACHE: dict[str, object] = {"kv_cache": "bf16", "kv_device": "host"}
+_HOST_CACHE: dict[str, object] = {"kv_cache": "bf16", "kv_device": "host"}
+# Where the host is short, the smallest on the device.
+_SMALL_CACHE: dict[str, object] = {"kv_cache": "int4", "kv_device": "device"}
 
 
 class Step(NamedTuple):
@@ -75,7 +77,9 @@ class Walk:
         self.tiers = Tiers(architecture, budget, self.estimate, self.start, may_read=may_read)
         self.moves = tuple(move for move in moves if self._has_room(move))
         self._may_move_head = "lm_head" not in knobs and architecture.stored_format is None
-        self._may_move_cache = any(HOST_CACHE.items() <= move.knobs.items() for move in self.moves)
+        forms = {(move.knobs.get("kv_cache"), move.knobs.get("kv_device", "device")) for move in self.moves}
+        caches = (_HOST_CACHE, _SMALL_CACHE)
+        self.caches = [cache for cache in caches if tuple(cache.values()) in forms]
 
     def _has_room(self, move: Move) -> bool:
         """Whether a move can be made on these devices: some on one GPU alone, and the table only where the host is."""
@@ -120,7 +124,7 @@ class Walk:
         stream = self.moves[-1] if self.moves else None
         if stream is None or "streamed_layers" not in stream.knobs:
             return
-        forms: list[dict[str, object]] = [HOST_CACHE] if self._may_move_cache else []
+        forms = [cache for cache in self.caches if cache is _HOST_CACHE]
         if self._may_move_head:
             tied = {"embeddings": self.start.embeddings} if self.architecture.tie_word_embeddings else {}
             forms.append({"lm_head": None, **tied})
