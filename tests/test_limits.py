@@ -143,7 +143,7 @@ def test_the_cache_is_quantized_only_where_the_caller_left_it_open():
 
 def test_where_the_host_is_short_the_longest_context_is_of_another_profile():
     """The profile that needs the least of the GPU keeps the cache on the host, which holds less of it here."""
-    small = {"vram": "6GiB", "ram": "2GiB", "disk_layers": 0}
+    small = {"vram": "6GiB", "ram": "1.5GiB", "disk_layers": 0}
     longest = qv.max_context("Qwen2.5-7B", **small, max_new_tokens=64)
     assert qv.plan("Qwen2.5-7B", **small, prompt_len=longest - 64, max_new_tokens=64).profile.kv_device == "device"
     with pytest.raises(qv.DoesNotFitError) as refusal:
