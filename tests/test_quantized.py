@@ -80,9 +80,13 @@ def test_what_a_loaded_model_does_not_keep_is_not_counted(tmp_path):
 def test_a_quantized_head_is_counted_as_it_is_stored(tmp_path):
     head = {f"lm_head.{name}": entry for name, entry in KINDS["gptq"][1](3072, 256).items()}
     folder, tensors = make(tmp_path, extra={"lm_head.weight": None, **head})
-    plan = qv.plan(folder, vram="8GiB", ram="8GiB", prefer="speed")
-    assert plan.estimate.weights == total(tensors)
-    assert (plan.profile.weights, plan.profile.lm_head) == ("gptq", "gptq")
+    estimate = qv.estimate_vram(folder)
+    assert estimate.weights == total(tensors)
+    assert (estimate.profile.weights, estimate.profile.lm_head) == ("gptq", "gptq")
+    with pytest.raises(
+        qv.NotSupportedError, match="lm_head='gptq' with weights='gptq': a head that gptq quantized too"
+    ):
+        qv.plan(folder, vram="8GiB", ram="8GiB")
 
 
 @pytest.mark.parametrize(("quantization", "matrix", "name"), [(NF4, nf4, "nf4"), (INT8, int8, "int8")])

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.workload import Workload
 from qwen_vram.planning.fit import fits
 from qwen_vram.planning.tiers import most
@@ -15,32 +16,35 @@ if TYPE_CHECKING:
 
 
 def reach(search: Search, limit: int, workload: Callable[[int], Workload]) -> int:
-    """The largest number up to `limit` for whose workload a plan is found; 0 where that of 1 has none.
+    """The largest number up to `limit` whose workload fits with a profile of the search; 0 where that of 1 does not.
 
-    The profile that needs the least of the GPU is asked first; where the host is short, another may hold more. Which
-    profiles save anything depends on the workload, so those of the workload that was reached are asked too. Fragments
-    of torch's allocator do not grow evenly, so that a larger workload may fit where one between does not.
+    Which profiles save anything depends on the workload, so those of the workload that was reached are asked too; and
+    where its plan is none of those that reach it, how far its own go. Fragments of torch's allocator do not grow
+    evenly, so that a larger workload may fit where one between does not.
     """
-    best = _reach_of_profiles(search, limit, workload)
-    if not best or _is_planned(search.at(workload(best))):
-        return best
-    return most(best - 1, lambda number: _is_planned(search.at(workload(number))))
-
-
-def _is_planned(search: Search) -> bool:
-    return fits(search.find("quality").estimate, search.budget)
-
-
-def _reach_of_profiles(search: Search, limit: int, workload: Callable[[int], Workload]) -> int:
-    """The largest number that any of the search's profiles holds. A plan may leave out the one that does."""
     best, asked, profiles = 0, set(), search.profiles()
     while profiles:
-        for profile in profiles:
-            if best < limit and search.holds(profile, workload(best + 1)):
-                best = most(limit, lambda number, profile=profile: search.holds(profile, workload(number)))  # type: ignore[misc]
+        best = _farthest(search, profiles, limit, workload, best)
         asked |= set(profiles)
-        there = search.at(workload(min(best + 1, limit))).profiles()
+        there = search.at(workload(max(best, 1))).profiles()
         profiles = [profile for profile in there if profile not in asked]
+    if not best:
+        return 0
+    reached = search.at(workload(best))
+    planned = fits(reached.find("quality").estimate, search.budget)
+    return best if planned else _farthest(search, reached.profiles(), best - 1, workload, 0)
+
+
+def _farthest(
+    search: Search, profiles: list[Profile], limit: int, workload: Callable[[int], Workload], best: int
+) -> int:
+    """`best`, or the largest number beyond it whose workload one of the profiles holds.
+
+    The profile that needs the least of the GPU is asked first; where the host is short, another may hold more.
+    """
+    for profile in profiles:
+        if best < limit and search.holds(profile, workload(best + 1)):
+            best = most(limit, lambda number, profile=profile: search.holds(profile, workload(number)))  # type: ignore[misc]
     return best
 
 
