@@ -175,3 +175,18 @@ def test_what_a_refusal_offers_fits_and_one_token_more_does_not(model, budget, w
         qv.plan(model, **budget, **{**work, "prompt_len": offered.prompt_len + 1})
     longest = qv.max_context(model, **budget, **{knob: count for knob, count in work.items() if knob != "prompt_len"})
     assert longest == offered.context_len
+
+
+@pytest.mark.parametrize(
+    "knobs", [{}, {"profile": "compact"}, {"profile": "default", "prefill_chunk_size": 1024}], ids=str
+)
+@pytest.mark.parametrize("prompt_len", [512, 8_000])
+def test_whether_a_limit_holds_is_known_as_if_the_need_were(knobs, prompt_len):
+    def estimate():
+        return qv.estimate_vram(SEVEN, **knobs, prompt_len=prompt_len)
+
+    need = estimate().needed_bytes
+    for limit in (0, need // 2, need - 2**24, need - 1, need, need + 1, estimate().process_total):
+        fresh = estimate()
+        assert fresh.needs_at_most(limit) is (need <= limit)
+        assert "needed_bytes" not in vars(fresh)

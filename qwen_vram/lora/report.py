@@ -23,7 +23,7 @@ class ModuleReport:
         name: The tensor in the checkpoint.
         format: How it is stored, `"nf4"` or a dtype such as `"bf16"`.
         share: Share of the update that survived, `<stored - base, update> / <update, update>`; `None` where the
-            adapters change nothing.
+            adapters change nothing, or cancel but for rounding.
         relative_size: Norm of the update over the norm of the base's weights; `None` where those are zero.
         largest_error: Largest difference of a stored weight from the merged one in float32; where scales are quantized
             themselves, an upper bound that is at most the largest change of a scale too high.

@@ -38,7 +38,7 @@ def max_context(
         model, vram, ram, profile, padded, **knobs: As for `plan`.
 
     Raises:
-        UnknownNameError, WorkloadError, ConfigError, UnitError, HubError: as for `plan`.
+        UnknownNameError, WorkloadError, ConfigError, UnitError, NotSupportedError, HubError: as for `plan`.
 
     Example:
         >>> max_context("Qwen2.5-7B-Instruct", "80GiB", ram="64GiB")

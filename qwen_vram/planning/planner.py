@@ -177,7 +177,7 @@ def plan(
 
     Raises:
         DoesNotFitError: nothing fits; the exception carries the bytes, the estimate and the nearest workload.
-        NotSupportedError: a knob that works on one GPU alone, and several GPUs.
+        NotSupportedError: what loads on no machine, and a knob that works on one GPU alone with several GPUs.
         UnknownNameError, WorkloadError, ConfigError, UnitError, HubError: as for `estimate_vram`.
     """
     label, architecture = resolve_model(model, adapter)

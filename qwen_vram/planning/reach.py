@@ -16,23 +16,25 @@ if TYPE_CHECKING:
 
 
 def reach(search: Search, limit: int, workload: Callable[[int], Workload]) -> int:
-    """The largest number up to `limit` whose workload fits with a profile of the search; 0 where that of 1 does not.
+    """A number up to `limit` for whose workload there is a plan, as large as halving finds; 0 where that of 1 has none.
 
     Which profiles save anything depends on the workload, so those of the workload that was reached are asked too; and
     where its plan is none of those that reach it, how far its own go. Fragments of torch's allocator do not grow
     evenly, so that a larger workload may fit where one between does not.
     """
+
+    def is_planned(number: int) -> bool:
+        return fits(search.at(workload(number)).find("quality").estimate, search.budget)
+
     best, asked, profiles = 0, set(), search.profiles()
     while profiles:
         best = _farthest(search, profiles, limit, workload, best)
         asked |= set(profiles)
         there = search.at(workload(max(best, 1))).profiles()
         profiles = [profile for profile in there if profile not in asked]
-    if not best:
-        return 0
-    reached = search.at(workload(best))
-    planned = fits(reached.find("quality").estimate, search.budget)
-    return best if planned else _farthest(search, reached.profiles(), best - 1, workload, 0)
+    if not best or is_planned(best):
+        return best
+    return most(_farthest(search, search.at(workload(best)).profiles(), best - 1, workload, 0), is_planned)
 
 
 def _farthest(
