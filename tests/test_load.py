@@ -8,6 +8,7 @@ import torch
 
 import qwen_vram as qv
 from qwen_vram.arithmetic.weights import stored_weights
+from qwen_vram.runtime import garbage
 from qwen_vram.runtime.backends import get_backend
 from qwen_vram.runtime.generations import Generations
 from qwen_vram.runtime.measure import weight_storages
@@ -304,3 +305,14 @@ def test_cache_and_probe_of_no_tokens(untied):
             llm.probe(steps=-1)
     with pytest.raises(qv.QwenVramError, match="this model is closed; load it again"):
         llm.new_cache(max_length=8)
+
+
+@pytest.mark.parametrize(("frozen", "looks"), [(0, True), (375, True), (500_000, False)])
+def test_what_the_interpreter_froze_is_no_reason_to_look_at_everything(monkeypatch, frozen, looks):
+    done = []
+    monkeypatch.setattr(garbage.gc, "get_freeze_count", lambda: frozen)
+    monkeypatch.setattr(garbage.gc, "freeze", lambda: done.append("freeze"))
+    monkeypatch.setattr(garbage.gc, "unfreeze", lambda: done.append("unfreeze"))
+    with garbage.garbage_of_this_load():
+        pass
+    assert done == (["freeze", "unfreeze"] if looks else [])

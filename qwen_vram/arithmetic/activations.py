@@ -40,6 +40,9 @@ FUSED_ROWS = 4
 # What the memory-efficient attention kernel asks of the rows of its bias. Source: torch 2.11,
 # aten/src/ATen/native/transformers/attention.cpp, preprocess_mask.
 _BIAS_ALIGNMENT = 8
+# Fused attention of a chunk of whole multiples of so many tokens is made in parts where so many keys come before it.
+_JOINED_ROWS = 512
+_JOINED_KEYS = 4096
 
 
 class Moment(NamedTuple):
@@ -199,13 +202,21 @@ class _Rows:
             scores = heads * self.rows * seen
             live += scores * (self.element + 2 * _FP32 if self.element != _FP32 else 2 * _FP32)
             return live - self.rows * self.queries + expanded
+        log_sum_exp = heads * self.rows * _FP32
+        if not self._masked() and self._joins():
+            return live + self.rows * self.queries // self.element * _FP32 + 3 * log_sum_exp
         if not self._masked():
-            return live + heads * self.rows * _FP32  # log-sum-exp
+            return live + log_sum_exp
         # The mask as an additive bias in the model's dtype; a mask also rules grouped heads out.
         if self.profile.attention == "fused":
             bias = self.rows * bias_columns(self.seen) * self.element
             return live + bias + (expanded if self.step.queries > 1 else 0)
-        return live + heads * self.rows * _FP32 + expanded + self._mask_elements() * self.element
+        return live + log_sum_exp + expanded + self._mask_elements() * self.element
+
+    def _joins(self) -> bool:
+        """Whether fused attention of this step is made in parts: where torch prefers cuDNN, but counted everywhere."""
+        queries = self.step.queries
+        return self.profile.attention == "fused" and bool(attention_parts(queries, self.step.cached - queries))
 
     def _softmax(self) -> int:
         """What eager attention returns beside its result: the layer's caller keeps it to its end."""
@@ -264,6 +275,20 @@ class _Rows:
 def bias_columns(keys: int) -> int:
     """Elements of a row of fused attention's bias over so many keys."""
     return -(-keys // _BIAS_ALIGNMENT) * _BIAS_ALIGNMENT
+
+
+def attention_parts(queries: int, past: int) -> tuple[int, ...]:
+    """How many of the oldest keys fused attention takes at a time, without a mask; the others go with the chunk's own.
+
+    Powers of two, so that few lengths are new to cuDNN, and none where the chunk is short or odd.
+
+    >>> attention_parts(1024, 29696), attention_parts(1000, 29696)
+    ((16384, 8192, 4096), ())
+    """
+    if queries % _JOINED_ROWS:
+        return ()
+    blocks = past // _JOINED_KEYS
+    return tuple(_JOINED_KEYS << bit for bit in reversed(range(blocks.bit_length())) if blocks >> bit & 1)
 
 
 def linear_bytes(weight: Weight, profile: Profile, rows: int, *, adapted: bool = False) -> int:

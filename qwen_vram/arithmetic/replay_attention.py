@@ -6,7 +6,7 @@ library's own caches.
 
 from __future__ import annotations
 
-from qwen_vram.arithmetic.activations import bias_columns
+from qwen_vram.arithmetic.activations import attention_parts, bias_columns
 from qwen_vram.arithmetic.allocator import CachingAllocator
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.kv_cache import HOST_CACHE_LAYERS, layer_kv_bytes, quantized_tokens
@@ -167,12 +167,28 @@ class Attention(Products):
             bias = take(rows * bias_columns(seen) * self.element)
             result = take(rows * wide)
             give(bias)
+        elif self.profile.attention == "fused" and attention_parts(queries, past):
+            result = self.joined(rows, len(attention_parts(queries, past)))
         else:
             biases = [take(rows * seen * self.element)] if masked else []
             result = take(rows * wide)
             give(take(rows * heads * _FP32), *biases)
         give(*expanded)
         return result, scores
+
+    def joined(self, rows: int, others: int) -> int:
+        """Attention in parts, one more than `others`, summed up in float32."""
+        take, give = self.take, self.give
+        width, heads = self.architecture.attention_width, self.architecture.num_attention_heads
+        result, sums = take(rows * width * self.element), take(rows * heads * _FP32)
+        total = take(rows * width * _FP32)
+        for _ in range(others):
+            give(result)
+            result, some = take(rows * width * self.element), take(rows * heads * _FP32)
+            sums = self.replace(sums, take(rows * heads * _FP32))
+            give(some)
+        give(result, sums)
+        return self.replace(total, take(rows * width * self.element))
 
     def eager(self, rows: int, seen: int, heads: int) -> tuple[int, int]:
         """Scores, scaled, masked, softmax in float32, cast back, times values."""

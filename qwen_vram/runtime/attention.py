@@ -23,6 +23,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from qwen_vram.arithmetic.activations import bias_columns
+from qwen_vram.runtime.joined_attention import joined_attention, joins
 
 NAME = "qwen_vram_fused"
 
@@ -64,6 +65,8 @@ def fused_attention(
             query, key, value, is_causal=queries > 1, scale=scaling, enable_gqa=True
         )
         return output.transpose(1, 2).contiguous(), None
+    if joins(query, key, value, scaling):
+        return joined_attention(query, key, value, scaling), None
     output = torch.ops.aten._flash_attention_forward(
         query.transpose(1, 2),
         key.transpose(1, 2),

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
+# Python 3.12 freezes some of its own objects as it starts, 375 there; a program that freezes has imported far more.
+_FROZEN_AT_START = 10_000
 # Bytes on a GPU that are no longer only what torch keeps for itself, such as cuBLAS' workspace.
 _MAY_BE_A_MODEL = 2**26
 
@@ -21,7 +23,7 @@ def collect_dropped(devices: Iterable[torch.device]) -> None:
 @contextmanager
 def garbage_of_this_load() -> Iterator[None]:
     """Have the garbage collector look at new objects alone: all that `transformers` imported takes it 0.2 s a time."""
-    if gc.get_freeze_count():  # they are the program's own, and would be let go
+    if gc.get_freeze_count() > _FROZEN_AT_START:  # they are the program's own, and would be let go
         yield
         return
     gc.freeze()

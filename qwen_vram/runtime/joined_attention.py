@@ -1,0 +1,89 @@
+"""Attention of a chunk over a long past, in parts that are joined by their log-sum-exps.
+
+Of the two kernels that torch has for a causal chunk, flash aligns its mask at the bottom right, as a chunk after a
+filled cache needs it; cuDNN's, with twice the speed on Hopper, aligns it at the top left. But what is long before the
+chunk is seen by all of its tokens and needs no mask: cuDNN takes that, flash or cuDNN the rest. cuDNN builds a graph
+for every length that is new, so it gets few of them (`activations.attention_parts`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+from qwen_vram.arithmetic.activations import attention_parts
+
+
+def joins(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> bool:
+    """Whether there is a long past, and sdpa would give the chunk and its newest keys to cuDNN; not in training."""
+    queries, keys = query.shape[2], key.shape[2]
+    if not attention_parts(queries, keys - queries) or not query.dtype == key.dtype == value.dtype:
+        return False
+    if torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, value)):
+        return False
+    choice: int = torch.ops.aten._fused_sdp_choice(
+        query, key[:, :, -queries:], value[:, :, -queries:], None, 0.0, True, scale=scaling, enable_gqa=True
+    )
+    return choice == SDPBackend.CUDNN_ATTENTION.value
+
+
+def joined_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+    """Causal attention of `query` (batch, heads, q, head_dim) over c >= q keys, (batch, kv_heads, c, head_dim).
+
+    Returns (batch, q, heads, head_dim). Beside it the same in float32 and three tensors of log-sum-exps live.
+    """
+    return join(_parts(query, key, value, scaling)).transpose(1, 2).contiguous()
+
+
+def _parts(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Results (batch, heads, q, head_dim) and log-sum-exps (batch, heads, q, 1), oldest keys first."""
+    queries, keys = query.shape[2], key.shape[2]
+    ends = list(accumulate(attention_parts(queries, keys - queries)))
+    for start, end in zip([0, *ends], ends, strict=False):
+        yield _cudnn(query, key[:, :, start:end], value[:, :, start:end], scaling, causal=False)
+    newest_key, newest_value = key[:, :, ends[-1] :], value[:, :, ends[-1] :]
+    if newest_key.shape[2] == queries:
+        yield _cudnn(query, newest_key, newest_value, scaling, causal=True)
+        return
+    result, sums = torch.ops.aten._flash_attention_forward(
+        query.transpose(1, 2),
+        newest_key.transpose(1, 2),
+        newest_value.transpose(1, 2),
+        None,
+        None,
+        queries,
+        newest_key.shape[2],
+        0.0,
+        True,
+        False,
+        scale=scaling,
+    )[:2]
+    yield result.transpose(1, 2), sums.unsqueeze(-1)
+
+
+def _cudnn(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, *, causal: bool) -> tuple[Tensor, Tensor]:
+    result, sums = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        query, key, value, None, True, 0.0, causal, scale=scaling
+    )[:2]
+    return result, sums
+
+
+def join(parts: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
+    """Attention over all keys from results over some of them, each with the log-sum-exp of its scores.
+
+    Summed in float32, and rounded once.
+    """
+    result, sums = next(parts)
+    dtype, total = result.dtype, result.float()
+    del result  # no part's result lives while the next is made
+    for result, some in parts:
+        both = torch.logaddexp(sums, some)
+        total.mul_(sums.sub_(both).exp_())
+        total.addcmul_(result, some.sub_(both).exp_())
+        sums = both
+        del result, some, both
+    return total.to(dtype)

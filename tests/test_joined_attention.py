@@ -1,0 +1,92 @@
+"""Attention in parts: what one kernel over all keys would give, and what was counted."""
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from qwen_vram.arithmetic.activations import attention_parts
+from qwen_vram.runtime.attention import fused_attention
+from qwen_vram.runtime.joined_attention import join, joins
+
+
+def states(queries, keys, *, heads=4, kv_heads=4, head_dim=32, device="cpu"):
+    torch.manual_seed(0)
+    query = torch.randn(2, queries, heads, head_dim, device=device).transpose(1, 2)
+    key, value = (torch.randn(2, kv_heads, keys, head_dim, device=device) for _ in range(2))
+    return [one.bfloat16() for one in (query * 3, key, value)]
+
+
+def exact(query, key, value):
+    queries, keys = query.shape[2], key.shape[2]
+    seen = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
+    key, value = (one.repeat_interleave(query.shape[1] // key.shape[1], 1).double() for one in (key, value))
+    return scaled_dot_product_attention(query.double(), key, value, attn_mask=seen).transpose(1, 2)
+
+
+def error(found, wanted):
+    return float((found.double() - wanted).abs().mean())
+
+
+@pytest.mark.parametrize("ends", [[448], [64, 448], [256, 384, 448], [200, 300]])
+def test_parts_add_up_to_attention_over_all_keys(ends):
+    query, key, value = states(64, 512)
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    newest = torch.ones(64, 512 - ends[-1], dtype=torch.bool).tril(448 - ends[-1])
+
+    def parts():
+        for start, end in zip([0, *ends], [*ends, 512], strict=True):
+            mask = torch.zeros(newest.shape, dtype=query.dtype).masked_fill_(~newest, float("-inf"))
+            result, sums = kernel(
+                query, key[:, :, start:end], value[:, :, start:end], attn_mask=mask if end == 512 else None
+            )
+            yield result, sums.unsqueeze(-1)
+
+    found, wanted = join(parts()).transpose(1, 2), exact(query, key, value)
+    assert found.dtype == torch.bfloat16
+    assert error(found, wanted) <= 3 * error(wanted.bfloat16(), wanted)
+
+
+def test_few_lengths_are_new():
+    seen = {part for past in range(0, 131_073, 512) for part in attention_parts(512, past)}
+    assert seen == {4096 << bit for bit in range(6)}
+    for past in (4_096, 5_000, 31_744, 100_001):
+        parts = attention_parts(1024, past)
+        assert past - 4096 < sum(parts) <= past
+    assert attention_parts(1000, 31_000) == attention_parts(1, 31_000) == attention_parts(512, 4_095) == ()
+
+
+def test_without_a_gpu_nothing_is_made_in_parts():
+    assert not joins(*states(512, 8_704), None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(28, 4, 128), (14, 2, 64), (8, 8, 128)])
+@pytest.mark.parametrize("keys", [4_608, 9_728, 17_408, 12_800])
+def test_on_a_gpu_parts_are_as_exact_as_flash(heads, kv_heads, head_dim, keys):
+    shapes = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "device": "cuda"}
+    query, key, value = states(512, keys, **shapes)
+    if torch.cuda.get_device_capability() in ((9, 0), (10, 0)):
+        assert joins(query, key, value, None)
+    wanted = exact(query, key, value)
+    flash = torch.ops.aten._flash_attention_forward(
+        *(one.transpose(1, 2) for one in (query, key, value)), None, None, 512, keys, 0.0, True, False
+    )[0]
+    fused_attention(torch.nn.Module(), query, key, value, None)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    found, _ = fused_attention(torch.nn.Module(), query, key, value, None)
+    took = torch.cuda.max_memory_allocated() - before
+    assert found.is_contiguous()
+    assert error(found, wanted) <= 2 * error(flash, wanted)
+    # The result, as much in float32, and three tensors of log-sum-exps.
+    assert took <= found.nbytes + 2 * found.nbytes + 3 * 4 * 2 * heads * 512 + 2**14
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_training_takes_one_kernel():
+    query, key, value = states(512, 8_704, head_dim=64, device="cuda")
+    value.requires_grad_()
+    assert not joins(query, key, value, None)
+    fused_attention(torch.nn.Module(), query, key, value, None)[0].float().sum().backward()
+    assert value.grad.abs().sum() > 0
