@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from qwen_vram.runtime.decode_attention import decode_attention
 
@@ -35,9 +36,9 @@ def decode_layer(layer: Any, hidden: Tensor, keys: Tensor, values: Tensor, place
     """One decoder layer: (batch, hidden_size) to the same; puts its keys and values into the memory."""
     attention, batch = layer.self_attn, hidden.shape[0]
     normed = layer.input_layernorm(hidden)
-    query = attention.q_proj(normed).view(batch, -1, attention.head_dim)
-    key = attention.k_proj(normed).view(batch, -1, attention.head_dim)
-    value = attention.v_proj(normed).view(batch, -1, attention.head_dim)
+    query = _product(attention.q_proj, normed).view(batch, -1, attention.head_dim)
+    key = _product(attention.k_proj, normed).view(batch, -1, attention.head_dim)
+    value = _product(attention.v_proj, normed).view(batch, -1, attention.head_dim)
     if hasattr(attention, "q_norm"):
         query, key = attention.q_norm(query), attention.k_norm(key)
     keys.index_copy_(0, place.slots, _rotated(key, place))
@@ -54,6 +55,14 @@ def decode_end(model: Any, hidden: Tensor) -> Tensor:
     """The last norm and the head: (batch, hidden_size) to logits (batch, vocab_size) in float32."""
     logits: Tensor = model.lm_head(model.model.norm(hidden))
     return logits.float()
+
+
+def _product(linear: nn.Module, rows: Tensor) -> Tensor:
+    """A matrix product. For one row the bias comes after it: torch's compiler leaves a sum of both to cuBLAS."""
+    if type(linear) is nn.Linear and linear.bias is not None and len(rows) == 1:
+        return functional.linear(rows, linear.weight) + linear.bias
+    result: Tensor = linear(rows)
+    return result
 
 
 def _rotated(heads: Tensor, place: Place) -> Tensor:

@@ -28,6 +28,10 @@ from qwen_vram.runtime.decode_step import Functions, Step
 
 _LOGGER = logging.getLogger(__name__)
 
+# With it torch writes kernels of its own for products of one row, which read the matrix faster than cuBLAS does.
+# Source: torch 2.11, torch/_inductor/decomposition.py, `mm`.
+_TUNED: dict[str, str | int | bool | Callable[..., Any]] = {"coordinate_descent_tuning": True}
+
 # cuBLAS keeps a workspace for every stream for good: those of closed models are used again.
 _FREE_STREAMS: defaultdict[torch.device, list[torch.cuda.Stream]] = defaultdict(list)
 
@@ -124,8 +128,9 @@ class Decoder:
         """Layer and end, each a function of its own: what torch compiles belongs to a function's code, for good."""
         if self.backend is None:
             return decode_layer, decode_end
+        options = _TUNED if self.backend == "inductor" else None
         layer, end = (
-            torch.compile(_copy(function), fullgraph=True, dynamic=False, backend=self.backend)
+            torch.compile(_copy(function), fullgraph=True, dynamic=False, backend=self.backend, options=options)
             for function in (decode_layer, decode_end)
         )
         return layer, end
