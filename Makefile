@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test bench clean
+.PHONY: demo test gpu-test bench clean
 
 demo: .venv/runtime
 	$(BIN)/qwen-vram demo
@@ -12,6 +12,12 @@ test: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+# On a machine with a GPU. A process for each file, for tests measure what theirs takes.
+gpu-test: .venv/dev
+	for file in $$(grep -l "mark.gpu" tests/test_*.py); do \
+		$(BIN)/pytest -q -m gpu -p no:cacheprovider "$$file" || exit 1; \
+	done
 
 bench: .venv/dev
 	$(BIN)/python benchmarks/import_and_estimate.py

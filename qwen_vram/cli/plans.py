@@ -100,6 +100,6 @@ def plan(
     print(
         f"within {result.room}: at most {limits['max_context']:,} tokens a sequence at batch {batch_size}, or batch "
         f"{limits['max_batch']:,} at {result.workload.context_len:,} tokens\n"
-        f"smallest card for this workload: {format_gib(limits['min_vram'])}"
+        f"smallest card for this workload, if the host holds the rest: {format_gib(limits['min_vram'])}"
     )
     print(result.call)
