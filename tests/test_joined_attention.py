@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from qwen_vram.arithmetic.activations import attention_parts
+from qwen_vram.arithmetic.attention_kernels import attention_parts
 from qwen_vram.runtime.attention import fused_attention
 from qwen_vram.runtime.joined_attention import join, joins
 

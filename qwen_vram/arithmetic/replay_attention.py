@@ -6,9 +6,9 @@ library's own caches.
 
 from __future__ import annotations
 
-from qwen_vram.arithmetic.activations import attention_parts, bias_columns
 from qwen_vram.arithmetic.allocator import CachingAllocator
 from qwen_vram.arithmetic.architecture import Architecture
+from qwen_vram.arithmetic.attention_kernels import attention_parts, bias_columns
 from qwen_vram.arithmetic.kv_cache import HOST_CACHE_LAYERS, layer_kv_bytes, quantized_tokens
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.replay_products import Products

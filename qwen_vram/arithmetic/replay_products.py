@@ -6,10 +6,10 @@ backends/cuda and default).
 
 from __future__ import annotations
 
-from qwen_vram.arithmetic.activations import FUSED_ROWS
 from qwen_vram.arithmetic.allocator import CachingAllocator
 from qwen_vram.arithmetic.architecture import Architecture, Weight
 from qwen_vram.arithmetic.int8_outliers import outlier_columns
+from qwen_vram.arithmetic.products import FUSED_ROWS
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.storage import FORMATS
 from qwen_vram.arithmetic.tiles import counts_tiles, int8_rows, int8_tile_elements, tile_rows, unpacks

@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from qwen_vram.arithmetic.activations import bias_columns
+from qwen_vram.arithmetic.attention_kernels import bias_columns
 from qwen_vram.runtime.joined_attention import joined_attention, joins
 
 NAME = "qwen_vram_fused"

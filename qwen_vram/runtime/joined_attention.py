@@ -3,7 +3,7 @@
 Of the two kernels that torch has for a causal chunk, flash aligns its mask at the bottom right, as a chunk after a
 filled cache needs it; cuDNN's, with twice the speed on Hopper, aligns it at the top left. But what is long before the
 chunk is seen by all of its tokens and needs no mask: cuDNN takes that, flash or cuDNN the rest. cuDNN builds a graph
-for every length that is new, so it gets few of them (`activations.attention_parts`).
+for every length that is new, so it gets few of them (`attention_kernels.attention_parts`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from qwen_vram.arithmetic.activations import attention_parts
+from qwen_vram.arithmetic.attention_kernels import attention_parts
 
 
 def joins(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> bool:
