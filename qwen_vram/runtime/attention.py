@@ -23,7 +23,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from qwen_vram.arithmetic.attention_kernels import bias_columns
-from qwen_vram.runtime.joined_attention import joined_attention, joins
+from qwen_vram.runtime.joined_attention import flash_attention, joined_attention, joins
 
 NAME = "qwen_vram_fused"
 
@@ -67,20 +67,7 @@ def fused_attention(
         return output.transpose(1, 2).contiguous(), None
     if joins(query, key, value, scaling):
         return joined_attention(query, key, value, scaling), None
-    output = torch.ops.aten._flash_attention_forward(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        None,
-        None,
-        queries,
-        keys,
-        0.0,
-        True,
-        False,
-        scale=scaling,
-    )[0]
-    return output, None
+    return flash_attention(query, key, value, scaling)[0], None
 
 
 def _takes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> bool:

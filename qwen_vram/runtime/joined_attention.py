@@ -49,20 +49,20 @@ def _parts(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> 
     if newest_key.shape[2] == queries:
         yield _cudnn(query, newest_key, newest_value, scaling, causal=True)
         return
-    result, sums = torch.ops.aten._flash_attention_forward(
-        query.transpose(1, 2),
-        newest_key.transpose(1, 2),
-        newest_value.transpose(1, 2),
-        None,
-        None,
-        queries,
-        newest_key.shape[2],
-        0.0,
-        True,
-        False,
-        scale=scaling,
-    )[:2]
+    result, sums = flash_attention(query, newest_key, newest_value, scaling)
     yield result.transpose(1, 2), sums.unsqueeze(-1)
+
+
+def flash_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> tuple[Tensor, Tensor]:
+    """Torch's flash kernel, causal from the bottom right, heads grouped as they are.
+
+    Returns (batch, q, heads, head_dim), and the log-sum-exp of each query's scores, (batch, heads, q).
+    """
+    states = [one.transpose(1, 2) for one in (query, key, value)]
+    result, sums = torch.ops.aten._flash_attention_forward(
+        *states, None, None, query.shape[2], key.shape[2], 0.0, True, False, scale=scaling
+    )[:2]
+    return result, sums
 
 
 def _cudnn(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, *, causal: bool) -> tuple[Tensor, Tensor]:
