@@ -138,7 +138,7 @@ def test_the_cache_is_quantized_only_where_the_caller_left_it_open():
     grown = qv.plan(SEVEN, vram="80GiB", **RAM, cache="dynamic")
     assert grown.profile.cache == "dynamic"
     with pytest.raises(qv.DoesNotFitError):
-        qv.plan(SEVEN, vram="5GiB", **RAM, prompt_len=32_000, cache="dynamic", streamed_layers=0)
+        qv.plan(SEVEN, vram="4.5GiB", **RAM, prompt_len=6_000, cache="dynamic", streamed_layers=0)
 
 
 def test_where_the_host_is_short_the_longest_context_is_of_another_profile():

@@ -24,8 +24,9 @@ def balanced(
     """The split over all of `budgets` (GPU -> bytes) whose fullest GPU needs the smallest share of its budget.
 
     Every GPU gets at least one layer, in the order of `budgets`. Needs grow almost in proportion to layers: a split is
-    taken from that, then layers are moved from the fullest GPU to the roomiest while that helps by exact estimates. The
-    allocator's fragments are no smooth function: another split may be better by less than a hundredth.
+    taken from that, then, where the budgets could hold it together, layers are moved from the fullest GPU to the
+    roomiest while that helps by exact estimates. The allocator's fragments are no smooth function: another split may be
+    better by less than a hundredth.
 
     Raises:
         WorkloadError: more GPUs than layers; a context past the model's positions.
@@ -41,6 +42,8 @@ def balanced(
         )
     counts = _first_guess(label, architecture, profile, workload, budgets)
     best = split_estimate(label, architecture, profile, workload, counts)
+    if sum(map(_at_least, best.devices.values())) > sum(budgets.values()):
+        return best  # nor does any other split fit: together they need as much
     while True:
         shares, counts = _shares(best, budgets), split_of(best)
         full, roomy = max(shares, key=shares.__getitem__), min(shares, key=shares.__getitem__)
