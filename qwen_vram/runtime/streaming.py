@@ -27,11 +27,10 @@ class Streamer:
     """Brings each block into a slot before its layer runs, and the blocks that follow while it does.
 
     Those of `hosts` compute on the CPU where a step has few rows, and are brought into slots where it has many, or once
-    they have an adapter. Blocks
-    follow each other in a circle, as tokens make them; any other order works too, more slowly. One thread at a
-    time may run the model. Between its runs a layer's parameters show whatever its last slot holds now, except to
-    `state_dict()`, which reads the host: what writes into parameters, as merging an adapter does, is lost. Layers that
-    stream compute no gradients.
+    they have an adapter. Blocks follow each other in a circle, as tokens make them; any other order works too, more
+    slowly. One thread at a time may run the model. Between its runs a layer's parameters show whatever its last slot
+    holds now, except to `state_dict()`, which reads the host: what writes into parameters, as merging an adapter does,
+    is lost. Layers that stream compute no gradients.
     """
 
     def __init__(self, blocks: Sequence[Block], memory: HostMemory, slots: int, disk_buffers: int = 0) -> None:
