@@ -10,8 +10,8 @@ library too.
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import time
 from collections.abc import Callable
 from datetime import date
@@ -27,8 +27,12 @@ PASTS = (8192, 16384, 28672)
 
 
 def main() -> None:
-    out = Path(sys.argv[1])
-    with torch.inference_mode(), out.open("a") as file:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="rows are added to it")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("needs a CUDA GPU")
+    with torch.inference_mode(), options.out.open("a") as file:
         for queries in QUERIES:
             for past in (queries, *PASTS):
                 row = {"queries": queries, "past": past, **measure(queries, past)}

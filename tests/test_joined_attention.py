@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+import qwen_vram as qv
 from qwen_vram.arithmetic.attention_kernels import attention_parts
+from qwen_vram.runtime import joined_attention
 from qwen_vram.runtime.attention import fused_attention
 from qwen_vram.runtime.joined_attention import join, joins
 
@@ -57,6 +59,41 @@ def test_few_lengths_are_new():
 
 def test_without_a_gpu_nothing_is_made_in_parts():
     assert not joins(*states(512, 8_704), None)
+
+
+@pytest.mark.parametrize("keys", [4_608, 4_700, 9_728, 12_800])
+def test_each_key_is_in_one_part_under_the_mask_that_it_needs(monkeypatch, keys):
+    """The kernels are the GPU's; which keys they get is not. Here torch's own in float64 stand in for them."""
+
+    def kernel(query, key, value, scaling, *, causal):
+        groups = query.shape[1] // key.shape[1]
+        key, value = (one.repeat_interleave(groups, 1).double() for one in (key, value))
+        scores = query.double() @ key.transpose(2, 3) * (scaling or query.shape[-1] ** -0.5)
+        if causal:
+            seen = torch.ones(scores.shape[2:], dtype=torch.bool).tril(key.shape[2] - query.shape[2])
+            scores = scores.masked_fill(~seen, float("-inf"))
+        return (scores.softmax(-1) @ value).float(), scores.logsumexp(-1, keepdim=True).float()
+
+    def flash(query, key, value, scaling):
+        result, sums = kernel(query, key, value, scaling, causal=True)
+        return result.transpose(1, 2), sums.squeeze(-1)
+
+    monkeypatch.setattr(joined_attention, "_cudnn", kernel)
+    monkeypatch.setattr(joined_attention, "flash_attention", flash)
+    query, key, value = (one.float() for one in states(512, keys, heads=4, kv_heads=2, head_dim=8))
+    found = joined_attention.joined_attention(query, key, value, None)
+    assert torch.allclose(found.double(), exact(query, key, value), atol=1e-5)
+
+
+@pytest.mark.parametrize("model", ["Qwen2.5-0.5B", "Qwen2.5-7B", "Qwen3-0.6B", "Qwen3-4B"])
+def test_parts_are_never_what_decides_the_peak(model):
+    """So that plans hold on GPUs, too, where torch makes no parts of attention."""
+    estimate = qv.estimate_vram(
+        model, attention="fused", cache="preallocated", prefill_chunk_size=4096, prompt_len=16_384, max_new_tokens=1
+    )
+    live = {moment.name: moment.total for moment in estimate.moments if moment.phase == "prefill"}
+    assert attention_parts(4096, 12_288)
+    assert live["attention kernel"] < live["attention rotary"] <= estimate.peak_moment.total
 
 
 @pytest.mark.gpu

@@ -20,6 +20,7 @@ from qwen_vram.arithmetic.workload import Workload
 from qwen_vram.planning.budget import Budget
 from qwen_vram.planning.fit import fits
 from qwen_vram.planning.search import Search
+from qwen_vram.planning.split import _at_least
 
 GIB = 2**30
 RAM = {"ram": "64GiB"}
@@ -398,3 +399,25 @@ def test_plans_and_maps_keep_the_reserve_free():
     with pytest.raises(qv.DoesNotFitError):
         qv.plan("Qwen2.5-7B", **ask, reserve=GIB + 1)
     assert "cpu" in qv.offload_map("Qwen2.5-7B", **ask, reserve=GIB + 1).values()
+
+
+@pytest.mark.parametrize("knobs", [{}, {"weights": "nf4", "attention": "fused", "cache": "preallocated"}], ids=str)
+@pytest.mark.parametrize("model", ["Qwen2.5-0.5B", "Qwen2.5-7B"])
+def test_what_gpus_need_together_at_least_is_the_same_for_every_split(model, knobs):
+    whole = resolve_model(model)[1].num_hidden_layers
+    together = [
+        sum(map(_at_least, split(model, {0: first, 1: whole - first}, **knobs).devices.values()))
+        for first in range(1, whole)
+    ]
+    assert max(together) < 1.001 * min(together)
+
+
+def test_budgets_that_hold_too_little_together_hold_no_split():
+    """Where balancing is left out, because no split can fit, none does."""
+    least = qv.plan("Qwen2.5-0.5B", vram={0: "8GiB", 1: "8GiB"}, profile="default").estimate
+    need = sum(_at_least(part) for part in least.devices.values())
+    for share in (0.2, 0.5, 0.7):
+        budgets = {0: int(share * need / 1.02), 1: int((1 - share) * need / 1.02)}
+        for first in range(1, 24):
+            parts = split("Qwen2.5-0.5B", {0: first, 1: 24 - first}).devices
+            assert any(part.needed_bytes > budgets[device] for device, part in parts.items())
