@@ -24,6 +24,7 @@ from datetime import date
 from functools import partial
 from itertools import groupby
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -156,7 +157,7 @@ def limit(cap: int) -> None:
 
 
 def chunks() -> Iterator[dict[str, Any]]:
-    ours = {"attention": "fused", "cache": "preallocated", "weights": "bf16"}
+    ours = {"attention": "fused", "kernels": "fused", "cache": "preallocated", "weights": "bf16"}
     plain = {"attention": "sdpa", "cache": "dynamic", "weights": "bf16"}
     for knobs in (ours, plain):
         for chunk in (4_096, 2_048, 1_024, 512):
@@ -164,20 +165,21 @@ def chunks() -> Iterator[dict[str, Any]]:
 
 
 def measure_chunk(folder: str, cell: dict[str, Any]) -> dict[str, Any]:
-    """Peaks of a 32,000-token prompt, and the seconds of its prefill and one step more.
+    """Peaks of a 32,000-token prompt, and the seconds of its prefill and one step more, each the median of three.
 
-    Twice: of a length that is new to the process, after a prompt 96 tokens shorter, as a user's prompts are; and of the
+    Of lengths that are new to the process, each 96 tokens longer than the one before, as users' prompts are; and of the
     same length again, for which cuDNN has its graphs.
     """
-    work = {"prompt_len": cell["prompt_len"], "max_new_tokens": 2, "batch_size": 1}
+    longest = cell["prompt_len"]
+    work = {"prompt_len": longest, "max_new_tokens": 2, "batch_size": 1}
     with qv.load(folder, profile="default", vram=ROOMY, **cell["knobs"], **work, progress=False) as llm:
-        llm.probe(prompt_len=cell["prompt_len"] - 96)
+        llm.probe(prompt_len=longest - 3 * 96)
         times = []
-        for _ in range(2):
+        for prompt_len in (longest - 2 * 96, longest - 96, longest, longest, longest, longest):
             began = time.monotonic()
-            measured = llm.probe().measured
+            measured = llm.probe(prompt_len=prompt_len).measured
             times.append(time.monotonic() - began)
-        return {"new_prefill_s": times[0], "prefill_s": times[1], **measured}
+        return {"new_prefill_s": median(times[:3]), "prefill_s": median(times[3:]), **measured}
 
 
 def summary(out: Path) -> None:

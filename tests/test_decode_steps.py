@@ -354,13 +354,13 @@ def test_inductor_compiles_a_step(demo):
 
 
 def test_a_missing_compiler_is_said(monkeypatch, caplog):
-    monkeypatch.setattr("qwen_vram.runtime.decoder.find_spec", lambda name: None)
-    monkeypatch.setattr("qwen_vram.runtime.decoder.which", lambda name: "/usr/bin/cc")
+    monkeypatch.setattr("qwen_vram.runtime.elementwise.find_spec", lambda name: None)
+    monkeypatch.setattr("qwen_vram.runtime.elementwise.which", lambda name: "/usr/bin/cc")
     assert compiler_for(torch.device("cuda")) is None
     assert "compiled=True without Triton: decode steps are captured as a CUDA graph, but not compiled" in caplog.text
-    monkeypatch.setattr("qwen_vram.runtime.decoder.find_spec", lambda name: object())
+    monkeypatch.setattr("qwen_vram.runtime.elementwise.find_spec", lambda name: object())
     assert compiler_for(torch.device("cuda")) == "inductor"
-    monkeypatch.setattr("qwen_vram.runtime.decoder.which", lambda name: None)
+    monkeypatch.setattr("qwen_vram.runtime.elementwise.which", lambda name: None)
     assert compiler_for(torch.device("cuda")) is None
     assert "compiled=True without a C compiler" in caplog.text
 

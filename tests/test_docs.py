@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import qwen_vram
-from qwen_vram.arithmetic.profile import CHOICES, KNOBS
+from qwen_vram.arithmetic.profile import CHOICES, CHOICES_OR_NONE, KNOBS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -46,7 +46,7 @@ def test_the_reference_names_every_knob_profile_and_error():
     plain = qwen_vram.Profile()
     for knob in KNOBS:
         assert rows[knob].startswith(f"`{getattr(plain, knob)!r}`".replace("'", '"')), knob
-        assert all(f'`"{value}"`' in rows[knob] for value in CHOICES.get(knob, ())), knob
+        assert all(f'`"{value}"`' in rows[knob] for value in (CHOICES | CHOICES_OR_NONE).get(knob, ())), knob
     assert rows.keys() >= {"auto", *qwen_vram.PROFILES}
     assert rows.keys() >= {name for name in qwen_vram.__all__ if name.endswith("Error")} - {"QwenVramError"}
 

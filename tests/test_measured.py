@@ -27,6 +27,7 @@ def predict(row):
         f"Qwen2.5-{row['size']}",
         weights=WEIGHTS[row["quant"]],
         attention=row["attn"],
+        dequantization="whole",
         prompt_len=row.get("s", 512),
         max_new_tokens=row.get("new", 1),
         batch_size=row.get("b", 1),

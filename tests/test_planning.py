@@ -40,8 +40,8 @@ def test_what_costs_nothing_comes_before_precision():
         "prefill_chunk_size=1024",
         "embeddings='host'",
         "prefill_chunk_size=512",
-        "weights='int8', dequantization='tiled'",
-        "weights='nf4'",
+        "weights='int8'",
+        "weights='nf4', dequantization='tiled'",
     ]
 
 

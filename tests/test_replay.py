@@ -107,6 +107,9 @@ MATRIX = list(
             {"attention": "fused", "cache": "static", "compiled": True},
             {"attention": "fused", "cache": "preallocated", "kv_cache": "int8"},
             {"attention": "fused", "cache": "preallocated", "kv_cache": "int4", "prefill_chunk_size": 512},
+            {"attention": "fused", "cache": "preallocated", "kernels": "fused"},
+            {"attention": "sdpa", "prefill_chunk_size": 512, "kernels": "fused"},
+            {"attention": "eager", "kernels": "fused"},
         ],
         [{"prompt_len": 2000}, {"prompt_len": 700, "batch_size": 4, "padded": True}, {"logits": "all"}],
     )

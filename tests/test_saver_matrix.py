@@ -17,6 +17,7 @@ from qwen_vram.runtime import attention
 from qwen_vram.runtime.backends import TARGETS, get_backend
 from qwen_vram.runtime.backends.base import StreamingBackend
 from qwen_vram.runtime.cpu_product import kernel_library
+from qwen_vram.runtime.fused_layers import FusedLayer
 from qwen_vram.runtime.host_cache import HostCache
 from qwen_vram.runtime.host_embedding import HostEmbedding
 from qwen_vram.runtime.kv_cache import PreallocatedCache, PreallocatedLayer
@@ -38,6 +39,7 @@ SAVERS = {
     "sdpa": {"attention": "sdpa"},
     "eager": {"attention": "eager"},
     "flash": {"attention": "flash_attention_2"},
+    "kernels": {"kernels": "fused"},
     "chunks": {"prefill_chunk_size": CHUNK},
     "kv int8": {"kv_cache": "int8"},
     "kv int4": {"kv_cache": "int4"},
@@ -53,10 +55,10 @@ SAVERS = {
 }
 PAIRS = [(one, two) for one, two in combinations(SAVERS, 2) if not SAVERS[one].keys() & SAVERS[two].keys()]
 TOGETHER = [
-    ("host table", "fused", "chunks", "kv host", "tiles"),
-    ("host table", "head", "fused", "chunks", "kv int8", "tiles"),
-    ("host table", "head", "fused", "chunks", "kv int4", "tiles"),
-    ("host table", "head", "fused", "chunks", "kv host", "tiles", "streamed"),
+    ("host table", "fused", "kernels", "chunks", "kv host", "tiles"),
+    ("host table", "head", "fused", "kernels", "chunks", "kv int8", "tiles"),
+    ("host table", "head", "fused", "kernels", "chunks", "kv int4", "tiles"),
+    ("host table", "head", "fused", "kernels", "chunks", "kv host", "tiles", "streamed"),
 ]
 
 # What this machine, or this version, refuses whatever else is asked for: the saver, and the knob that is named.
@@ -214,6 +216,7 @@ def check_weights(llm):
     tiled = four_bit and profile.dequantization == "tiled"
     assert bool(kinds["TiledLinear4bit"]) is tiled
     assert bool(kinds["Linear4bit"]) is (four_bit and not tiled)
+    assert bool(sum(isinstance(module, FusedLayer) for module in llm.model.modules())) is (profile.kernels == "fused")
     assert config._attn_implementation == {"fused": attention.NAME}.get(profile.attention, profile.attention)
 
 

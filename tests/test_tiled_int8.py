@@ -74,7 +74,9 @@ def test_training_through_it_has_gradients():
 
 
 @pytest.mark.parametrize("streamed", [0, 2])
-@pytest.mark.parametrize(("dequantization", "kind"), [("whole", "Linear8bitLt"), ("tiled", "TiledLinear8bit")])
+@pytest.mark.parametrize(
+    ("dequantization", "kind"), [("whole", "Linear8bitLt"), ("tiled", "TiledLinear8bit"), (None, "TiledLinear8bit")]
+)
 def test_the_loader_obeys(dequantization, kind, streamed):
     knobs = {"weights": "int8", "dequantization": dequantization, "streamed_layers": streamed}
     with qv.load(CHECKPOINT, profile="default", progress=False, **knobs) as llm:
@@ -100,7 +102,7 @@ def test_pieces_and_tiles_are_counted():
     )
     assert tiled.activations < 0.4 * whole.activations
     plan = qv.plan("Qwen2.5-7B", vram="12GiB", prompt_len=8_000)
-    assert (plan.profile.weights, plan.profile.dequantization) == ("int8", "tiled")
+    assert (plan.profile.weights, plan.profile.tiles) == ("int8", True)
 
 
 @pytest.mark.gpu

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 from qwen_vram.arithmetic.architecture import Architecture
-from qwen_vram.arithmetic.attention_kernels import attention_parts, bias_columns
+from qwen_vram.arithmetic.attention_kernels import attention_parts, bias_columns, joined_rows
 from qwen_vram.arithmetic.kv_cache import kv_cache_bytes, quantized_tokens
 from qwen_vram.arithmetic.products import linear_bytes
 from qwen_vram.arithmetic.profile import Profile
@@ -109,6 +109,7 @@ class _Rows:
         self.keys = architecture.key_value_width * self.element
         # Keys that attention sees: a static cache is attended to in its whole length.
         self.seen = workload.context_len if profile.attends_whole else step.cached
+        self.fused = profile.kernels == "fused"
         self.linears = {weight.module: weight for weight in architecture.block if weight.is_linear}
 
     def moments(self) -> Iterator[tuple[str, int]]:
@@ -117,7 +118,8 @@ class _Rows:
         held = self._ids() + self._rotary() + self._mask() + self.embeddings
         if part.starts:
             yield "embedding", self._ids() + hidden
-        norm = self.rows * part.hidden_size * 2 * _FP32  # the float32 copy and its product
+        # The float32 copy and its product, or the result alone.
+        norm = hidden if self.fused else self.rows * part.hidden_size * 2 * _FP32
         yield "attention norm", held + hidden + norm
         yield from ((name, held + live) for name, live in self._attention())
         yield "mlp norm", held + 2 * hidden + norm + self._softmax()
@@ -169,9 +171,10 @@ class _Rows:
             yield f"attention {name}", held + rows * before + self._linear(name)
         if "self_attn.q_norm.weight" in {weight.name for weight in self.architecture.block}:
             # The norm's float32 copy and product, its input, and the rounded result before it is scaled.
-            yield "attention q_norm", held + rows * (self.queries + self.queries // self.element * 2 * _FP32)
-        # q, q x cos, the rotated half, and their product or sum.
-        yield "attention rotary", held + rows * (4 * self.queries + 2 * self.keys)
+            norm = self.queries if self.fused else self.queries // self.element * 2 * _FP32
+            yield "attention q_norm", held + rows * (self.queries + norm)
+        # q, q x cos, the rotated half, and their product or sum; or q alone.
+        yield "attention rotary", held + rows * ((1 if self.fused else 4) * self.queries + 2 * self.keys)
         yield (
             "attention cache",
             held + rows * (self.queries + 2 * self.keys) + self._concatenation() + self._quantizing(),
@@ -192,6 +195,8 @@ class _Rows:
             live += scores * (self.element + 2 * _FP32 if self.element != _FP32 else 2 * _FP32)
             return live - self.rows * self.queries + expanded
         log_sum_exp = heads * self.rows * _FP32
+        if not self._masked() and self._joins() and self.fused:
+            return self._joined_in_place()
         if not self._masked() and self._joins():
             return live + self.rows * self.queries // self.element * _FP32 + 3 * log_sum_exp
         if not self._masked():
@@ -204,8 +209,25 @@ class _Rows:
 
     def _joins(self) -> bool:
         """Whether fused attention of this step is made in parts: where torch prefers cuDNN, but counted everywhere."""
+        return self.profile.attention == "fused" and bool(self._parts())
+
+    def _parts(self) -> tuple[int, ...]:
         queries = self.step.queries
-        return self.profile.attention == "fused" and bool(attention_parts(queries, self.step.cached - queries))
+        return attention_parts(queries, self.step.cached - queries, padded=self.fused)
+
+    def _joined_in_place(self) -> int:
+        """Queries, the sum in float32 where there are more than two parts, the next one, and two of log-sum-exps.
+
+        An odd chunk's queries are also filled up to a power of two, and so are the results of all parts but the last.
+        """
+        batch = self.workload.batch_size
+        filled = batch * joined_rows(self.step.queries, padded=True)
+        sums = 2 * filled * self.architecture.num_attention_heads * _FP32
+        padded = filled if filled > self.rows else 0
+        before = (self.rows + padded + filled) * self.queries
+        if len(self._parts()) == 1:
+            return max(before, (2 * self.rows + filled) * self.queries) + sums
+        return before + self.rows * self.queries // self.element * _FP32 + sums
 
     def _softmax(self) -> int:
         """What eager attention returns beside its result: the layer's caller keeps it to its end."""
@@ -241,7 +263,8 @@ class _Rows:
         held = 3 * rows * self.hidden + self._softmax()
         yield "mlp gate_proj", held + self._linear("gate_proj")
         yield "mlp up_proj", held + rows * self.inner + self._linear("up_proj")
-        yield "mlp product", held + 3 * rows * self.inner
+        if not self.fused:
+            yield "mlp product", held + 3 * rows * self.inner
         yield "mlp down_proj", held + rows * self.inner + self._linear("down_proj")
 
     def _linear(self, name: str) -> int:

@@ -17,15 +17,27 @@ def bias_columns(keys: int) -> int:
     return -(-keys // _BIAS_ALIGNMENT) * _BIAS_ALIGNMENT
 
 
-def attention_parts(queries: int, past: int) -> tuple[int, ...]:
+def joined_rows(queries: int, *, padded: bool) -> int:
+    """Rows that cuDNN gets of a chunk of so many queries, over keys before it; 0 where flash takes them all.
+
+    `padded` fills an odd chunk, as a prompt's last one is, to a power of two, which the chunks before it had: cuDNN
+    needs no more for one and a half times as many rows than flash for what they were.
+    """
+    if queries % _JOINED_ROWS == 0:
+        return queries
+    rows = 1 << (queries - 1).bit_length()
+    return rows if padded and queries > _JOINED_ROWS and 2 * rows <= 3 * queries else 0
+
+
+def attention_parts(queries: int, past: int, *, padded: bool = False) -> tuple[int, ...]:
     """How many of the oldest keys fused attention takes at a time, without a mask; the others go with the chunk's own.
 
-    Powers of two, so that few lengths are new to cuDNN, and none where the chunk is short or odd.
+    Powers of two, so that few lengths are new to cuDNN, and none where the chunk is short or odd (`joined_rows`).
 
-    >>> attention_parts(1024, 29696), attention_parts(1000, 29696)
-    ((16384, 8192, 4096), ())
+    >>> attention_parts(1024, 29696), attention_parts(1000, 29696), attention_parts(1000, 9000, padded=True)
+    ((16384, 8192, 4096), (), (8192,))
     """
-    if queries % _JOINED_ROWS:
+    if not joined_rows(queries, padded=padded):
         return ()
     blocks = past // _JOINED_KEYS
     return tuple(_JOINED_KEYS << bit for bit in reversed(range(blocks.bit_length())) if blocks >> bit & 1)

@@ -46,7 +46,7 @@ def _base_linear_bytes(weight: Weight, profile: Profile, rows: int) -> int:
         return result + tile * element + (tile // 2 if storage.bits == 4 else 0)
     if storage.is_dense or storage.library == "torch":
         return result
-    if storage.name == "int8" and profile.dequantization == "tiled":
+    if storage.name == "int8" and profile.tiles:
         return _int8_in_pieces(weight, profile, rows)
     if storage.name == "int8":
         return rows * (in_features + _FP32) + max(_int8_working_sets(weight, profile, rows))

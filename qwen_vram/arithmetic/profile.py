@@ -13,6 +13,7 @@ KvFormat = Literal["bf16", "int8", "int4"]
 CacheKind = Literal["preallocated", "dynamic", "static"]
 Dequantization = Literal["whole", "tiled"]
 Attention = Literal["fused", "sdpa", "flash_attention_2", "eager"]
+Kernels = Literal["plain", "fused"]
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "weights": FORMAT_NAMES,
@@ -21,8 +22,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "kv_device": get_args(Device),
     "cache": get_args(CacheKind),
     "attention": get_args(Attention),
-    "dequantization": get_args(Dequantization),
+    "kernels": get_args(Kernels),
 }
+CHOICES_OR_NONE: dict[str, tuple[str, ...]] = {"lm_head": FORMAT_NAMES, "dequantization": get_args(Dequantization)}
 
 # What a compiled decode step can run with: all else waits for the host, or for another kernel.
 COMPILED: dict[str, object] = {
@@ -48,10 +50,12 @@ class Profile:
         kv_device: Where the cache lives. On the host, one layer ahead is brought to the device.
         cache: `"dynamic"` grows by concatenation, `"preallocated"` and `"static"` take the whole context at once.
         attention: The attention function; `"fused"` expands no heads and builds no mask.
+        kernels: What runs between a layer's matrix products. `"fused"`: norms, rotary embedding and SwiGLU are one
+            kernel each, and sums and products go into the memory of one of their terms.
         prefill_chunk_size: Prompt tokens a sequence feeds at once; `None` is the whole prompt.
         dequantization: How a matrix of bitsandbytes meets the rows of a prefill. In 4 bits: the `"whole"` matrix in 16
             bits beside the result, or `"tiled"`, one tile of it after the other. In int8: all outlier columns at once,
-            as many as the data has, or by tiles of a fixed size.
+            as many as the data has, or by tiles of a fixed size. `None` is whole in 4 bits and tiled in int8.
         streamed_layers: Decoder layers that stay on the host and pass through two slots on the device.
         host_layers: How many of them compute on the CPU in steps of few rows, as decode steps of few sequences are, and
             cross the link for a prefill alone.
@@ -67,8 +71,9 @@ class Profile:
     kv_device: Device = "device"
     cache: CacheKind = "dynamic"
     attention: Attention = "sdpa"
+    kernels: Kernels = "plain"
     prefill_chunk_size: int | None = None
-    dequantization: Dequantization = "whole"
+    dequantization: Dequantization | None = None
     streamed_layers: int = 0
     host_layers: int = 0
     disk_layers: int = 0
@@ -80,8 +85,10 @@ class Profile:
             value = getattr(self, knob)
             if value not in allowed:
                 raise UnknownNameError(f"{knob} in profile", value, allowed)
-        if self.lm_head is not None and self.lm_head not in FORMAT_NAMES:
-            raise UnknownNameError("lm_head in profile", self.lm_head, FORMAT_NAMES)
+        for knob, allowed in CHOICES_OR_NONE.items():
+            value = getattr(self, knob)
+            if value is not None and value not in allowed:
+                raise UnknownNameError(f"{knob} in profile", value, allowed)
         chunk = self.prefill_chunk_size
         if chunk is not None and not _is_count(chunk, 1):
             raise WorkloadError(
@@ -156,6 +163,11 @@ class Profile:
         return self.weights if FORMATS[self.weights].is_dense else "bf16"
 
     @property
+    def tiles(self) -> bool:
+        """Whether matrices of bitsandbytes are multiplied by tiles."""
+        return self.dequantization == "tiled" or (self.dequantization is None and self.weights == "int8")
+
+    @property
     def attends_whole(self) -> bool:
         """Whether attention gets the whole of a cache, filled or not: a static one, which compiled steps do not use."""
         return self.cache == "static" and not self.compiled
@@ -195,13 +207,21 @@ PROFILES: dict[str, Profile] = {
         # The article's row 1: what a plain from_pretrained and generate do.
         Profile(name="default"),
         # Its row 2: NF4 with double quantization; torch's flash kernel stands in for the flash-attn package.
-        Profile(name="int4-flash", weights="nf4", attention="fused", cache="preallocated", dequantization="tiled"),
+        Profile(
+            name="int4-flash",
+            weights="nf4",
+            attention="fused",
+            kernels="fused",
+            cache="preallocated",
+            dequantization="tiled",
+        ),
         # Its row 3: three layers on the host.
-        Profile(name="cpu-offload", attention="fused", cache="preallocated", streamed_layers=3),
+        Profile(name="cpu-offload", attention="fused", kernels="fused", cache="preallocated", streamed_layers=3),
         # Its advice for 12 to 16 GB: layer split and a tuned KV cache.
         Profile(
             name="split-kv",
             attention="fused",
+            kernels="fused",
             cache="preallocated",
             kv_cache="int8",
             streamed_layers=12,
@@ -213,17 +233,27 @@ PROFILES: dict[str, Profile] = {
             lm_head="nf4",
             embeddings="host",
             attention="fused",
+            kernels="fused",
             cache="preallocated",
             prefill_chunk_size=512,
             dequantization="tiled",
         ),
-        Profile(name="speed", weights="int4", lm_head="int4", attention="fused", cache="static", compiled=True),
+        Profile(
+            name="speed",
+            weights="int4",
+            lm_head="int4",
+            attention="fused",
+            kernels="fused",
+            cache="static",
+            compiled=True,
+        ),
         Profile(
             name="tiny",
             weights="nf4",
             lm_head="nf4",
             embeddings="host",
             attention="fused",
+            kernels="fused",
             cache="preallocated",
             kv_cache="int8",
             streamed_layers=20,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from qwen_vram.arithmetic.allocator import CachingAllocator
 from qwen_vram.arithmetic.architecture import Architecture
-from qwen_vram.arithmetic.attention_kernels import attention_parts, bias_columns
+from qwen_vram.arithmetic.attention_kernels import attention_parts, bias_columns, joined_rows
 from qwen_vram.arithmetic.kv_cache import HOST_CACHE_LAYERS, layer_kv_bytes, quantized_tokens
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.replay_products import Products
@@ -69,8 +69,10 @@ class Attention(Products):
         if self.normed_heads:
             key = self.replace(key, self.norm(rows, self.architecture.key_value_width))
         value = self.linear("v_proj", rows)
-        rotated, rotated_key = self.rotate(wide), self.rotate(narrow)
-        self.give(query, key)
+        rotated, rotated_key = query, key
+        if self.profile.kernels == "plain":
+            rotated, rotated_key = self.rotate(wide), self.rotate(narrow)
+            self.give(query, key)
         stored = self.update(layer, rotated_key, value, queries, past)
         result, scores = self.kernel(queries, past)
         self.give(*stored)
@@ -167,8 +169,9 @@ class Attention(Products):
             bias = take(rows * bias_columns(seen) * self.element)
             result = take(rows * wide)
             give(bias)
-        elif self.profile.attention == "fused" and attention_parts(queries, past):
-            result = self.joined(rows, len(attention_parts(queries, past)))
+        elif self.profile.attention == "fused" and self.parts(queries, past):
+            join = self.joined if self.profile.kernels == "plain" else self.joined_in_place
+            result = join(queries, self.parts(queries, past))
         else:
             biases = [take(rows * seen * self.element)] if masked else []
             result = take(rows * wide)
@@ -176,9 +179,30 @@ class Attention(Products):
         give(*expanded)
         return result, scores
 
-    def joined(self, rows: int, others: int) -> int:
+    def parts(self, queries: int, past: int) -> int:
+        """Parts of fused attention before the last one; 0 where it is not made in parts."""
+        return len(attention_parts(queries, past, padded=self.profile.kernels == "fused"))
+
+    def joined_in_place(self, queries: int, others: int) -> int:
+        """Attention in parts, one more than `others`, each joined to those before it by one kernel."""
+        take, give = self.take, self.give
+        rows, filled = self.batch * queries, self.batch * joined_rows(queries, padded=True)
+        wide, heads = self.architecture.attention_width, self.architecture.num_attention_heads
+        padded = [take(filled * wide * self.element)] if filled > rows else []
+        total, sums = take(filled * wide * self.element), take(filled * heads * _FP32)
+        if others > 1:
+            total = self.replace(total, take(rows * wide * _FP32))
+        for _ in range(others - 1):
+            give(*(take(filled * size) for size in (wide * self.element, heads * _FP32)))
+        give(*padded)
+        result, some = take(rows * wide * self.element), take(rows * heads * _FP32)
+        give(some, sums, total)
+        return result
+
+    def joined(self, queries: int, others: int) -> int:
         """Attention in parts, one more than `others`, summed up in float32."""
         take, give = self.take, self.give
+        rows = self.batch * queries
         width, heads = self.architecture.attention_width, self.architecture.num_attention_heads
         result, sums = take(rows * width * self.element), take(rows * heads * _FP32)
         total = take(rows * width * _FP32)

@@ -196,18 +196,28 @@ class _Generation(Attention):
         normed = self.norm(rows, self.architecture.hidden_size)
         attended, scores = self.attention(layer, queries, past)
         give(normed)
-        residual = take(hidden_size)
-        give(attended)
+        fused = self.profile.kernels == "fused"
+        residual = attended if fused else self.replace(attended, take(hidden_size))
         normed = self.norm(rows, self.architecture.hidden_size)
-        inner = rows * self.architecture.intermediate_size * self.element
-        gate = self.linear("gate_proj", rows)
-        activated = take(inner)
-        give(gate)
-        up = self.linear("up_proj", rows)
-        product = take(inner)
-        give(activated, up)
+        product = self.gated_in_place(rows) if fused else self.gated(rows)
         down = self.linear("down_proj", rows)
         give(product, normed)
-        result = take(hidden_size)
-        give(down, residual, *scores)
+        result = down if fused else self.replace(down, take(hidden_size))
+        give(residual, *scores)
         return result
+
+    def gated(self, rows: int) -> int:
+        """The MLP's `act(gate) * up`."""
+        inner = rows * self.architecture.intermediate_size * self.element
+        gate = self.linear("gate_proj", rows)
+        activated = self.replace(gate, self.take(inner))
+        up = self.linear("up_proj", rows)
+        product = self.take(inner)
+        self.give(activated, up)
+        return product
+
+    def gated_in_place(self, rows: int) -> int:
+        """The same in the memory of the gate."""
+        gate = self.linear("gate_proj", rows)
+        self.give(self.linear("up_proj", rows))
+        return gate

@@ -50,6 +50,8 @@ class Products:
     def norm(self, rows: int, width: int) -> int:
         """RMSNorm: in float32 on the way, for rows of `width`; the heads' norms see the same bytes."""
         take, give = self.take, self.give
+        if self.profile.kernels == "fused":
+            return take(rows * width * self.element)
         wide = rows * width * _FP32
         upcast = take(wide)
         squares = take(wide)
@@ -95,8 +97,7 @@ class Products:
         if storage.is_dense or storage.library == "torch" or fused:
             return take(result_size)
         if storage.name == "int8":
-            tiled = self.profile.dequantization == "tiled"
-            return self.int8_in_pieces(weight, rows) if tiled else self.int8_product(weight, rows)
+            return self.int8_in_pieces(weight, rows) if self.profile.tiles else self.int8_product(weight, rows)
         maxima = []
         if counts_tiles(storage, self.profile, weight.shape, rows):
             if storage.name != "nf4-plain":

@@ -1,7 +1,7 @@
 """Tiles: how many rows of a matrix are quantized or dequantized at once.
 
 The estimator counts by these functions what `runtime.tiled_linear` and `runtime.tiled_int8` take of a matrix of
-bitsandbytes where `dequantization="tiled"`, `runtime.backends.bnb_rows` of one that is quantized for streaming, and
+bitsandbytes where `Profile.tiles`, `runtime.backends.bnb_rows` of one that is quantized for streaming, and
 `runtime.weight_only` of the formats that run on torch's own operators.
 """
 
@@ -40,7 +40,7 @@ def is_tiled(shape: tuple[int, ...], rows: int) -> bool:
 def counts_tiles(storage: StorageFormat, profile: Profile, shape: tuple[int, ...], rows: int) -> bool:
     """The same for a matrix in a storage format."""
     four_bit = storage.library == "bitsandbytes" and storage.bits == 4
-    return profile.dequantization == "tiled" and four_bit and is_tiled(shape, rows)
+    return profile.tiles and four_bit and is_tiled(shape, rows)
 
 
 def head_by_tiles(architecture: Architecture, profile: Profile) -> bool:

@@ -12,7 +12,7 @@ from qwen_vram.arithmetic.storage import FORMATS
 from qwen_vram.arithmetic.workload import Workload
 
 # Where the search begins: nothing lost, nothing expanded, nothing that grows.
-_LOSSLESS = Profile(name="auto", attention="fused", cache="preallocated")
+_LOSSLESS = Profile(name="auto", attention="fused", kernels="fused", cache="preallocated")
 
 
 class Move(NamedTuple):
@@ -30,7 +30,7 @@ _MOVES = (
     Move({"embeddings": "host"}, "nothing lost: rows are gathered on the host"),
     Move({"prefill_chunk_size": 512}, "nothing lost: the same tokens, slower prefill"),
     Move({"dequantization": "tiled"}, "nothing lost: matrices of bitsandbytes are dequantized tile by tile"),
-    Move({"weights": "int8", "dequantization": "tiled"}, "8-bit weights: close to lossless, slow"),
+    Move({"weights": "int8"}, "8-bit weights: close to lossless, slow"),
     Move({"weights": "nf4", "dequantization": "tiled"}, "4-bit weights"),
     Move({"weights": "nf4", "lm_head": "nf4"}, "4-bit head"),
     # A tied head in 4 bits is a copy, which saves something once the table can leave.

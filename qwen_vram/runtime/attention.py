@@ -23,6 +23,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from qwen_vram.arithmetic.attention_kernels import bias_columns
+from qwen_vram.runtime.fused_layers import FusedAttention
 from qwen_vram.runtime.joined_attention import flash_attention, joined_attention, joins
 
 NAME = "qwen_vram_fused"
@@ -65,8 +66,9 @@ def fused_attention(
             query, key, value, is_causal=queries > 1, scale=scaling, enable_gqa=True
         )
         return output.transpose(1, 2).contiguous(), None
-    if joins(query, key, value, scaling):
-        return joined_attention(query, key, value, scaling), None
+    padded = isinstance(module, FusedAttention)
+    if joins(query, key, value, scaling, padded=padded):
+        return joined_attention(query, key, value, scaling, padded=padded), None
     return flash_attention(query, key, value, scaling)[0], None
 
 

@@ -7,14 +7,11 @@ runs. Where there is no Triton or no C compiler, a step is captured as it is.
 from __future__ import annotations
 
 import logging
-import os
 import types
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
-from shutil import which
 from time import perf_counter
 from typing import Any
 
@@ -25,6 +22,7 @@ from qwen_vram.runtime.decode_layer import decode_end, decode_layer
 from qwen_vram.runtime.decode_loop import decode_by_steps
 from qwen_vram.runtime.decode_room import Claim, Room
 from qwen_vram.runtime.decode_step import Functions, Step
+from qwen_vram.runtime.elementwise import missing_compiler
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -154,10 +152,7 @@ def decoder_for(model: Any, workload: Workload, progress: Callable[..., Iterable
 
 def compiler_for(device: torch.device) -> str | None:
     """The compiler of torch, where it can make code for `device` here; says once what is missing."""
-    compilers = (os.environ.get("CC", ""), "cc", "gcc", "clang")
-    missing = "Triton" if find_spec("triton") is None else ""
-    if not any(which(name) for name in compilers if name):
-        missing = "a C compiler"
+    missing = missing_compiler()
     if not missing:
         return "inductor"
     _LOGGER.warning(

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from qwen_vram.arithmetic.attention_kernels import attention_parts
+from qwen_vram.arithmetic.attention_kernels import attention_parts, joined_rows
+from qwen_vram.runtime import elementwise
 
 
-def joins(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> bool:
+def joins(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, *, padded: bool = False) -> bool:
     """Whether there is a long past, and sdpa would give the chunk and its newest keys to cuDNN; not in training."""
     queries, keys = query.shape[2], key.shape[2]
-    if not attention_parts(queries, keys - queries) or not query.dtype == key.dtype == value.dtype:
+    if not attention_parts(queries, keys - queries, padded=padded) or not query.dtype == key.dtype == value.dtype:
         return False
     if torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, value)):
         return False
@@ -31,26 +32,49 @@ def joins(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> b
     return choice == SDPBackend.CUDNN_ATTENTION.value
 
 
-def joined_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+def joined_attention(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, *, padded: bool = False
+) -> Tensor:
     """Causal attention of `query` (batch, heads, q, head_dim) over c >= q keys, (batch, kv_heads, c, head_dim).
 
-    Returns (batch, q, heads, head_dim). Beside it the same in float32 and three tensors of log-sum-exps live.
+    Returns (batch, q, heads, head_dim). Beside it the same in float32 and three tensors of log-sum-exps live. With
+    `padded` (`attention_kernels.joined_rows`) parts are joined in one kernel each, and less lives.
     """
-    return join(_parts(query, key, value, scaling)).transpose(1, 2).contiguous()
+    parts = _parts(query, key, value, scaling, padded=padded)
+    if not padded:
+        return join(parts).transpose(1, 2).contiguous()
+    others = len(attention_parts(query.shape[2], key.shape[2] - query.shape[2], padded=True))
+    return join_in_place(parts, others).transpose(1, 2).contiguous()
 
 
-def _parts(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Iterator[tuple[Tensor, Tensor]]:
+def _parts(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, *, padded: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Results (batch, heads, q, head_dim) and log-sum-exps (batch, heads, q, 1), oldest keys first."""
     queries, keys = query.shape[2], key.shape[2]
-    ends = list(accumulate(attention_parts(queries, keys - queries)))
+    ends = list(accumulate(attention_parts(queries, keys - queries, padded=padded)))
+    rows = _filled(query, joined_rows(queries, padded=padded))
     for start, end in zip([0, *ends], ends, strict=False):
-        yield _cudnn(query, key[:, :, start:end], value[:, :, start:end], scaling, causal=False)
+        result, sums = _cudnn(rows, key[:, :, start:end], value[:, :, start:end], scaling, causal=False)
+        yield result[:, :, :queries], sums[:, :, :queries].contiguous()
+        del result, sums
+    del rows
     newest_key, newest_value = key[:, :, ends[-1] :], value[:, :, ends[-1] :]
-    if newest_key.shape[2] == queries:
+    if newest_key.shape[2] == queries and queries == joined_rows(queries, padded=padded):
         yield _cudnn(query, newest_key, newest_value, scaling, causal=True)
         return
     result, sums = flash_attention(query, newest_key, newest_value, scaling)
     yield result.transpose(1, 2), sums.unsqueeze(-1)
+
+
+def _filled(query: Tensor, rows: int) -> Tensor:
+    """`query` with so many rows, of which nobody reads those that are new."""
+    batch, heads, queries, head_dim = query.shape
+    if rows == queries:
+        return query
+    filled = query.new_zeros(batch, rows, heads, head_dim).transpose(1, 2)
+    filled[:, :, :queries] = query
+    return filled
 
 
 def flash_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> tuple[Tensor, Tensor]:
@@ -87,3 +111,24 @@ def join(parts: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
         sums = both
         del result, some, both
     return total.to(dtype)
+
+
+def join_in_place(parts: Iterator[tuple[Tensor, Tensor]], others: int) -> Tensor:
+    """The same where each part is joined in one kernel, the last one into its own memory.
+
+    Args:
+        others: How many parts come before the last one; of two, no sum in float32 is needed.
+    """
+    total, sums = next(parts)
+    if others > 1:
+        batch, heads, queries, head_dim = total.shape
+        wide = total.new_empty(batch, queries, heads, head_dim, dtype=torch.float32).transpose(1, 2)
+        wide.copy_(total)
+        total = wide
+        del wide
+    for number, (result, some) in enumerate(parts, start=1):
+        elementwise.join(total, sums, result, some, out=result if number == others else total)
+        last = result if number == others else None
+        del result, some
+    assert last is not None
+    return last

@@ -28,6 +28,7 @@ from qwen_vram.runtime.checkpoint import Checkpoint, open_checkpoint, open_token
 from qwen_vram.runtime.decoder import decoder_for
 from qwen_vram.runtime.device_map import away_of, connect, device_map, left_out, undispatched
 from qwen_vram.runtime.devices import check_free, devices_for, weakest
+from qwen_vram.runtime.fused_layers import fuse_layers
 from qwen_vram.runtime.garbage import collect_dropped, garbage_of_this_load
 from qwen_vram.runtime.host_embedding import move_embedding_to_host
 from qwen_vram.runtime.loaded import LoadedModel
@@ -156,6 +157,8 @@ def _build(
     streamer = None
     with transformers_bars(progress) as bar:
         model = undispatched(backend, request)
+        if profile.kernels == "fused":
+            fuse_layers(model)
         if profile.streamed_layers:
             assert isinstance(backend, StreamingBackend)
             memory = HostMemory(device)
@@ -164,7 +167,7 @@ def _build(
             streamer = Streamer(blocks, memory, slots, disk_buffers(profile))
     if table_on_host(checkpoint.architecture, profile):
         move_embedding_to_host(model, device)
-    if profile.dequantization == "tiled" and backend.name == "bnb":
+    if profile.tiles and backend.name == "bnb":
         from qwen_vram.runtime.tiled_int8 import multiply_int8_in_pieces
         from qwen_vram.runtime.tiled_linear import dequantize_in_tiles
 

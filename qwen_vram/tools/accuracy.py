@@ -31,13 +31,10 @@ class Case(NamedTuple):
     workloads: tuple[tuple[int, int, int], ...]
     weights: tuple[str, ...] = WEIGHTS
 
-    def knobs_of(self, weights: str) -> dict[str, Any]:
-        """Its knobs for a format. int8 goes by tiles beside a preallocated cache, as in every plan of the planner."""
-        tiled = weights == "int8" and self.knobs.get("cache") == "preallocated"
-        return self.knobs | ({"dequantization": "tiled"} if tiled else {})
-
 
 _FUSED = {"attention": "fused", "cache": "preallocated"}
+_THREE_FORMATS = ("bf16", "nf4", "int8")
+_KERNELS = {**_FUSED, "kernels": "fused"}
 CASES = (
     Case({"attention": "sdpa"}, ((1, 8192, 16), (4, 1024, 16), (1, 512, 16))),
     Case(_FUSED, ((1, 8192, 16), (4, 1024, 16), (1, 512, 16))),
@@ -49,6 +46,13 @@ CASES = (
     Case({**_FUSED, "dequantization": "tiled"}, ((1, 8192, 16), (4, 1024, 16), (1, 512, 16)), weights=("nf4",)),
     Case({**_FUSED, "kv_cache": "int8"}, ((1, 8192, 16),)),
     Case({**_FUSED, "kv_device": "host"}, ((1, 8192, 16),)),
+    Case(_KERNELS, ((1, 8192, 16), (4, 1024, 16), (1, 512, 16)), weights=_THREE_FORMATS),
+    Case({**_KERNELS, "prefill_chunk_size": 1024}, ((1, 8192, 16),), weights=_THREE_FORMATS),
+    Case(
+        {**_KERNELS, "prefill_chunk_size": 512, "embeddings": "host", "dequantization": "tiled"},
+        ((1, 8192, 16), (1, 512, 16)),
+        weights=_THREE_FORMATS,
+    ),
     Case({"attention": "sdpa", "prefill_chunk_size": 1024}, ((1, 4096, 16),)),
     Case({"attention": "sdpa", "cache": "static"}, ((1, 4096, 16),)),
     Case({"attention": "eager"}, ((1, 2048, 16),)),
@@ -87,7 +91,7 @@ class Cell(NamedTuple):
 def cells(model: str, weights: list[str], cache: str | None = None) -> list[Cell]:
     """Every run of a model, format by format; with a kind of `cache` only the runs that have it."""
     return [
-        Cell(model, name, case.knobs_of(name), *workload)
+        Cell(model, name, case.knobs, *workload)
         for name in weights
         for case in CASES
         for workload in case.workloads

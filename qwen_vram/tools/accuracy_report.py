@@ -70,13 +70,13 @@ def predict(row: str) -> Estimate:
 def table(rows: list[Row]) -> str:
     """By weights and part: cells, mean and extreme errors, and the share that was too low.
 
-    int8 has rows of its own for products by tiles: without them, memory depends on the data.
+    int8 has rows of its own for whole products: with them, memory depends on the data.
     """
     found: dict[tuple[str, str], list[float]] = defaultdict(list)
     for row in rows:
-        tiled = row["weights"] == "int8" and row["knobs"].get("dequantization") == "tiled"
+        whole = row["weights"] == "int8" and row["knobs"].get("dequantization") == "whole"
         for part, error in errors(row):
-            found[f"`{row['weights']}`{' tiled' if tiled else ''}", part].append(error)
+            found[f"`{row['weights']}`{' whole' if whole else ''}", part].append(error)
     lines = ["| weights | part | cells | mean | lowest | highest | too low |", "|---|---|---|---|---|---|---|"]
     for (weights, part), values in found.items():
         mean, low = sum(values) / len(values), sum(value < 0 for value in values) / len(values)
