@@ -41,7 +41,6 @@ MISSES = {
     "Qwen2.5-7B-int8-fused-preallocated-1024": {"peak_reserved": (-0.026, 0), "process_total": (-0.018, 0)},
     "Qwen2.5-7B-int8-fused-preallocated-1024-host-8192": {"peak_reserved": (-0.228, 0), "process_total": (-0.208, 0)},
     "Qwen2.5-14B-int8-sdpa-512": {"peak_reserved": (-0.059, 0), "process_total": (-0.053, 0)},
-    "Qwen2.5-0.5B-bf16-sdpa-1024-4096": {"peak_reserved": (-0.018, 0)},
     "Qwen2.5-0.5B-int8-sdpa-static-4096": {"process_total": (0, 0.062)},
 }
 

@@ -14,7 +14,8 @@ from bisect import bisect_left, insort
 
 from qwen_vram.arithmetic.storage import ALLOCATION_STEP
 
-_SMALL = 2**20
+# The largest request that comes from the small pool.
+SMALL = 2**20
 # The most that stays with a large block rather than being split off.
 _UNSPLIT = 2**20
 _SMALL_SEGMENT = 2 * 2**20
@@ -79,7 +80,7 @@ class CachingAllocator:
             OutOfRoomError: more than `limit` would have to be reserved.
         """
         size = max(1, -(-nbytes // ALLOCATION_STEP)) * ALLOCATION_STEP
-        pool = 0 if size <= _SMALL else 1
+        pool = 0 if size <= SMALL else 1
         free = self._free[pool]
         index = bisect_left(free, (size, 0))
         if index < len(free):

@@ -115,7 +115,12 @@ class Attention(Products):
                 held.extend(self.take(whole // 2) for _ in range(2))
             self.give(key, value)
             return []
-        size = self.batch * (past + queries) * self.architecture.key_value_width * self.element
+        self.lengthen(held, self.batch * (past + queries) * self.architecture.key_value_width * self.element)
+        self.give(key, value)
+        return []
+
+    def lengthen(self, held: list[int], size: int) -> None:
+        """A growing cache's keys, then its values, are made anew in `size` bytes each before the old ones go."""
         for index in range(2):
             longer = self.take(size)
             if len(held) > index:
@@ -123,8 +128,6 @@ class Attention(Products):
                 held[index] = longer
             else:
                 held.append(longer)
-        self.give(key, value)
-        return []
 
     def take_for_all_layers(self, nbytes: int) -> None:
         """A preallocated cache's block, which the first layer takes: `nbytes` for each layer."""

@@ -92,6 +92,7 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
         query, key, cos, sin, heads, kv_heads, cos.numel() // head_dim, half,
         HEADS=triton.next_power_of_2(heads), KV_HEADS=triton.next_power_of_2(kv_heads),
         HALF=triton.next_power_of_2(half), num_warps=4,
+        enable_fp_fusion=False,  # or one of the two products would be added without being rounded
     )  # fmt: skip
 
 
