@@ -12,7 +12,7 @@ RAM = {"ram": "64GiB"}
 
 
 def test_a_padded_batch_is_planned_with_its_mask():
-    work = {"prompt_len": 16_000, "batch_size": 4, "padded": True}
+    work = {"prompt_len": 12_000, "batch_size": 4, "padded": True}
     even, padded = (qv.plan(SEVEN, vram="80GiB", **RAM, **{**work, "padded": one}) for one in (False, True))
     assert padded.workload.padded
     assert padded.estimate == qv.estimate_vram(SEVEN, padded.profile, **work)
@@ -23,9 +23,9 @@ def test_a_padded_batch_is_planned_with_its_mask():
     knobs = {"profile": padded.profile}
     smallest = qv.min_vram(SEVEN, **work, **knobs)
     assert smallest == padded.estimate.needed_bytes > qv.min_vram(SEVEN, **{**work, "padded": False}, **knobs)
-    assert qv.max_batch(SEVEN, smallest, **RAM, prompt_len=16_000, padded=True, **knobs) == 4
+    assert qv.max_batch(SEVEN, smallest, **RAM, prompt_len=12_000, padded=True, **knobs) == 4
     longest, even = (qv.max_context(SEVEN, smallest, **RAM, batch_size=4, padded=p, **knobs) for p in (True, False))
-    assert 16_000 < longest < even
+    assert 12_000 < longest < even
     with pytest.raises(qv.DoesNotFitError) as refused:
         qv.plan(SEVEN, vram=smallest - 1, **RAM, **work, **knobs)
     assert refused.value.nearest.padded

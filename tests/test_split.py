@@ -192,7 +192,7 @@ def test_a_plan_fits_every_device_and_takes_the_first_step_that_does(vram):
 @pytest.mark.parametrize("vram", [TWO, {0: "24GiB", 1: "9GiB"}, {0: "5GiB", 3: "40GiB"}], ids=str)
 def test_no_other_split_of_two_leaves_much_more_room(model, vram):
     chosen = qv.plan(model, vram=vram, **RAM, profile="int4-flash", prompt_len=6_000)
-    knobs = {"weights": "nf4", **FUSED}
+    knobs = {"weights": "nf4", "dequantization": "tiled", "kernels": "fused", **FUSED}
 
     def fullest(layers):
         parts = split(model, layers, {"prompt_len": 6_000, "max_new_tokens": 512}, **knobs).devices

@@ -22,6 +22,8 @@ from qwen_vram.arithmetic.workload import Workload
 
 _INT64 = 8
 _FP32 = 4
+# Of a growing cache's decode steps at most so many are followed, every nth of more.
+_FOLLOWED = 1024
 
 
 def replay_generation(
@@ -71,7 +73,8 @@ class _Generation(Attention):
         length = self.workload.prompt_len
         for index in range(self.workload.max_new_tokens):
             if 3 <= index < self.workload.max_new_tokens - 2:
-                self.grow(length)
+                if index % (1 + self.workload.max_new_tokens // _FOLLOWED) == 0:
+                    self.grow(length)
                 length += 1
                 continue
             if index:

@@ -54,6 +54,7 @@ CASES = (
         weights=_THREE_FORMATS,
     ),
     Case({"attention": "sdpa", "prefill_chunk_size": 1024}, ((1, 4096, 16),)),
+    Case({"attention": "sdpa", "prefill_chunk_size": 512}, ((1, 4000, 512),), weights=("bf16",)),
     Case({"attention": "sdpa", "cache": "static"}, ((1, 4096, 16),)),
     Case({"attention": "eager"}, ((1, 2048, 16),)),
 )
