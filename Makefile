@@ -11,7 +11,7 @@ test: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 3 --dist loadfile  # some wait: for retries, for other processes
 
 # On a machine with a GPU. A process for each file, for tests measure what theirs takes.
 gpu-test: .venv/dev

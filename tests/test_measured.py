@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import qwen_vram as qv
-from qwen_vram.arithmetic.replay_products import CUBLAS_WORKSPACE
+from qwen_vram.arithmetic.replay_products import CUBLAS_WORKSPACE, workspaces
 
 ROWS = [json.loads(line) for line in (Path(__file__).parent / "data" / "h200.jsonl").read_text().splitlines()]
 WEIGHTS = {"bf16": "bf16", "nf4-dq": "nf4", "nf4": "nf4-plain", "int8": "int8"}
@@ -52,13 +52,16 @@ def test_the_peak_of_4_bit_weights(row):
 
 @pytest.mark.parametrize("row", INT8, ids=label)
 def test_the_peak_of_int8_weights(row):
-    # Lowest with 16 sequences of the smallest model.
-    assert -0.0045 <= predict(row).peak_allocated / row["peak"] - 1 <= 0.01
+    # Lowest with 16 sequences of the smallest model. The processes had run other models before, and held what
+    # cuBLASLt keeps for those, which int8 does not take.
+    estimate, held = predict(row), CUBLAS_WORKSPACE[1]
+    assert row["base"] >= estimate.weights + estimate.workspace + held - 2**16
+    assert -0.0045 <= (estimate.peak_allocated + held) / row["peak"] - 1 <= 0.01
 
 
 @pytest.mark.parametrize("row", LOADS, ids=label)
 def test_loading(row):
     estimate = predict(row)
-    resting = estimate.weights + estimate.workspace - sum(CUBLAS_WORKSPACE)
+    resting = estimate.weights + estimate.workspace - sum(workspaces(estimate.architecture, estimate.profile))
     assert resting / (row["weights"] - row["base"]) - 1 == pytest.approx(0, abs=0.001)
     assert estimate.load_peak / (row["load_peak"] - row["base"]) - 1 == pytest.approx(0, abs=0.001)

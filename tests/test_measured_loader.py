@@ -27,21 +27,17 @@ def test_weights_and_load_peak(row):
 
 
 # What every row is held to, and the few parts of rows that miss it: the lowest and the highest error that they have.
-# Where int8's products are bitsandbytes' own, outlier columns are as many as chance has it, in each layer others: a
-# block that is a little larger than the free one takes a new segment, and the estimate counts the expected number in
-# every layer. By tiles (`dequantization="tiled"`), as the planner has it, no int8 row misses anything.
+# Of free blocks of one size the allocator takes the one at the lowest address. Where the driver maps a segment is not
+# known here: mostly below those before it, but in these two runs some went above the weights, keys and values into
+# other blocks, and one more segment was taken. Recorded: NVIDIA H200, torch 2.11.0+cu130, 2026-11-26.
 PROMISED = {
     "peak_allocated": (-0.003, 0.005),
     "peak_reserved": (-0.01, 0.06),
     "process_total": (-0.01, 0.06),
 }
 MISSES = {
-    "Qwen3-4B-int8-sdpa-8192": {"peak_reserved": (-0.022, 0), "process_total": (-0.012, 0)},
-    "Qwen2.5-7B-int8-fused-preallocated-512": {"peak_reserved": (-0.076, 0), "process_total": (-0.064, 0)},
-    "Qwen2.5-7B-int8-fused-preallocated-1024": {"peak_reserved": (-0.026, 0), "process_total": (-0.018, 0)},
-    "Qwen2.5-7B-int8-fused-preallocated-1024-host-8192": {"peak_reserved": (-0.228, 0), "process_total": (-0.208, 0)},
-    "Qwen2.5-14B-int8-sdpa-512": {"peak_reserved": (-0.059, 0), "process_total": (-0.053, 0)},
-    "Qwen2.5-0.5B-int8-sdpa-static-4096": {"process_total": (0, 0.062)},
+    "Qwen2.5-7B-int8-sdpa-8192": {"peak_reserved": (-0.029, 0), "process_total": (-0.022, 0)},
+    "Qwen3-4B-int8-sdpa-1024": {"peak_reserved": (-0.013, 0)},
 }
 
 

@@ -9,7 +9,7 @@ from qwen_vram.arithmetic import allocator as allocator_module
 from qwen_vram.arithmetic.allocator import CachingAllocator, OutOfRoomError
 from qwen_vram.arithmetic.replay_generation import replay_generation
 from qwen_vram.arithmetic.replay_load import replay_load
-from qwen_vram.arithmetic.replay_products import CUBLAS_WORKSPACE
+from qwen_vram.arithmetic.replay_products import workspaces
 
 KIB, MIB = 2**10, 2**20
 
@@ -138,4 +138,6 @@ def test_a_generation_gives_back_what_it_took():
     allocator = replay_load(estimate.architecture, estimate.profile).copy()
     before = allocator.allocated
     replay_generation(allocator, estimate.architecture, estimate.profile, estimate.workload)
-    assert allocator.allocated == pytest.approx(before + sum(CUBLAS_WORKSPACE), abs=2 * MIB)
+    assert allocator.allocated == pytest.approx(
+        before + sum(workspaces(estimate.architecture, estimate.profile)), abs=2 * MIB
+    )

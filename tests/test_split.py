@@ -13,7 +13,7 @@ from qwen_vram.arithmetic.overhead import _runs_within
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.replay_generation import replay_generation
 from qwen_vram.arithmetic.replay_load import replay_load
-from qwen_vram.arithmetic.replay_products import CUBLAS_WORKSPACE
+from qwen_vram.arithmetic.replay_products import workspaces
 from qwen_vram.arithmetic.slices import slices
 from qwen_vram.arithmetic.split import split_estimate, split_of
 from qwen_vram.arithmetic.workload import Workload
@@ -117,7 +117,9 @@ def test_the_closed_form_and_the_replay_agree_on_every_device(monkeypatch, model
         # generate keeps a chunk's logits, or the first device their copy, through the next chunk.
         logits = 4 * 151_936 * 2 if "prefill_chunk_size" in knobs and part.architecture.starts else 0
         assert closed == pytest.approx(allocator.peak, rel=0.002, abs=logits + 2**10)
-        assert allocator.allocated == before + sum(CUBLAS_WORKSPACE), "everything else is given back"
+        assert allocator.allocated == before + sum(workspaces(part.architecture, part.profile)), (
+            "everything else is given back"
+        )
     replay_load.cache_clear()
 
 

@@ -17,7 +17,7 @@ from qwen_vram.arithmetic.machine import Machine
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.replay_generation import pool_bytes, replay_generation
 from qwen_vram.arithmetic.replay_load import replay_load
-from qwen_vram.arithmetic.replay_products import CUBLAS_WORKSPACE
+from qwen_vram.arithmetic.replay_products import workspaces
 from qwen_vram.arithmetic.storage import ALLOCATION_STEP
 from qwen_vram.arithmetic.weights import weight_bytes
 from qwen_vram.arithmetic.workload import Workload
@@ -43,7 +43,8 @@ def workspace_bytes(architecture: Architecture, profile: Profile, workload: Work
     """
     resting = replay_load(architecture, profile).allocated - weight_bytes(architecture, profile).device
     step = step_sizes(architecture, profile, workload)
-    return sum(CUBLAS_WORKSPACE) + resting + sum(-(-size // ALLOCATION_STEP) * ALLOCATION_STEP for size in step)
+    kept = sum(-(-size // ALLOCATION_STEP) * ALLOCATION_STEP for size in step)
+    return sum(workspaces(architecture, profile)) + resting + kept
 
 
 def load_peak_bytes(architecture: Architecture, profile: Profile) -> int:

@@ -27,6 +27,8 @@ class Attention(Products):
         self.workload = workload
         self.batch = workload.batch_size
         self.normed_heads = any("q_norm" in weight.name for weight in architecture.block)
+        # The float32 copy of a step's logits, for as long as `generate` has it.
+        self.scores: list[int] = []
         # Keys and values of each layer, once there are some.
         self.cache: list[list[int]] = [[] for _ in range(architecture.num_hidden_layers)]
 

@@ -48,7 +48,7 @@ def pool_bytes(architecture: Architecture, profile: Profile, workload: Workload)
         return 0
     allocator = CachingAllocator()
     generation = _Generation(allocator, architecture, profile, replace(workload, padded=False))
-    generation.warm = True
+    generation.warm = generation.warm_lt = True
     for held in generation.cache:
         held.extend((0, 0))  # they are there already
     generation.step(1, workload.context_len - 1)
@@ -82,7 +82,7 @@ class _Generation(Attention):
                 logits = [] if self.profile.compiled else self.step(1, length)
                 length += 1
             ids = self.sample(logits, ids, length)
-        self.give(*ids, *flags, *positions, *inputs, *(block for layer in self.cache for block in layer))
+        self.give(*ids, *self.scores, *flags, *positions, *inputs, *(block for layer in self.cache for block in layer))
 
     def grow(self, past: int) -> None:
         """What a decode step does to a cache that grows, where its tensors come from the large pool.
@@ -128,11 +128,13 @@ class _Generation(Attention):
     def sample(self, logits: list[int], ids: list[int], length: int) -> list[int]:
         if not self.architecture.starts:
             return []
+        # The float32 copy stays through the next step, until that has made its own (`_sample`).
         scores = self.take(self.batch * self.architecture.vocab_size * _FP32)
-        self.give(*logits)
+        self.give(*self.scores)
+        self.scores = [scores]
         token = self.take(self.batch * _INT64)
         longer = self.take(self.batch * (length + 1) * _INT64)
-        self.give(*ids, scores, token)
+        self.give(*ids, token, *logits)
         return [longer]
 
     def step(self, queries: int, past: int) -> list[int]:

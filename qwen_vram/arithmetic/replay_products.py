@@ -15,12 +15,31 @@ from qwen_vram.arithmetic.storage import FORMATS
 from qwen_vram.arithmetic.tiles import counts_tiles, int8_rows, int8_tile_elements, tile_rows, unpacks
 from qwen_vram.arithmetic.weights import format_of
 
-# cuBLAS's workspace (32 MiB) and cuBLASLt's (1 MiB), which torch keeps from the first product on.
+# cuBLAS's workspace (32 MiB) and cuBLASLt's (1 MiB), which torch keeps from the first product on that needs them.
 # measured: NVIDIA H200, torch 2.11.0+cu130, 2026-11-22.
 CUBLAS_WORKSPACE = (32 * 2**20, 2**20)
 
 _FP32 = 4
 _FP16 = 2
+
+
+def needs_lt(weight: Weight, architecture: Architecture, profile: Profile) -> bool:
+    """Whether a product goes through cuBLASLt: torch's own with a bias does, and adds it in the same kernel.
+
+    bitsandbytes' int8 adds a bias afterwards. Source: torch 2.11, aten/src/ATen/native/cuda/Blas.cpp; bitsandbytes
+    0.50.2, backends/cuda/ops.py. Measured: without it all rows of tests/data/accuracy.jsonl without outlier columns of
+    Qwen3, and of int8 by tiles, allocate 1 MiB less, to 8 KiB (chunked prefill to 64 KiB).
+    """
+    bias = weight.name.removesuffix("weight") + "bias"
+    storage = FORMATS[format_of(weight, profile)]
+    apart = storage.library == "bitsandbytes" and storage.name == "int8"
+    return not apart and any(one.name == bias for one in architecture.block)
+
+
+def workspaces(architecture: Architecture, profile: Profile) -> tuple[int, ...]:
+    """What cuBLAS and cuBLASLt keep on a device that runs these layers."""
+    lt = any(needs_lt(weight, architecture, profile) for weight in architecture.block if weight.is_linear)
+    return CUBLAS_WORKSPACE if lt else CUBLAS_WORKSPACE[:1]
 
 
 class Products:
@@ -34,13 +53,16 @@ class Products:
         self.element = profile.element_bytes
         self.linears = {weight.module: weight for weight in architecture.block if weight.is_linear}
         self.warm = False
+        self.warm_lt = False
 
-    def warm_up(self) -> None:
-        """The first matrix product on a device takes workspaces that stay."""
+    def warm_up(self, lt: bool = False) -> None:
+        """The first matrix product on a device takes a workspace that stays, and the first through cuBLASLt its own."""
         if not self.warm:
             self.warm = True
-            for size in CUBLAS_WORKSPACE:
-                self.take(size)
+            self.take(CUBLAS_WORKSPACE[0])
+        if lt and not self.warm_lt:
+            self.warm_lt = True
+            self.take(CUBLAS_WORKSPACE[1])
 
     def replace(self, old: int, new: int) -> int:
         """Let go of `old` for `new`."""
@@ -73,7 +95,7 @@ class Products:
 
     def product(self, weight: Weight, rows: int) -> int:
         """A matrix product in the weight's format, and an adapter's update on top; returns the result."""
-        self.warm_up()
+        self.warm_up(needs_lt(weight, self.architecture, self.profile))
         result = self.base_product(weight, rows)
         if weight.module not in self.architecture.adapted:
             return result
