@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import qwen_vram as qv
-from qwen_vram.arithmetic.attention_kernels import attention_parts
+from qwen_vram.arithmetic.attention_kernels import attention_parts, joined_rows
 from qwen_vram.runtime import joined_attention
 from qwen_vram.runtime.attention import fused_attention
 from qwen_vram.runtime.joined_attention import join, joins
@@ -57,12 +57,26 @@ def test_few_lengths_are_new():
     assert attention_parts(1000, 31_000) == attention_parts(1, 31_000) == attention_parts(512, 4_095) == ()
 
 
+def test_an_odd_chunk_is_filled_to_a_power_of_two_where_that_is_near():
+    filled = {queries: joined_rows(queries, padded=True) for queries in (1, 300, 512, 600, 700, 1000, 1280, 1536, 3328)}
+    assert filled == {1: 0, 300: 0, 512: 512, 600: 0, 700: 1024, 1000: 1024, 1280: 0, 1536: 1536, 3328: 4096}
+    assert joined_rows(1000, padded=False) == 0
+
+
 def test_without_a_gpu_nothing_is_made_in_parts():
     assert not joins(*states(512, 8_704), None)
 
 
-@pytest.mark.parametrize("keys", [4_608, 4_700, 9_728, 12_800])
-def test_each_key_is_in_one_part_under_the_mask_that_it_needs(monkeypatch, keys):
+@pytest.mark.parametrize(
+    ("queries", "keys", "padded"),
+    [
+        *((512, keys, padded) for keys in (4_608, 4_700, 9_728, 12_800) for padded in (False, True)),
+        (700, 5_000, True),
+        (1_000, 9_300, True),
+        (1_000, 13_400, True),
+    ],
+)
+def test_each_key_is_in_one_part_under_the_mask_that_it_needs(monkeypatch, queries, keys, padded):
     """The kernels are the GPU's; which keys they get is not. Here torch's own in float64 stand in for them."""
 
     def kernel(query, key, value, scaling, *, causal):
@@ -80,8 +94,8 @@ def test_each_key_is_in_one_part_under_the_mask_that_it_needs(monkeypatch, keys)
 
     monkeypatch.setattr(joined_attention, "_cudnn", kernel)
     monkeypatch.setattr(joined_attention, "flash_attention", flash)
-    query, key, value = (one.float() for one in states(512, keys, heads=4, kv_heads=2, head_dim=8))
-    found = joined_attention.joined_attention(query, key, value, None)
+    query, key, value = (one.float() for one in states(queries, keys, heads=4, kv_heads=2, head_dim=8))
+    found = joined_attention.joined_attention(query, key, value, None, padded=padded)
     assert torch.allclose(found.double(), exact(query, key, value), atol=1e-5)
 
 

@@ -127,8 +127,7 @@ def join_in_place(parts: Iterator[tuple[Tensor, Tensor]], others: int) -> Tensor
         total = wide
         del wide
     for number, (result, some) in enumerate(parts, start=1):
-        elementwise.join(total, sums, result, some, out=result if number == others else total)
-        last = result if number == others else None
+        out = result if number == others else total
+        elementwise.join(total, sums, result, some, out=out)
         del result, some
-    assert last is not None
-    return last
+    return out
