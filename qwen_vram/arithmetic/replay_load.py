@@ -34,7 +34,7 @@ def replay_load(architecture: Architecture, profile: Profile, limit: int | None 
     allocator = CachingAllocator(limit)
     if architecture.stored:
         replay_stored(allocator, architecture, architecture.stored, profile)
-        allocator.release_unused()
+        allocator.loaded()
         return allocator
     weights = _load_order(architecture, profile)
     total = sum(_announced_bytes(weight, profile) for weight in weights)
@@ -46,7 +46,7 @@ def replay_load(architecture: Architecture, profile: Profile, limit: int | None 
         allocator.take(architecture.head_dim // 2 * _FP32)
     if profile.streamed_layers:
         _load_streamed(allocator, architecture, profile)
-    allocator.release_unused()
+    allocator.loaded()
     return allocator
 
 
