@@ -2,14 +2,16 @@
 
 import json
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 import qwen_vram as qv
+from qwen_vram.arithmetic import replay_load
+from qwen_vram.arithmetic.allocator import CachingAllocator
 from qwen_vram.arithmetic.replay_generation import _Generation
-from qwen_vram.arithmetic.replay_load import replay_load
-from qwen_vram.arithmetic.replay_products import workspaces
+from qwen_vram.arithmetic.replay_products import CUBLAS_WORKSPACE, workspaces
 
 ROWS = [json.loads(line) for line in (Path(__file__).parent / "data" / "h200.jsonl").read_text().splitlines()]
 WEIGHTS = {"bf16": "bf16", "nf4-dq": "nf4", "nf4": "nf4-plain", "int8": "int8"}
@@ -53,30 +55,77 @@ def test_the_peak_of_4_bit_weights(row):
     assert -0.003 <= predict(row).peak_allocated / row["peak"] - 1 <= 0.005
 
 
-def as_measured(row):
-    """Peaks of a row's first generation, of one token, and of the one that follows it, over what was there before.
+@pytest.mark.parametrize("row", INT8, ids=label)
+def test_the_first_peak_of_int8_weights(row):
+    # The process had run other models before, and held what cuBLASLt keeps for those, which int8 does not take.
+    first = predict({**row, "new": 1})
+    assert -0.003 <= (first.peak_allocated + CUBLAS_WORKSPACE[1]) / row.get("prefill_peak", row["peak"]) - 1 <= 0.003
 
-    A `gen` row's `peak` is of the latter: no segment was given back between, and a block that the first one left may be
-    up to 1 MiB larger than the tensor that the second one puts there.
+
+def process(row):
+    """The rows of one model in one process in their order: its load and what it ran, up to the next load."""
+    start = max(index for index, load in enumerate(PLAIN[: PLAIN.index(row) + 1]) if load["what"] == "load")
+    following = (index for index in range(start + 1, len(PLAIN)) if PLAIN[index]["what"] == "load")
+    return PLAIN[start : next(following, len(PLAIN))]
+
+
+def run(allocator, row, *new, warm=True):
+    """One generation after the other, of so many tokens: the most allocated in each, and what was reserved after it.
+
+    Unused segments were given back before the first, not between: a block that one left may be up to 1 MiB larger than
+    the tensor that the next one puts there. Over `base`: bitsandbytes keeps the numbers of a product's outlier columns.
     """
-    estimate = predict(row)
-    allocator = replay_load(estimate.architecture, estimate.profile).copy()
-    one, peaks = replace(estimate.workload, max_new_tokens=1), []
-    for workload in (one, estimate.workload) if row["what"] == "gen" else (estimate.workload,):
+    allocator.release_unused()
+    resting, estimate, found = allocator.allocated, predict(row), []
+    for tokens in new:
         allocator.peak = allocator.allocated
+        workload = replace(estimate.workload, max_new_tokens=tokens)
         generation = _Generation(allocator, estimate.architecture, estimate.profile, workload)
-        generation.warm = generation.warm_lt = bool(peaks)
+        generation.warm = generation.warm_lt = warm
         generation.run()
-        peaks.append(row["base"] + allocator.peak - allocator.allocated)
-    return peaks
+        warm = True
+        found.append((row["base"] + allocator.peak - resting, allocator.reserved))
+    return found
+
+
+@cache
+def replayed(start):
+    """The process from this row of `PLAIN` on, through one allocator: label of each run -> what `run` found."""
+    load, *rows = process(PLAIN[start])
+    estimate = predict(load)
+    before = CUBLAS_WORKSPACE if load["base"] > sum(CUBLAS_WORKSPACE) else ()
+
+    def used(limit):
+        allocator = CachingAllocator(limit)
+        for size in (512, *before):
+            allocator.take(size)
+        return allocator
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replay_load, "CachingAllocator", used)
+        allocator = replay_load.replay_load.__wrapped__(estimate.architecture, estimate.profile)
+    short = {**load, "what": "gen", "s": 16}
+    short.pop("prefill_chunk_size", None)
+    run(allocator, short, 1, 4, warm=bool(before))  # not a row, but what was run after every load
+    return {label(row): run(allocator, row, *((1, row["new"]) if row["what"] == "gen" else (1,))) for row in rows}
+
+
+def as_measured(row):
+    return replayed(PLAIN.index(process(row)[0]))[label(row)]
 
 
 @pytest.mark.parametrize("row", [*SIXTEEN_BIT, *FOUR_BIT, *INT8], ids=label)
 def test_the_peak_as_it_was_measured(row):
-    *first, peak = as_measured(row)
-    highest = 0.01 if row["quant"] == "int8" else 0.005
-    assert -0.003 <= peak / row["peak"] - 1 <= highest
-    assert all(-0.003 <= before / row["prefill_peak"] - 1 <= highest for before in first)
+    *first, (peak, _) = as_measured(row)
+    assert -0.003 <= peak / row["peak"] - 1 <= 0.003
+    assert all(-0.001 <= before / row["prefill_peak"] - 1 <= 0.001 for before, _ in first)
+
+
+@pytest.mark.parametrize("row", [row for row in INT8 if row["size"] != "7B"], ids=label)
+def test_what_int8_reserved_as_it_was_measured(row):
+    # 7B's layers differ by hundreds of columns that hold outliers, and so do their blocks.
+    *_, (_, reserved) = as_measured(row)
+    assert -0.003 <= reserved / row["reserved"] - 1 <= 0.005
 
 
 @pytest.mark.parametrize("row", LOADS, ids=label)
