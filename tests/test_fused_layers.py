@@ -14,7 +14,7 @@ from qwen_vram.arithmetic.catalog import catalog_row
 from qwen_vram.arithmetic.replay_generation import replay_generation
 from qwen_vram.arithmetic.replay_load import replay_load
 from qwen_vram.runtime import elementwise
-from qwen_vram.runtime.fused_layers import FusedAttention, FusedLayer, FusedMlp, FusedNorm
+from qwen_vram.runtime.fused_layers import FusedAttention, FusedLayer, FusedMlp, FusedNorm, fuse_layers
 
 PLAIN = {"profile": "default", "attention": "sdpa", "device": "cpu", "progress": False}
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -72,6 +72,19 @@ def test_every_module_of_the_kinds_is_fused(llm):
     assert all(isinstance(norm, FusedNorm) for norm in norms)
     assert type(layers[0]) is type(layers[1])
     assert type(layers[0]).__module__ == "transformers.models.qwen2.modeling_qwen2"
+
+
+def test_a_model_without_such_layers_is_refused():
+    with pytest.raises(
+        qv.NotSupportedError, match="transformers' Qwen models, and Linear has none; use kernels='plain'"
+    ):
+        fuse_layers(nn.Linear(2, 2))
+
+
+def test_another_activation_is_refused_by_name():
+    shape = {**catalog_row("Qwen3-0.6B").shape._asdict(), "max_position_embeddings": 32_768, "hidden_act": "gelu"}
+    with pytest.raises(qv.ConfigError, match="hidden_act 'gelu' is not counted; every Qwen of these kinds has 'silu'"):
+        qv.estimate_vram(shape)
 
 
 def test_what_the_caller_gives_is_left_alone(llm):

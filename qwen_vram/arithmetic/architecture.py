@@ -131,6 +131,10 @@ class Architecture:
             )
         if head_dim % 2:
             raise reader.error(f"head_dim {head_dim} is odd; rotary embeddings need an even one")
+        if config.get("hidden_act", "silu") != "silu":
+            raise reader.error(
+                f"hidden_act {config['hidden_act']!r} is not counted; every Qwen of these kinds has 'silu'"
+            )
         return cls(
             model_type=model_type,
             hidden_size=hidden_size,

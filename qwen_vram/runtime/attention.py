@@ -23,6 +23,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from qwen_vram.arithmetic.attention_kernels import bias_columns
+from qwen_vram.runtime.elementwise import kernels_on
 from qwen_vram.runtime.fused_layers import FusedAttention
 from qwen_vram.runtime.joined_attention import flash_attention, joined_attention, joins
 
@@ -66,7 +67,8 @@ def fused_attention(
             query, key, value, is_causal=queries > 1, scale=scaling, enable_gqa=True
         )
         return output.transpose(1, 2).contiguous(), None
-    padded = isinstance(module, FusedAttention)
+    # Joined by torch's own operators, parts in place would need more than was counted.
+    padded = isinstance(module, FusedAttention) and kernels_on(query.device) is not None
     if joins(query, key, value, scaling, padded=padded):
         return joined_attention(query, key, value, scaling, padded=padded), None
     return flash_attention(query, key, value, scaling)[0], None

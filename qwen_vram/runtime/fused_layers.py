@@ -17,16 +17,28 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from qwen_vram.errors import NotSupportedError
 from qwen_vram.runtime import elementwise
 
 
 def fuse_layers(model: nn.Module) -> None:
-    """Let every decoder layer of a Qwen model run so, and its last norm."""
+    """Let every decoder layer of a Qwen model run so, and its last norm.
+
+    Raises:
+        NotSupportedError: it has none, as a plugged-in backend's model may.
+    """
     for module in model.modules():
         kind: Any = type(module)
         for ending, fused in _FUSED.items():
             if kind.__name__.endswith(ending):
                 module.__class__ = _joined_class(kind, fused)
+    if not any(isinstance(module, FusedLayer) for module in model.modules()):
+        raise NotSupportedError(
+            f"kernels='fused' knows the decoder layers of transformers' Qwen models, and {type(model).__name__} has "
+            "none; use kernels='plain'",
+            knob="kernels",
+            value="fused",
+        )
 
 
 @lru_cache(maxsize=64)
@@ -56,7 +68,7 @@ class FusedMlp:
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """(..., hidden_size) to the same."""
-        if _plain(x) or self.config.hidden_act != "silu":
+        if _plain(x):
             plain: Tensor = super().forward(x)  # type: ignore[misc]
             return plain
         result: Tensor = self.down_proj(elementwise.multiply_silu(self.gate_proj(x), self.up_proj(x)))
