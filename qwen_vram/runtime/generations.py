@@ -144,7 +144,9 @@ class Generations:
         known = self.plan.estimate
         assert known.architecture is not None
         split = split_of(known)
-        Search(known.model, known.architecture, workload, self.plan.budget, known.profile, {}, split).run("quality")
+        budget, profile = self.plan.budget, known.profile
+        alone = Search(known.model, known.architecture, workload, budget, profile, {}, split, session=False)
+        alone.run("quality")
 
     def _note(self, workload: Workload, output: Any, meters: list[PeakMeter]) -> None:
         """Keep what the generation took, under the names of the estimate's parts."""
