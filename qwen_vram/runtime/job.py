@@ -7,11 +7,13 @@ callers' own threads would keep one each.
 
 from __future__ import annotations
 
+import atexit
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from threading import Thread
+from threading import Event, Thread
 from typing import Any, Generic, TypeVar
+from weakref import WeakSet
 
 import torch
 
@@ -23,6 +25,9 @@ Result = TypeVar("Result")
 # How long a caller that is interrupted waits for its generation, which ends with the next token. A second Ctrl-C ends
 # the wait. A forward pass that takes longer ends by itself, and the next generation waits for it.
 _PATIENCE_SECONDS = 10.0
+
+
+_STARTED: WeakSet[Job[Any]] = WeakSet()
 
 
 class Job(Generic[Result]):
@@ -46,36 +51,34 @@ class Job(Generic[Result]):
         self._ended = ended
         self._device = device
         self._stream: torch.cuda.Stream | None = None
-        self._thread: Thread | None = None
+        self._joined, self._over = Event(), Event()
         self._results: list[Result] = []
         self._errors: list[BaseException] = []
 
     def start(self) -> None:
-        """Join the line and start the thread.
+        """Start the thread, and return when it has its place in the line.
 
         Raises:
-            QwenVramError: as for `Turns.join`.
+            QwenVramError: this thread runs a generation of the model now, which would wait for itself.
         """
+        self._turns.refuse_inside("another generation cannot start")
         if self._device.type == "cuda":
             self._stream = torch.cuda.current_stream(self._device)
         try:
-            self._turns.join(self._turn)
-            self._thread = Thread(target=self._run, name="qwen-vram generation", daemon=True)
-            self._thread.start()
-        except BaseException:  # no thread will end this turn
-            self._turn.done = True
-            self._turns.wake()
+            Thread(target=self._run, name="qwen-vram generation", daemon=True).start()
+            self._joined.wait()
+        except BaseException:  # the thread may run or not
+            self.stop("was stopped by an interrupt of its caller")
             raise
 
     def result(self) -> Result:
         """What `work` returned, or raised. An interrupt of this wait stops the job."""
-        assert self._thread is not None
         try:
-            while self._thread.is_alive():
-                self._thread.join(LOOK_SECONDS)
+            while not self._over.wait(LOOK_SECONDS):  # a thread's own join() believes in its end once it is interrupted
+                pass
         except BaseException:
             self.stop("was stopped by an interrupt of its caller")
-            self._thread.join(_PATIENCE_SECONDS)
+            self._over.wait(_PATIENCE_SECONDS)
             raise
         self.check()
         return self._results.pop()
@@ -92,15 +95,21 @@ class Job(Generic[Result]):
 
     def join(self, timeout: float | None = None) -> None:
         """Wait for the end of a job that was started; its own thread does not wait for itself."""
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(timeout)
+        if self._turn.thread is not threading.current_thread():
+            self._over.wait(timeout)
 
     def _run(self) -> None:
         """The thread."""
         assert self._work is not None
+        _STARTED.add(self)
         try:
             with self._place():
+                try:
+                    self._turns.join(self._turn)
+                finally:
+                    self._joined.set()
                 self._turns.wait(self._turn)
+                self._follow()
                 self._results.append(self._work(self._turn))
         except BaseException as error:  # raised by `check`
             forget_frames(error)
@@ -109,8 +118,24 @@ class Job(Generic[Result]):
             self._work = None
             self._turn.done = True
             self._turns.wake()
+            self._over.set()
             if self._ended is not None:
                 self._ended()
 
+    def _follow(self) -> None:
+        """Wait until the thread before this one is gone, and has given its cuBLAS handle back."""
+        before, self._turns.job_thread = self._turns.job_thread, threading.current_thread()
+        if before is not None:
+            before.join()
+
     def _place(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+
+@atexit.register
+def _stop_all() -> None:
+    """End what still runs when the interpreter does: a thread that comes back from PyTorch later aborts the process."""
+    for job in list(_STARTED):
+        job.stop("was stopped by the end of the process")
+    for job in list(_STARTED):
+        job.join(_PATIENCE_SECONDS)

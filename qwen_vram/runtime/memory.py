@@ -7,10 +7,13 @@ import gc
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
+from types import FrameType, FunctionType
 
 import torch
+
+_CALLS_MODULES = "torch.nn.modules.module"
 
 
 def give_back_memory() -> None:
@@ -50,7 +53,22 @@ def forget_frames(error: BaseException, handled: BaseException | None = None) ->
             continue
         done.append(one)
         traceback.clear_frames(one.__traceback__)
+        for frame, _ in traceback.walk_tb(one.__traceback__):
+            if frame.f_globals.get("__name__") == _CALLS_MODULES:
+                _forget_arguments(frame)
         pending += [one.__cause__, one.__context__]
+
+
+def _forget_arguments(frame: FrameType) -> None:
+    """Clear what torch's call of a module with hooks refers to: its arguments are not in a frame, but in a closure.
+
+    Source: torch 2.13, torch/nn/modules/module.py, `_call_impl` and its `inner`. Python 3.10's frames have no function.
+    """
+    for function in gc.get_referents(frame):
+        if isinstance(function, FunctionType) and function.__code__ is frame.f_code:
+            for cell in function.__closure__ or ():
+                with suppress(ValueError):  # it is empty already
+                    del cell.cell_contents
 
 
 def give_back_heap() -> None:

@@ -42,21 +42,25 @@ class Turns:
     """A first-in, first-out lock over a model's generations, which another thread can stop or close.
 
     The lock of `_changed` is reentrant: the garbage collector may drop a stream, which stops its turn, on any line.
+
+    Attributes:
+        closed: No turn is given any more.
+        job_thread: The thread of the newest job; who has the turn may change it.
     """
 
     def __init__(self) -> None:
         self._changed = Condition()
         self._line: deque[Turn] = deque()
         self.closed = False
+        self.job_thread: Thread | None = None
 
     def join(self, turn: Turn) -> None:
         """Put `turn` at the end of the line.
 
         Raises:
-            QwenVramError: the model is closed, or this thread runs a generation of it now, which would wait for itself.
+            QwenVramError: the model is closed.
         """
         with self._changed:
-            self._refuse_inside("another generation cannot start")
             if self.closed:
                 raise QwenVramError(CLOSED)
             self._line.append(turn)
@@ -85,9 +89,10 @@ class Turns:
         """Call `work` in a turn of this thread, and return what it returns. `stop` does not end it.
 
         Raises:
-            QwenVramError: as for `join` and `wait`.
+            QwenVramError: as for `refuse_inside`, `join` and `wait`.
         """
         turn = Turn()
+        self.refuse_inside("this cannot run")
         try:
             self.join(turn)
             self.wait(turn)
@@ -110,26 +115,33 @@ class Turns:
             QwenVramError: this thread runs a generation of the model now, which would wait for itself.
         """
         with self._changed:
-            self._refuse_inside("close() cannot run")
+            self.refuse_inside("close() cannot run")
             self.closed = True
             self.stop("was stopped by close() of its model")
             self._changed.notify_all()
             while self._first() is not None:
                 self._changed.wait(LOOK_SECONDS)
 
-    def _first(self) -> Turn | None:
-        """The turn that runs, or may run next; turns that are over are forgotten, and those of threads that ended."""
-        while self._line:
-            turn = self._line[0]
-            if not turn.done and (turn.thread is None or turn.thread.is_alive()):
-                return turn
-            self._line.popleft()
-        return None
+    def refuse_inside(self, what: str) -> None:
+        """Refuse `what`, the beginning of a message, in the thread that runs a generation: it would wait for itself.
 
-    def _refuse_inside(self, what: str) -> None:
-        running = self._first()
-        if running is not None and running.thread is threading.current_thread():
+        Raises:
+            QwenVramError: this is that thread.
+        """
+        with self._changed:
+            running = self._first()
+            inside = running is not None and running.thread is threading.current_thread()
+        if inside:
             raise QwenVramError(
                 f"{what} inside a generation of the same model (in a logits processor, stopping criterion, streamer or "
                 "hook), because it would wait for itself; use stop() there, or wait until the generation has ended"
             )
+
+    def _first(self) -> Turn | None:
+        """The turn that runs, or may run next; turns that are over are forgotten."""
+        while self._line:
+            turn = self._line[0]
+            if not turn.done:
+                return turn
+            self._line.popleft()
+        return None
