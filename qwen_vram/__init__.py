@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         UnknownNameError,
         WorkloadError,
     )
-    from qwen_vram.lora.errors import AdapterError
+    from qwen_vram.adapters.errors import AdapterError
     from qwen_vram.lora.merge import merge_lora_then_quantize
     from qwen_vram.lora.report import MergeReport
     from qwen_vram.planning.budget import Budget
@@ -65,7 +65,7 @@ _MODULES = {
         "UnknownNameError",
         "WorkloadError",
     ),
-    "lora.errors": ("AdapterError",),
+    "adapters.errors": ("AdapterError",),
     "lora.merge": ("merge_lora_then_quantize",),
     "lora.report": ("MergeReport",),
     "planning.budget": ("Budget",),

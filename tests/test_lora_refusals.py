@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("peft")
 
 import qwen_vram as qv
-from qwen_vram.lora.adapter import AdapterError
+from qwen_vram import AdapterError
 from qwen_vram.lora.merge import merge_lora_then_quantize
 from tests.lora_models import edit_config, edit_tensors, make_adapter, make_base
 

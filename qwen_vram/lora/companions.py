@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qwen_vram.adapters.tables import TABLES
 from qwen_vram.files.companions import companion_files, matching
 from qwen_vram.files.local import read_config
-from qwen_vram.lora.adapter import Adapter
-from qwen_vram.lora.tables import TABLES
 from qwen_vram.lora.targets import Targets
+from qwen_vram.lora.weighted import WeightedAdapter
 
 _TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json",
@@ -19,7 +19,7 @@ _TOKENIZER = (
 )  # fmt: skip
 
 
-def carried_files(base: Path, adapters: Sequence[Adapter], targets: Targets) -> dict[str, Path]:
+def carried_files(base: Path, adapters: Sequence[WeightedAdapter], targets: Targets) -> dict[str, Path]:
     """Files to copy, by their name in the output.
 
     The tokenizer is the base's, or the last adapter's that has one where the adapters changed a table of tokens: new
@@ -34,7 +34,7 @@ def carried_files(base: Path, adapters: Sequence[Adapter], targets: Targets) -> 
     return files
 
 
-def tokenizer_source(base: Path, adapters: Sequence[Adapter], targets: Targets) -> Path:
+def tokenizer_source(base: Path, adapters: Sequence[WeightedAdapter], targets: Targets) -> Path:
     """The folder that the tokenizer comes from."""
     tables_changed = any(target.updates and target.name.removesuffix(".weight") in TABLES for target in targets.targets)
     for adapter in reversed(adapters if tables_changed else ()):

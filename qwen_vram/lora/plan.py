@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen_vram.files.layout import Shard, disk_bytes, lay_out
-from qwen_vram.lora.adapter import Adapter, check_finite
 from qwen_vram.lora.codec import Codec
 from qwen_vram.lora.companions import carried_files, merged_config, tokenizer_source
 from qwen_vram.lora.layout import Weight, weight_of
 from qwen_vram.lora.stored import stored_tensors
 from qwen_vram.lora.targets import Targets, merge_targets
+from qwen_vram.lora.weighted import WeightedAdapter, check_finite
 from qwen_vram.runtime.checkpoint import Checkpoint
 
 
@@ -26,7 +26,7 @@ class MergePlan:
     """
 
     checkpoint: Checkpoint
-    adapters: tuple[Adapter, ...]
+    adapters: tuple[WeightedAdapter, ...]
     targets: Targets
     shards: tuple[Shard[Weight], ...]
     files: dict[str, Path]
@@ -45,7 +45,7 @@ class MergePlan:
 
 
 def plan_merge(
-    checkpoint: Checkpoint, adapters: Sequence[Adapter], codec: Codec | None, max_shard_bytes: int
+    checkpoint: Checkpoint, adapters: Sequence[WeightedAdapter], codec: Codec | None, max_shard_bytes: int
 ) -> MergePlan:
     """The plan of merging `adapters` into `checkpoint` in the format of `codec`.
 

@@ -103,7 +103,6 @@ class Walk:
             profile = current if move is None else self._after(move, current)
             refused = not_loadable(self.architecture, profile)
             if refused:
-                current = profile
                 continue
             result = self.estimate(profile, self.workload)
             need = needed(result, self.budget)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from qwen_vram.lora.adapter import Adapter, ModuleTensors
-from qwen_vram.lora.stored import StoredTensor
+from qwen_vram.adapters.keys import Adapter, AdapterTensor, ModuleTensors
 
 EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"
@@ -21,8 +20,8 @@ class TableParts(NamedTuple):
         indices: Where they belong; `None` where the settings name none.
     """
 
-    replacement: StoredTensor | None
-    tokens: StoredTensor | None
+    replacement: AdapterTensor | None
+    tokens: AdapterTensor | None
     indices: tuple[int, ...] | None
 
 

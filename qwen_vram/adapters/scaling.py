@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 
-from qwen_vram.lora.settings import LoraSettings
+from qwen_vram.adapters.settings import LoraSettings
 
 
 def scale_of(settings: LoraSettings, module: str, rank: int) -> float:
