@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import re
-import warnings
 from pathlib import Path
 
 from qwen_vram.adapters.keys import Adapter
+
+_LOGGER = logging.getLogger(__name__)
 
 # A hub's cache names its folders models--organisation--name/snapshots/commit.
 _CACHED = re.compile(r"models--[^/]*?--([^/]+)/snapshots/[^/]+$")
@@ -17,20 +19,20 @@ _QUANTIZED = re.compile(
 
 
 def warn_of_another_base(adapter: Adapter, base: object) -> None:
-    """Warn if the adapter was trained on a base of another name than `base`, a folder or hub id.
+    """Log a warning if the adapter was trained on a base of another name than `base`, a folder or hub id.
 
-    Shapes say nothing of that: a base, its instruction-tuned sibling and every fine-tuned copy have the same.
-
-    Warns:
-        UserWarning: the names differ, quantized copies apart.
+    Shapes say nothing of that: a base, its instruction-tuned sibling and every fine-tuned copy have the same. Quantized
+    copies of a base count as that base.
     """
     trained_on = adapter.settings.trained_on
     if not trained_on or not isinstance(base, (str, Path)) or same_model(trained_on, str(base)):
         return
-    warnings.warn(
-        f"the adapter {str(adapter.folder)!r} was trained on {trained_on!r}, and the base here is {str(base)!r}: on "
-        "another model with the same shapes it runs, and answers wrong; check that the two are the same model",
-        stacklevel=4,
+    _LOGGER.warning(
+        "the adapter %r was trained on %r, and the base here is %r: on another model with the same shapes it runs, and "
+        "answers wrong; check that the two are the same model",
+        str(adapter.folder),
+        trained_on,
+        str(base),
     )
 
 

@@ -205,7 +205,8 @@ class _Reader:
         """The low-rank factors of a weight of `shape`."""
         embedding = module == EMBEDDING
         a, b = (tensors.embedding_a, tensors.embedding_b) if embedding else (tensors.a, tensors.b)
-        named = self.settings.targets.name(module, linear=linear)
+        targets = self.settings.targets
+        named = bool(tensors.factors) if targets.modules is None else targets.name(module, linear=linear)
         if not tensors.factors:
             if named:
                 ending = "lora_embedding_A" if embedding else "lora_A.weight"

@@ -141,7 +141,8 @@ def _by_module(folder: Path, tensors: Mapping[str, AdapterTensor]) -> dict[str, 
         ending = next((ending for ending in _ENDINGS if tensor.path.endswith(ending)), "")
         module = tensor.path[: len(tensor.path) - len(ending)]
         inside = ".lora_" in module or ".default." in f"{module}."
-        if not ending or not key.startswith(_PREFIX) or inside or tensor.dtype not in _FLOATS:
+        known = ending and key.startswith(_PREFIX) and not inside
+        if not known or tensor.dtype not in _FLOATS or not tensor.shape:
             unknown.append(f"{key} ({tensor.dtype} {list(tensor.shape)})")
             continue
         found = modules.setdefault(module, ModuleTensors())
@@ -160,7 +161,7 @@ def _by_module(folder: Path, tensors: Mapping[str, AdapterTensor]) -> dict[str, 
 
 def _check_not_empty(folder: Path, tensors: Mapping[str, AdapterTensor]) -> None:
     """Refuse a file without tensors, and tensors without elements."""
-    empty = [f"{key} {list(tensor.shape)}" for key, tensor in tensors.items() if not tensor.shape or not tensor.nbytes]
+    empty = [f"{key} {list(tensor.shape)}" for key, tensor in tensors.items() if not tensor.nbytes]
     if tensors and not empty:
         return
     what = f"holds empty tensors: {shortened(empty)}" if empty else "holds no tensors"

@@ -179,14 +179,14 @@ class _Reader:
             )
         if peft_type != "LORA":
             raise self.error(
-                f"peft_type is {peft_type!r}; only LORA can be merged or loaded here, so merge it with PEFT itself "
-                "(merge_and_unload) and pass the result as the model"
+                f"peft_type is {peft_type!r}; only LORA can be merged here, so merge it with PEFT itself "
+                "(merge_and_unload), and pass the result as the model"
             )
         for key, why in _REFUSED.items():
             if self.on(key):
                 raise self.error(
-                    f"{key} is set: {why}, so it cannot be merged exactly, nor its memory beside the base be counted; "
-                    "merge it with PEFT itself"
+                    f"{key} is set: {why}, so it cannot be merged exactly; merge it with PEFT itself "
+                    "(merge_and_unload), and pass the result as the model"
                 )
 
     def init(self) -> str:

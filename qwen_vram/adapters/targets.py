@@ -5,17 +5,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-# What PEFT adapts in a Qwen2 or Qwen3 whose settings name nothing.
-# Source: peft 0.21.2, utils/constants.py, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.
-_DEFAULT = ("q_proj", "v_proj")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Targets:
     """Which modules have low-rank factors. Source: peft 0.21.2, tuners/tuners_utils.py, check_target_module_exists.
 
     Attributes:
-        modules: Ends of paths, one regular expression for the whole path, `"all-linear"`, or `None` for PEFT's default.
+        modules: Ends of paths, one regular expression for the whole path, or `"all-linear"`; `None` if the settings
+            name nothing, and the tensors alone say it.
         excluded: Ends of paths, or one regular expression, of modules that are left out.
         saved: Expressions for modules that are trained whole, and so have no factors.
         layers: Numbers of the only layers with factors; empty for all. Without effect beside a regular expression.
@@ -34,7 +31,7 @@ class Targets:
             return False
         if any(re.match(rf"(^|.*\.){saved}($|\..*)", module) for saved in self.saved):
             return False
-        modules = _DEFAULT if self.modules is None else self.modules
+        modules = self.modules or ()
         if modules == "all-linear":
             return linear
         if isinstance(modules, str) or module in modules:

@@ -80,7 +80,7 @@ def merge_lora_then_quantize(
         UnknownNameError, UnitError: `quantize` or `max_shard_size` is not one.
 
     Warns:
-        UserWarning: an adapter names another base, or less than 90 % of an update survived in some module.
+        UserWarning: less than 90 % of an update survived in some module.
     """
     began = time.monotonic()
     job = merge_job(quantize, calibration, device, max_shard_size)

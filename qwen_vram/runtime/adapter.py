@@ -67,6 +67,8 @@ def add_adapter(model: nn.Module, adapter: Adapter, dtype: torch.dtype) -> nn.Mo
     config.inference_mode = True
     if not adapter.settings.mutates_base:
         config.init_lora_weights = True
+    if adapter.settings.targets.modules is None:  # PEFT would take its own default, whatever the file holds
+        config.target_modules = {module for module, tensors in adapter.modules.items() if tensors.factors}
     adapted: nn.Module = PeftModel.from_pretrained(
         model, adapter.folder, config=config, autocast_adapter_dtype=False, key_mapping=IN_MEMORY
     )
