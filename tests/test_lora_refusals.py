@@ -259,7 +259,11 @@ SPOILED = {
         r"not PEFT's: .*lora_B.weight \(F32 \[\]\)",
     ),
     "both spellings": ("dora", shaped(f"{Q0}.lora_magnitude_vector.weight", 64), r"not PEFT's: .*\(a second time\)"),
-    "half a pair": ("plain", without(f"{Q0}.lora_A.weight"), "q_proj has only one of its two factors; copy the whole file"),
+    "half a pair": (
+        "plain",
+        without(f"{Q0}.lora_A.weight"),
+        "q_proj has only one of its two factors; copy the whole file",
+    ),
     "a magnitude too few": ("dora", without(f"{Q0}.lora_magnitude_vector"), "q_proj.lora_magnitude_vector is missing"),
     "a magnitude too many": (
         "plain",

@@ -108,7 +108,7 @@ class _Reader:
     def changes(self) -> dict[str, Change]:
         modules = dict.fromkeys(name.rpartition(".")[0] for name in self.base.shapes)
         self.foreign += [f"{module} is not in it" for module in self.adapter.modules if module not in modules]
-        changes = {}
+        changes: dict[str, Change] = {}
         for module in modules:
             tensors = self.adapter.modules.get(module, ModuleTensors())
             changes |= self.of_module(module, tensors)
@@ -199,9 +199,7 @@ class _Reader:
                 shift = (stored, scale_of(self.settings, module, tensors.a.shape[0]))
         return Change(replacement=replacement, kept_beside=saved, shift=shift)
 
-    def factors(
-        self, module: str, tensors: ModuleTensors, shape: tuple[int, ...], *, linear: bool
-    ) -> Factors | None:
+    def factors(self, module: str, tensors: ModuleTensors, shape: tuple[int, ...], *, linear: bool) -> Factors | None:
         """The low-rank factors of a weight of `shape`."""
         embedding = module == EMBEDDING
         a, b = (tensors.embedding_a, tensors.embedding_b) if embedding else (tensors.a, tensors.b)

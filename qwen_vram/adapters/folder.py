@@ -71,10 +71,9 @@ def _instead(folder: Path) -> str:
     """Say what the folder holds in place of an adapter, and what to pass."""
     inside = adapters_inside(folder)
     if inside:
-        found = ", ".join(repr(path.name) for path in inside)
         return (
-            f", which is the output folder of a training run; its adapters are in {found}: pass one of them, such as "
-            f"{str(inside[-1])!r}"
+            f", and adapters in its subfolders, as in the output folder of a training run ({_last_names(inside)}); "
+            f"pass one of them, such as {str(inside[-1])!r}"
         )
     if (folder / MODEL_CONFIG).is_file():
         return (
@@ -82,6 +81,11 @@ def _instead(folder: Path) -> str:
             "as the model, without an adapter"
         )
     return "; point to the folder that PEFT's save_pretrained() wrote"
+
+
+def _last_names(folders: list[Path], shown: int = 5) -> str:
+    more = f"{len(folders) - shown} before, " if len(folders) > shown else ""
+    return more + ", ".join(path.name for path in folders[-shown:])
 
 
 def adapters_inside(folder: Path) -> list[Path]:
@@ -114,9 +118,9 @@ def check_is_no_adapter(folder: Path) -> None:
     if inside:
         base = named_base(inside[-1])
         raise AdapterError(
-            f"{str(folder)!r} holds no model; it is the output folder of a training run, with adapters of the base "
-            f"{base!r} in {', '.join(repr(path.name) for path in inside)}; pass the base as the model, and one of them "
-            f"as its adapter: qv.load({base!r}, adapter={str(inside[-1])!r})",
+            f"{str(folder)!r} holds no model, and adapters of the base {base!r} in its subfolders, as in the output "
+            f"folder of a training run ({_last_names(inside)}); pass the base as the model, and one of them as its "
+            f"adapter: qv.load({base!r}, adapter={str(inside[-1])!r})",
             path=str(folder),
         )
 

@@ -59,7 +59,7 @@ _ABOUT_TRAINING = re.compile(
     r"(^|_)(lr|learning|dropout|dtype|seed|optim\w*|scheduler|warmup|decay|epochs?|steps?|train\w*|dataset|loss|"
     r"version|date|time|author|license|tags|framework|unsloth\w*|swift\w*|gradient\w*|checkpoint\w*)(_|$)"
 )
-_OFF = (None, False, [], {}, "", 0)
+_OFF: tuple[object, ...] = (None, False, [], {}, "", 0)
 # What config.json of a model has and adapter_config.json has not.
 _MODELS_KEYS = ("model_type", "architectures", "hidden_size", "num_hidden_layers")
 

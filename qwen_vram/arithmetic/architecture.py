@@ -112,7 +112,7 @@ class Architecture:
             every = [tuple(StoredTensor(*tensor) for tensor in part) for part in (embedding, norm, head, *layers)]
             stored = Stored(every[0], tuple(every[3:]), every[1], every[2])
         weights = tuple(Weight(name, tuple(shape), role) for name, shape, role in data["adapter_weights"])
-        replaced = tuple(data["adapter_replaces"])
+        replaced = tuple(data.get("adapter_replaces", ()))
         return cls(**{**data, "stored": stored, "adapter_weights": weights, "adapter_replaces": replaced})
 
     @classmethod

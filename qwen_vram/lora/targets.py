@@ -90,7 +90,9 @@ def _is_tied(tensors: Mapping[str, StoredTensor]) -> bool:
     return head is None or same_bytes(head, tensors[_EMBEDDING_WEIGHT])
 
 
-def _check_conflicts(name: str, base: StoredTensor, updates: Sequence[Update], adapters: Sequence[WeightedAdapter]) -> None:
+def _check_conflicts(
+    name: str, base: StoredTensor, updates: Sequence[Update], adapters: Sequence[WeightedAdapter]
+) -> None:
     """Refuse adapters that do not add up: one replaces what another one changes too."""
     for update in updates if len(updates) > 1 else ():
         others = [other for other in updates if other is not update]

@@ -31,9 +31,7 @@ class WeightedAdapter:
 
     def stored(self, tensor: AdapterTensor) -> StoredTensor:
         """Return a tensor of the adapter's file, to be read piece by piece."""
-        return StoredTensor(
-            tensor.name, self.adapter.file, tensor.dtype, tensor.shape, tensor.offset, tensor.nbytes
-        )
+        return StoredTensor(tensor.name, self.adapter.file, tensor.dtype, tensor.shape, tensor.offset, tensor.nbytes)
 
 
 def open_adapters(adapter: AdapterLike) -> tuple[WeightedAdapter, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -63,7 +62,7 @@ def add_adapter(model: nn.Module, adapter: Adapter, dtype: torch.dtype) -> nn.Mo
     if find_spec("gptqmodel") is not None:
         import_quietly()  # or PEFT would, for any adapter
 
-    config = LoraConfig.from_pretrained(adapter.folder)
+    config = LoraConfig.from_pretrained(str(adapter.folder))
     config.inference_mode = True
     if not adapter.settings.mutates_base:
         config.init_lora_weights = True
