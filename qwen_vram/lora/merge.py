@@ -16,7 +16,7 @@ from qwen_vram.adapters.folder import check_is_no_adapter
 from qwen_vram.adapters.keys import shortened
 from qwen_vram.adapters.scaling import alpha_is_ambiguous
 from qwen_vram.errors import CheckpointError
-from qwen_vram.files.companions import REPORT, copy_files
+from qwen_vram.files.companions import REPORT
 from qwen_vram.files.local import read_config, read_tensors
 from qwen_vram.files.output import OutputFolder
 from qwen_vram.lora.gptq import merge_job, write_gptq
@@ -99,12 +99,11 @@ def merge_lora_then_quantize(
     target = Path(out)
     files = tuple(shard.file for shard in plan.shards)
     with OutputFolder(target, needed_bytes=needed, sources=plan.sources, overwrite=overwrite) as output:
-        copy_files(plan.files, output.folder)
+        plan.companions.write(output.folder, config=job is None)
         if job:
             merge = partial(_write_weights, plan, device=place, progress=progress)
             proofs, files = write_gptq(plan, job, output.folder, write_merged=merge, device=place, progress=progress)
         else:
-            (output.folder / "config.json").write_text(plan.config, encoding="utf-8")
             proofs = _write_weights(plan, output.folder, device=place, progress=progress)
         report = MergeReport(
             base=str(base),
@@ -115,7 +114,7 @@ def merge_lora_then_quantize(
             vocab_size=plan.targets.vocab_size,
             tie_word_embeddings=plan.targets.tie_word_embeddings,
             untied=plan.targets.untied,
-            tokenizer=str(plan.tokenizer),
+            tokenizer=str(plan.companions.tokenizer),
             total_bytes=sum(tensor.nbytes for tensor in read_tensors(output.folder).values()),
             files=files,
             seconds=round(time.monotonic() - began, 3),

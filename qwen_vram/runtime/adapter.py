@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import nn
 
 from qwen_vram.adapters.folder import WEIGHTS
 from qwen_vram.adapters.keys import IN_MEMORY, Adapter
-from qwen_vram.errors import BackendUnavailableError
+from qwen_vram.adapters.tokenizer import tokenizer_files, with_end_tokens
+from qwen_vram.errors import BackendUnavailableError, CheckpointError
+from qwen_vram.files.companions import copy_files
+from qwen_vram.files.local import CONFIG
 from qwen_vram.runtime.backends.gptq_library import import_quietly
+from qwen_vram.runtime.checkpoint import open_tokenizer
+
+_LOGGER = logging.getLogger(__name__)
 
 _INSTALL = 'pip install "qwen-vram[lora]"'
 
@@ -49,6 +59,39 @@ def check_values(adapter: Adapter, dtype: torch.dtype) -> None:
                 f"({torch.finfo(dtype).max:g}), in which the model runs; use weights='bf16', or weights='fp32' on a "
                 "GPU without bf16"
             )
+
+
+def open_adapters_tokenizer(base: Path, adapter: Adapter, rows: int) -> tuple[Any, tuple[int, ...]]:
+    """Open the tokenizer for `base` with `adapter` on it.
+
+    Args:
+        rows: Rows of the token table.
+
+    Returns:
+        The tokenizer, and the tokens that end an answer if it is the adapter's.
+
+    Raises:
+        CheckpointError: the base's tokenizer is needed, and cannot be read.
+    """
+    chosen = tokenizer_files(base, [adapter.folder], rows=rows)
+    if chosen.source == base:
+        return open_tokenizer(base), ()
+    with TemporaryDirectory(prefix="qwen_vram_") as folder:
+        copy_files({**chosen.files, CONFIG: base / CONFIG}, Path(folder))
+        try:
+            tokenizer = open_tokenizer(Path(folder))
+        except CheckpointError as error:
+            _LOGGER.warning("the tokenizer in %r is not taken, but the base's: %s", str(chosen.source), error)
+            return open_tokenizer(base), ()
+    tokenizer.name_or_path = str(chosen.source)
+    return tokenizer, chosen.end_token_ids
+
+
+def end_at(model: nn.Module, end_token_ids: tuple[int, ...]) -> None:
+    """Add tokens to those that end the model's generations."""
+    settings: Any = model.generation_config
+    if end_token_ids:
+        settings.eos_token_id = with_end_tokens(settings.eos_token_id, end_token_ids)
 
 
 def add_adapter(model: nn.Module, adapter: Adapter, dtype: torch.dtype) -> nn.Module:

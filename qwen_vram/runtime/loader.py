@@ -23,7 +23,7 @@ from qwen_vram.planning.budget import Budget, VramLike
 from qwen_vram.planning.planner import Plan, plan_for
 from qwen_vram.planning.search import Prefer
 from qwen_vram.runtime import attention
-from qwen_vram.runtime.adapter import add_adapter, check_peft, check_values
+from qwen_vram.runtime.adapter import add_adapter, check_peft, check_values, end_at, open_adapters_tokenizer
 from qwen_vram.runtime.backends import get_backend
 from qwen_vram.runtime.backends.base import Backend, Request, StreamingBackend
 from qwen_vram.runtime.blob import HostMemory
@@ -152,7 +152,12 @@ def _build(
         late_head=late_head,
         left_out=left_out(chosen),
     )
-    tokenizer = open_tokenizer(checkpoint.folder)
+    end_token_ids: tuple[int, ...] = ()
+    if adapter is None:
+        tokenizer = open_tokenizer(checkpoint.folder)
+    else:
+        rows = checkpoint.architecture.vocab_size
+        tokenizer, end_token_ids = open_adapters_tokenizer(checkpoint.folder, adapter, rows)
     meters = [PeakMeter(one) for one in devices]
     for meter in meters:
         meter.start()
@@ -179,6 +184,7 @@ def _build(
     if len(devices) > 1:
         connect(model, chosen, device)
     if adapter is not None:
+        end_at(model, end_token_ids)
         model = add_adapter(model, adapter, model.dtype)
     model.eval()
     measured = _loaded(model, backend, meters)
