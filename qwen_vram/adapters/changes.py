@@ -106,7 +106,7 @@ class _Reader:
         self.broken.setdefault(advice, []).append(problem)
 
     def changes(self) -> dict[str, Change]:
-        modules = dict.fromkeys(name.rpartition(".")[0] for name in self.base.shapes)
+        modules = sorted({name.rpartition(".")[0] for name in self.base.shapes})
         self.foreign += [f"{module} is not in it" for module in self.adapter.modules if module not in modules]
         changes: dict[str, Change] = {}
         for module in modules:

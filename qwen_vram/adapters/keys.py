@@ -34,6 +34,8 @@ _ENDINGS = {
     ".weight": "weight",
     ".bias": "bias",
 }
+# What wrappers of torch add to the names of modules: torch.compile, FSDP and activation checkpointing.
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 # A key as it is in a model in memory, which holds the adapter's name; PEFT loads those of the adapter "default" too.
 IN_MEMORY = {r"\.modules_to_save\.default\.": ".", r"\.default(?=\.weight$|\.bias$|$)": ""}
 
@@ -140,7 +142,7 @@ def _by_module(folder: Path, tensors: Mapping[str, AdapterTensor]) -> dict[str, 
     for key, tensor in tensors.items():
         ending = next((ending for ending in _ENDINGS if tensor.path.endswith(ending)), "")
         module = tensor.path[: len(tensor.path) - len(ending)]
-        inside = ".lora_" in module or ".default." in f"{module}."
+        inside = ".lora_" in module or ".default." in f"{module}." or any(part in key for part in _WRAPPERS)
         known = ending and key.startswith(_PREFIX) and not inside
         if not known or tensor.dtype not in _FLOATS or not tensor.shape:
             unknown.append(f"{key} ({tensor.dtype} {list(tensor.shape)})")

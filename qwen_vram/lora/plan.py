@@ -52,7 +52,7 @@ def plan_merge(
         CheckpointError: the base's files cannot be read.
     """
     stored = stored_tensors(checkpoint.folder)
-    targets = merge_targets(checkpoint.architecture, str(checkpoint.folder), stored, adapters)
+    targets = merge_targets(checkpoint.architecture, checkpoint.name, stored, adapters)
     for adapter in adapters:
         check_finite(adapter)
     quantized = matrices(checkpoint) if codec is not None else {}
