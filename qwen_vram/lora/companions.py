@@ -14,6 +14,7 @@ from qwen_vram.files.companions import companion_files, copy_files
 from qwen_vram.files.local import CONFIG, read_config
 from qwen_vram.lora.targets import Targets
 from qwen_vram.lora.weighted import WeightedAdapter
+from qwen_vram.runtime.adapter import open_adapters_tokenizer
 
 _GENERATION = "generation_config.json"
 
@@ -53,7 +54,10 @@ def companions(
     """
     tables_changed = any(target.updates and target.name.removesuffix(".weight") in TABLES for target in targets.targets)
     folders = [adapter.folder for adapter in adapters]
-    chosen = tokenizer_files(base, folders, rows=targets.vocab_size, tables_changed=tables_changed)
+    if tables_changed:
+        chosen = tokenizer_files(base, folders, rows=targets.vocab_size, tables_changed=True)
+    else:
+        chosen, _ = open_adapters_tokenizer(base, folders, rows=targets.vocab_size)
     copied = companion_files(base)
     for name in tokenizer_files(base, (), rows=targets.vocab_size).files:
         copied.pop(name, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,7 +14,7 @@ from torch import nn
 
 from qwen_vram.adapters.folder import WEIGHTS
 from qwen_vram.adapters.keys import IN_MEMORY, Adapter
-from qwen_vram.adapters.tokenizer import tokenizer_files, with_end_tokens
+from qwen_vram.adapters.tokenizer import TokenizerFiles, tokenizer_files, with_end_tokens
 from qwen_vram.errors import BackendUnavailableError, CheckpointError
 from qwen_vram.files.companions import copy_files
 from qwen_vram.files.local import CONFIG
@@ -61,30 +62,26 @@ def check_values(adapter: Adapter, dtype: torch.dtype) -> None:
             )
 
 
-def open_adapters_tokenizer(base: Path, adapter: Adapter, rows: int) -> tuple[Any, tuple[int, ...]]:
-    """Open the tokenizer for `base` with `adapter` on it.
+def open_adapters_tokenizer(base: Path, adapters: Sequence[Path], *, rows: int) -> tuple[TokenizerFiles, Any | None]:
+    """Choose the tokenizer for `base` with `adapters` on it, and open it if it is an adapter's.
+
+    An adapter's tokenizer that cannot be read is left out, with a warning in the log.
 
     Args:
         rows: Rows of the token table.
-
-    Returns:
-        The tokenizer, and the tokens that end an answer if it is the adapter's.
-
-    Raises:
-        CheckpointError: the base's tokenizer is needed, and cannot be read.
     """
-    chosen = tokenizer_files(base, [adapter.folder], rows=rows)
+    chosen = tokenizer_files(base, adapters, rows=rows)
     if chosen.source == base:
-        return open_tokenizer(base), ()
+        return chosen, None
     with TemporaryDirectory(prefix="qwen_vram_") as folder:
         copy_files({**chosen.files, CONFIG: base / CONFIG}, Path(folder))
         try:
             tokenizer = open_tokenizer(Path(folder))
         except CheckpointError as error:
-            _LOGGER.warning("the tokenizer in %r is not taken, but the base's: %s", str(chosen.source), error)
-            return open_tokenizer(base), ()
+            _LOGGER.warning("the tokenizer in %r is left out, and the base's taken: %s", str(chosen.source), error)
+            return tokenizer_files(base, (), rows=rows), None
     tokenizer.name_or_path = str(chosen.source)
-    return tokenizer, chosen.end_token_ids
+    return chosen, tokenizer
 
 
 def end_at(model: nn.Module, end_token_ids: tuple[int, ...]) -> None:

@@ -152,12 +152,12 @@ def _build(
         late_head=late_head,
         left_out=left_out(chosen),
     )
-    end_token_ids: tuple[int, ...] = ()
-    if adapter is None:
+    folders = [] if adapter is None else [adapter.folder]
+    chosen_tokenizer, tokenizer = open_adapters_tokenizer(
+        checkpoint.folder, folders, rows=checkpoint.architecture.vocab_size
+    )
+    if tokenizer is None:
         tokenizer = open_tokenizer(checkpoint.folder)
-    else:
-        rows = checkpoint.architecture.vocab_size
-        tokenizer, end_token_ids = open_adapters_tokenizer(checkpoint.folder, adapter, rows)
     meters = [PeakMeter(one) for one in devices]
     for meter in meters:
         meter.start()
@@ -184,7 +184,7 @@ def _build(
     if len(devices) > 1:
         connect(model, chosen, device)
     if adapter is not None:
-        end_at(model, end_token_ids)
+        end_at(model, chosen_tokenizer.end_token_ids)
         model = add_adapter(model, adapter, model.dtype)
     model.eval()
     measured = _loaded(model, backend, meters)
