@@ -302,6 +302,13 @@ def test_keys_with_the_adapters_name(base, adapter, made, tmp_path, kind):
     runs_as_peft(base, folder, tmp_path, like=made[kind])
 
 
+@pytest.mark.parametrize("wrapped", ["modules_to_save.", "modules_to_save.default."])
+def test_a_whole_module_with_its_wrappers_name(base, adapter, made, tmp_path, wrapped):
+    folder = adapter("whole head")
+    edit_tensors(folder, renamed(lambda key: key.replace("lm_head.weight", f"lm_head.{wrapped}weight")))
+    runs_as_peft(base, folder, tmp_path, like=made["whole head"])
+
+
 def test_dora_with_the_adapters_name(base, adapter, made, tmp_path):
     folder = adapter("dora")
     edit_tensors(folder, renamed(in_memory))
@@ -347,6 +354,15 @@ def test_keys_of_modules_that_the_base_has_not(base, adapter, tmp_path, change):
     refused(
         base, folder, tmp_path, "does not fit the base 'base': .* is not in it.*; pass the base that it was trained"
     )
+
+
+@pytest.mark.parametrize("task_type", ["SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION"])
+def test_adapters_of_models_that_are_no_language_models(base, adapter, tmp_path, task_type):
+    folder = adapter()
+    edit_config(folder, task_type=task_type, modules_to_save=["classifier", "score"])
+    edit_tensors(folder, lambda tensors: tensors.update({f"{PREFIX}score.weight": torch.zeros(2, 64)}))
+    text = f"score is not in it; its task_type is '{task_type}', so that it belongs to another kind of model than"
+    refused(base, folder, tmp_path, text)
 
 
 # tensors against settings

@@ -76,14 +76,21 @@ def changes_of(adapter: Adapter, base: Base) -> dict[str, Change]:
     reader = _Reader(adapter, base)
     changes = reader.changes()
     if reader.foreign:
-        trained_on = adapter.settings.trained_on
-        raise adapter.error(
-            f"does not fit the base {base.source!r}: {shortened(reader.foreign)}; pass the base that it was trained on"
-            f"{f' ({trained_on!r})' if trained_on else ''}"
-        )
+        raise adapter.error(f"does not fit the base {base.source!r}: {shortened(reader.foreign)}; {_instead(adapter)}")
     for advice, problems in reader.broken.items():
         raise adapter.error(f"is not what its adapter_config.json says: {shortened(problems)}; {advice}")
     return changes
+
+
+def _instead(adapter: Adapter) -> str:
+    """Say what an adapter that does not fit belongs to."""
+    trained_on, task_type = adapter.settings.trained_on, adapter.settings.task_type
+    if task_type not in ("", "CAUSAL_LM"):
+        return (
+            f"its task_type is {task_type!r}, so that it belongs to another kind of model than a language model "
+            "('CAUSAL_LM'): use it with transformers and PEFT"
+        )
+    return f"pass the base that it was trained on{f' ({trained_on!r})' if trained_on else ''}"
 
 
 class _Reader:
@@ -168,8 +175,6 @@ class _Reader:
         shape = base if replacement is None else (replacement.shape[0], *base[1:])
         self.take(tensors.untrained, shape)
         twice = self.take(tensors.saved_twice, shape)
-        if twice is not None and tensors.weight is None:
-            self.is_broken(f"{twice.name} is not the same as {name}")
         return Change(
             replacement=replacement,
             kept_beside=replacement is not None and self.is_saved_whole(module),

@@ -36,8 +36,10 @@ _ENDINGS = {
 }
 # What wrappers of torch add to the names of modules: torch.compile, FSDP and activation checkpointing.
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-# A key as it is in a model in memory, which holds the adapter's name; PEFT loads those of the adapter "default" too.
-IN_MEMORY = {r"\.modules_to_save\.default\.": ".", r"\.default(?=\.weight$|\.bias$|$)": ""}
+# From a key as it is in a model in memory, which holds the adapter's name "default", to the key that PEFT saves.
+_IN_MEMORY = {r"\.modules_to_save\.default\.": ".", r"\.default(?=\.weight$|\.bias$|$)": ""}
+# The same for PEFT. A module saved whole may have its wrapper's name in its key; PEFT wants it without.
+KEY_MAPPING = {r"\.modules_to_save\.(default\.)?": ".", **_IN_MEMORY}
 
 
 class AdapterTensor(NamedTuple):
@@ -62,7 +64,7 @@ class ModuleTensors:
     Attributes:
         weight: The whole weight, trained (modules_to_save) or saved with a resized vocabulary.
         copied_weight: The base's weight as it was in training, saved because the module is adapted.
-        saved_twice: `weight` once more, as PEFT writes it if the vocabulary was resized.
+        saved_twice: `weight` once more, as PEFT writes it if the vocabulary was resized; alone, it is `weight`.
         untrained: The resized weight that `weight` was trained from; without effect.
     """
 
@@ -127,7 +129,7 @@ def open_adapter(adapter: AdapterPath) -> Adapter:
 
 def _path_of(key: str) -> str:
     path = key.removeprefix(_PREFIX)
-    for pattern, replacement in IN_MEMORY.items():
+    for pattern, replacement in _IN_MEMORY.items():
         path, count = re.subn(pattern, replacement, path)
         if count:
             break
@@ -151,6 +153,9 @@ def _by_module(folder: Path, tensors: Mapping[str, AdapterTensor]) -> dict[str, 
         if getattr(found, _ENDINGS[ending]) is not None:
             unknown.append(f"{key} (a second time)")
         setattr(found, _ENDINGS[ending], tensor)
+    for found in modules.values():
+        if found.weight is None:
+            found.weight, found.saved_twice = found.saved_twice, None
     if unknown:
         raise AdapterError(
             f"adapter {str(folder)!r} holds keys that are not PEFT's: {shortened(unknown)}; PEFT would leave them out "

@@ -74,6 +74,7 @@ class LoraSettings:
         modules_to_save: Ends of the paths of modules that were trained whole.
         token_indices: Rows that were trained, by the end of their module's path.
         trained_on: The base that the adapter names.
+        task_type: PEFT's name of the kind of model, such as `"CAUSAL_LM"`; empty if there is none.
         activated: The adapter acts on the tokens behind its invocation tokens only (an activated LoRA).
         mutates_base: PEFT changes the base's weights when it loads the adapter, as it did before training (PiSSA,
             OLoRA), which must be on the device and not quantized.
@@ -93,6 +94,7 @@ class LoraSettings:
     token_indices: Mapping[str, tuple[int, ...]]
     ensure_weight_tying: bool
     trained_on: str
+    task_type: str
     activated: bool
     mutates_base: bool
     unmergeable: str
@@ -163,6 +165,7 @@ class _Reader:
             token_indices=self.token_indices(),
             ensure_weight_tying=bool(self.config.get("ensure_weight_tying")),
             trained_on=str(self.config.get("base_model_name_or_path") or ""),
+            task_type=str(self.config.get("task_type") or ""),
             activated=self.on("alora_invocation_tokens"),
             mutates_base=init in _REPEATABLE_INITS,
             unmergeable=self.unmergeable(init),

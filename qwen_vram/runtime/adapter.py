@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from qwen_vram.adapters.errors import AdapterError
 from qwen_vram.adapters.folder import WEIGHTS
-from qwen_vram.adapters.keys import IN_MEMORY, Adapter
+from qwen_vram.adapters.keys import KEY_MAPPING, Adapter
 from qwen_vram.adapters.tokenizer import TokenizerFiles, tokenizer_files, with_end_tokens
 from qwen_vram.errors import BackendUnavailableError, CheckpointError
 from qwen_vram.files.companions import copy_files
@@ -22,6 +24,9 @@ from qwen_vram.runtime.backends.gptq_library import import_quietly
 from qwen_vram.runtime.checkpoint import open_tokenizer
 
 _LOGGER = logging.getLogger(__name__)
+
+# Elements of the adapter's file that are checked at a time: 64 MiB in float32.
+_PIECE = 2**24
 
 _INSTALL = 'pip install "qwen-vram[lora]"'
 
@@ -47,19 +52,23 @@ def check_values(adapter: Adapter, dtype: torch.dtype) -> None:
     from safetensors import safe_open
 
     with safe_open(adapter.folder / WEIGHTS, "pt") as file:
-        for key in adapter.tensors:
-            tensor = file.get_tensor(key)
-            if torch.isfinite(tensor.to(dtype).float()).all():
-                continue
-            tensor = tensor.double()
-            if not torch.isfinite(tensor).all():
-                raise adapter.error(f"holds a NaN or an infinity in {key}; its training diverged, so train it again")
-            name = str(dtype).removeprefix("torch.")
-            raise adapter.error(
-                f"holds {float(tensor.abs().max()):g} in {key}, beyond the largest number of {name} "
-                f"({torch.finfo(dtype).max:g}), in which the model runs; use weights='bf16', or weights='fp32' on a "
-                "GPU without bf16"
-            )
+        for key, stored in adapter.tensors.items():
+            rows = max(_PIECE * stored.shape[0] // math.prod(stored.shape), 1)
+            for start in range(0, stored.shape[0], rows):
+                piece = file.get_slice(key)[start : start + rows]
+                if not torch.isfinite(piece.to(dtype).float()).all():
+                    raise _not_held(adapter, key, piece.double(), dtype)
+
+
+def _not_held(adapter: Adapter, key: str, values: torch.Tensor, dtype: torch.dtype) -> AdapterError:
+    if not torch.isfinite(values).all():
+        return adapter.error(f"holds a NaN or an infinity in {key}; its training diverged, so train it again")
+    name = str(dtype).removeprefix("torch.")
+    return adapter.error(
+        f"holds {float(values.abs().max()):g} in {key}, beyond the largest number of {name} "
+        f"({torch.finfo(dtype).max:g}), in which the model runs; use weights='bf16', or weights='fp32' on a GPU "
+        "without bf16"
+    )
 
 
 def open_adapters_tokenizer(base: Path, adapters: Sequence[Path], *, rows: int) -> tuple[TokenizerFiles, Any | None]:
@@ -109,7 +118,7 @@ def add_adapter(model: nn.Module, adapter: Adapter, dtype: torch.dtype) -> nn.Mo
     if adapter.settings.targets.modules is None:  # PEFT would take its own default, whatever the file holds
         config.target_modules = {module for module, tensors in adapter.modules.items() if tensors.factors}
     adapted: nn.Module = PeftModel.from_pretrained(
-        model, adapter.folder, config=config, autocast_adapter_dtype=False, key_mapping=IN_MEMORY
+        model, adapter.folder, config=config, autocast_adapter_dtype=False, key_mapping=KEY_MAPPING
     )
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:
