@@ -37,7 +37,7 @@ def warn_of_another_base(adapter: Adapter, base: object) -> None:
 
 
 def same_model(one: str, other: str) -> bool:
-    """Whether two names or folders are of the same model, judged by their last part.
+    """Tell whether two names or folders are of the same model, judged by their last part.
 
     >>> same_model("unsloth/Qwen2.5-7B-Instruct-bnb-4bit", "/models/Qwen2___5-7B-Instruct/")
     True

@@ -1,4 +1,4 @@
-"""What an adapter changes in its base, tensor by tensor; every tensor of its file is accounted for."""
+"""The changes that an adapter makes to its base, tensor by tensor; every tensor of its file is accounted for."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Change:
 
     @property
     def is_none(self) -> bool:
-        """Whether it leaves the tensor as it is."""
+        """Tell whether it leaves the tensor as it is."""
         return not (self.replacement or self.second_copy or self.factors or self.shift or self.tokens)
 
 
@@ -184,7 +184,7 @@ class _Reader:
         )
 
     def is_saved_whole(self, table: str) -> bool:
-        """Whether `table` is trained whole: by its own name, or by that of the table that it is tied to."""
+        """Tell whether `table` is trained whole: by its own name, or by that of the table that it is tied to."""
         tables = TABLES if self.base.tied and self.settings.ensure_weight_tying else (table,)
         return any(self.settings.saves(module) for module in tables)
 
@@ -240,7 +240,7 @@ class _Reader:
         return Factors(a=a, b=b, scale=scale, magnitude=magnitude, embedding=embedding)
 
     def is_twin_of_a_target(self, module: str) -> bool:
-        """Whether PEFT adapts `module` because it is tied to the table that the settings name."""
+        """Tell whether PEFT adapts `module` because it is tied to the table that the settings name."""
         if module not in TABLES or not (self.base.tied and self.settings.ensure_weight_tying):
             return False
         twin = HEAD if module == EMBEDDING else EMBEDDING

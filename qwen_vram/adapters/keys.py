@@ -59,7 +59,7 @@ class AdapterTensor(NamedTuple):
 
 @dataclass(slots=True)
 class ModuleTensors:
-    """What an adapter holds for one module; the fields are named after PEFT's keys.
+    """The tensors of an adapter for one module; the fields are named after PEFT's keys.
 
     Attributes:
         weight: The whole weight, trained (modules_to_save) or saved with a resized vocabulary.

@@ -66,7 +66,7 @@ _MODELS_KEYS = ("model_type", "architectures", "hidden_size", "num_hidden_layers
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraSettings:
-    """What adapter_config.json says about the arithmetic.
+    """The settings of adapter_config.json that change the arithmetic.
 
     Attributes:
         rank_pattern: Rank by module pattern, in the file's order; likewise `alpha_pattern`.
@@ -109,7 +109,7 @@ class LoraSettings:
         return [path for path in paths if path.endswith(self.modules_to_save)]
 
     def saves(self, module: str) -> bool:
-        """Whether `module`, or one around it, was trained whole."""
+        """Tell whether `module`, or one around it, was trained whole."""
         return bool(self.saved_around(module))
 
     def tokens_of(self, module: str) -> tuple[int, ...] | None:
@@ -142,7 +142,7 @@ class _Reader:
         return AdapterError(f"{str(self.path)!r}: {what}", path=str(self.path))
 
     def on(self, key: str) -> bool:
-        """Whether the file switches `key` on."""
+        """Tell whether the file switches `key` on."""
         return self.config.get(key) not in _OFF
 
     def settings(self) -> LoraSettings:
@@ -215,7 +215,7 @@ class _Reader:
         )
 
     def unmergeable(self, init: str) -> str:
-        """Why the adapter cannot be merged exactly; empty if it can."""
+        """Say why the adapter cannot be merged exactly; empty if it can."""
         if init in _REPEATABLE_INITS:
             return self.changed_base(self.config["init_lora_weights"])
         if self.on("alora_invocation_tokens"):

@@ -12,7 +12,7 @@ TABLES = (EMBEDDING, HEAD)
 
 
 class TableParts(NamedTuple):
-    """What an adapter holds for one side.
+    """The tensors of an adapter for one side.
 
     Attributes:
         replacement: Takes the table's place: trained whole, or saved because the vocabulary was resized.
@@ -26,7 +26,7 @@ class TableParts(NamedTuple):
 
 
 def table_parts(adapter: Adapter, module: str, *, tied: bool) -> TableParts:
-    """What `adapter` holds for `module`, the embedding or the head of a base whose two sides are tied or not.
+    """Return what `adapter` holds for `module`, the embedding or the head of a base whose two sides are tied or not.
 
     PEFT saves some of what it shares between tied sides once, and some of it twice.
     """

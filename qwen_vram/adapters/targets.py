@@ -26,7 +26,7 @@ class Targets:
     layers_pattern: tuple[str, ...] = ()
 
     def name(self, module: str, *, linear: bool) -> bool:
-        """Whether the settings name `module`, a path; `linear` says that it is a matrix and neither table nor head."""
+        """Tell whether the settings name `module`, a path; a `linear` one is a matrix, and neither table nor head."""
         if self.excluded and _matches(self.excluded, module):
             return False
         if any(re.match(rf"(^|.*\.){saved}($|\..*)", module) for saved in self.saved):
@@ -47,7 +47,7 @@ class Targets:
 
 
 def _matches(names: tuple[str, ...] | str, module: str) -> bool:
-    """Whether `module` is one of the paths or ends in one, or is matched whole by the regular expression."""
+    """Tell whether `module` is one of the paths or ends in one, or is matched whole by the regular expression."""
     if isinstance(names, str):
         return re.fullmatch(names, module) is not None
     return module in names or any(module.endswith(f".{name}") for name in names)

@@ -21,7 +21,7 @@ _GENERATION = "generation_config.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Companions:
-    """What is written beside the weights.
+    """The files that are written beside the weights.
 
     Attributes:
         copied: Files to copy, by their name in the output.

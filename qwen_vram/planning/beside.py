@@ -1,4 +1,4 @@
-"""What does not go with an adapter beside the base, refused by name when it is planned."""
+"""Refusals of knobs that do not go with an adapter beside the base, made when it is planned."""
 
 from __future__ import annotations
 
@@ -97,13 +97,13 @@ def _embeddings(architecture: Architecture, profile: Profile) -> str:
 
 
 def _changes(architecture: Architecture, module: str) -> bool:
-    """Whether the adapter adds to `module` or replaces it."""
+    """Tell whether the adapter adds to `module` or replaces it."""
     added = (weight.name for weight in architecture.adapter_weights)
     return any(name.startswith(f"{module}.") for name in (*added, *architecture.adapter_replaces))
 
 
 def _replaces(architecture: Architecture, module: str) -> bool:
-    """Whether the adapter replaces `module`'s weight, or rows of it."""
+    """Tell whether the adapter replaces `module`'s weight, or rows of it."""
     rows = f"{module}.token_adapter."
     return f"{module}.weight" in architecture.adapter_replaces or any(
         weight.name.startswith(rows) for weight in architecture.adapter_weights
