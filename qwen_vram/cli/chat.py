@@ -8,7 +8,19 @@ import typer
 
 import qwen_vram as qv
 from qwen_vram.cli.consoles import console, errors
-from qwen_vram.cli.options import Knobs, Model, NewTokens, Prefer, PromptLen, Ram, Reserve, Vram, budgets, parsed_knobs
+from qwen_vram.cli.options import (
+    Adapter,
+    Knobs,
+    Model,
+    NewTokens,
+    Prefer,
+    PromptLen,
+    Ram,
+    Reserve,
+    Vram,
+    budgets,
+    parsed_knobs,
+)
 
 
 def chat(
@@ -22,6 +34,7 @@ def chat(
     prefer: Prefer = "quality",
     prompt_len: PromptLen = 2048,
     max_new_tokens: NewTokens = 512,
+    adapter: Adapter = None,
     knobs: Knobs = None,
 ) -> None:
     """Talk to a model; Ctrl-C stops an answer, Ctrl-D leaves, /report compares memory with the prediction."""
@@ -34,6 +47,7 @@ def chat(
         prefer=prefer,  # type: ignore[arg-type]
         prompt_len=prompt_len,
         max_new_tokens=max_new_tokens,
+        adapter=adapter,
         **parsed_knobs(knobs),
     ) as llm:
         history = [{"role": "system", "content": system}] if system else []

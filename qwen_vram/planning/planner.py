@@ -31,6 +31,7 @@ class Plan:
         placement: Where each module goes.
         steps: Every candidate on the way, in order.
         model: What was planned for, as the caller named it; `None` for a config or an `Architecture`.
+        adapter: The LoRA adapter beside it, as the caller named it; `None` without one.
     """
 
     estimate: Estimate
@@ -38,6 +39,7 @@ class Plan:
     placement: Placement
     steps: tuple[Step, ...]
     model: str | None = None
+    adapter: str | None = None
 
     @property
     def profile(self) -> Profile:
@@ -71,11 +73,12 @@ class Plan:
         where = ", device='cpu'" if self.budget.vram is None else f", vram={self.budget.given}"
         plain, work = PROFILES["default"], self.workload
         padded = ", padded=True" if work.padded else ""
+        adapter = f", adapter={self.adapter!r}" if self.adapter is not None else ""
         chosen = {knob: getattr(self.profile, knob) for knob in KNOBS}
         knobs = "".join(f", {knob}={value!r}" for knob, value in chosen.items() if value != getattr(plain, knob))
         return (
             f"qv.load({model}, profile='default'{where}, prompt_len={work.prompt_len}, "
-            f"max_new_tokens={work.max_new_tokens}, batch_size={work.batch_size}{padded}{knobs})"
+            f"max_new_tokens={work.max_new_tokens}, batch_size={work.batch_size}{padded}{adapter}{knobs})"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -84,6 +87,7 @@ class Plan:
         return {
             "model": self.estimate.model,
             "source": self.model,
+            "adapter": self.adapter,
             "call": self.call,
             "profile": asdict(self.profile),
             "estimate": self.estimate.to_dict(),
@@ -109,7 +113,7 @@ class Plan:
             budget = Budget.from_dict(data["budget"])
             split = {int(device): count for device, count in data.get("split", {}).items()}
             steps = tuple(Step(**step) for step in data["steps"])
-            label, model = data["model"], data["source"]
+            label, model, adapter = data["model"], data["source"], data.get("adapter")
         except QwenVramError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -119,7 +123,7 @@ class Plan:
             ) from error
         if not split and len(budget.devices) < 2:
             alone = estimate(label, architecture, profile, workload, session=True, held=budget.held_on_one)
-            return _plan(alone, budget, steps, model)
+            return _plan(alone, budget, steps, model, adapter)
         layers = architecture.num_hidden_layers
         counted = all(type(count) is int and count > 0 for count in split.values())
         if not counted or sum(split.values()) != layers or split.keys() != budget.devices.keys():
@@ -128,7 +132,7 @@ class Plan:
                 "Plan.to_dict() gave, or qwen-vram plan --json"
             )
         result = split_estimate(label, architecture, profile, workload, split, session=True, held=budget.held)
-        return _plan(result, budget, steps, model)
+        return _plan(result, budget, steps, model, adapter)
 
     def __str__(self) -> str:
         """The steps of the search, the table of the estimate, and the equivalent `load` call."""
@@ -203,8 +207,10 @@ def plan_for(
         raise UnknownNameError("prefer", prefer, ("quality", "speed", "memory"))
     workload.check(architecture)
     found = Search(label, architecture, workload, budget, profile, knobs).run(prefer)
-    return _plan(found.estimate, budget, found.steps, str(model) if isinstance(model, str | Path) else None)
+    named = str(model) if isinstance(model, str | Path) else None
+    return _plan(found.estimate, budget, found.steps, named, None if adapter is None else str(adapter))
 
 
-def _plan(result: Estimate, budget: Budget, steps: tuple[Step, ...], model: str | None) -> Plan:
-    return Plan(estimate=result, budget=budget, placement=place_on(budget, result), steps=steps, model=model)
+def _plan(result: Estimate, budget: Budget, steps: tuple[Step, ...], model: str | None, adapter: str | None) -> Plan:
+    placement = place_on(budget, result)
+    return Plan(estimate=result, budget=budget, placement=placement, steps=steps, model=model, adapter=adapter)
