@@ -60,8 +60,8 @@ def fragment_bytes(architecture: Architecture, profile: Profile, workload: Workl
 
     One result of `gate_proj` in a prefill step, (batch_size x chunk, intermediate_size), finds no free block of its
     size. A quantized cache makes all keys and values of a layer whole in every step, in two tensors that grow with the
-    context: each leaves a block that the next one does not fit. A captured step of a smaller batch has logits in float32,
-    and segments in the pool of graphs.
+    context: each leaves a block that the next one does not fit. A captured step of a smaller batch has its logits in
+    float32, and segments in the pool of graphs.
     """
     rows = workload.batch_size * min(profile.prefill_chunk_size or workload.prompt_len, workload.prompt_len)
     activation = rows * architecture.intermediate_size * profile.element_bytes

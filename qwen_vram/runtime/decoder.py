@@ -91,7 +91,7 @@ class Decoder:
     def step(self, room: Room, batch_size: int) -> Step:
         """Return the step of the first `batch_size` sequences of a room, compiled and captured if it is not there.
 
-        A room keeps two steps at most: that of all its sequences, and that of the smaller batch that was asked for last.
+        A room keeps two steps at most: that of all its sequences, and that of the smaller batch that ran last.
         """
         if batch_size not in room.steps:
             began = perf_counter()
