@@ -27,7 +27,7 @@ from qwen_vram.runtime.check import check, check_files, check_host, dtype_for
 from qwen_vram.runtime.checkpoint import Checkpoint, open_checkpoint, open_tokenizer
 from qwen_vram.runtime.decoder import decoder_for
 from qwen_vram.runtime.device_map import away_of, connect, device_map, left_out, undispatched
-from qwen_vram.runtime.devices import check_free, devices_for, weakest
+from qwen_vram.runtime.devices import budget_on, check_free, devices_for, weakest
 from qwen_vram.runtime.fused_layers import fuse_layers
 from qwen_vram.runtime.garbage import collect_dropped, garbage_of_this_load
 from qwen_vram.runtime.host_embedding import move_embedding_to_host
@@ -84,11 +84,12 @@ def load(
     place = weakest(devices)
     if place.type == "cuda" and profile == "auto" and torch.cuda.get_device_capability(place) < (8, 0):
         knobs.setdefault("attention", "sdpa")  # the flash kernel begins with Ampere
+    vram, reserve = budget_on(devices, vram, reserve)
     planned = partial(
         plan,
         model,
         profile=profile,
-        vram={} if place.type == "cpu" else vram or None,
+        vram=vram,
         ram=ram,
         reserve=reserve,
         prefer=prefer,
