@@ -7,6 +7,7 @@ QwenVramError
 ├── ConfigError (ValueError)               a config.json that is missing, broken or of another architecture
 ├── CheckpointError                        safetensors that are missing, truncated, corrupt or somewhere else
 ├── HubError                               a hub that cannot be reached, or does not hold what was asked for
+├── NotFiniteError                         a model that computes NaN or infinities
 ├── NotSupportedError                      a knob or combination that is counted but cannot be run
 ├── BackendUnavailableError (ImportError)  a library or device that is not on this machine
 ├── DoesNotFitError                        a budget that nothing fits
@@ -80,6 +81,20 @@ class HubError(QwenVramError):
     def __init__(self, message: str, *, repo_id: str) -> None:
         super().__init__(message)
         self.repo_id = repo_id
+
+
+class NotFiniteError(QwenVramError):
+    """A model's logits are NaN or infinite.
+
+    Attributes:
+        dtype: The dtype that the model computes in, such as `"fp16"`.
+        module: The first module whose output is not finite, by its name in the model; empty if it was not found.
+    """
+
+    def __init__(self, message: str, *, dtype: str, module: str) -> None:
+        super().__init__(message)
+        self.dtype = dtype
+        self.module = module
 
 
 class NotSupportedError(QwenVramError):

@@ -1,4 +1,4 @@
-"""Which GPUs a plan sees: a stand-in for the driver's library and for `torch.cuda`, since no test machine has such cards."""
+"""Which GPUs a plan sees: with a stand-in for the driver's library and `torch.cuda`, for cards that are not here."""
 
 import logging
 import os

@@ -131,4 +131,7 @@ def _holders(device: torch.device) -> str:
     held = torch.cuda.memory_allocated(device)
     if held <= FREE_RESERVE:
         return "other processes hold the rest; end them"
-    return f"tensors of this process hold {format_gib(held)}; if they are a model that was loaded before, call close() on it"
+    return (
+        f"tensors of this process hold {format_gib(held)}; if they are a model that was loaded before, call close() "
+        "on it"
+    )
