@@ -86,7 +86,7 @@ def test_every_layout_of_a_model_notices(holed, knobs):
     assert (caught.value.dtype, caught.value.module) == ("bf16", LATE)
 
 
-@pytest.mark.parametrize("weights", ["nf4", "fp4", "int4"])
+@pytest.mark.parametrize("weights", ["nf4", "fp4", "int4", "int8-wo", "fp8", "int8"])
 def test_quantized_weights_notice(holed, weights):
     with load(holed, weights=weights) as llm, pytest.raises(qv.NotFiniteError, match="in bf16; the first") as caught:
         llm.chat("hi")
