@@ -60,7 +60,9 @@ CALLS = {
 def test_every_generation_notices(loud, call):
     with load(loud, weights="fp16") as llm:
         for _ in range(2):  # the second is not another matter
-            with pytest.raises(qv.NotFiniteError, match="in fp16; the first output that is not finite is that of") as caught:
+            with pytest.raises(
+                qv.NotFiniteError, match="in fp16; the first output that is not finite is that of"
+            ) as caught:
                 call(llm)
             assert (caught.value.dtype, caught.value.module) == ("fp16", LATE)
             assert "do not fit fp16: load with weights='bf16', or weights='fp32'" in str(caught.value)
@@ -81,7 +83,10 @@ KNOBS = [
 
 @pytest.mark.parametrize("knobs", KNOBS, ids=str)
 def test_every_layout_of_a_model_notices(holed, knobs):
-    with load(holed, **knobs) as llm, pytest.raises(qv.NotFiniteError, match="another copy of the checkpoint") as caught:
+    with (
+        load(holed, **knobs) as llm,
+        pytest.raises(qv.NotFiniteError, match="another copy of the checkpoint") as caught,
+    ):
         llm.chat("word " * 30)
     assert (caught.value.dtype, caught.value.module) == ("bf16", LATE)
 
@@ -144,8 +149,8 @@ def test_a_step_that_goes_wrong_late_is_noticed_too(untied):
             return scores.fill_(NAN) if ids.shape[1] > 30 else scores
 
     with load(untied) as llm:
+        spoiled = LogitsProcessorList([Spoil(), FiniteLogits()])
         with pytest.raises(qv.NotFiniteError, match=r"in bf16; load with weights='fp32'") as caught:
-            spoiled = LogitsProcessorList([Spoil(), FiniteLogits()])
             llm.generate("hi", do_sample=False, eos_token_id=None, max_new_tokens=60, logits_processor=spoiled)
         assert caught.value.module == ""
 

@@ -71,14 +71,14 @@ class FiniteLogits(LogitsProcessor):  # type: ignore[misc]
             self._copy = torch.empty((), dtype=torch.bool, pin_memory=True), torch.cuda.Event()  # type: ignore[no-untyped-call]
         else:
             flag, arrived = self._copy
-            if not arrived.query():
+            if not arrived.query():  # type: ignore[no-untyped-call]
                 return
             if bool(flag):
                 raise NotFinite
         flag, arrived = self._copy
         assert self._found is not None
         flag.copy_(self._found, non_blocking=True)
-        arrived.record()  # type: ignore[no-untyped-call]
+        arrived.record()
 
 
 def explained(model: Any, context: Tensor | None) -> NotFiniteError:

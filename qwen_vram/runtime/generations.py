@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from transformers import Cache, LogitsProcessorList, StaticCache
+from transformers import Cache, StaticCache
 
 from qwen_vram.arithmetic.estimate import Estimate
 from qwen_vram.arithmetic.split import at_workload, split_of
@@ -18,10 +18,11 @@ from qwen_vram.planning.planner import Plan
 from qwen_vram.planning.search import Search
 from qwen_vram.runtime.decode_room import RoomCache
 from qwen_vram.runtime.decoder import Decoder
-from qwen_vram.runtime.finite import FiniteLogits, NotFinite, explained
 from qwen_vram.runtime.host_cache import HostCache
 from qwen_vram.runtime.kv_cache import PreallocatedCache, cache_bytes
 from qwen_vram.runtime.measure import PeakMeter
+from qwen_vram.runtime.sampling import Settings
+from qwen_vram.runtime.watched import watched
 
 
 class Generations:
@@ -75,11 +76,10 @@ class Generations:
         """
         batch_size, prompt_len = inputs["input_ids"].shape
         new = self.plan.workload.max_new_tokens if max_new_tokens is None else max_new_tokens
-        copies = max(int(options.get(name) or 1) for name in ("num_beams", "num_return_sequences"))
         workload = Workload(
             prompt_len=prompt_len,
             max_new_tokens=new,
-            batch_size=batch_size * copies,
+            batch_size=batch_size * Settings(options, model).sequences,
             padded=not bool(inputs["attention_mask"].all()),
         )
         length = self._cache_length(workload)
@@ -88,15 +88,11 @@ class Generations:
             meter.start()
         on_device = {name: tensor.to(self.device) for name, tensor in inputs.items()}
         settings = {"max_new_tokens": new, **self._cache_settings(model, workload, length), **options}
-        finite = FiniteLogits()
-        settings["logits_processor"] = LogitsProcessorList([finite, *(options.get("logits_processor") or ())])
         cache = settings.get("past_key_values")
         try:
-            output = model.generate(**on_device, **{**settings, "return_dict_in_generate": True})
-            finite.check()
+            with watched(model, settings) as arguments:
+                output = model.generate(**on_device, **{**arguments, "return_dict_in_generate": True})
             self._note(workload, output, meters)
-        except NotFinite:
-            raise explained(model, finite.context) from None
         finally:
             if isinstance(cache, RoomCache) and "past_key_values" not in options:
                 cache.release()  # or an error's traceback would keep the memory from the next generation

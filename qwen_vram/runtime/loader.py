@@ -37,6 +37,7 @@ from qwen_vram.runtime.packing import pack_layers
 from qwen_vram.runtime.progress import transformers_bars
 from qwen_vram.runtime.streaming import Streamer
 from qwen_vram.runtime.verify import verify as check_plan
+from qwen_vram.runtime.vocabulary import check_vocabulary
 
 
 def load(
@@ -152,6 +153,7 @@ def _build(
         left_out=left_out(chosen),
     )
     tokenizer = open_tokenizer(checkpoint.folder)
+    check_vocabulary(tokenizer, checkpoint.architecture.vocab_size, checkpoint.folder)
     meters = [PeakMeter(one) for one in devices]
     for meter in meters:
         meter.start()
