@@ -79,7 +79,7 @@ class Generations:
         workload = Workload(
             prompt_len=prompt_len,
             max_new_tokens=new,
-            batch_size=batch_size * Settings(options, model).sequences,
+            batch_size=batch_size * Settings(options, model.generation_config).sequences,
             padded=not bool(inputs["attention_mask"].all()),
         )
         length = self._cache_length(workload)

@@ -35,6 +35,7 @@ from qwen_vram.runtime.loaded import LoadedModel
 from qwen_vram.runtime.measure import PeakMeter, weight_storages
 from qwen_vram.runtime.packing import pack_layers
 from qwen_vram.runtime.progress import transformers_bars
+from qwen_vram.runtime.sampling import generation_config
 from qwen_vram.runtime.streaming import Streamer
 from qwen_vram.runtime.verify import verify as check_plan
 from qwen_vram.runtime.vocabulary import check_vocabulary
@@ -154,6 +155,7 @@ def _build(
     )
     tokenizer = open_tokenizer(checkpoint.folder)
     check_vocabulary(tokenizer, checkpoint.architecture.vocab_size, checkpoint.folder)
+    generation_config(checkpoint.folder)
     meters = [PeakMeter(one) for one in devices]
     for meter in meters:
         meter.start()

@@ -61,7 +61,8 @@ def sorted_options(options: Mapping[str, Any], model: Any, template: Template | 
 
     Args:
         options: As a caller passed them.
-        model: A `transformers` model, or a `PeftModel` of one; its `forward` takes further options.
+        model: A `transformers` model, or a `PeftModel` of one; its `forward` takes further options. `None` if it is not
+            loaded yet.
         template: The chat template; `None` if the prompt goes through none.
 
     Raises:
@@ -109,7 +110,7 @@ def _generate_names(model: Any) -> frozenset[str]:
     """Every option of `generate` for this model, and our own."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     fields = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
-    forward = inspect.signature(base.forward).parameters
+    forward = () if base is None else inspect.signature(base.forward).parameters
     return frozenset({*fields, *_GENERATE, *forward, "seed"} - {*_OURS, "max_length"})
 
 

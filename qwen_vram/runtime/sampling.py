@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from qwen_vram.errors import ConfigError, QwenVramError, WorkloadError
 from qwen_vram.runtime.vocabulary import padding_token
@@ -51,6 +52,8 @@ _ALWAYS = {
     "length_penalty": _Range("a number", -math.inf),
 }
 _LARGEST_SEED = 2**64 - 1
+# Decoding that `transformers` 5 no longer has, and loads as code from the hub.
+_FOREIGN_CODE = ("penalty_alpha", "num_beam_groups", "dola_layers", "constraints", "force_words_ids")
 
 
 class Settings:
@@ -58,12 +61,12 @@ class Settings:
 
     Args:
         options: Options of `generate`, as the caller passed them.
-        model: A `transformers` model, or a `PeftModel` of one; its `generation_config` has what no option names.
+        file: The model's `generation_config`, which has what no option names.
     """
 
-    def __init__(self, options: Mapping[str, Any], model: Any) -> None:
+    def __init__(self, options: Mapping[str, Any], file: GenerationConfig) -> None:
         self._options = options
-        self._file = model.generation_config
+        self._file = file
 
     def max_new_tokens(self, asked: int | None) -> int | None:
         """The new tokens that the caller asks for, by an argument or in a `generation_config` of their own."""
@@ -99,8 +102,15 @@ class Settings:
             WorkloadError: an option is out of its range.
             ConfigError: a setting of generation_config.json that applies is.
         """
-        settings = dict(self._options)
+        settings = {"tokenizer": tokenizer, **self._options}
+        if self.value("use_cache") is False and "use_cache" not in self._options:
+            settings["use_cache"] = True  # a leftover of training; the plan has a cache
         do_sample = self._samples()
+        for name in _FOREIGN_CODE:
+            sampled = name == "penalty_alpha" and do_sample  # without effect
+            if self.value(name) not in (None, 1) and not sampled:
+                why = f"transformers loads code from the hub for it, which is not run here: leave {name} out"
+                raise self._error(name, self.value(name), why)
         settings["do_sample"] = do_sample
         for name, allowed in (_ALWAYS | _SAMPLING).items():
             value = self.value(name)
@@ -130,7 +140,11 @@ class Settings:
         for name, allowed in ("num_beams", _ALWAYS["num_beams"]), ("num_return_sequences", _ALWAYS["num_beams"]):
             value = self.value(name)
             if value is not None and allowed.has(value) and value > 1:
-                raise self._error(name, value, f"stream() gives one answer as it is made: pass {name}=1, or use chat()")
+                raise self._error(
+                    name,
+                    value,
+                    f"stream() gives one answer as it is made: pass {name}=1 (--set {name}=1), or use chat()",
+                )
 
     def _samples(self) -> bool:
         asked = self.value("do_sample")
@@ -176,7 +190,6 @@ class Settings:
         texts = [stops] if isinstance(stops, str) else stops
         if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(one, str) and one for one in texts):
             raise self._refused("stop_strings", stops, "a text or a list of texts, none empty")
-        settings.setdefault("tokenizer", tokenizer)
 
     def _passed(self, name: str) -> Any:
         """The value of a setting in this call alone."""
@@ -191,6 +204,24 @@ class Settings:
         if name in self._options or self._passed(name) is not None:
             return WorkloadError(f"{name}={value!r} cannot be run; {why}", name=name, got=value)
         return ConfigError(f"{name}={value!r} in {_FILE} cannot be run; {why}", source=_FILE)
+
+
+def generation_config(folder: Path) -> GenerationConfig:
+    """The generation_config.json of a checkpoint as `transformers` reads it.
+
+    Raises:
+        ConfigError: `transformers` refuses what is in it, and could not load the model.
+    """
+    try:
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except OSError:  # no such file, or not JSON: `transformers` then goes by config.json
+        return GenerationConfig()
+    except Exception as error:  # whatever a value of another type leads to
+        said = " ".join(str(error).split()).rstrip(".")
+        raise ConfigError(
+            f"{str(folder / _FILE)!r} cannot be used: {said}. Correct that setting, or remove it from the file",
+            source=str(folder / _FILE),
+        ) from error
 
 
 def _listed(given: Any) -> list[Any]:

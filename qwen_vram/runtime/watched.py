@@ -39,7 +39,7 @@ def watched(model: Any, settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]
     except QwenVramError:
         raise
     except (ValueError, TypeError, AttributeError, NotImplementedError, ImportError) as error:
-        if finite.context is not None:
+        if finite.context is not None and not _in_generate(error):
             raise
         said = " ".join(str(error).split())
         raise WorkloadError(
@@ -48,3 +48,11 @@ def watched(model: Any, settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]
     finally:
         if seeded is not None:
             seeded.end()
+
+
+def _in_generate(error: BaseException) -> bool:
+    """Whether `transformers`' own code around the model raised the error: a processor or a criterion, for example."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    return place is not None and place.tb_frame.f_globals.get("__name__", "").startswith("transformers.generation.")
