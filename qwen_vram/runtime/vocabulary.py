@@ -32,10 +32,12 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, table: int, folder: Pat
         CheckpointError: the tokenizer knows less than half as many tokens as the table has rows, and it has no token
             for each byte, or numbers without a token.
     """
+    if 2 * len(tokenizer) >= table:
+        return
     known = tokenizer.get_vocab()
     whole = len(known) >= _BYTES and len(known) == max(known.values()) + 1
     there = [name for name in _FILES if (folder / name).is_file()]
-    if 2 * len(known) >= table or whole or not (used or there):
+    if whole or not (used or there):
         return
     raise CheckpointError(
         f"the tokenizer in {str(folder)!r} knows {len(known):,} tokens, and the model has {table:,}; its words are "
@@ -53,7 +55,8 @@ def check_tokens(input_ids: Tensor, tokenizer: PreTrainedTokenizerBase, table: i
     """
     if not input_ids.shape[1]:
         raise CheckpointError(
-            f"the tokenizer in {str(folder)!r} makes no tokens of the prompt; add the model's tokenizer.json",
+            f"the tokenizer in {str(folder)!r} makes no tokens of the prompt; use another prompt, or add the model's "
+            "tokenizer.json",
             path=str(folder),
         )
     past = sorted(set(input_ids[input_ids >= table].tolist()))
