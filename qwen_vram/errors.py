@@ -2,8 +2,8 @@
 
 QwenVramError
 ├── UnitError (ValueError)                 a size without a unit, or not a size
-├── UnknownNameError (ValueError)          a model, profile, format, knob or device nobody has heard of
-├── WorkloadError (ValueError)             a length or batch that cannot be run
+├── UnknownNameError (ValueError)          an unknown model, profile, format, knob, option or device
+├── WorkloadError (ValueError)             a length, batch, message or option that cannot be run
 ├── ConfigError (ValueError)               a config.json that is missing, broken or of another architecture
 ├── CheckpointError                        safetensors that are missing, truncated, corrupt or somewhere else
 ├── HubError                               a hub that cannot be reached, or does not hold what was asked for
@@ -51,7 +51,7 @@ class UnknownNameError(QwenVramError, ValueError):
 
 
 class WorkloadError(QwenVramError, ValueError):
-    """A workload cannot be run. `name` and `got` are the quantity and its value."""
+    """A workload, a message or an option cannot be run. `name` and `got` are the quantity and its value."""
 
     def __init__(self, message: str, *, name: str, got: object) -> None:
         super().__init__(message)

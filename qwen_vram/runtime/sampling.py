@@ -123,6 +123,9 @@ class Settings:
         if self.value("temperature") == 0:
             for name in _SAMPLING:
                 settings.pop(name, None)
+        for name in ("num_beams", "num_return_sequences"):
+            if name in settings and settings[name] is None:
+                settings[name] = 1  # `transformers` compares them as numbers
         self._check_answers(do_sample)
         self._check_seed()
         self._add_ends(settings, tokenizer, table, end_of_turn)
