@@ -123,7 +123,8 @@ class Plan:
                 "qwen-vram plan --json"
             ) from error
         if not split and len(budget.devices) < 2:
-            return _plan(estimate(label, architecture, profile, workload), budget, steps, model, sequences)
+            alone = estimate(label, architecture, profile, workload, session=True, held=budget.held_on_one)
+            return _plan(alone, budget, steps, model, sequences)
         layers = architecture.num_hidden_layers
         counted = all(type(count) is int and count > 0 for count in split.values())
         if not counted or sum(split.values()) != layers or split.keys() != budget.devices.keys():
@@ -131,7 +132,8 @@ class Plan:
                 f"this is no plan (split {split} of {layers} layers over the GPUs {list(budget.devices)}); pass what "
                 "Plan.to_dict() gave, or qwen-vram plan --json"
             )
-        return _plan(split_estimate(label, architecture, profile, workload, split), budget, steps, model, sequences)
+        result = split_estimate(label, architecture, profile, workload, split, session=True, held=budget.held)
+        return _plan(result, budget, steps, model, sequences)
 
     def __str__(self) -> str:
         """The steps of the search, the table of the estimate, and the equivalent `load` call."""
@@ -189,12 +191,26 @@ def plan(
         NotSupportedError: what loads on no machine, and a knob that works on one GPU alone with several GPUs.
         UnknownNameError, WorkloadError, ConfigError, UnitError, HubError: as for `estimate_vram`.
     """
-    label, architecture = resolve_model(model, adapter)
     workload = Workload(prompt_len=prompt_len, max_new_tokens=max_new_tokens, batch_size=batch_size, padded=padded)
+    budget = Budget.of(vram, ram, reserve)
+    return plan_for(model, workload, budget, profile=profile, prefer=prefer, adapter=adapter, **knobs)
+
+
+def plan_for(
+    model: ModelLike,
+    workload: Workload,
+    budget: Budget,
+    *,
+    profile: str | Profile = "auto",
+    prefer: Prefer = "quality",
+    adapter: str | Path | None = None,
+    **knobs: object,
+) -> Plan:
+    """Plan as `plan()` does, for a budget that is known already."""
+    label, architecture = resolve_model(model, adapter)
     if prefer not in ("quality", "speed", "memory"):
         raise UnknownNameError("prefer", prefer, ("quality", "speed", "memory"))
     workload.check(architecture)
-    budget = Budget.of(vram, ram, reserve)
     sequences = sequences_per_prompt(model)
     workload = replace(workload, batch_size=workload.batch_size * sequences)
     found = Search(label, architecture, workload, budget, profile, knobs).run(prefer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from qwen_vram.runtime.garbage import collect_dropped, garbage_of_this_load
 from qwen_vram.runtime.host_embedding import move_embedding_to_host
 from qwen_vram.runtime.loaded import LoadedModel
 from qwen_vram.runtime.measure import PeakMeter, weight_storages
+from qwen_vram.runtime.memory import give_back_heap, nothing_left_after_a_failure
 from qwen_vram.runtime.packing import pack_layers
 from qwen_vram.runtime.progress import transformers_bars
 from qwen_vram.runtime.sampling import generation_config
@@ -117,14 +119,17 @@ def load(
         assert chosen.estimate.architecture is not None
         check_adapter(adapter_folder(adapter), chosen.estimate.architecture, chosen.profile)
     check_free(chosen, devices)
-    with garbage_of_this_load():
-        llm = _build(open_checkpoint(model), chosen, backend, devices, adapter, progress)
-    if verify:
-        try:
-            check_plan(llm)
-        except BaseException:
-            llm.close()
-            raise
+    with nothing_left_after_a_failure():
+        with garbage_of_this_load(), ExitStack() as after_a_failure:
+            llm = _build(open_checkpoint(model), chosen, backend, devices, adapter, progress, after_a_failure)
+            after_a_failure.pop_all()
+        give_back_heap()
+        if verify:
+            try:
+                check_plan(llm)
+            except BaseException:
+                llm.close()
+                raise
     return llm
 
 
@@ -135,6 +140,7 @@ def _build(
     devices: list[torch.device],
     adapter: str | Path | None,
     progress: bool,
+    after_a_failure: ExitStack,
 ) -> LoadedModel:
     profile, device, dtype = chosen.profile, devices[0], dtype_for(chosen.profile, weakest(devices))
     if profile.disk_layers:
@@ -170,6 +176,7 @@ def _build(
             blocks = pack_layers(model, away_of(chosen), backend, request, memory, bar)
             slots = streaming_slots(checkpoint.architecture, profile)
             streamer = Streamer(blocks, memory, slots, disk_buffers(profile))
+            after_a_failure.callback(streamer.close)
     if table_on_host(checkpoint.architecture, profile):
         move_embedding_to_host(model, device)
     if profile.tiles and backend.name == "bnb":
@@ -188,6 +195,7 @@ def _build(
     if profile.compiled:
         with transformers_bars(progress) as bar:
             decoder = decoder_for(model, chosen.workload, bar)
+            after_a_failure.callback(decoder.close)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,

@@ -77,11 +77,6 @@ class Settings:
         """How many answers come back for each prompt."""
         return self.value("num_return_sequences") or 1
 
-    @property
-    def sequences(self) -> int:
-        """How many sequences run for each prompt: beams, or answers."""
-        return max(self.answers, self.value("num_beams") or 1)
-
     def value(self, name: str) -> Any:
         """A setting as it applies: an option, a field of the caller's `generation_config`, or the file's."""
         own = self._passed(name)
