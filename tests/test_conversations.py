@@ -374,6 +374,7 @@ def test_a_model_that_cannot_chat_is_refused_before_its_weights_load(demo, tmp_p
     [
         (["--no-thinking"], "unknown option of the chat template 'enable_thinking'"),
         (["--set", "temprature=1"], "unknown option 'temprature'; choose from temperature"),
+        (["--set", "weigths=nf4"], "unknown knob 'weigths'; choose from weights"),
         (["--temperature", "-1"], "temperature=-1.0 cannot be run; it must be a number, 0 (greedy) or more"),
         (["--set", "num_beams=2"], "stream() gives one answer as it is made: pass num_beams=1 (--set num_beams=1)"),
         (["--chat-template", "x"], "unknown chat_template 'x'"),

@@ -257,3 +257,17 @@ def test_without_torch_the_first_visible_card_is_asked(drive, monkeypatch):
     drive(Driver([24, 12], used_here=2, free={f"GPU-{SECOND}": 5}), "1")
     monkeypatch.setitem(sys.modules, "torch", None)
     assert devices.free_vram() == 7 * GIB
+
+
+@pytest.mark.parametrize(
+    ("sizes", "order", "said"),
+    [([24, 12], None, True), ([24, 12], "FASTEST_FIRST", True), ([24, 12], "PCI_BUS_ID", False), ([24], None, False)],
+)
+def test_cards_of_several_kinds_may_be_in_another_order(drive, monkeypatch, caplog, sizes, order, said):
+    drive(Driver(sizes))
+    monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
+    if order:
+        monkeypatch.setenv("CUDA_DEVICE_ORDER", order)
+    with caplog.at_level(logging.WARNING):
+        assert free_vram() == 24 * GIB
+    assert ("CUDA numbers the fastest one first" in caplog.text) is said

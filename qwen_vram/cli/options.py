@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from difflib import get_close_matches
 from typing import Annotated, Any
 
 import typer
@@ -69,6 +70,11 @@ def parsed_settings(pairs: list[str] | None) -> tuple[dict[str, Any], dict[str, 
         if not separator or not name or name in KNOBS:
             knobs.append(pair)
             continue
+        near = tuple(get_close_matches(name, KNOBS, n=2, cutoff=0.8))
+        if near:
+            raise qv.UnknownNameError(
+                "knob", name, near, hint="options of the chat template and of generate are set too"
+            )
         try:
             options[name] = json.loads({"True": "true", "False": "false", "None": "null"}.get(value, value))
         except json.JSONDecodeError:

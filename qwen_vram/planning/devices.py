@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -12,6 +13,8 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from qwen_vram.errors import BackendUnavailableError
+
+_LOGGER = logging.getLogger(__name__)
 
 
 class DeviceMemory(NamedTuple):
@@ -53,7 +56,7 @@ def free_vram(number: int | None = None) -> int | None:
     if number is None and torch is not None and torch.cuda.is_initialized():
         number = torch.cuda.current_device()
     if number is None:
-        card = next(iter(visible_gpus()), None)
+        card = _first(visible_gpus())
     else:
         assert torch is not None
         card = _card_of(torch, number)
@@ -63,6 +66,18 @@ def free_vram(number: int | None = None) -> int | None:
         return card.free + card.used_here
     live, reserved = torch.cuda.memory_allocated(number or 0), torch.cuda.memory_reserved(number or 0)
     return int(card.free + max(0, max(card.used_here, reserved) - live))
+
+
+def _first(cards: list[DeviceMemory]) -> DeviceMemory | None:
+    """The first of the visible GPUs; says so if CUDA may number another one first, which is known only at run time."""
+    kinds = {(card.name, card.total) for card in cards}
+    if len(kinds) > 1 and os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
+        _LOGGER.warning(
+            "this machine has GPUs of several kinds, and CUDA numbers the fastest one first; the plan is for %s. Set "
+            "CUDA_DEVICE_ORDER=PCI_BUS_ID for the order of nvidia-smi, or pass vram",
+            cards[0].name,
+        )
+    return cards[0] if cards else None
 
 
 def _card_of(torch: Any, number: int) -> DeviceMemory:
