@@ -1,16 +1,13 @@
-"""A plan covers a session: no shorter prompt, smaller batch or shorter answer needs a byte more than what was planned."""
+"""A plan covers a session: no smaller workload needs a byte more than what was planned."""
 
 import random
 from dataclasses import replace
 
 import pytest
 
-import qwen_vram as qv
 from qwen_vram.arithmetic.estimate import estimate
 from qwen_vram.arithmetic.model import resolve_model
-from qwen_vram.arithmetic.profile import PROFILES, resolve_profile
-from qwen_vram.arithmetic.session import Run, critical_workloads, least_of_session
-from qwen_vram.arithmetic.split import split_estimate
+from qwen_vram.arithmetic.profile import resolve_profile
 from qwen_vram.arithmetic.workload import Workload
 
 MIB = 2**20

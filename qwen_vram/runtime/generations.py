@@ -24,6 +24,7 @@ from qwen_vram.runtime.host_cache import HostCache
 from qwen_vram.runtime.job import Job
 from qwen_vram.runtime.kv_cache import PreallocatedCache, cache_bytes
 from qwen_vram.runtime.measure import PeakMeter
+from qwen_vram.runtime.segments import Segments
 from qwen_vram.runtime.stopping import StopOfTurn
 from qwen_vram.runtime.turns import Turn, Turns
 from qwen_vram.runtime.watched import watched
@@ -53,6 +54,7 @@ class Generations:
         self.devices = tuple(loaded)
         self.device = self.devices[0]
         self.measured = {device: dict(parts) for device, parts in loaded.items()}
+        self._segments = Segments(plan, self.devices)
         self._last: Workload | None = None
 
     def prediction(self) -> Estimate:
@@ -124,7 +126,18 @@ class Generations:
         turn: Turn,
     ) -> torch.Tensor:
         """The work of a job: `length` is as for `_cache_settings`, and `None` if the options bring a cache."""
-        generator = model()
+        with self._segments.within_promise((workload, length)):
+            return self._generate(model(), inputs, workload, length, options, turn)
+
+    def _generate(
+        self,
+        generator: Any,
+        inputs: Mapping[str, torch.Tensor],
+        workload: Workload,
+        length: int | None,
+        options: Mapping[str, Any],
+        turn: Turn,
+    ) -> torch.Tensor:
         meters = [PeakMeter(device) for device in self.devices]
         for meter in meters:
             meter.start()

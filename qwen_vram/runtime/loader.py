@@ -15,9 +15,10 @@ from qwen_vram.arithmetic.model import ModelLike
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.tiles import head_by_tiles
 from qwen_vram.arithmetic.weights import disk_buffers, head_is_a_copy, streaming_slots, table_on_host
+from qwen_vram.arithmetic.workload import Workload
 from qwen_vram.errors import BackendUnavailableError, NotSupportedError
-from qwen_vram.planning.budget import VramLike
-from qwen_vram.planning.planner import Plan, plan
+from qwen_vram.planning.budget import Budget, VramLike
+from qwen_vram.planning.planner import Plan, plan_for
 from qwen_vram.planning.search import Prefer
 from qwen_vram.runtime import attention
 from qwen_vram.runtime.adapter import add_adapter, check_adapter, check_peft
@@ -28,7 +29,7 @@ from qwen_vram.runtime.check import check, check_files, check_host, dtype_for
 from qwen_vram.runtime.checkpoint import Checkpoint, open_checkpoint, open_tokenizer
 from qwen_vram.runtime.decoder import decoder_for
 from qwen_vram.runtime.device_map import away_of, connect, device_map, left_out, undispatched
-from qwen_vram.runtime.devices import budget_on, check_free, devices_for, weakest
+from qwen_vram.runtime.devices import budget_on, check_free, devices_for, held_beside_torch, weakest
 from qwen_vram.runtime.fused_layers import fuse_layers
 from qwen_vram.runtime.garbage import collect_dropped, garbage_of_this_load
 from qwen_vram.runtime.host_embedding import move_embedding_to_host
@@ -88,22 +89,10 @@ def load(
     place = weakest(devices)
     if place.type == "cuda" and profile == "auto" and torch.cuda.get_device_capability(place) < (8, 0):
         knobs.setdefault("attention", "sdpa")  # the flash kernel begins with Ampere
-    vram, reserve = budget_on(devices, vram, reserve)
-    planned = partial(
-        plan,
-        model,
-        profile=profile,
-        vram=vram,
-        ram=ram,
-        reserve=reserve,
-        prefer=prefer,
-        prompt_len=prompt_len,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        padded=padded,
-        adapter=adapter,
-        **knobs,
-    )
+    workload = Workload(prompt_len=prompt_len, max_new_tokens=max_new_tokens, batch_size=batch_size, padded=padded)
+    offered, reserve = budget_on(devices, vram, reserve)
+    budget = Budget.of(offered, ram, reserve, held=held_beside_torch(devices))
+    planned = partial(plan_for, model, workload, budget, profile=profile, prefer=prefer, adapter=adapter, **knobs)
     chosen = planned()
     backend = get_backend(chosen.profile.weights)
     if chosen.profile.host_layers and "host_layers" not in knobs and profile == "auto":

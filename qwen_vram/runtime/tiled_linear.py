@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from qwen_vram.arithmetic.tiles import is_tiled
 from qwen_vram.runtime.tiled_product import tiled_product
 
-
 # From this many rows on products are made by tiles on every GPU.
 _MANY_ROWS = 64
 
