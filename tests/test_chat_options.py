@@ -414,6 +414,8 @@ def test_a_file_that_transformers_cannot_load_is_refused_before_the_weights(demo
         {"pad_token_id": -1},
         {"pad_token_id": None, "eos_token_id": None},
         {"max_length": 3},
+        {"cache_implementation": "static"},
+        {"cache_implementation": "offloaded"},
         {"num_beams": None},
     ],
     ids=str,

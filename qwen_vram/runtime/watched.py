@@ -51,7 +51,7 @@ def watched(model: Any, settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]
 
 
 def _in_generate(error: BaseException) -> bool:
-    """Whether `transformers`' own code around the model raised the error: a processor or a criterion, for example."""
+    """Tell if `transformers`' code around the model raised the error, such as a logits processor."""
     place = error.__traceback__
     while place is not None and place.tb_next is not None:
         place = place.tb_next
