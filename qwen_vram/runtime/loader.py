@@ -31,7 +31,7 @@ from qwen_vram.runtime.check import check, check_files, check_host, dtype_for
 from qwen_vram.runtime.checkpoint import Checkpoint, open_checkpoint, open_tokenizer
 from qwen_vram.runtime.decoder import decoder_for
 from qwen_vram.runtime.device_map import away_of, connect, device_map, left_out, undispatched
-from qwen_vram.runtime.devices import check_free, devices_for, held_beside_torch, weakest
+from qwen_vram.runtime.devices import budget_on, check_free, devices_for, held_beside_torch, weakest
 from qwen_vram.runtime.fused_layers import fuse_layers
 from qwen_vram.runtime.garbage import collect_dropped, garbage_of_this_load
 from qwen_vram.runtime.host_embedding import move_embedding_to_host
@@ -40,8 +40,10 @@ from qwen_vram.runtime.measure import PeakMeter, weight_storages
 from qwen_vram.runtime.memory import give_back_heap, nothing_left_after_a_failure
 from qwen_vram.runtime.packing import pack_layers
 from qwen_vram.runtime.progress import transformers_bars
+from qwen_vram.runtime.sampling import generation_config
 from qwen_vram.runtime.streaming import Streamer
 from qwen_vram.runtime.verify import verify as check_plan
+from qwen_vram.runtime.vocabulary import check_vocabulary
 
 
 def load(
@@ -92,7 +94,7 @@ def load(
         knobs.setdefault("attention", "sdpa")  # the flash kernel begins with Ampere
     folder = None if opened is None else opened.folder
     workload = Workload(prompt_len=prompt_len, max_new_tokens=max_new_tokens, batch_size=batch_size, padded=padded)
-    offered = {} if place.type == "cpu" else vram
+    offered, reserve = budget_on(devices, vram, reserve)
     budget = Budget.of(offered, ram, reserve, held=held_beside_torch(devices))
     planned = partial(plan_for, model, workload, budget, profile=profile, prefer=prefer, adapter=folder, **knobs)
     chosen = planned()
@@ -158,6 +160,8 @@ def _build(
     )
     if tokenizer is None:
         tokenizer = open_tokenizer(checkpoint.folder)
+        check_vocabulary(tokenizer, checkpoint.architecture.vocab_size, checkpoint.folder)
+    generation_config(checkpoint.folder)
     meters = [PeakMeter(one) for one in devices]
     for meter in meters:
         meter.start()
