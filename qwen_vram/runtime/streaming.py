@@ -212,5 +212,5 @@ def _check_no_gradient(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
         )
 
 
-def _refuse(*_: Any) -> None:
+def _refuse(*_: Any, **__: Any) -> None:
     raise QwenVramError(CLOSED)
