@@ -1,6 +1,7 @@
 """One model with several callers: every answer is the one that its caller would get alone, one generation at a time."""
 
 import gc
+import signal
 import threading
 from itertools import zip_longest
 
@@ -210,10 +211,9 @@ def test_an_interrupt_inside_of_a_layer_leaves_the_next_answer_right(model):
 
 
 def test_an_interrupt_of_the_main_thread_stops_its_generation(model):
-    import _thread
-
+    main = threading.main_thread().ident
     expected = model.chat(ASKED[1], **GREEDY)
-    seen = At(3, _thread.interrupt_main)
+    seen = At(3, lambda: signal.pthread_kill(main, signal.SIGINT))
     endless = {"do_sample": False, "max_new_tokens": 50, "eos_token_id": None}
     with pytest.raises(KeyboardInterrupt):
         model.chat(ASKED[0], logits_processor=LogitsProcessorList([seen]), **endless)

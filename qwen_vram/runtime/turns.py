@@ -12,8 +12,9 @@ from qwen_vram.errors import GenerationStoppedError, QwenVramError
 
 Result = TypeVar("Result")
 
-# A thread that waits looks after this time even if nothing woke it, because a signal may interrupt a wake-up.
-LOOK_SECONDS = 1.0
+# A thread that waits looks after this time even if nothing woke it: a signal may come between two steps of a wake-up,
+# and an interrupt without a signal (`_thread.interrupt_main`, Ctrl-C on Windows) wakes nobody.
+LOOK_SECONDS = 0.05
 
 CLOSED = "this model is closed; load it again"
 
