@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from qwen_vram.adapters.folder import check_is_no_adapter, check_no_adapter_beside
 from qwen_vram.arithmetic.adapter import with_adapter
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.catalog import catalog_row, row_architecture, unknown_model
@@ -31,9 +32,10 @@ def resolve_model(model: ModelLike, adapter: str | Path | None = None) -> tuple[
     Raises:
         UnknownNameError, ConfigError, HubError: as `_resolve`.
         CheckpointError, NotSupportedError: headers or an adapter that cannot be used.
+        AdapterError: `model` is an adapter, or holds one beside a whole model.
     """
     label, architecture = _resolve(model)
-    return label, architecture if adapter is None else with_adapter(architecture, adapter)
+    return label, architecture if adapter is None else with_adapter(label, architecture, adapter)
 
 
 def stored_knobs(architecture: Architecture, knobs: Mapping[str, object]) -> dict[str, object]:
@@ -100,6 +102,8 @@ def _resolve(model: ModelLike) -> tuple[str, Architecture]:
         raise ConfigError(f"a model is a name, a folder, a config dict or an Architecture, got {type(model).__name__}")
     folder = Path(model)
     if is_folder(folder):
+        check_is_no_adapter(folder)
+        check_no_adapter_beside(folder)
         source = str(folder / "config.json")
         return folder.name, checkpoint_architecture(read_config(folder), lambda: read_tensors(folder), source=source)
     name = str(model)

@@ -9,6 +9,7 @@ import typer
 import qwen_vram as qv
 from qwen_vram.cli.consoles import console, errors
 from qwen_vram.cli.options import (
+    Adapter,
     Model,
     NewTokens,
     Prefer,
@@ -44,6 +45,7 @@ def chat(
         bool | None, typer.Option("--thinking/--no-thinking", help="enable_thinking of the chat template.")
     ] = None,
     chat_template: Annotated[str | None, typer.Option(help="Name of one of several chat templates.")] = None,
+    adapter: Adapter = None,
     settings: Settings = None,
 ) -> None:
     """Talk to a model; Ctrl-C stops an answer, Ctrl-D leaves, /help lists commands."""
@@ -59,7 +61,7 @@ def chat(
         enable_thinking=thinking,
         chat_template=chat_template,
     )
-    check_chat(model, system, options)
+    check_chat(model, adapter, system, options)
     with qv.load(
         model,
         profile=profile,
@@ -69,6 +71,7 @@ def chat(
         prefer=prefer,  # type: ignore[arg-type]
         prompt_len=prompt_len,
         max_new_tokens=max_new_tokens,
+        adapter=adapter,
         **knobs,
     ) as llm:
         history = [{"role": "system", "content": system}] if system else []

@@ -16,6 +16,7 @@ PromptLen = Annotated[int, typer.Option(help="Prompt tokens of one sequence.")]
 NewTokens = Annotated[int, typer.Option(help="Tokens generated after it.")]
 BatchSize = Annotated[int, typer.Option(help="Sequences at once.")]
 Padded = Annotated[bool, typer.Option("--padded", help="Prompts of a batch differ in length: count the mask.")]
+Adapter = Annotated[str | None, typer.Option(help="Folder or hub id of a LoRA adapter that runs beside the model.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Vram = Annotated[
     str | None,

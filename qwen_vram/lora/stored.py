@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -13,11 +12,13 @@ from pathlib import Path
 import torch
 
 from qwen_vram.errors import CheckpointError
-from qwen_vram.files.header import Tensor, read_header
 from qwen_vram.files.local import read_tensors
 from qwen_vram.lora.scratch import scratch
 
-TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+TORCH_DTYPES = {
+    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
 
 # The most elements that are read, merged and written at a time: 4 MiB in float32. Smaller pieces make a wide matrix's
 # factors be packed too often, larger ones leave the processor's cache.
@@ -112,36 +113,9 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     Raises:
         CheckpointError: as `files.local.read_tensors`.
     """
-    by_file: dict[str, list[str]] = {}
-    tensors = read_tensors(folder)
-    for name, tensor in tensors.items():
-        by_file.setdefault(tensor.file, []).append(name)
     return {
-        name: stored
-        for file, names in by_file.items()
-        for name, stored in _locate(folder / file, {name: tensors[name] for name in names}).items()
-    }
-
-
-def stored_in_file(path: Path) -> dict[str, StoredTensor]:
-    """Every tensor of one safetensors file, by name.
-
-    Raises:
-        CheckpointError: as `files.header.read_header`.
-    """
-    return _locate(path, read_header(path))
-
-
-def _locate(path: Path, tensors: dict[str, Tensor]) -> dict[str, StoredTensor]:
-    """The same tensors with the bytes where they begin."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        entries = json.loads(file.read(length))
-    return {
-        name: StoredTensor(
-            name, path, tensor.dtype, tensor.shape, 8 + length + entries[name]["data_offsets"][0], tensor.nbytes
-        )
-        for name, tensor in tensors.items()
+        name: StoredTensor(name, folder / tensor.file, tensor.dtype, tensor.shape, tensor.offset, tensor.nbytes)
+        for name, tensor in read_tensors(folder).items()
     }
 
 

@@ -32,6 +32,7 @@ class Plan:
         placement: Where each module goes.
         steps: Every candidate on the way, in order.
         model: What was planned for, as the caller named it; `None` for a config or an `Architecture`.
+        adapter: The LoRA adapter beside it, as the caller named it; `None` without one.
         sequences: Sequences of each prompt, by the checkpoint's generation_config.json (beams, or several answers).
             The workload's batch counts all of them.
     """
@@ -41,6 +42,7 @@ class Plan:
     placement: Placement
     steps: tuple[Step, ...]
     model: str | None = None
+    adapter: str | None = None
     sequences: int = 1
 
     @property
@@ -75,11 +77,12 @@ class Plan:
         where = ", device='cpu'" if self.budget.vram is None else f", vram={self.budget.given}"
         plain, work = PROFILES["default"], self.workload
         padded = ", padded=True" if work.padded else ""
+        adapter = f", adapter={self.adapter!r}" if self.adapter is not None else ""
         chosen = {knob: getattr(self.profile, knob) for knob in KNOBS}
         knobs = "".join(f", {knob}={value!r}" for knob, value in chosen.items() if value != getattr(plain, knob))
         return (
             f"qv.load({model}, profile='default'{where}, prompt_len={work.prompt_len}, "
-            f"max_new_tokens={work.max_new_tokens}, batch_size={work.batch_size // self.sequences}{padded}{knobs})"
+            f"max_new_tokens={work.max_new_tokens}, batch_size={work.batch_size // self.sequences}{padded}{adapter}{knobs})"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -88,6 +91,7 @@ class Plan:
         return {
             "model": self.estimate.model,
             "source": self.model,
+            "adapter": self.adapter,
             "sequences": self.sequences,
             "call": self.call,
             "profile": asdict(self.profile),
@@ -114,7 +118,8 @@ class Plan:
             budget = Budget.from_dict(data["budget"])
             split = {int(device): count for device, count in data.get("split", {}).items()}
             steps = tuple(Step(**step) for step in data["steps"])
-            label, model, sequences = data["model"], data["source"], int(data.get("sequences", 1))
+            label, model, adapter = data["model"], data["source"], data.get("adapter")
+            sequences = int(data.get("sequences", 1))
         except QwenVramError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -124,7 +129,7 @@ class Plan:
             ) from error
         if not split and len(budget.devices) < 2:
             alone = estimate(label, architecture, profile, workload, session=True, held=budget.held_on_one)
-            return _plan(alone, budget, steps, model, sequences)
+            return _plan(alone, budget, steps, model, adapter, sequences)
         layers = architecture.num_hidden_layers
         counted = all(type(count) is int and count > 0 for count in split.values())
         if not counted or sum(split.values()) != layers or split.keys() != budget.devices.keys():
@@ -133,7 +138,7 @@ class Plan:
                 "Plan.to_dict() gave, or qwen-vram plan --json"
             )
         result = split_estimate(label, architecture, profile, workload, split, session=True, held=budget.held)
-        return _plan(result, budget, steps, model, sequences)
+        return _plan(result, budget, steps, model, adapter, sequences)
 
     def __str__(self) -> str:
         """The steps of the search, the table of the estimate, and the equivalent `load` call."""
@@ -214,10 +219,24 @@ def plan_for(
     sequences = sequences_per_prompt(model)
     workload = replace(workload, batch_size=workload.batch_size * sequences)
     found = Search(label, architecture, workload, budget, profile, knobs).run(prefer)
-    name = str(model) if isinstance(model, str | Path) else None
-    return _plan(found.estimate, budget, found.steps, name, sequences)
+    named = str(model) if isinstance(model, str | Path) else None
+    return _plan(found.estimate, budget, found.steps, named, None if adapter is None else str(adapter), sequences)
 
 
-def _plan(result: Estimate, budget: Budget, steps: tuple[Step, ...], model: str | None, sequences: int) -> Plan:
-    placement = place_on(budget, result)
-    return Plan(estimate=result, budget=budget, placement=placement, steps=steps, model=model, sequences=sequences)
+def _plan(
+    result: Estimate,
+    budget: Budget,
+    steps: tuple[Step, ...],
+    model: str | None,
+    adapter: str | None,
+    sequences: int,
+) -> Plan:
+    return Plan(
+        estimate=result,
+        budget=budget,
+        placement=place_on(budget, result),
+        steps=steps,
+        model=model,
+        adapter=adapter,
+        sequences=sequences,
+    )

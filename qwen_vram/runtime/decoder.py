@@ -23,6 +23,8 @@ from qwen_vram.runtime.decode_loop import decode_by_steps
 from qwen_vram.runtime.decode_room import Claim, Room
 from qwen_vram.runtime.decode_step import Functions, Step
 from qwen_vram.runtime.elementwise import missing_compiler
+from qwen_vram.runtime.job import Job
+from qwen_vram.runtime.turns import Turns
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -87,9 +89,13 @@ class Decoder:
             self._holder = lambda: None
 
     def step(self, room: Room, batch_size: int) -> Step:
-        """The step of so many of a room's sequences, compiled and captured at the first call."""
+        """Return the step of the first `batch_size` sequences of a room, compiled and captured if it is not there.
+
+        A room keeps two steps at most: that of all its sequences, and that of the smaller batch that ran last.
+        """
         if batch_size not in room.steps:
             began = perf_counter()
+            room.steps = {batch: step for batch, step in room.steps.items() if batch == room.batch_size}
             room.steps[batch_size] = self._made(room, batch_size)
             took = perf_counter() - began
             self.seconds += took
@@ -120,6 +126,8 @@ class Decoder:
         step = Step(self.model, functions, room, batch_size, dynamic=self.backend is not None)
         try:
             with _on(self._stream):
+                if self._stream is not None:
+                    _take_workspaces(self.model)
                 step.rehearse()
                 step.rehearse()
         except _compiler_errors() as error:
@@ -155,7 +163,10 @@ def decoder_for(model: Any, workload: Workload, progress: Callable[..., Iterable
     sizes = {"batch_size": workload.batch_size, "max_length": workload.context_len}
     decoder = Decoder(base, **sizes, backend=compiler_for(base.device))
     for _ in progress(range(1), desc="Compiling the decode step"):
-        decoder.prepare(**sizes)
+        # In a thread as generations have, which take over its cuBLAS handle with the workspaces.
+        job = Job(Turns(), lambda turn: decoder.prepare(**sizes), base.device)
+        job.start()
+        job.result()
     return decoder
 
 
@@ -170,6 +181,17 @@ def compiler_for(device: torch.device) -> str | None:
         missing,
     )
     return None
+
+
+def _take_workspaces(model: Any) -> None:
+    """Have cuBLAS take its workspaces on the current stream now.
+
+    They stay for good. Later they would be cut from the buffers of a compiler's measurements, 256 MiB each, which could
+    then not be returned to the device.
+    """
+    square = torch.zeros(16, 16, dtype=model.dtype, device=model.device)
+    torch.mm(square, square)
+    torch.addmm(square[0], square, square)
 
 
 def _take_stream(device: torch.device) -> torch.cuda.Stream:

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
-from qwen_vram.arithmetic.adapter import adapter_folder
+from qwen_vram.adapters.base_name import warn_of_another_base
+from qwen_vram.adapters.folder import check_no_adapter_beside
+from qwen_vram.adapters.keys import Adapter, open_adapter
 from qwen_vram.arithmetic.model import ModelLike
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.tiles import head_by_tiles
@@ -21,7 +23,7 @@ from qwen_vram.planning.budget import Budget, VramLike
 from qwen_vram.planning.planner import Plan, plan_for
 from qwen_vram.planning.search import Prefer
 from qwen_vram.runtime import attention
-from qwen_vram.runtime.adapter import add_adapter, check_adapter, check_peft
+from qwen_vram.runtime.adapter import add_adapter, check_peft, check_values, end_at, open_adapters_tokenizer
 from qwen_vram.runtime.backends import get_backend
 from qwen_vram.runtime.backends.base import Backend, Request, StreamingBackend
 from qwen_vram.runtime.blob import HostMemory
@@ -84,15 +86,17 @@ def load(
         PlanNotHeldError: `verify=True`, and what was loaded takes more than was planned.
         UnknownNameError, UnitError, WorkloadError: as for `plan()`.
     """
+    opened = None if adapter is None else open_adapter(adapter)
     devices = devices_for(device, vram)
     collect_dropped(devices)
     place = weakest(devices)
     if place.type == "cuda" and profile == "auto" and torch.cuda.get_device_capability(place) < (8, 0):
         knobs.setdefault("attention", "sdpa")  # the flash kernel begins with Ampere
+    folder = None if opened is None else opened.folder
     workload = Workload(prompt_len=prompt_len, max_new_tokens=max_new_tokens, batch_size=batch_size, padded=padded)
     offered, reserve = budget_on(devices, vram, reserve)
     budget = Budget.of(offered, ram, reserve, held=held_beside_torch(devices))
-    planned = partial(plan_for, model, workload, budget, profile=profile, prefer=prefer, adapter=adapter, **knobs)
+    planned = partial(plan_for, model, workload, budget, profile=profile, prefer=prefer, adapter=folder, **knobs)
     chosen = planned()
     backend = get_backend(chosen.profile.weights)
     if chosen.profile.host_layers and "host_layers" not in knobs and profile == "auto":
@@ -103,14 +107,16 @@ def load(
             backend = get_backend(chosen.profile.weights)
     for one in devices:
         check(chosen, backend, one)
-    if adapter is not None:
+    if opened is not None:
         check_peft()
-        assert chosen.estimate.architecture is not None
-        check_adapter(adapter_folder(adapter), chosen.estimate.architecture, chosen.profile)
+        check_values(opened, dtype_for(chosen.profile, place))
+        warn_of_another_base(opened, model)
     check_free(chosen, devices)
     with nothing_left_after_a_failure():
         with garbage_of_this_load(), ExitStack() as after_a_failure:
-            llm = _build(open_checkpoint(model), chosen, backend, devices, adapter, progress, after_a_failure)
+            checkpoint = open_checkpoint(model)
+            check_no_adapter_beside(checkpoint.folder)
+            llm = _build(checkpoint, chosen, backend, devices, opened, progress, after_a_failure)
             after_a_failure.pop_all()
         give_back_heap()
         if verify:
@@ -127,7 +133,7 @@ def _build(
     chosen: Plan,
     backend: Backend,
     devices: list[torch.device],
-    adapter: str | Path | None,
+    adapter: Adapter | None,
     progress: bool,
     after_a_failure: ExitStack,
 ) -> LoadedModel:
@@ -148,7 +154,12 @@ def _build(
         late_head=late_head,
         left_out=left_out(chosen),
     )
-    tokenizer = open_tokenizer(checkpoint.folder)
+    folders = [] if adapter is None else [adapter.folder]
+    chosen_tokenizer, tokenizer = open_adapters_tokenizer(
+        checkpoint.folder, folders, rows=checkpoint.architecture.vocab_size
+    )
+    if tokenizer is None:
+        tokenizer = open_tokenizer(checkpoint.folder)
     check_vocabulary(tokenizer, checkpoint.architecture.vocab_size, checkpoint.folder)
     generation_config(checkpoint.folder)
     meters = [PeakMeter(one) for one in devices]
@@ -177,7 +188,8 @@ def _build(
     if len(devices) > 1:
         connect(model, chosen, device)
     if adapter is not None:
-        model = add_adapter(model, adapter_folder(adapter), model.dtype)
+        end_at(model, chosen_tokenizer.end_token_ids)
+        model = add_adapter(model, adapter, model.dtype)
     model.eval()
     measured = _loaded(model, backend, meters)
     decoder = None
