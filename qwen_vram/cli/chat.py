@@ -38,7 +38,7 @@ def chat(
     max_new_tokens: NewTokens = 512,
     temperature: Annotated[float | None, typer.Option(help="Of sampling; 0 is greedy.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample from the likeliest tokens of this sum.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Sample from so many tokens; 0 is all.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample from this many tokens; 0 is all.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling reproducible.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End an answer with this text; may be repeated.")] = None,
     thinking: Annotated[

@@ -82,7 +82,8 @@ class Plan:
         knobs = "".join(f", {knob}={value!r}" for knob, value in chosen.items() if value != getattr(plain, knob))
         return (
             f"qv.load({model}, profile='default'{where}, prompt_len={work.prompt_len}, "
-            f"max_new_tokens={work.max_new_tokens}, batch_size={work.batch_size // self.sequences}{padded}{adapter}{knobs})"
+            f"max_new_tokens={work.max_new_tokens}, batch_size={work.batch_size // self.sequences}"
+            f"{padded}{adapter}{knobs})"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -129,7 +130,7 @@ class Plan:
             ) from error
         if not split and len(budget.devices) < 2:
             alone = estimate(label, architecture, profile, workload, session=True, held=budget.held_on_one)
-            return _plan(alone, budget, steps, model, adapter, sequences)
+            return _plan(alone, budget, steps, model=model, adapter=adapter, sequences=sequences)
         layers = architecture.num_hidden_layers
         counted = all(type(count) is int and count > 0 for count in split.values())
         if not counted or sum(split.values()) != layers or split.keys() != budget.devices.keys():
@@ -138,7 +139,7 @@ class Plan:
                 "Plan.to_dict() gave, or qwen-vram plan --json"
             )
         result = split_estimate(label, architecture, profile, workload, split, session=True, held=budget.held)
-        return _plan(result, budget, steps, model, adapter, sequences)
+        return _plan(result, budget, steps, model=model, adapter=adapter, sequences=sequences)
 
     def __str__(self) -> str:
         """The steps of the search, the table of the estimate, and the equivalent `load` call."""
@@ -220,23 +221,9 @@ def plan_for(
     workload = replace(workload, batch_size=workload.batch_size * sequences)
     found = Search(label, architecture, workload, budget, profile, knobs).run(prefer)
     named = str(model) if isinstance(model, str | Path) else None
-    return _plan(found.estimate, budget, found.steps, named, None if adapter is None else str(adapter), sequences)
+    beside = None if adapter is None else str(adapter)
+    return _plan(found.estimate, budget, found.steps, model=named, adapter=beside, sequences=sequences)
 
 
-def _plan(
-    result: Estimate,
-    budget: Budget,
-    steps: tuple[Step, ...],
-    model: str | None,
-    adapter: str | None,
-    sequences: int,
-) -> Plan:
-    return Plan(
-        estimate=result,
-        budget=budget,
-        placement=place_on(budget, result),
-        steps=steps,
-        model=model,
-        adapter=adapter,
-        sequences=sequences,
-    )
+def _plan(result: Estimate, budget: Budget, steps: tuple[Step, ...], **named: Any) -> Plan:
+    return Plan(estimate=result, budget=budget, placement=place_on(budget, result), steps=steps, **named)

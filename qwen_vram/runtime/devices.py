@@ -81,7 +81,7 @@ def budget_on(
     """
     if devices[0].type == "cpu":
         return {}, reserve
-    if vram:
+    if vram is not None:
         return vram, reserve
     device = devices[0]
     free, held = free_vram(device.index), torch.cuda.memory_allocated(device)

@@ -160,7 +160,7 @@ def _build(
     )
     if tokenizer is None:
         tokenizer = open_tokenizer(checkpoint.folder)
-    check_vocabulary(tokenizer, checkpoint.architecture.vocab_size, checkpoint.folder)
+        check_vocabulary(tokenizer, checkpoint.architecture.vocab_size, checkpoint.folder)
     generation_config(checkpoint.folder)
     meters = [PeakMeter(one) for one in devices]
     for meter in meters:
