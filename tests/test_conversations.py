@@ -390,6 +390,18 @@ def test_options_are_checked_before_weights_load(demo, tmp_path, options, messag
     assert "Traceback" not in result.stderr
 
 
+def test_an_adapter_may_bring_the_template(untied, adapter, tmp_path):
+    base = without_template(untied, tmp_path / "base")
+    assert "has no chat template" in chat(base, "-m", "hi", "--adapter", adapter).stderr
+    own = shutil.copytree(adapter, tmp_path / "adapter")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(untied / name, own)
+    short = ["-m", "hi", "--max-new-tokens", 3, "--set", "weights=bf16"]
+    assert chat(base, *short, "--adapter", own).returncode == 0
+    refused = chat(base, *short, "--adapter", own, "--no-thinking")
+    assert "unknown option of the chat template 'enable_thinking'" in refused.stderr
+
+
 def test_options_work_on_the_command_line(demo, tmp_path):
     own = (demo / "chat_template.jinja").read_text()
     own += "{%- if enable_thinking is defined and not enable_thinking %}{{ '12 + 30 = ' }}{%- endif %}"

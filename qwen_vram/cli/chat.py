@@ -61,8 +61,7 @@ def chat(
         enable_thinking=thinking,
         chat_template=chat_template,
     )
-    if adapter is None:  # an adapter may bring the chat template
-        check_chat(model, system, options)
+    check_chat(model, adapter, system, options)
     with qv.load(
         model,
         profile=profile,

@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from qwen_vram.adapters.keys import open_adapter
 from qwen_vram.arithmetic.catalog import catalog_row
 from qwen_vram.arithmetic.model import ModelLike, resolve_model
 from qwen_vram.errors import WorkloadError
 from qwen_vram.files.hub import hub_companions
 from qwen_vram.files.local import is_folder
+from qwen_vram.runtime.adapter import open_adapters_tokenizer
 from qwen_vram.runtime.checkpoint import open_tokenizer
 from qwen_vram.runtime.conversation import Message, messages_of, rendered
 from qwen_vram.runtime.options import sorted_options
@@ -105,10 +107,14 @@ class Prompts:
         return Prompt(inputs, settings.max_new_tokens(max_new_tokens), options, settings.answers)
 
 
-def check_chat(model: ModelLike, system: str | None, options: Mapping[str, Any]) -> None:
+def check_chat(model: ModelLike, adapter: str | Path | None, system: str | None, options: Mapping[str, Any]) -> None:
     """Refuse a model that cannot be talked to with these options, before its weights are downloaded or read.
 
+    Args:
+        adapter: Folder or hub id of an adapter, which may bring a tokenizer and a chat template.
+
     Raises:
+        AdapterError: the adapter cannot be used.
         WorkloadError, UnknownNameError, CheckpointError, ConfigError: as for `LoadedModel.stream`.
         HubError: the hub does not give the tokenizer.
     """
@@ -119,6 +125,8 @@ def check_chat(model: ModelLike, system: str | None, options: Mapping[str, Any])
     if not is_folder(folder):
         row = catalog_row(str(model))
         folder = hub_companions(row.repo_id if row else str(model))
-    file = generation_config(folder)
-    prompts = Prompts(open_tokenizer(folder), architecture.vocab_size, folder)
+    file, rows = generation_config(folder), architecture.vocab_size
+    adapters = [] if adapter is None else [open_adapter(adapter).folder]
+    _, tokenizer = open_adapters_tokenizer(folder, adapters, rows=rows)
+    prompts = Prompts(tokenizer or open_tokenizer(folder), rows, folder)
     prompts.of_conversation(None, "hi", system, None, options, streamed=True, file=file)
