@@ -259,7 +259,7 @@ class Session:
         length = min(8 * self.cell["prompt_len"] + 8_000, self.llm.model.config.max_position_embeddings - 5)
         try:
             self.generate([length], max_new_tokens=4)
-        except qv.DoesNotFitError:
+        except (qv.DoesNotFitError, qv.WorkloadError):
             return "refused"
         return "fitted all the same"
 
