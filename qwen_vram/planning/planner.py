@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from qwen_vram.arithmetic.architecture import Architecture
-from qwen_vram.arithmetic.estimate import Estimate, estimate
-from qwen_vram.arithmetic.model import ModelLike, resolve_model
+from qwen_vram.arithmetic.estimate import Estimate, estimate, warn_of_positions
+from qwen_vram.arithmetic.model import ModelLike, Resolved, adapted, resolve
 from qwen_vram.arithmetic.profile import KNOBS, PROFILES, Profile
 from qwen_vram.arithmetic.split import split_estimate, split_of
 from qwen_vram.arithmetic.workload import Workload
@@ -180,13 +180,49 @@ def plan(
         NotSupportedError: what loads on no machine, and a knob that works on one GPU alone with several GPUs.
         UnknownNameError, WorkloadError, ConfigError, UnitError, HubError: as for `estimate_vram`.
     """
-    label, architecture = resolve_model(model, adapter)
+    result = plan_of(
+        model,
+        resolve(model),
+        profile=profile,
+        vram=vram,
+        ram=ram,
+        reserve=reserve,
+        prefer=prefer,
+        prompt_len=prompt_len,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        padded=padded,
+        adapter=adapter,
+        knobs=knobs,
+    )
+    warn_of_positions(result.estimate)
+    return result
+
+
+def plan_of(
+    model: ModelLike,
+    resolved: Resolved,
+    *,
+    profile: str | Profile,
+    vram: VramLike,
+    ram: str | int | None,
+    reserve: str | int | None,
+    prefer: Prefer,
+    prompt_len: int,
+    max_new_tokens: int,
+    batch_size: int,
+    padded: bool,
+    adapter: str | Path | None,
+    knobs: Mapping[str, object],
+) -> Plan:
+    """`plan` for a model that is resolved already, without its warnings."""
+    architecture = adapted(resolved, adapter)
     workload = Workload(prompt_len=prompt_len, max_new_tokens=max_new_tokens, batch_size=batch_size, padded=padded)
     if prefer not in ("quality", "speed", "memory"):
         raise UnknownNameError("prefer", prefer, ("quality", "speed", "memory"))
     workload.check(architecture)
     budget = Budget.of(vram, ram, reserve)
-    found = Search(label, architecture, workload, budget, profile, knobs).run(prefer)
+    found = Search(resolved.label, architecture, workload, budget, profile, dict(knobs)).run(prefer)
     return _plan(found.estimate, budget, found.steps, str(model) if isinstance(model, str | Path) else None)
 
 

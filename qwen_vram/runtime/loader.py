@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from qwen_vram.arithmetic.adapter import adapter_folder
-from qwen_vram.arithmetic.model import ModelLike
+from qwen_vram.arithmetic.estimate import warn_of_positions
+from qwen_vram.arithmetic.model import ModelLike, resolve
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.tiles import head_by_tiles
 from qwen_vram.arithmetic.weights import disk_buffers, head_is_a_copy, streaming_slots, table_on_host
 from qwen_vram.errors import BackendUnavailableError, NotSupportedError
 from qwen_vram.planning.budget import VramLike
-from qwen_vram.planning.planner import Plan, plan
+from qwen_vram.planning.planner import Plan, plan_of
 from qwen_vram.planning.search import Prefer
 from qwen_vram.runtime import attention
 from qwen_vram.runtime.adapter import add_adapter, check_adapter, check_peft
@@ -24,7 +25,7 @@ from qwen_vram.runtime.backends import get_backend
 from qwen_vram.runtime.backends.base import Backend, Request, StreamingBackend
 from qwen_vram.runtime.blob import HostMemory
 from qwen_vram.runtime.check import check, check_files, check_host, dtype_for
-from qwen_vram.runtime.checkpoint import Checkpoint, open_checkpoint, open_tokenizer
+from qwen_vram.runtime.checkpoint import Checkpoint, model_config, open_checkpoint, open_tokenizer
 from qwen_vram.runtime.decoder import decoder_for
 from qwen_vram.runtime.device_map import away_of, connect, device_map, left_out, undispatched
 from qwen_vram.runtime.devices import check_free, devices_for, weakest
@@ -55,6 +56,7 @@ def load(
     device: str | None = None,
     progress: bool = True,
     verify: bool = False,
+    disable_mmap: bool = False,
     **knobs: object,
 ) -> LoadedModel:
     """Load a checkpoint as `plan()` would, with the same arguments, and return it with its plan.
@@ -69,6 +71,8 @@ def load(
         adapter: Folder or hub id of a LoRA adapter, run beside the base by PEFT; the model is then a `PeftModel`.
         device: `"cuda"` or `"cpu"`; `None` takes the GPU where there is one.
         progress: Show transformers' bars while weights load and streamed layers are packed.
+        disable_mmap: Read the weights through instead of mapping them, for network drives, on which a mapped file is
+            fetched page by page.
         verify: Run one prefill of `prompt_len` random tokens and one decode step before returning.
 
     Raises:
@@ -84,9 +88,11 @@ def load(
     place = weakest(devices)
     if place.type == "cuda" and profile == "auto" and torch.cuda.get_device_capability(place) < (8, 0):
         knobs.setdefault("attention", "sdpa")  # the flash kernel begins with Ampere
+    found = resolve(model)
     planned = partial(
-        plan,
+        plan_of,
         model,
+        found,
         profile=profile,
         vram={} if place.type == "cpu" else vram or None,
         ram=ram,
@@ -97,15 +103,15 @@ def load(
         batch_size=batch_size,
         padded=padded,
         adapter=adapter,
-        **knobs,
     )
-    chosen = planned()
+    chosen = planned(knobs=knobs)
+    warn_of_positions(chosen.estimate)
     backend = get_backend(chosen.profile.weights)
     if chosen.profile.host_layers and "host_layers" not in knobs and profile == "auto":
         try:
             check_host(chosen, backend)
         except (NotSupportedError, BackendUnavailableError):  # another backend, or another CPU than was measured
-            chosen = planned(host_layers=0)
+            chosen = planned(knobs={**knobs, "host_layers": 0})
             backend = get_backend(chosen.profile.weights)
     for one in devices:
         check(chosen, backend, one)
@@ -115,7 +121,8 @@ def load(
         check_adapter(adapter_folder(adapter), chosen.estimate.architecture, chosen.profile)
     check_free(chosen, devices)
     with garbage_of_this_load():
-        llm = _build(open_checkpoint(model), chosen, backend, devices, adapter, progress)
+        checkpoint = open_checkpoint(model, found)
+        llm = _build(checkpoint, chosen, backend, devices, adapter, progress, disable_mmap)
     if verify:
         try:
             check_plan(llm)
@@ -132,6 +139,7 @@ def _build(
     devices: list[torch.device],
     adapter: str | Path | None,
     progress: bool,
+    disable_mmap: bool,
 ) -> LoadedModel:
     profile, device, dtype = chosen.profile, devices[0], dtype_for(chosen.profile, weakest(devices))
     if profile.disk_layers:
@@ -139,7 +147,9 @@ def _build(
     attention.register()
     late_head = head_by_tiles(checkpoint.architecture, profile)
     request = Request(
-        folder=str(checkpoint.folder),
+        files=checkpoint.files,
+        config=model_config(checkpoint.files),
+        disable_mmap=disable_mmap,
         profile=profile,
         device=device,
         dtype=dtype,
@@ -150,7 +160,7 @@ def _build(
         late_head=late_head,
         left_out=left_out(chosen),
     )
-    tokenizer = open_tokenizer(checkpoint.folder)
+    tokenizer = open_tokenizer(checkpoint.folder, request.config)
     meters = [PeakMeter(one) for one in devices]
     for meter in meters:
         meter.start()
