@@ -55,16 +55,21 @@ def _or_null(check: Check) -> Check:
     return lambda value: value is None or check(value)
 
 
+# Largest dimension believed. Llama-3 405B's intermediate_size is 53,248 and the largest published vocabulary about
+# 262,144; a config.json past this bound is damaged or hostile.
+LARGEST = 10_000_000
+_SIZE = f"a positive integer of at most {LARGEST}"
+
 # Source: transformers 5.23, Qwen2Config and Qwen3Config; a test holds the two against this table.
 _SHARED = {
-    "vocab_size": Key(_integer, "an integer", 151_936),
-    "hidden_size": Key(_integer, "an integer", 4_096),
-    "intermediate_size": Key(_integer, "an integer", 22_016),
-    "num_hidden_layers": Key(_integer, "an integer", 32),
-    "num_attention_heads": Key(_integer, "an integer", 32),
-    "num_key_value_heads": Key(_or_null(_integer), "an integer or null", 32),
+    "vocab_size": Key(_integer, _SIZE, 151_936),
+    "hidden_size": Key(_integer, _SIZE, 4_096),
+    "intermediate_size": Key(_integer, _SIZE, 22_016),
+    "num_hidden_layers": Key(_integer, _SIZE, 32),
+    "num_attention_heads": Key(_integer, _SIZE, 32),
+    "num_key_value_heads": Key(_or_null(_integer), f"{_SIZE}, or null", 32),
     "hidden_act": Key(_text, "a text", "silu"),
-    "max_position_embeddings": Key(_integer, "an integer", 32_768),
+    "max_position_embeddings": Key(_integer, _SIZE, 32_768),
     "initializer_range": Key(_real, "a number with a decimal point, such as 0.02", 0.02),
     "rms_norm_eps": Key(_real, "a number with a decimal point or an exponent, such as 1e-06", 1e-6),
     "use_cache": Key(_flag, "true or false", True),
@@ -85,7 +90,7 @@ KEYS: dict[str, dict[str, Key]] = {
     "qwen2": _SHARED,
     "qwen3": {
         **_SHARED,
-        "head_dim": Key(_integer, "an integer", 128),
+        "head_dim": Key(_integer, _SIZE, 128),
         "attention_bias": Key(_flag, "true or false", False),
     },
 }
@@ -101,6 +106,10 @@ DTYPES = {
 def wrong_key(model_type: str, config: Mapping[str, object]) -> str:
     """The first key whose value `transformers` refuses, with the value and what is accepted; empty if there is none."""
     for name, key in KEYS[model_type].items():
+        if name in config and config[name] is None and not key.accepts(None):
+            return (
+                f"{name} is missing: it is null, and must be {key.words}, or be left out, which means {key.default!r}"
+            )
         if name in config and not key.accepts(config[name]):
             return f"{name} must be {key.words}, got {config[name]!r}"
     for name in ("dtype", "torch_dtype"):

@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from qwen_vram.arithmetic.config_keys import DTYPES, value_of, wrong_key
+from qwen_vram.arithmetic.config_keys import DTYPES, LARGEST, value_of, wrong_key
 from qwen_vram.arithmetic.stored import METHODS, quantization_of, skipped_modules, stored_format
 from qwen_vram.errors import ConfigError
 
 SUPPORTED = ("qwen2", "qwen3")
-
-# Largest dimension believed. Llama-3 405B's intermediate_size is 53,248 and the largest published vocabulary about
-# 262,144; a config.json past this bound is damaged or hostile.
-_LARGEST = 10_000_000
 
 
 class ConfigReader:
@@ -28,10 +24,10 @@ class ConfigReader:
         self.source = source
         self.model_type = self._supported()
         self._check_kind()
+        self._check_attention()
         wrong = wrong_key(self.model_type, config)
         if wrong:
             raise ConfigError(f"{source}: {wrong}", source=source)
-        self._check_attention()
 
     def error(self, what: str) -> ConfigError:
         """The error for a value that cannot be."""
@@ -40,8 +36,8 @@ class ConfigReader:
     def size(self, key: str) -> int:
         """A positive integer."""
         value = value_of(self.model_type, self.config, key)
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= _LARGEST:
-            raise self.error(f"{key} must be a positive integer of at most {_LARGEST}, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= LARGEST:
+            raise self.error(f"{key} must be a positive integer of at most {LARGEST}, got {value!r}")
         return value
 
     def flag(self, key: str) -> bool:
@@ -63,8 +59,8 @@ class ConfigReader:
             raise self.error(f"hidden_size {hidden_size} is not a multiple of num_attention_heads {heads}")
         if given is None:
             return hidden_size // heads
-        if isinstance(given, bool) or not isinstance(given, int) or not 0 < given <= _LARGEST:
-            raise self.error(f"head_dim must be a positive integer of at most {_LARGEST}, got {given!r}")
+        if isinstance(given, bool) or not isinstance(given, int) or not 0 < given <= LARGEST:
+            raise self.error(f"head_dim must be a positive integer of at most {LARGEST}, got {given!r}")
         return given
 
     def dtype(self) -> str:
@@ -110,7 +106,7 @@ class ConfigReader:
         kinds = [named] if isinstance(named, str) else named if isinstance(named, list) else []
         if kinds and not any(str(kind).endswith("ForCausalLM") for kind in kinds):
             raise ConfigError(
-                f"{self.source}: architectures {', '.join(map(str, kinds))} is no language model: it scores, classifies "
+                f"{self.source}: architectures {', '.join(map(str, kinds))} is no language model: it scores, sorts "
                 "or embeds texts and has no head that writes tokens; use a checkpoint whose architectures end in "
                 "ForCausalLM, or run this one with transformers itself",
                 source=self.source,
@@ -133,7 +129,7 @@ class ConfigReader:
     def _check_attention(self) -> None:
         kinds = self.config.get("layer_types") or ()
         other = sorted({str(kind) for kind in kinds if kind != "full_attention"}) if isinstance(kinds, list) else []
-        if self.flag("use_sliding_window") or other == ["sliding_attention"]:
+        if self.config.get("use_sliding_window") is True or other == ["sliding_attention"]:
             raise ConfigError(
                 f"{self.source}: sliding-window attention is switched on, which this library does not count; "
                 "set use_sliding_window to false",

@@ -65,8 +65,8 @@ class Rope(NamedTuple):
         doubt = f" (Qwen publishes factors up to {_LARGEST_PUBLISHED_FACTOR}; answers may suffer)" if far else ""
         instead = "in place of the entry that is there" if self.factor > 1 or self.theta_inside else "as one entry"
         return (
-            f"shorten one of them, or stretch the positions by YaRN{doubt}: write into config.json of a local copy, "
-            f"{instead}, {self.block(context_len)}"
+            f"shorten one of them, or set YaRN's {self.spelling} in config.json of a local copy{doubt}, {instead}: "
+            f"{self.block(context_len)}"
         )
 
     def warnings(self, context_len: int) -> list[str]:

@@ -72,8 +72,8 @@ def no_config(folder: Path) -> ConfigError:
         )
     if not files and not folders:
         return ConfigError(
-            f"no config.json in {str(folder)!r}: the folder is empty; download the checkpoint into it (hf download "
-            f"NAME --local-dir {str(folder)!r}), or point to another one",
+            f"no config.json in {str(folder)!r}; point to the folder that holds config.json and *.safetensors, for "
+            f"this one is empty, or download the checkpoint into it: hf download NAME --local-dir {str(folder)!r}",
             source=source,
         )
     beside = unfinished(folder)

@@ -52,7 +52,7 @@ def mistaken(beginning: bytes) -> str:
             "opened; save the model again with: model.save_pretrained(folder)"
         )
     if not beginning:
-        return "is empty: a download or a copy stopped before it began; get the file again with: hf download"
+        return "is empty: a download or a copy stopped before it began; download the file again"
     if not beginning.strip(b"\0"):
         return (
             "holds zeros only: the space was reserved, and the download stopped before it arrived; resume the download"

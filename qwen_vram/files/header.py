@@ -22,7 +22,7 @@ _DTYPE_BITS = {
     "C64": 64,
 }  # fmt: skip
 
-_FETCH = "get this file again, from the repository or from whoever saved it"
+_FETCH = "download the file again, or copy it again from whoever saved it"
 
 
 class Tensor(NamedTuple):
@@ -62,7 +62,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
         cut = size < 8 + length + end
         what, cure = ("cut off", "its download or copy stopped: run it again") if cut else ("too long", _FETCH)
         raise CheckpointError(
-            f"shard {path.name!r} is {what}: {size} bytes on disk, {8 + length + end} by its header; {cure}",
+            f"shard {path.name!r} is {what}: {size} bytes on disk, {8 + length + end} in its header; {cure}",
             path=str(path),
         )
     return tensors
@@ -117,7 +117,9 @@ def parse_entries(
 
 
 def _corrupt(path: Path, why: str) -> CheckpointError:
-    found = mistaken(beginning_of(path))
-    if found:
+    beginning = beginning_of(path)
+    found = mistaken(beginning)
+    if beginning and found:
         return CheckpointError(f"{path.name!r} in {str(path.parent)!r} {found}", path=str(path))
+    why = why if beginning else "it is empty, for a download or a copy stopped before it began"
     return CheckpointError(f"shard {path.name!r} is corrupt: {why}; {_FETCH}", path=str(path))

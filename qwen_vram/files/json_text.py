@@ -46,6 +46,8 @@ def _not_utf8(data: bytes, error: UnicodeDecodeError) -> str:
 
 
 def _not_json(data: bytes, text: str, error: json.JSONDecodeError) -> str:
+    if not text.strip():
+        return "is cut off: the file is empty; download the file again"
     found = mistaken(data)
     if found:
         return found

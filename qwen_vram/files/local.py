@@ -194,12 +194,11 @@ def read_index(path: Path) -> dict[str, str]:
             f"{str(path)!r} begins with a byte-order mark, which transformers does not read; save it as UTF-8 without "
             "one"
         )
-    content = parse_json(data, str(path), refused)
+    named = f"{str(path)!r} is not a safetensors index with a weight_map"
+    content = parse_json(data, str(path), lambda why: refused(f"{named}: it {why.removeprefix(repr(str(path)) + ' ')}"))
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(content, dict) or not isinstance(weight_map, dict):
-        raise refused(
-            f"{str(path)!r} is not a safetensors index with a weight_map; get the file of the same repository again"
-        )
+        raise refused(f"{named}; take {path.name} of the repository that the shards are of")
     if not isinstance(content.get("metadata"), dict):
         raise refused(
             f"{str(path)!r} has no object 'metadata', which transformers asks for; write \"metadata\": {{}} beside "
