@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from qwen_vram.arithmetic.adapter import with_adapter
@@ -35,12 +35,16 @@ class Resolved:
     Attributes:
         label: What to call it.
         repo_id: Its repository on the hub; empty for one that is here, or that has no files.
+        config: What its config.json says; empty if that was not read.
+        source: Where that is.
         files: Its folder as it was read; `None` for one that is not here.
     """
 
     label: str
     architecture: Architecture
     repo_id: str = ""
+    config: Mapping[str, object] = field(default_factory=dict)
+    source: str = ""
     files: CheckpointFiles | None = None
 
 
@@ -137,8 +141,9 @@ def resolve(model: ModelLike) -> Resolved:
     name = place.name
     if not HUB_ID.fullmatch(name):
         raise unknown_model(name)
-    architecture = checkpoint_architecture(hub_config(name), lambda: hub_named(name), source=f"{name}/{CONFIG}")
-    return Resolved(label=name, architecture=architecture, repo_id=name)
+    config, source = hub_config(name), f"{name}/{CONFIG}"
+    architecture = checkpoint_architecture(config, lambda: hub_named(name), source=source)
+    return Resolved(label=name, architecture=architecture, repo_id=name, config=config, source=source)
 
 
 def open_folder(place: Place, *, weights: bool) -> Resolved:
@@ -160,7 +165,8 @@ def open_folder(place: Place, *, weights: bool) -> Resolved:
             source=error.source,
         )
     files = read_checkpoint(folder, weights=weights)
-    return Resolved(label=folder.name, architecture=files.architecture, files=files)
+    source = str(folder / CONFIG)
+    return Resolved(label=folder.name, architecture=files.architecture, config=files.config, source=source, files=files)
 
 
 def hub_named(repo_id: str) -> dict[str, Tensor]:

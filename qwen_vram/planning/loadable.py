@@ -78,7 +78,7 @@ def _on_disk(architecture: Architecture, profile: Profile) -> str:
         return ""
     if FORMATS[profile.weights].is_dense:
         return (
-            f"the checkpoint's layers are stored as {', '.join(architecture.layer_dtypes)} and run in {profile.dtype}; "
+            f"a layer is stored as {', '.join(architecture.layer_dtypes)} and runs in {profile.dtype}; "
             "what stays on the disk is used as it is stored: choose weights in that dtype, or use disk_layers=0"
         )
     return (

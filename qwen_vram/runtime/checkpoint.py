@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,17 @@ from typing import Any
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.checkpoint import CheckpointFiles
 from qwen_vram.arithmetic.model import ModelLike, Resolved, open_folder, resolve
+from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.errors import CheckpointError, ConfigError
 from qwen_vram.files.contents import beginning_of, mistaken
 from qwen_vram.files.hub import hub_snapshot
-from qwen_vram.files.local import CONFIG, read_json
+from qwen_vram.files.local import read_json
 from qwen_vram.files.place import Place
+from qwen_vram.units import format_bytes
 
+_LOGGER = logging.getLogger(__name__)
+
+_NAMES = {"bf16": "bfloat16", "fp16": "float16"}
 _TOKENIZER_JSON = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
 )  # fmt: skip
@@ -56,30 +63,50 @@ def open_checkpoint(model: ModelLike, found: Resolved | None = None) -> Checkpoi
             f"load() needs weights: a checkpoint folder, a catalog name or a hub id, got a {type(model).__name__}"
         )
     found = found or resolve(model)
-    if found.files is None or not found.files.tensors:
-        folder = hub_snapshot(found.repo_id) if found.files is None else found.files.folder
-        label, found = found.label, open_folder(Place(folder, ""), weights=True)
-        found = Resolved(label=label, architecture=found.architecture, files=found.files)
-    assert found.files is not None
-    return Checkpoint(name=found.label, files=found.files)
+    files = found.files
+    if files is None or not files.tensors:
+        folder = hub_snapshot(found.repo_id) if files is None else files.folder
+        files = open_folder(Place(folder, ""), weights=True).files
+    assert files is not None
+    return Checkpoint(name=found.label, files=files)
 
 
-def model_config(files: CheckpointFiles) -> Any:
-    """The config of `transformers` that config.json describes, made of what was read of it.
+def model_config(config: Mapping[str, object], source: str, folder: Path | None = None) -> Any:
+    """The config of `transformers` that a config.json describes, made of what was read of it.
+
+    Args:
+        folder: Where it is, if it is here.
 
     Raises:
         ConfigError: `transformers` refuses it.
     """
     from transformers import CONFIG_MAPPING
 
-    source = str(files.folder / CONFIG)
     try:
-        config = CONFIG_MAPPING[str(files.config["model_type"])].from_dict(copy.deepcopy(dict(files.config)))
+        made = CONFIG_MAPPING[str(config["model_type"])].from_dict(copy.deepcopy(dict(config)))
     except Exception as error:  # whatever its many validators raise
         lines = " ".join(str(error).split())
         raise ConfigError(f"{source}: transformers refuses it ({lines}); correct that key", source=source) from error
-    config.name_or_path = str(files.folder)
-    return config
+    if folder is not None:
+        made.name_or_path = str(folder)
+    return made
+
+
+def warn_of_files(files: CheckpointFiles, profile: Profile) -> None:
+    """Log one line for each thing worth knowing of the files: tensors without a place, and a file twice too large."""
+    for note in files.notes:
+        _LOGGER.warning("%s: %s", files.folder, note)
+    total = sum(tensor.nbytes for tensor in files.tensors.values())
+    wide = sum(tensor.nbytes for tensor in files.tensors.values() if tensor.dtype == "F32")
+    if files.architecture.stored_format is None and profile.dtype != "fp32" and 2 * wide > total:
+        _LOGGER.warning(
+            "%s: the weights are stored in float32 (%s) and run in %s, so that the files are twice as large as they "
+            "need to be; save them once in %s and every load reads half",
+            files.folder,
+            format_bytes(total),
+            profile.dtype,
+            _NAMES[profile.dtype],
+        )
 
 
 def open_tokenizer(folder: Path, config: Any = None) -> Any:
@@ -101,20 +128,20 @@ def open_tokenizer(folder: Path, config: Any = None) -> Any:
 
 def _broken_tokenizer(folder: Path, error: Exception) -> CheckpointError:
     """The error for a tokenizer that cannot be made: the first of its files that is no such file, or the library's."""
+    broken = f"the tokenizer in {str(folder)!r} cannot be read"
     for name in _TOKENIZER:
         path = folder / name
         if not path.is_file():
             continue
         found = mistaken(beginning_of(path))
         if found:
-            return CheckpointError(f"{name!r} in {str(folder)!r} {found}", path=str(path))
+            return CheckpointError(f"{broken}: {name!r} in it {found}", path=str(path))
         if name in _TOKENIZER_JSON:
             try:
                 read_json(path, marked=False)
             except ConfigError as refused:
-                return CheckpointError(str(refused), path=str(path))
+                return CheckpointError(f"{broken}: {refused}", path=str(path))
     return CheckpointError(
-        f"the tokenizer in {str(folder)!r} cannot be read ({type(error).__name__}: {error}); download "
-        "tokenizer.json and tokenizer_config.json again",
+        f"{broken} ({type(error).__name__}: {error}); download tokenizer.json and tokenizer_config.json again",
         path=str(folder),
     )

@@ -16,6 +16,7 @@ from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.tiles import head_by_tiles
 from qwen_vram.arithmetic.weights import disk_buffers, head_is_a_copy, streaming_slots, table_on_host
 from qwen_vram.errors import BackendUnavailableError, NotSupportedError
+from qwen_vram.files.local import CONFIG
 from qwen_vram.planning.budget import VramLike
 from qwen_vram.planning.planner import Plan, plan_of
 from qwen_vram.planning.search import Prefer
@@ -25,7 +26,7 @@ from qwen_vram.runtime.backends import get_backend
 from qwen_vram.runtime.backends.base import Backend, Request, StreamingBackend
 from qwen_vram.runtime.blob import HostMemory
 from qwen_vram.runtime.check import check, check_files, check_host, dtype_for
-from qwen_vram.runtime.checkpoint import Checkpoint, model_config, open_checkpoint, open_tokenizer
+from qwen_vram.runtime.checkpoint import Checkpoint, model_config, open_checkpoint, open_tokenizer, warn_of_files
 from qwen_vram.runtime.decoder import decoder_for
 from qwen_vram.runtime.device_map import away_of, connect, device_map, left_out, undispatched
 from qwen_vram.runtime.devices import check_free, devices_for, weakest
@@ -119,6 +120,8 @@ def load(
         check_peft()
         assert chosen.estimate.architecture is not None
         check_adapter(adapter_folder(adapter), chosen.estimate.architecture, chosen.profile)
+    if found.config:
+        model_config(found.config, found.source)  # what transformers refuses is refused before a download
     check_free(chosen, devices)
     with garbage_of_this_load():
         checkpoint = open_checkpoint(model, found)
@@ -144,11 +147,12 @@ def _build(
     profile, device, dtype = chosen.profile, devices[0], dtype_for(chosen.profile, weakest(devices))
     if profile.disk_layers:
         check_files(checkpoint, profile, dtype)
+    warn_of_files(checkpoint.files, profile)
     attention.register()
     late_head = head_by_tiles(checkpoint.architecture, profile)
     request = Request(
         files=checkpoint.files,
-        config=model_config(checkpoint.files),
+        config=model_config(checkpoint.files.config, str(checkpoint.folder / CONFIG), checkpoint.folder),
         disable_mmap=disable_mmap,
         profile=profile,
         device=device,
