@@ -67,10 +67,12 @@ PLAIN = ("bf16", "streamed", "disk layers", "host table")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def collections_are_short():
-    """Closing a model collects garbage; what is here before the first one need not be looked at each time."""
-    import transformers  # noqa: F401
+def short_collections(demo):
+    """Closing a model collects garbage; what libraries import for the first one need not be looked at each time."""
+    import peft  # noqa: F401
 
+    for weights in ("nf4", "bf16"):
+        qv.load(demo, profile="default", weights=weights, streamed_layers=1, progress=False).close()
     gc.collect()
     gc.freeze()
     yield
