@@ -130,8 +130,8 @@ def _wrong_layer_types(model_type: str, config: Mapping[str, object]) -> str:
 
 
 def _wrong_labels(config: Mapping[str, object]) -> str:
-    labels, problem = config.get("num_labels"), config.get("problem_type")
-    if labels is not None and not _integer(labels):
+    labels, problem = config.get("num_labels", 2), config.get("problem_type")
+    if not isinstance(labels, int):
         return f"num_labels must be an integer, got {labels!r}"
     if problem == "single_label_classification" and labels == 1:
         return "problem_type 'single_label_classification' needs num_labels of at least 2, got 1"

@@ -120,6 +120,14 @@ def load(
         check_peft()
         assert chosen.estimate.architecture is not None
         check_adapter(adapter_folder(adapter), chosen.estimate.architecture, chosen.profile)
+    if disable_mmap and "disk" in device_map(chosen, devices[0]).values():
+        raise NotSupportedError(
+            f"disable_mmap=True does not go with streamed_layers={chosen.profile.streamed_layers} of a 16-bit "
+            "checkpoint, which would be in host memory whole while it loads; copy the checkpoint to a disk of this "
+            "machine, use streamed_layers=0, or quantize it once and load that",
+            knob="disable_mmap",
+            value=True,
+        )
     if found.config:
         model_config(found.config, found.source)  # what transformers refuses is refused before a download
     check_free(chosen, devices)
