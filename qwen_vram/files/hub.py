@@ -88,7 +88,7 @@ def hub_snapshot(repo_id: str) -> Path:
     wanted = [*_beside_weights(files), *_weights(repo_id, files, info.sha)]
     with explained(repo_id):
         patterns = [glob.escape(name) for name in wanted]
-        return Path(hub.snapshot_download(repo_id, revision=info.sha, allow_patterns=patterns))
+        return Path(hub.snapshot_download(repo_id, allow_patterns=patterns))  # by its branch, as it is looked up later
 
 
 def _beside_weights(files: list[str]) -> list[str]:
@@ -187,7 +187,9 @@ def _has(repo_id: str, file: str, folder: Path) -> bool:
     if (folder / file).is_file():
         return True
     hub = library()
-    if hub.constants.HF_HUB_OFFLINE:
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
         return False
     with explained(repo_id, file):
         return bool(hub.file_exists(repo_id, file, revision=folder.name))
