@@ -227,8 +227,8 @@ class Architecture:
         """Every weight of the model by the name it has in the checkpoint; a tied head is not listed twice."""
         yield from (weight for weight in self.outer if weight.role == "embedding")
         for layer in range(self.first_layer, self.first_layer + self.num_hidden_layers):
-            for weight in self.block:
-                yield weight._replace(name=f"model.layers.{layer}.{weight.name}")
+            for name, shape, role in self.block:
+                yield Weight(f"model.layers.{layer}.{name}", shape, role)
         yield from (weight for weight in self.outer if weight.role != "embedding")
 
     @cached_property

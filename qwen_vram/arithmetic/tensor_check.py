@@ -37,7 +37,9 @@ def check_tensors(architecture: Architecture, tensors: Mapping[str, Tensor], fol
         CheckpointError: a tensor is missing, empty, or of another shape or dtype.
     """
     missing = []
+    count = 0
     for weight in architecture.weights():
+        count += 1
         tensor = tensors.get(weight.name)
         if tensor is None:
             missing.append(weight.name)
@@ -53,7 +55,7 @@ def check_tensors(architecture: Architecture, tensors: Mapping[str, Tensor], fol
             raise _wrong_shape(architecture, weight, tensor, tensors, folder)
     if missing:
         raise _missing(architecture, missing, tensors, folder)
-    return _extras(architecture, tensors)
+    return _extras(architecture, tensors) if len(tensors) > count else ()
 
 
 def _wrong_shape(

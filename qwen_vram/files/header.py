@@ -102,7 +102,7 @@ def parse_entries(
             bits = _DTYPE_BITS[entry["dtype"]]
             for size in shape:
                 bits *= size
-            if end - begin != (bits + 7) // 8 or min(shape, default=0) < 0:
+            if end - begin != (bits + 7) // 8 or (shape and min(shape) < 0):
                 raise _corrupt(source, f"{name!r} of shape {list(shape)} takes {end - begin} bytes in it")
             tensors[name] = Tensor(entry["dtype"], shape, end - begin, file, data_at + begin, name)
             spans.append((begin, end))

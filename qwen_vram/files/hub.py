@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 from pathlib import Path, PurePosixPath
 
 from qwen_vram.errors import CheckpointError, HubError
@@ -86,6 +85,8 @@ def hub_snapshot(repo_id: str) -> Path:
         return _cached_snapshot(repo_id, error)
     files = [sibling.rfilename for sibling in info.siblings or ()]
     wanted = [*_beside_weights(files), *_weights(repo_id, files, info.sha)]
+    import glob  # not needed for an estimate
+
     with explained(repo_id):
         patterns = [glob.escape(name) for name in wanted]
         return Path(hub.snapshot_download(repo_id, allow_patterns=patterns))  # by its branch, as it is looked up later

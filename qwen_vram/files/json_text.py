@@ -23,7 +23,7 @@ def parse_json(data: bytes, source: str, refusal: Callable[[str], QwenVramError]
         QwenVramError: what `refusal` makes; the message names the cause, the place and the cure.
     """
     try:
-        text = data.decode("utf-8-sig")
+        text = data.removeprefix(MARK).decode("utf-8")
     except UnicodeDecodeError as error:
         raise refusal(f"{source!r} {_not_utf8(data, error)}") from error
     try:

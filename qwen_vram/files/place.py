@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import unquote, urlsplit
 
 from qwen_vram.errors import ConfigError
 from qwen_vram.files.contents import GGUF, beginning_of
@@ -86,6 +85,8 @@ def _address(text: str) -> Place | None:
     scheme, separator, rest = text.partition("://")
     if not separator or scheme.lower() not in ("http", "https", "hf", "file"):
         return None
+    from urllib.parse import unquote, urlsplit  # slow to import, and only needed here
+
     if scheme.lower() == "file":
         return place_of(unquote(urlsplit(text).path))
     path = f"/{rest}" if scheme.lower() == "hf" else urlsplit(text).path
