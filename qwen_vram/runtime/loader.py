@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from qwen_vram.arithmetic.model import ModelLike, resolve
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.tiles import head_by_tiles
 from qwen_vram.arithmetic.weights import disk_buffers, head_is_a_copy, streaming_slots, table_on_host
+from qwen_vram.arithmetic.workload import Workload
 from qwen_vram.errors import BackendUnavailableError, NotSupportedError
 from qwen_vram.files.local import CONFIG
-from qwen_vram.planning.budget import VramLike
-from qwen_vram.planning.planner import Plan, plan_of
+from qwen_vram.planning.budget import Budget, VramLike
+from qwen_vram.planning.planner import Plan, plan_for
 from qwen_vram.planning.search import Prefer
 from qwen_vram.runtime import attention
 from qwen_vram.runtime.adapter import add_adapter, check_adapter, check_peft
@@ -29,12 +31,13 @@ from qwen_vram.runtime.check import check, check_files, check_host, dtype_for
 from qwen_vram.runtime.checkpoint import Checkpoint, model_config, open_checkpoint, open_tokenizer, warn_of_files
 from qwen_vram.runtime.decoder import decoder_for
 from qwen_vram.runtime.device_map import away_of, connect, device_map, left_out, undispatched
-from qwen_vram.runtime.devices import check_free, devices_for, weakest
+from qwen_vram.runtime.devices import check_free, devices_for, held_beside_torch, weakest
 from qwen_vram.runtime.fused_layers import fuse_layers
 from qwen_vram.runtime.garbage import collect_dropped, garbage_of_this_load
 from qwen_vram.runtime.host_embedding import move_embedding_to_host
 from qwen_vram.runtime.loaded import LoadedModel
 from qwen_vram.runtime.measure import PeakMeter, weight_storages
+from qwen_vram.runtime.memory import give_back_heap, nothing_left_after_a_failure
 from qwen_vram.runtime.packing import pack_layers
 from qwen_vram.runtime.progress import transformers_bars
 from qwen_vram.runtime.streaming import Streamer
@@ -89,30 +92,20 @@ def load(
     place = weakest(devices)
     if place.type == "cuda" and profile == "auto" and torch.cuda.get_device_capability(place) < (8, 0):
         knobs.setdefault("attention", "sdpa")  # the flash kernel begins with Ampere
+    workload = Workload(prompt_len=prompt_len, max_new_tokens=max_new_tokens, batch_size=batch_size, padded=padded)
+    offered = {} if place.type == "cpu" else vram
+    budget = Budget.of(offered, ram, reserve, held=held_beside_torch(devices))
     found = resolve(model)
-    planned = partial(
-        plan_of,
-        model,
-        found,
-        profile=profile,
-        vram={} if place.type == "cpu" else vram or None,
-        ram=ram,
-        reserve=reserve,
-        prefer=prefer,
-        prompt_len=prompt_len,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        padded=padded,
-        adapter=adapter,
-    )
-    chosen = planned(knobs=knobs)
+    asked: dict[str, Any] = {"found": found, "profile": profile, "prefer": prefer, "adapter": adapter}
+    planned = partial(plan_for, model, workload, budget, **asked, **knobs)
+    chosen = planned()
     warn_of_positions(chosen.estimate)
     backend = get_backend(chosen.profile.weights)
     if chosen.profile.host_layers and "host_layers" not in knobs and profile == "auto":
         try:
             check_host(chosen, backend)
         except (NotSupportedError, BackendUnavailableError):  # another backend, or another CPU than was measured
-            chosen = planned(knobs={**knobs, "host_layers": 0})
+            chosen = planned(host_layers=0)
             backend = get_backend(chosen.profile.weights)
     for one in devices:
         check(chosen, backend, one)
@@ -131,15 +124,18 @@ def load(
     if found.config:
         model_config(found.config, found.source)  # what transformers refuses is refused before a download
     check_free(chosen, devices)
-    with garbage_of_this_load():
-        checkpoint = open_checkpoint(model, found)
-        llm = _build(checkpoint, chosen, backend, devices, adapter, progress, disable_mmap)
-    if verify:
-        try:
-            check_plan(llm)
-        except BaseException:
-            llm.close()
-            raise
+    with nothing_left_after_a_failure():
+        with garbage_of_this_load(), ExitStack() as after_a_failure:
+            checkpoint = open_checkpoint(model, found)
+            llm = _build(checkpoint, chosen, backend, devices, adapter, progress, disable_mmap, after_a_failure)
+            after_a_failure.pop_all()
+        give_back_heap()
+        if verify:
+            try:
+                check_plan(llm)
+            except BaseException:
+                llm.close()
+                raise
     return llm
 
 
@@ -151,6 +147,7 @@ def _build(
     adapter: str | Path | None,
     progress: bool,
     disable_mmap: bool,
+    after_a_failure: ExitStack,
 ) -> LoadedModel:
     profile, device, dtype = chosen.profile, devices[0], dtype_for(chosen.profile, weakest(devices))
     if profile.disk_layers:
@@ -187,6 +184,7 @@ def _build(
             blocks = pack_layers(model, away_of(chosen), backend, request, memory, bar)
             slots = streaming_slots(checkpoint.architecture, profile)
             streamer = Streamer(blocks, memory, slots, disk_buffers(profile))
+            after_a_failure.callback(streamer.close)
     if table_on_host(checkpoint.architecture, profile):
         move_embedding_to_host(model, device)
     if profile.tiles and backend.name == "bnb":
@@ -205,6 +203,7 @@ def _build(
     if profile.compiled:
         with transformers_bars(progress) as bar:
             decoder = decoder_for(model, chosen.workload, bar)
+            after_a_failure.callback(decoder.close)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
