@@ -56,7 +56,7 @@ def read_checkpoint(folder: Path, *, weights: bool) -> CheckpointFiles:
     """
     config = read_config(folder)
     source = str(folder / CONFIG)
-    if not (weights or has_weights(folder)):
+    if not (weights or has_weights(folder, config)):
         architecture = checkpoint_architecture(config, lambda: read_tensors(folder, config), source=source)
         return CheckpointFiles(folder=folder, config=config, tensors={}, architecture=architecture)
     ConfigReader(config, source)  # what config.json alone refuses comes before the weights
