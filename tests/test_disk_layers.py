@@ -444,7 +444,7 @@ def test_layers_in_another_dtype_are_refused_before_anything_is_loaded(demo, tmp
     folder = shutil.copytree(demo, tmp_path / "wide")
     wide = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
     save_file(wide, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(qv.NotSupportedError, match="is stored as F32 and runs in torch.bfloat16"):
+    with pytest.raises(qv.NotSupportedError, match="is stored as F32 and runs in bf16"):
         load(folder, streamed_layers=3, disk_layers=1)
     with load(folder, weights="fp32") as llm:
         expected = logits(llm)

@@ -60,7 +60,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
     tensors, end = parse_header(header, path.name, source=path)
     if size != 8 + length + end:
         cut = size < 8 + length + end
-        what, cure = ("cut off", "its download or copy stopped: run it again") if cut else ("too long", _FETCH)
+        what, cure = ("cut off", f"a download or a copy stopped; {_FETCH}") if cut else ("too long", _FETCH)
         raise CheckpointError(
             f"shard {path.name!r} is {what}: {size} bytes on disk, {8 + length + end} in its header; {cure}",
             path=str(path),
