@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from qwen_vram.adapters.errors import AdapterError
     from qwen_vram.arithmetic.architecture import Architecture
     from qwen_vram.arithmetic.catalog import CATALOG
     from qwen_vram.arithmetic.estimate import Estimate, estimate_vram
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
         DoesNotFitError,
         GenerationStoppedError,
         HubError,
+        NotFiniteError,
         NotSupportedError,
         PlanNotHeldError,
         QuantizationFailedError,
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
         UnknownNameError,
         WorkloadError,
     )
-    from qwen_vram.lora.errors import AdapterError
     from qwen_vram.lora.merge import merge_lora_then_quantize
     from qwen_vram.lora.report import MergeReport
     from qwen_vram.planning.budget import Budget
@@ -57,6 +58,7 @@ _MODULES = {
         "DoesNotFitError",
         "GenerationStoppedError",
         "HubError",
+        "NotFiniteError",
         "NotSupportedError",
         "PlanNotHeldError",
         "QuantizationFailedError",
@@ -65,7 +67,7 @@ _MODULES = {
         "UnknownNameError",
         "WorkloadError",
     ),
-    "lora.errors": ("AdapterError",),
+    "adapters.errors": ("AdapterError",),
     "lora.merge": ("merge_lora_then_quantize",),
     "lora.report": ("MergeReport",),
     "planning.budget": ("Budget",),
@@ -95,6 +97,7 @@ __all__ = [
     "HubError",
     "LoadedModel",
     "MergeReport",
+    "NotFiniteError",
     "NotSupportedError",
     "Plan",
     "PlanNotHeldError",

@@ -2,11 +2,12 @@
 
 QwenVramError
 ├── UnitError (ValueError)                 a size without a unit, or not a size
-├── UnknownNameError (ValueError)          a model, profile, format, knob or device nobody has heard of
-├── WorkloadError (ValueError)             a length or batch that cannot be run
+├── UnknownNameError (ValueError)          an unknown model, profile, format, knob, option or device
+├── WorkloadError (ValueError)             a length, batch, message or option that cannot be run
 ├── ConfigError (ValueError)               a config.json that is missing, broken or of another architecture
 ├── CheckpointError                        safetensors that are missing, truncated, corrupt or somewhere else
 ├── HubError                               a hub that cannot be reached, or does not hold what was asked for
+├── NotFiniteError                         a model that computes NaN or infinities
 ├── NotSupportedError                      a knob or combination that is counted but cannot be run
 ├── BackendUnavailableError (ImportError)  a library or device that is not on this machine
 ├── DoesNotFitError                        a budget that nothing fits
@@ -51,7 +52,7 @@ class UnknownNameError(QwenVramError, ValueError):
 
 
 class WorkloadError(QwenVramError, ValueError):
-    """A workload cannot be run. `name` and `got` are the quantity and its value."""
+    """A workload, a message or an option cannot be run. `name` and `got` are the quantity and its value."""
 
     def __init__(self, message: str, *, name: str, got: object) -> None:
         super().__init__(message)
@@ -81,6 +82,20 @@ class HubError(QwenVramError):
     def __init__(self, message: str, *, repo_id: str) -> None:
         super().__init__(message)
         self.repo_id = repo_id
+
+
+class NotFiniteError(QwenVramError):
+    """A model's logits are NaN or infinite.
+
+    Attributes:
+        dtype: The dtype that the model computes in, such as `"fp16"`.
+        module: The first module whose output is not finite, by its name in the model; empty if it was not found.
+    """
+
+    def __init__(self, message: str, *, dtype: str, module: str) -> None:
+        super().__init__(message)
+        self.dtype = dtype
+        self.module = module
 
 
 class NotSupportedError(QwenVramError):

@@ -16,6 +16,7 @@ FLOORS = (
     {"errors"},
     {"units"},
     {"files"},
+    {"adapters"},
     {"arithmetic"},
     {"planning"},
     {"runtime"},

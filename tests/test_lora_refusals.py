@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("peft")
 
 import qwen_vram as qv
-from qwen_vram.lora.adapter import AdapterError
+from qwen_vram import AdapterError
 from qwen_vram.lora.merge import merge_lora_then_quantize
 from tests.lora_models import edit_config, edit_tensors, make_adapter, make_base
 
@@ -233,20 +233,25 @@ SPOILED = {
         renamed(f"{Q0}.lora_A.weight", "model.q.lora_A.weight"),
         "holds keys that are not PEFT",
     ),
-    "an adapter's name": (
+    "another adapter's name": (
         "plain",
-        renamed(f"{Q0}.lora_A.weight", f"{Q0}.lora_A.default.weight"),
+        renamed(f"{Q0}.lora_A.weight", f"{Q0}.lora_A.mine.weight"),
+        "not PEFT's: base_mo",
+    ),
+    "an adapter's name twice": (
+        "plain",
+        renamed(f"{Q0}.lora_A.weight", f"{Q0}.lora_A.default.default.weight"),
         "not PEFT's: base_mo",
     ),
     "an unknown part": (
         "plain",
         shaped(f"{Q0}.lora_C", 3),
-        r"not PEFT's: .*q_proj\.lora_C \(F32 \[3\]\); save it again",
+        r"not PEFT's: .*q_proj\.lora_C \(F32 \[3\]\); PEFT would leave them out .* rename them, or save the adapter",
     ),
     "an empty tensor": (
         "plain",
         shaped(f"{Q0}.lora_B.weight", 64, 0),
-        r"not PEFT's: .*lora_B.weight \(F32 \[64, 0\]\)",
+        r"holds empty tensors: .*lora_B.weight \[64, 0\], so it holds no weights; DeepSpeed ZeRO-3 saves such files",
     ),
     "a scalar": (
         "plain",
@@ -254,12 +259,16 @@ SPOILED = {
         r"not PEFT's: .*lora_B.weight \(F32 \[\]\)",
     ),
     "both spellings": ("dora", shaped(f"{Q0}.lora_magnitude_vector.weight", 64), r"not PEFT's: .*\(a second time\)"),
-    "half a pair": ("plain", without(f"{Q0}.lora_A.weight"), "q_proj has only one of its two factors; save it again"),
+    "half a pair": (
+        "plain",
+        without(f"{Q0}.lora_A.weight"),
+        "q_proj has only one of its two factors; copy the whole file",
+    ),
     "a magnitude too few": ("dora", without(f"{Q0}.lora_magnitude_vector"), "q_proj.lora_magnitude_vector is missing"),
     "a magnitude too many": (
         "plain",
         shaped(f"{Q0}.lora_magnitude_vector", 64),
-        "vector is there, and no setting asks",
+        "vector is there, and use_dora is false; if the adapter was trained with DoRA, set use_dora to true",
     ),
     "a lora_bias too few": ("lora_bias", without(f"{Q0}.lora_B.bias"), "q_proj.lora_B.bias is missing"),
     "a lora_bias too many": ("plain", shaped(f"{Q0}.lora_B.bias", 64), "lora_B.bias is there, and no setting asks for"),

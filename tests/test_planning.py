@@ -138,7 +138,7 @@ def test_a_dict_of_one_device_is_a_budget():
 
 def test_no_budget_is_what_is_free_now(monkeypatch):
     card = DeviceMemory("a card", 24 * 2**30, free=10 * 2**30, used_here=2**30)
-    monkeypatch.setattr(budget_module, "visible_gpus", lambda: [card])
+    monkeypatch.setattr(devices, "visible_gpus", lambda: [card])
     assert qv.plan(SEVEN, **RAM).budget.vram == 11 * 2**30 - budget_module.FREE_RESERVE
 
 

@@ -59,6 +59,9 @@ class Architecture:
         stored_head: Whether its head is quantized too.
         stored: Its tensors' bytes, where its headers were read for them.
         adapter_weights: The tensors of a LoRA adapter that runs beside the base.
+        adapter_replaces: Names of the base's tensors whose values the adapter replaces.
+        adapter_activated: The adapter acts on the tokens behind its invocation tokens only (an activated LoRA).
+        adapter_mutates_base: PEFT changes the base's weights when it loads the adapter (PiSSA, OLoRA).
         first_layer: How many decoder layers come before these, where this is one device's part of a model (`slices`).
         layers_after: How many come behind them.
         rope: The rotary positions of config.json; `None` without one.
@@ -82,6 +85,9 @@ class Architecture:
     stored_head: bool = False
     stored: Stored | None = field(default=None, repr=False)
     adapter_weights: tuple[Weight, ...] = ()
+    adapter_replaces: tuple[str, ...] = ()
+    adapter_activated: bool = False
+    adapter_mutates_base: bool = False
     first_layer: int = 0
     layers_after: int = 0
     rope: Rope | None = field(default=None, repr=False)
@@ -104,12 +110,13 @@ class Architecture:
             every = [tuple(StoredTensor(*tensor) for tensor in part) for part in (embedding, norm, head, *layers)]
             stored = Stored(every[0], tuple(every[3:]), every[1], every[2])
         weights = tuple(Weight(name, tuple(shape), role) for name, shape, role in data["adapter_weights"])
+        replaced = tuple(data.get("adapter_replaces", ()))
         given = data.get("rope")
         rope = None if given is None else Rope(*given)
         if rope is not None:
             rope = rope._replace(rest=tuple((key, value) for key, value in rope.rest), notes=tuple(rope.notes))
-        dtypes = tuple(data.get("layer_dtypes", ()))
-        return cls(**{**data, "stored": stored, "adapter_weights": weights, "rope": rope, "layer_dtypes": dtypes})
+        read = {"stored": stored, "adapter_weights": weights, "adapter_replaces": replaced, "rope": rope}
+        return cls(**{**data, **read, "layer_dtypes": tuple(data.get("layer_dtypes", ()))})
 
     @classmethod
     def from_config(cls, config: Mapping[str, object], *, source: str = "config") -> Architecture:

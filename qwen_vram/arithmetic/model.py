@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from qwen_vram.adapters.folder import check_is_no_adapter, check_no_adapter_beside
 from qwen_vram.arithmetic.adapter import with_adapter
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.catalog import catalog_row, row_architecture, unknown_model
@@ -54,6 +55,7 @@ def resolve_model(model: ModelLike, adapter: str | Path | None = None) -> tuple[
     Raises:
         UnknownNameError, ConfigError, HubError: as `resolve`.
         CheckpointError, NotSupportedError: weights or an adapter that cannot be used.
+        AdapterError: `model` is an adapter, or holds one beside a whole model.
     """
     found = resolve(model)
     return found.label, adapted(found, adapter)
@@ -63,9 +65,9 @@ def adapted(found: Resolved, adapter: str | Path | None) -> Architecture:
     """The architecture of a model with an adapter's tensors, if one is given.
 
     Raises:
-        CheckpointError, NotSupportedError, HubError: the adapter cannot be used.
+        AdapterError, CheckpointError, NotSupportedError, HubError: the adapter cannot be used.
     """
-    return found.architecture if adapter is None else with_adapter(found.architecture, adapter)
+    return found.architecture if adapter is None else with_adapter(found.label, found.architecture, adapter)
 
 
 def stored_knobs(architecture: Architecture, knobs: Mapping[str, object]) -> dict[str, object]:
@@ -109,15 +111,17 @@ def _named(knobs: Mapping[str, object], stored: str | None) -> dict[str, object]
     return named
 
 
-def resolve(model: ModelLike) -> Resolved:
+def resolve(model: ModelLike, *, alone: bool = True) -> Resolved:
     """What `model` is: its label, its architecture, and its files if they are here.
 
     Args:
         model: An `Architecture`, a config `dict`, a checkpoint folder, a catalog name with or without its
             organisation, or a hub id or a hub page's address, of which config.json is fetched, and the headers of its
             safetensors if it is quantized. A folder wins over a name.
+        alone: Whether a folder that holds an adapter beside the model is refused.
 
     Raises:
+        AdapterError: a folder is an adapter, or holds one beside a whole model.
         UnknownNameError: a name that is none of these.
         ConfigError: a config that is missing, broken or of another architecture.
         CheckpointError: the weights in a folder, or the headers of a quantized checkpoint on the hub, are missing,
@@ -134,6 +138,9 @@ def resolve(model: ModelLike) -> Resolved:
         raise ConfigError(f"a model is a name, a folder, a config dict or an Architecture, got {type(model).__name__}")
     place = place_of(model)
     if place.folder is not None:
+        check_is_no_adapter(place.folder)
+        if alone:
+            check_no_adapter_beside(place.folder)
         return open_folder(place, weights=False)
     row = catalog_row(place.name)
     if row is not None:

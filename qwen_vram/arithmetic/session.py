@@ -18,9 +18,12 @@ from qwen_vram.arithmetic.workload import Workload
 
 # Two segments of torch's small pool: with some lengths it takes one more for keys, and one more for values.
 _SMALL_SEGMENTS = 2 * 2 * 2**20
+# One segment of each of torch's two pools.
+_GRAPH_SEGMENTS = 22 * 2**20
+_FP32 = 4
 # The largest share of the peak that a fragment takes. Of 12,000 random smaller workloads of 640 random profiles,
 # replayed on 2026-11-30, 2 needed more: both dequantize whole matrices for 70 sequences.
-_FRAGMENT = 0.02
+_FRAGMENT = 0.04
 
 
 class Run(NamedTuple):
@@ -53,14 +56,17 @@ def critical_workloads(profile: Profile, workload: Workload) -> list[Workload]:
 
 
 def fragment_bytes(architecture: Architecture, profile: Profile, workload: Workload) -> int:
-    """Return the bytes that no tensor uses although torch has reserved them, because of an unlucky length.
+    """Return the bytes that torch may have reserved in a session beyond what a single workload needs.
 
     One result of `gate_proj` in a prefill step, (batch_size x chunk, intermediate_size), finds no free block of its
     size. A quantized cache makes all keys and values of a layer whole in every step, in two tensors that grow with the
-    context: each leaves a block that the next one does not fit.
+    context: each leaves a block that the next one does not fit. A captured step of a smaller batch has its logits in
+    float32, and segments in the pool of graphs.
     """
     rows = workload.batch_size * min(profile.prefill_chunk_size or workload.prompt_len, workload.prompt_len)
     activation = rows * architecture.intermediate_size * profile.element_bytes
+    if profile.compiled and workload.batch_size > 1:
+        return activation + (workload.batch_size - 1) * architecture.vocab_size * _FP32 + _GRAPH_SEGMENTS
     if profile.kv_cache == "bf16":
         return activation
     tokens = workload.batch_size * workload.context_len
@@ -71,7 +77,7 @@ def least_of_session(runs: Iterable[Run], fragment: int) -> int:
     """Return the bytes that torch must be able to reserve for a session whose critical workloads are `runs`.
 
     At least what each of them needs, with the search's own step if it was searched; and the highest peak with the share
-    that a replay can miss. On top of it there is one fragment, or 2 % of the peak if that is less.
+    that a replay can miss. On top of it there is one fragment, or 4 % of the peak if that is less.
     """
     every = list(runs)
     peak = max(run.peak for run in every)

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 import qwen_vram as qv
 from qwen_vram.cli.consoles import console, errors
-from qwen_vram.cli.options import Knobs, Model, NewTokens, Prefer, PromptLen, Ram, Reserve, Vram, budgets, parsed_knobs
+from qwen_vram.cli.options import (
+    Adapter,
+    Model,
+    NewTokens,
+    Prefer,
+    PromptLen,
+    Ram,
+    Reserve,
+    Settings,
+    Vram,
+    budgets,
+    parsed_settings,
+)
+
+_COMMANDS = "/clear begins a new conversation, /report compares memory with the prediction, /exit leaves"
 
 
 def chat(
@@ -22,9 +36,33 @@ def chat(
     prefer: Prefer = "quality",
     prompt_len: PromptLen = 2048,
     max_new_tokens: NewTokens = 512,
-    knobs: Knobs = None,
+    temperature: Annotated[float | None, typer.Option(help="Of sampling; 0 is greedy.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample from the likeliest tokens of this sum.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample from this many tokens; 0 is all.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling reproducible.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End an answer with this text; may be repeated.")] = None,
+    thinking: Annotated[
+        bool | None, typer.Option("--thinking/--no-thinking", help="enable_thinking of the chat template.")
+    ] = None,
+    chat_template: Annotated[str | None, typer.Option(help="Name of one of several chat templates.")] = None,
+    adapter: Adapter = None,
+    settings: Settings = None,
 ) -> None:
-    """Talk to a model; Ctrl-C stops an answer, Ctrl-D leaves, /report compares memory with the prediction."""
+    """Talk to a model; Ctrl-C stops an answer, Ctrl-D leaves, /help lists commands."""
+    from qwen_vram.runtime.prompts import check_chat
+
+    knobs, options = parsed_settings(settings)
+    options |= _given(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        stop_strings=stop or None,
+        enable_thinking=thinking,
+        chat_template=chat_template,
+    )
+    if adapter is None:  # an adapter may bring the chat template
+        check_chat(model, system, options)
     with qv.load(
         model,
         profile=profile,
@@ -34,40 +72,61 @@ def chat(
         prefer=prefer,  # type: ignore[arg-type]
         prompt_len=prompt_len,
         max_new_tokens=max_new_tokens,
-        **parsed_knobs(knobs),
+        adapter=adapter,
+        **knobs,
     ) as llm:
         history = [{"role": "system", "content": system}] if system else []
         if message is not None:
-            _say(llm, [*history, {"role": "user", "content": message}])
+            _say(llm, [*history, {"role": "user", "content": message}], options)
             return
-        _converse(llm, history)
+        _converse(llm, history, options)
 
 
-def _converse(llm: qv.LoadedModel, history: list[dict[str, str]]) -> None:
-    """Questions and answers until the input ends."""
-    console.print(f"{llm!r}; Ctrl-C stops an answer, Ctrl-D leaves, /report compares memory", markup=False)
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _converse(llm: qv.LoadedModel, first: list[dict[str, str]], options: dict[str, Any]) -> None:
+    """Questions and answers until the input ends; `first` is what each conversation begins with."""
+    console.print(f"{llm!r}; Ctrl-C stops an answer, Ctrl-D leaves, /help lists commands", markup=False)
+    history = list(first)
     while True:
         try:
             question = console.input("\n> ").strip()
         except (EOFError, KeyboardInterrupt):
             console.print()
             return
-        if question == "/report":
+        if question in ("/exit", "/quit"):
+            return
+        if question == "/help":
+            print(_COMMANDS)
+        elif question == "/report":
             print(llm.report())
+        elif question == "/clear":
+            history = list(first)
         elif question:
-            history.append({"role": "user", "content": question})
-            try:
-                history.append({"role": "assistant", "content": _say(llm, history)})
-            except qv.QwenVramError as error:
-                history.pop()
-                errors.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+            _take_turn(llm, history, question, options)
 
 
-def _say(llm: qv.LoadedModel, history: list[dict[str, str]]) -> str:
+def _take_turn(llm: qv.LoadedModel, history: list[dict[str, str]], question: str, options: dict[str, Any]) -> None:
+    """Answer a question, and add both to the history unless it is refused."""
+    asked = [*history, {"role": "user", "content": question}]
+    try:
+        answer = _say(llm, asked, options)
+    except qv.QwenVramError as error:
+        full = isinstance(error, qv.DoesNotFitError) or getattr(error, "name", "") == "context_len"
+        begun = any(one["role"] == "assistant" for one in history)
+        cure = "; type /clear to begin a new conversation" if full and begun else ""
+        errors.print(f"error: {error}{cure}", style="red", markup=False, soft_wrap=True)
+    else:
+        history[:] = [*asked, {"role": "assistant", "content": answer}]
+
+
+def _say(llm: qv.LoadedModel, history: list[dict[str, str]], options: dict[str, Any]) -> str:
     """Print an answer as it is made; Ctrl-C keeps what was said so far."""
     pieces: list[str] = []
     try:
-        for piece in llm.stream(history):
+        for piece in llm.stream(history, **options):
             pieces.append(piece)
             print(piece, end="", flush=True)
     except KeyboardInterrupt:

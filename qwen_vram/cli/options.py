@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from difflib import get_close_matches
 from typing import Annotated, Any
 
 import typer
@@ -14,6 +16,7 @@ PromptLen = Annotated[int, typer.Option(help="Prompt tokens of one sequence.")]
 NewTokens = Annotated[int, typer.Option(help="Tokens generated after it.")]
 BatchSize = Annotated[int, typer.Option(help="Sequences at once.")]
 Padded = Annotated[bool, typer.Option("--padded", help="Prompts of a batch differ in length: count the mask.")]
+Adapter = Annotated[str | None, typer.Option(help="Folder or hub id of a LoRA adapter that runs beside the model.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Vram = Annotated[
     str | None,
@@ -30,6 +33,15 @@ Prefer = Annotated[str, typer.Option(help="quality, speed or memory.")]
 Knobs = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KNOB=VALUE", help="Replace a knob of the profile, such as --set weights=nf4."),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="Replace a knob of the profile, such as --set weights=nf4, or set an option of the chat template or of "
+        "transformers' generate, such as --set repetition_penalty=1.1.",
+    ),
 ]
 CalibrationFile = Annotated[
     str | None, typer.Option(help="For gptq: sample texts, one on each line (.jsonl: in JSON), some hundred.")
@@ -49,6 +61,26 @@ def budgets(text: str | None) -> str | dict[int, str] | None:
             )
         sizes[int(device)] = size
     return sizes
+
+
+def parsed_settings(pairs: list[str] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Knobs of the profile, and options of the chat: what is no knob is one, with its value read as JSON if it is."""
+    knobs, options = [], {}
+    for pair in pairs or []:
+        name, separator, value = pair.partition("=")
+        if not separator or not name or name in KNOBS:
+            knobs.append(pair)
+            continue
+        near = tuple(get_close_matches(name, KNOBS, n=2, cutoff=0.8))
+        if near:
+            raise qv.UnknownNameError(
+                "knob", name, near, hint="options of the chat template and of generate are set too"
+            )
+        try:
+            options[name] = json.loads({"True": "true", "False": "false", "None": "null"}.get(value, value))
+        except json.JSONDecodeError:
+            options[name] = value
+    return parsed_knobs(knobs), options
 
 
 def parsed_knobs(pairs: list[str] | None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import typer
 import qwen_vram as qv
 from qwen_vram.cli.consoles import errors
 from qwen_vram.cli.options import (
+    Adapter,
     AsJson,
     BatchSize,
     Knobs,
@@ -35,6 +36,7 @@ def estimate(
     max_new_tokens: NewTokens = 512,
     batch_size: BatchSize = 1,
     padded: Padded = False,
+    adapter: Adapter = None,
     params: Annotated[float | None, typer.Option(help="Instead of a model: parameters, for the rule of thumb.")] = None,
     knobs: Knobs = None,
     as_json: AsJson = False,
@@ -48,6 +50,7 @@ def estimate(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         padded=padded,
+        adapter=adapter,
         **parsed_knobs(knobs),
     )
     if as_json:
@@ -67,6 +70,7 @@ def plan(
     max_new_tokens: NewTokens = 512,
     batch_size: BatchSize = 1,
     padded: Padded = False,
+    adapter: Adapter = None,
     knobs: Knobs = None,
     as_json: AsJson = False,
 ) -> None:
@@ -83,10 +87,12 @@ def plan(
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             padded=padded,
+            adapter=adapter,
             **parsed_knobs(knobs),
         )
         room: dict[str, Any] = {"vram": result.budget.given, "ram": result.budget.ram}
         asked = {**parsed_knobs(knobs), "profile": profile, "max_new_tokens": max_new_tokens, "padded": padded}
+        asked["adapter"] = adapter
         limits = {
             "max_context": qv.max_context(model, **room, **asked, batch_size=batch_size),
             "max_batch": qv.max_batch(model, **room, **asked, prompt_len=prompt_len),

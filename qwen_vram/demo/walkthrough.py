@@ -66,7 +66,7 @@ def _load_and_ask(console: Console, weights: str) -> None:
     with qv.load(CHECKPOINT, profile="default", weights=weights, prompt_len=1024, progress=False) as llm:
         for category in CATEGORIES:
             (example,) = examples(category, "held_out", seed=_QUESTION_SEED, count=1)
-            answer = llm.chat(example.prompt, max_new_tokens=256, do_sample=False)
+            answer = str(llm.chat(example.prompt, max_new_tokens=256, do_sample=False))
             mark = "[green]right[/green]" if answer == example.answer else "[red]wrong[/red]"
             console.print(f"  {category:8} {mark}", highlight=False)
             console.print(f"    Q: {_short(example.prompt)}", markup=False, highlight=False, soft_wrap=True)

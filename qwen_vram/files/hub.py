@@ -12,6 +12,7 @@ from qwen_vram.files.local import (
     AUTO_GPTQ_CONFIG,
     AUTO_GPTQ_SINGLE,
     CONFIG,
+    GENERATION,
     INDEX,
     NAMED_WEIGHTS,
     SINGLE,
@@ -60,6 +61,30 @@ def hub_tensors(repo_id: str) -> dict[str, Tensor]:
     if not _has(repo_id, single, folder) and _bring(repo_id, index, folder.name):
         return indexed_tensors(folder / index, lambda file: _header(repo_id, folder, file))
     return _header(repo_id, folder, single)
+
+
+def hub_generation_config(repo_id: str) -> Path | None:
+    """The generation_config.json of `repo_id` in the local cache; `None` if the repository has none.
+
+    Raises:
+        HubError: the hub cannot be reached, and the file is not in the cache.
+        BackendUnavailableError: huggingface_hub is not installed.
+    """
+    folder = _config_file(repo_id).parent
+    path = folder / GENERATION
+    return path if path.is_file() or _bring(repo_id, path.name, folder.name) else None
+
+
+def hub_companions(repo_id: str) -> Path:
+    """A local folder with the checkpoint's small files: tokenizer, chat template and settings, but no weights.
+
+    Raises:
+        HubError: the hub cannot be reached, or the repository is gated or absent.
+        BackendUnavailableError: huggingface_hub is not installed.
+    """
+    hub = library()
+    with explained(repo_id):
+        return Path(hub.snapshot_download(repo_id, allow_patterns=list(_BESIDE)))
 
 
 def hub_snapshot(repo_id: str) -> Path:

@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 
 from qwen_vram.errors import WorkloadError
-from qwen_vram.files.companions import copy_files
-from qwen_vram.files.local import CONFIG, read_tensors
+from qwen_vram.files.local import read_tensors
 from qwen_vram.lora.delta import LoadedUpdate
 from qwen_vram.lora.plan import MergePlan, matrices
 from qwen_vram.lora.proof import Proof
@@ -64,8 +63,7 @@ def write_gptq(
     """
     merged = folder / "merged"
     merged.mkdir()
-    copy_files(plan.files, merged)
-    (merged / CONFIG).write_text(plan.config, encoding="utf-8")
+    plan.companions.write(merged, config=True)
     proofs = write_merged(merged)
     files = job.write(open_checkpoint(merged), folder, progress=progress)
     shutil.rmtree(merged)

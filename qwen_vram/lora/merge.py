@@ -10,19 +10,22 @@ from typing import Literal
 
 import torch
 
+from qwen_vram.adapters.base_name import warn_of_another_base
+from qwen_vram.adapters.errors import AdapterError
+from qwen_vram.adapters.folder import check_is_no_adapter
+from qwen_vram.adapters.keys import shortened
+from qwen_vram.adapters.scaling import alpha_is_ambiguous
 from qwen_vram.errors import CheckpointError
-from qwen_vram.files.companions import REPORT, copy_files
+from qwen_vram.files.companions import REPORT
 from qwen_vram.files.local import read_tensors
 from qwen_vram.files.output import OutputFolder
-from qwen_vram.lora.adapter import AdapterLike, open_adapters, shortened
-from qwen_vram.lora.errors import AdapterError
 from qwen_vram.lora.gptq import merge_job, write_gptq
 from qwen_vram.lora.plan import MergePlan, matrices, plan_merge
 from qwen_vram.lora.proof import Proof
 from qwen_vram.lora.quantize import codec_for
 from qwen_vram.lora.report import ENOUGH, MergeReport, ModuleReport
-from qwen_vram.lora.scaling import alpha_is_ambiguous
 from qwen_vram.lora.stream import Streamer
+from qwen_vram.lora.weighted import AdapterLike, open_adapters
 from qwen_vram.runtime.calibration import Calibration
 from qwen_vram.runtime.checkpoint import Checkpoint, open_checkpoint
 from qwen_vram.runtime.devices import working_device
@@ -91,15 +94,16 @@ def merge_lora_then_quantize(
         job.check(checkpoint.architecture)
         needed += job.needed_bytes(checkpoint.architecture)
     _warn_of_patterns(plan)
+    for one in plan.adapters:
+        warn_of_another_base(one.adapter, base)
     target = Path(out)
     files = tuple(shard.file for shard in plan.shards)
     with OutputFolder(target, needed_bytes=needed, sources=plan.sources, overwrite=overwrite) as output:
-        copy_files(plan.files, output.folder)
+        plan.companions.write(output.folder, config=job is None)
         if job:
             merge = partial(_write_weights, plan, device=place, progress=progress)
             proofs, files = write_gptq(plan, job, output.folder, write_merged=merge, device=place, progress=progress)
         else:
-            (output.folder / "config.json").write_text(plan.config, encoding="utf-8")
             proofs = _write_weights(plan, output.folder, device=place, progress=progress)
         report = MergeReport(
             base=str(base),
@@ -110,7 +114,7 @@ def merge_lora_then_quantize(
             vocab_size=plan.targets.vocab_size,
             tie_word_embeddings=plan.targets.tie_word_embeddings,
             untied=plan.targets.untied,
-            tokenizer=str(plan.tokenizer),
+            tokenizer=str(plan.companions.tokenizer),
             total_bytes=sum(tensor.nbytes for tensor in read_tensors(output.folder).values()),
             files=files,
             seconds=round(time.monotonic() - began, 3),
@@ -122,6 +126,8 @@ def merge_lora_then_quantize(
 
 
 def _open_base(base: str | Path) -> Checkpoint:
+    if isinstance(base, (str, Path)):
+        check_is_no_adapter(Path(base))
     checkpoint = open_checkpoint(base)
     if checkpoint.files.config.get("quantization_config") is not None:
         raise CheckpointError(
@@ -171,7 +177,8 @@ def _modules(
 
 def _warn_of_patterns(plan: MergePlan) -> None:
     for adapter in plan.adapters:
-        unclear = [name for name in adapter.modules if alpha_is_ambiguous(adapter.settings, name)]
+        settings = adapter.adapter.settings
+        unclear = [name for name in adapter.adapter.modules if alpha_is_ambiguous(settings, name)]
         if unclear:
             warnings.warn(
                 f"alpha_pattern of {str(adapter.folder)!r} has several alphas for {shortened(unclear)}; the first in "

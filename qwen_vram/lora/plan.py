@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen_vram.files.layout import Shard, disk_bytes, lay_out
-from qwen_vram.lora.adapter import Adapter, check_finite
 from qwen_vram.lora.codec import Codec
-from qwen_vram.lora.companions import carried_files, merged_config, tokenizer_source
+from qwen_vram.lora.companions import Companions, companions
 from qwen_vram.lora.layout import Weight, weight_of
 from qwen_vram.lora.stored import stored_tensors
 from qwen_vram.lora.targets import Targets, merge_targets
+from qwen_vram.lora.weighted import WeightedAdapter, check_finite
 from qwen_vram.runtime.checkpoint import Checkpoint
 
 
@@ -21,22 +21,20 @@ class MergePlan:
     """What will be written.
 
     Attributes:
-        files: Files to copy, by their name in the output.
-        config: Text of config.json.
+        companions: The files beside the weights.
     """
 
     checkpoint: Checkpoint
-    adapters: tuple[Adapter, ...]
+    adapters: tuple[WeightedAdapter, ...]
     targets: Targets
     shards: tuple[Shard[Weight], ...]
-    files: dict[str, Path]
-    config: str
-    tokenizer: Path
+    companions: Companions
 
     @property
     def needed_bytes(self) -> int:
         """The most that the output takes on the disk; exact but for a few MiB of small files."""
-        return disk_bytes(self.shards, self.files.values(), self.config)
+        texts = "".join(self.companions.texts.values())
+        return disk_bytes(self.shards, self.companions.copied.values(), texts)
 
     @property
     def sources(self) -> list[Path]:
@@ -45,7 +43,7 @@ class MergePlan:
 
 
 def plan_merge(
-    checkpoint: Checkpoint, adapters: Sequence[Adapter], codec: Codec | None, max_shard_bytes: int
+    checkpoint: Checkpoint, adapters: Sequence[WeightedAdapter], codec: Codec | None, max_shard_bytes: int
 ) -> MergePlan:
     """The plan of merging `adapters` into `checkpoint` in the format of `codec`.
 
@@ -54,7 +52,7 @@ def plan_merge(
         CheckpointError: the base's files cannot be read.
     """
     stored = stored_tensors(checkpoint.files)
-    targets = merge_targets(checkpoint.architecture, str(checkpoint.folder), stored, adapters)
+    targets = merge_targets(checkpoint.architecture, checkpoint.name, stored, adapters)
     for adapter in adapters:
         check_finite(adapter)
     quantized = matrices(checkpoint) if codec is not None else {}
@@ -68,9 +66,7 @@ def plan_merge(
         adapters=tuple(adapters),
         targets=targets,
         shards=lay_out(weights, max_shard_bytes),
-        files=carried_files(checkpoint.folder, adapters, targets),
-        config=merged_config(checkpoint.files.config, targets, quantization_config),
-        tokenizer=tokenizer_source(checkpoint.folder, adapters, targets),
+        companions=companions(checkpoint.files, adapters, targets, quantization_config),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -13,10 +13,12 @@ import torch
 
 from qwen_vram.arithmetic.checkpoint import CheckpointFiles
 from qwen_vram.errors import CheckpointError
-from qwen_vram.files.header import Tensor, read_header
 from qwen_vram.lora.scratch import scratch
 
-TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+TORCH_DTYPES = {
+    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
 
 # The most elements that are read, merged and written at a time: 4 MiB in float32. Smaller pieces make a wide matrix's
 # factors be packed too often, larger ones leave the processor's cache.
@@ -107,22 +109,9 @@ class StoredTensor:
 
 def stored_tensors(files: CheckpointFiles) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint, by the model's name."""
-    return _located(files.folder, files.tensors)
-
-
-def stored_in_file(path: Path) -> dict[str, StoredTensor]:
-    """Every tensor of one safetensors file, by name.
-
-    Raises:
-        CheckpointError: as `files.header.read_header`.
-    """
-    return _located(path.parent, read_header(path))
-
-
-def _located(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, StoredTensor]:
     return {
-        name: StoredTensor(name, folder / tensor.file, tensor.dtype, tensor.shape, tensor.offset, tensor.nbytes)
-        for name, tensor in tensors.items()
+        name: StoredTensor(name, files.folder / tensor.file, tensor.dtype, tensor.shape, tensor.offset, tensor.nbytes)
+        for name, tensor in files.tensors.items()
     }
 
 

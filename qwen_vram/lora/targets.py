@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
+from qwen_vram.adapters.tables import EMBEDDING, HEAD
 from qwen_vram.arithmetic.architecture import Architecture
-from qwen_vram.lora.adapter import Adapter
 from qwen_vram.lora.delta import LowRank, TokenRows, Update
 from qwen_vram.lora.stored import StoredTensor, same_bytes
-from qwen_vram.lora.tables import EMBEDDING, HEAD
 from qwen_vram.lora.updates import BaseTensors, updates_of
+from qwen_vram.lora.weighted import WeightedAdapter
 
 _EMBEDDING_WEIGHT = f"{EMBEDDING}.weight"
 _HEAD_WEIGHT = f"{HEAD}.weight"
@@ -48,7 +48,7 @@ class Targets:
 
 
 def merge_targets(
-    architecture: Architecture, source: str, stored: Mapping[str, StoredTensor], adapters: Sequence[Adapter]
+    architecture: Architecture, source: str, stored: Mapping[str, StoredTensor], adapters: Sequence[WeightedAdapter]
 ) -> Targets:
     """What the merged checkpoint holds.
 
@@ -69,7 +69,7 @@ def merge_targets(
     embedding, head = targets[_EMBEDDING_WEIGHT], targets[_HEAD_WEIGHT]
     if embedding.shape != head.shape:
         resizing = (*embedding.updates, *head.updates)[0]
-        raise adapters[resizing.adapter].error(
+        raise adapters[resizing.adapter].adapter.error(
             f"makes {embedding.shape[0]} rows of {embedding.name} and {head.shape[0]} of {head.name}; save it again "
             "with save_pretrained(..., save_embedding_layers=True), which keeps both tables of a resized vocabulary"
         )
@@ -90,7 +90,9 @@ def _is_tied(tensors: Mapping[str, StoredTensor]) -> bool:
     return head is None or same_bytes(head, tensors[_EMBEDDING_WEIGHT])
 
 
-def _check_conflicts(name: str, base: StoredTensor, updates: Sequence[Update], adapters: Sequence[Adapter]) -> None:
+def _check_conflicts(
+    name: str, base: StoredTensor, updates: Sequence[Update], adapters: Sequence[WeightedAdapter]
+) -> None:
     """Refuse adapters that do not add up: one replaces what another one changes too."""
     for update in updates if len(updates) > 1 else ():
         others = [other for other in updates if other is not update]
@@ -99,13 +101,13 @@ def _check_conflicts(name: str, base: StoredTensor, updates: Sequence[Update], a
             other.low_rank or (other.tokens and rows & set(other.tokens.indices)) for other in others if rows
         )
         if clash:
-            raise adapters[update.adapter].error(
+            raise adapters[update.adapter].adapter.error(
                 f"replaces {'rows of ' if rows else ''}{name}, which {str(adapters[others[0].adapter].folder)!r} "
                 "changes too, so their sum is not defined; merge one of them, then the other one onto the result"
             )
     for update in updates:
         if update.replacement is not None and update.weight != 1.0 and update.replacement.shape != base.shape:
-            raise adapters[update.adapter].error(
+            raise adapters[update.adapter].adapter.error(
                 f"resizes {name} and has weight {update.weight:g}, but new rows can only be taken as they are; give it "
                 "weight 1"
             )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qwen_vram.errors import UnitError
-from qwen_vram.planning.devices import available_ram, visible_gpus
+from qwen_vram.planning.devices import available_ram, free_vram
 from qwen_vram.units import format_bytes, format_gib, parse_bytes
 
 VramLike = str | int | Mapping[int, str | int] | None
@@ -44,8 +44,8 @@ class Budget:
 
         Args:
             vram: `"8GiB"`, an `int` of bytes, or a dict by device number (`{0: "20GiB", 1: "20GiB"}`). `None`: what
-                the first visible GPU has free, plus what this process holds already. No GPU where there is none, and
-                none for `{}`.
+                torch's current GPU (without torch the first visible one) has free, plus what this process holds
+                beside its live tensors. No GPU if there is none, and none for `{}`.
             ram: Likewise for the host; `None` is what is available now.
             reserve: Kept free of each GPU, or of the host where there is no GPU: a size, or 0. `None` is 256 MiB where
                 `vram` is read from the machine, and 0 otherwise.
@@ -55,7 +55,7 @@ class Budget:
             UnitError: a size without a unit, or a dict that is not keyed by device numbers.
         """
         devices = by_device(vram)
-        size = sum(devices.values()) if devices else _free_vram() if vram is None else None
+        size = sum(devices.values()) if devices else free_vram() if vram is None else None
         if vram is not None and not isinstance(vram, Mapping):
             size = parse_bytes(vram, name="vram")
         host = available_ram() if ram is None else parse_bytes(ram, name="ram")
@@ -114,8 +114,3 @@ def _reserve(reserve: str | int | None, default: int) -> int:
     if reserve is None:
         return default
     return 0 if reserve == "0" or (type(reserve) is int and reserve == 0) else parse_bytes(reserve, name="reserve")
-
-
-def _free_vram() -> int | None:
-    gpus = visible_gpus()
-    return gpus[0].free + gpus[0].used_here if gpus else None

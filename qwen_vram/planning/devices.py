@@ -1,17 +1,24 @@
-"""What this machine offers now: free device memory from the driver (nvidia-ml-py), free host memory from the system."""
+"""Memory that this machine offers now: of GPUs by the driver (nvidia-ml-py), of the host by the system."""
 
 from __future__ import annotations
 
+import logging
 import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from qwen_vram.errors import BackendUnavailableError
 
+_LOGGER = logging.getLogger(__name__)
+
 
 class DeviceMemory(NamedTuple):
-    """One visible GPU: its name and its bytes, `used_here` of them by this process."""
+    """One visible GPU: its name and its bytes, `used_here` of them by this process (0 if the driver does not tell)."""
 
     name: str
     total: int
@@ -20,49 +27,193 @@ class DeviceMemory(NamedTuple):
 
 
 def visible_gpus() -> list[DeviceMemory]:
-    """The NVIDIA GPUs that CUDA would show this process, in `CUDA_VISIBLE_DEVICES`' order; empty where there is none.
+    """The NVIDIA GPUs that CUDA would show this process, in `CUDA_VISIBLE_DEVICES`' order; empty if there is none.
 
-    Reads the driver and makes no CUDA context. Without `CUDA_VISIBLE_DEVICES` the order is the driver's (PCI bus),
-    which is CUDA's too where the GPUs are of one kind or `CUDA_DEVICE_ORDER=PCI_BUS_ID`.
+    Reads the driver and makes no CUDA context. Without `CUDA_VISIBLE_DEVICES` the order is the driver's (PCI bus).
+    This is CUDA's order too if the GPUs are of one kind or `CUDA_DEVICE_ORDER` is `PCI_BUS_ID`. The list ends before
+    the first GPU whose memory the driver does not tell.
     """
+    found: list[DeviceMemory] = []
+    with _driver() as pynvml:
+        for handle in _handles(pynvml) if pynvml else []:
+            memory = _memory(pynvml, handle)
+            if memory is None:
+                break
+            found.append(memory)
+    return found
+
+
+def free_vram(number: int | None = None) -> int | None:
+    """Bytes that one more model may take of a GPU, its CUDA context included; `None` if there is no GPU.
+
+    Memory that this process holds counts as free, except for its live tensors: those of a model that is still bound.
+
+    Args:
+        number: CUDA's number of the GPU. `None` is torch's current device if torch runs CUDA in this process already,
+            and the first visible GPU otherwise.
+    """
+    torch = sys.modules.get("torch")  # without it there are neither tensors nor a current device
+    if number is None and torch is not None and torch.cuda.is_initialized():
+        number = torch.cuda.current_device()
+    if number is None:
+        card = _first(visible_gpus())
+    else:
+        assert torch is not None
+        card = _card_of(torch, number)
+    if card is None:
+        return None
+    if torch is None:
+        return card.free + card.used_here
+    live, reserved = torch.cuda.memory_allocated(number or 0), torch.cuda.memory_reserved(number or 0)
+    return int(card.free + max(0, max(card.used_here, reserved) - live))
+
+
+def _first(cards: list[DeviceMemory]) -> DeviceMemory | None:
+    """The first of the visible GPUs; says so if CUDA may number another one first, which is known only at run time."""
+    kinds = {(card.name, card.total) for card in cards}
+    if len(kinds) > 1 and os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
+        _LOGGER.warning(
+            "this machine has GPUs of several kinds, and CUDA numbers the fastest one first; the plan is for %s. Set "
+            "CUDA_DEVICE_ORDER=PCI_BUS_ID for the order of nvidia-smi, or pass vram",
+            cards[0].name,
+        )
+    return cards[0] if cards else None
+
+
+def _card_of(torch: Any, number: int) -> DeviceMemory:
+    """CUDA's GPU `number`, matched by UUID or PCI bus; as torch tells it if the driver's library does not know it."""
+    facts = torch.cuda.get_device_properties(number)
+    with _driver() as pynvml:
+        for ask, name in _identities(facts):
+            handle = _told(pynvml, ask, name)
+            memory = None if handle is None else _memory(pynvml, handle)
+            if memory is not None:
+                return memory
+    free, total = torch.cuda.mem_get_info(number)
+    return DeviceMemory(facts.name, total, free, 0)
+
+
+def _identities(facts: Any) -> Iterator[tuple[str, str]]:
+    """Functions of NVML that find a GPU, each with the name that torch gives it."""
+    for prefix in ("GPU", "MIG"):
+        yield "nvmlDeviceGetHandleByUUID", f"{prefix}-{facts.uuid}"
+    if hasattr(facts, "pci_bus_id"):  # older versions of torch lack it
+        place = f"{facts.pci_domain_id:08X}:{facts.pci_bus_id:02X}:{facts.pci_device_id:02X}.0"
+        yield "nvmlDeviceGetHandleByPciBusId", place
+
+
+@contextmanager
+def _driver() -> Iterator[ModuleType | None]:
+    """NVML while it is open; `None` without the library or a driver."""
     try:
         import pynvml
     except ImportError:
-        return []
+        yield None
+        return
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
-        return []
+        yield None
+        return
     try:
-        return [_memory(pynvml, handle) for handle in _handles(pynvml)]
-    except pynvml.NVMLError:
-        return []
+        yield pynvml
     finally:
         pynvml.nvmlShutdown()
 
 
+def _told(pynvml: ModuleType | None, ask: str, *about: object) -> Any:
+    """The answer of an NVML function; `None` if this library, driver or card does not give it (WSL, containers)."""
+    function = getattr(pynvml, ask, None)
+    if pynvml is None or function is None:
+        return None
+    try:
+        return function(*about)
+    except (pynvml.NVMLError, ValueError):  # some drivers report an unknown UUID as an invalid argument
+        return None
+
+
 def _handles(pynvml: ModuleType) -> list[object]:
+    """The handles of the GPUs that CUDA shows, by the rules of `CUDA_VISIBLE_DEVICES`.
+
+    CUDA ignores an entry that is not valid, and all that follow it. It shows no GPU if one is named twice.
+    Source: CUDA C++ Programming Guide 13.0, environment variables; torch 2.13, torch/cuda/__init__.py.
+    """
+    count = _told(pynvml, "nvmlDeviceGetCount") or 0
+    cards = [
+        card for card in (_told(pynvml, "nvmlDeviceGetHandleByIndex", n) for n in range(count)) if card is not None
+    ]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
-        count = pynvml.nvmlDeviceGetCount()
-        return [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(count)]
-    handles = []
-    for entry in (part.strip() for part in visible.split(",")):
-        if entry.isdigit():
-            handles.append(pynvml.nvmlDeviceGetHandleByIndex(int(entry)))
-        elif entry.startswith(("GPU-", "MIG-")):
-            handles.append(pynvml.nvmlDeviceGetHandleByUUID(entry))
-        else:
-            break  # CUDA ignores what follows an invalid entry, "-1" among them.
-    return handles
+        shown = [_shown(pynvml, card) for card in cards]
+        return [handle for handle in shown if handle is not None]
+    chosen: dict[str, object] = {}
+    for entry in visible.split(","):
+        key, handle = _named(pynvml, cards, entry.strip())
+        if handle is None:
+            break
+        if key in chosen:
+            return []
+        chosen[key] = handle
+    return list(chosen.values())
 
 
-def _memory(pynvml: ModuleType, handle: object) -> DeviceMemory:
-    info = pynvml.nvmlDeviceGetMemoryInfo(handle)
-    processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+def _named(pynvml: ModuleType, cards: list[object], entry: str) -> tuple[str, object | None]:
+    """A key and the handle of the GPU that an entry of `CUDA_VISIBLE_DEVICES` names; `None` if it names none."""
+    number = re.match(r"\+?\d+", entry)  # CUDA reads "1gpu" as 1
+    if number:
+        index = int(number.group())
+        return str(index), _shown(pynvml, cards[index]) if index < len(cards) else None
+    if entry.startswith("MIG-"):
+        parts = {key: part for index, card in enumerate(cards) for key, part in _instances(pynvml, card, str(index))}
+        near = [key for key, part in parts.items() if entry in (key, _legacy(pynvml, cards, key, part))]
+        near = near or [key for key, part in parts.items() if _uuid(pynvml, part).startswith(entry)]
+        return (near[0], parts[near[0]]) if len(near) == 1 else ("", None)
+    if entry.startswith("GPU-"):
+        full = [index for index, card in enumerate(cards) if _uuid(pynvml, card).startswith(entry)]
+        return (str(full[0]), _shown(pynvml, cards[full[0]])) if len(full) == 1 else ("", None)
+    return "", None
+
+
+def _shown(pynvml: ModuleType, card: object) -> object | None:
+    """What CUDA shows of a GPU: itself, or its first instance if it is divided (MIG)."""
+    mode = _told(pynvml, "nvmlDeviceGetMigMode", card)
+    if not mode or mode[0] != 1:
+        return card
+    return next((part for _, part in _instances(pynvml, card, "")), None)
+
+
+def _instances(pynvml: ModuleType, card: object, key: str) -> Iterator[tuple[str, object]]:
+    """The MIG instances of a GPU, each with a key that begins with the GPU's."""
+    for number in range(_told(pynvml, "nvmlDeviceGetMaxMigDeviceCount", card) or 0):
+        part = _told(pynvml, "nvmlDeviceGetMigDeviceHandleByIndex", card, number)
+        if part is not None:
+            yield f"{key}:{number}", part
+
+
+def _legacy(pynvml: ModuleType, cards: list[object], key: str, part: object) -> str:
+    """An instance's name in drivers before 470: `MIG-GPU-<UUID>/<GPU instance>/<compute instance>`."""
+    card = _uuid(pynvml, cards[int(key.partition(":")[0])])
+    numbers = (_told(pynvml, f"nvmlDeviceGet{kind}InstanceId", part) for kind in ("Gpu", "Compute"))
+    return "/".join([f"MIG-{card}", *map(str, numbers)])
+
+
+def _uuid(pynvml: ModuleType, handle: object) -> str:
+    return _text(_told(pynvml, "nvmlDeviceGetUUID", handle))
+
+
+def _text(told: str | bytes | None) -> str:
+    return told.decode() if isinstance(told, bytes) else told or ""
+
+
+def _memory(pynvml: ModuleType | None, handle: object) -> DeviceMemory | None:
+    """A card's memory, `None` if the driver does not tell it. WSL tells the memory but not the processes."""
+    info = _told(pynvml, "nvmlDeviceGetMemoryInfo", handle)
+    if info is None:
+        return None
+    processes = _told(pynvml, "nvmlDeviceGetComputeRunningProcesses", handle) or []
     used_here = sum(process.usedGpuMemory or 0 for process in processes if process.pid == os.getpid())
-    name = pynvml.nvmlDeviceGetName(handle)
-    return DeviceMemory(name if isinstance(name, str) else name.decode(), info.total, info.free, used_here)
+    name = _text(_told(pynvml, "nvmlDeviceGetName", handle)) or "NVIDIA GPU"
+    return DeviceMemory(name, info.total, info.free, used_here)
 
 
 def available_ram() -> int:

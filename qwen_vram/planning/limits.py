@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.model import ModelLike, resolve_model
@@ -27,6 +28,7 @@ def max_context(
     max_new_tokens: int = 512,
     batch_size: int = 1,
     padded: bool = False,
+    adapter: str | Path | None = None,
     **knobs: object,
 ) -> int:
     """The most tokens that one sequence can hold, `max_new_tokens` of them generated; 0 where nothing fits.
@@ -35,7 +37,7 @@ def max_context(
     do without. Each answer takes some twenty estimates, a few seconds.
 
     Args:
-        model, vram, ram, profile, padded, **knobs: As for `plan`.
+        model, vram, ram, profile, padded, adapter, **knobs: As for `plan`.
 
     Raises:
         UnknownNameError, WorkloadError, ConfigError, UnitError, NotSupportedError, HubError: as for `plan`.
@@ -44,7 +46,7 @@ def max_context(
         >>> max_context("Qwen2.5-7B-Instruct", "80GiB", ram="64GiB")
         32768
     """
-    label, architecture = resolve_model(model)
+    label, architecture = resolve_model(model, adapter)
     longest = _workload(architecture, max_new_tokens, batch_size, padded)
     search = Search(label, architecture, longest, Budget.of(vram, ram), profile, knobs)
     prompt = longest_prompt(search, max_new_tokens, batch_size)
@@ -60,13 +62,14 @@ def max_batch(
     prompt_len: int = 512,
     max_new_tokens: int = 512,
     padded: bool = False,
+    adapter: str | Path | None = None,
     **knobs: object,
 ) -> int:
     """The most sequences of `prompt_len` and `max_new_tokens` tokens at once, up to 4,096; 0 where not even one fits.
 
     Savers, arguments and errors as for `max_context`.
     """
-    label, architecture = resolve_model(model)
+    label, architecture = resolve_model(model, adapter)
     workload = Workload(prompt_len=prompt_len, max_new_tokens=max_new_tokens, padded=padded)
     search = Search(label, architecture, workload, Budget.of(vram, ram), profile, knobs)
     return reach(search, _MOST_SEQUENCES, lambda number: replace(workload, batch_size=number))
@@ -80,6 +83,7 @@ def min_vram(
     max_new_tokens: int = 512,
     batch_size: int = 1,
     padded: bool = False,
+    adapter: str | Path | None = None,
     **knobs: object,
 ) -> int:
     """Bytes of the smallest `vram` for which `plan` says yes at this workload.
@@ -90,7 +94,7 @@ def min_vram(
         >>> min_vram("Qwen2.5-7B-Instruct", profile="default") / 2**30 > 15
         True
     """
-    label, architecture = resolve_model(model)
+    label, architecture = resolve_model(model, adapter)
     workload = Workload(prompt_len=prompt_len, max_new_tokens=max_new_tokens, batch_size=batch_size, padded=padded)
     search = Search(label, architecture, workload, Budget(vram=0, ram=_ANY_HOST), profile, knobs)
     return min(candidate.estimate.needed_bytes for candidate in search.candidates())

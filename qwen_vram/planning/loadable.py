@@ -10,6 +10,7 @@ from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.storage import FORMATS
 from qwen_vram.arithmetic.weights import MAXIMUM_OF, PACKED_ROWS, head_is_a_copy, is_packed, may_be_on_disk
 from qwen_vram.errors import NotSupportedError
+from qwen_vram.planning.beside import no_adapter_beside
 
 
 def not_loadable(architecture: Architecture, profile: Profile) -> NotSupportedError | None:
@@ -27,7 +28,7 @@ def not_loadable(architecture: Architecture, profile: Profile) -> NotSupportedEr
             value = getattr(profile, knob)
             beside = "" if knob == "weights" else f" with weights={profile.weights!r}"
             return NotSupportedError(f"{knob}={value!r}{beside}: {reason}", knob=knob, value=value)
-    return None
+    return no_adapter_beside(architecture, profile)
 
 
 def _weights(architecture: Architecture, profile: Profile) -> str:

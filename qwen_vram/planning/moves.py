@@ -50,7 +50,10 @@ def search_space(
         return resolve_profile(profile, **knobs), ()
     start = replace(_LOSSLESS.replace(**knobs), name="auto")
     stream = Move({"streamed_layers": architecture.num_hidden_layers}, "layers cross the link for every token")
-    return start, tuple(move for move in (*_MOVES, stream) if _is_open(move, start, workload, knobs))
+    moves = [move for move in (*_MOVES, stream) if _is_open(move, start, workload, knobs)]
+    if architecture.adapter_activated:  # such an adapter has to see the whole prompt
+        moves = [move for move in moves if "prefill_chunk_size" not in move.knobs]
+    return start, tuple(moves)
 
 
 def _is_open(move: Move, start: Profile, workload: Workload, knobs: dict[str, object]) -> bool:

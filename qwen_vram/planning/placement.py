@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from qwen_vram.arithmetic.architecture import Architecture
@@ -129,6 +130,7 @@ def offload_map(
     max_new_tokens: int = 512,
     batch_size: int = 1,
     padded: bool = False,
+    adapter: str | Path | None = None,
     **knobs: object,
 ) -> dict[str, Where]:
     """A `device_map` that leaves room for cache and activations, with as little on the host as the budget allows.
@@ -146,7 +148,7 @@ def offload_map(
         layers_on_cpu: This many layers go to the host whatever fits, and the table stays: the article's third row is
             `layers_on_cpu=3`. The budget is then checked where `vram` is given.
         profile: The profile whose weights, cache and attention are counted.
-        padded: As for `plan`.
+        padded, adapter: As for `plan`.
 
     Raises:
         DoesNotFitError: not even all layers on the host fit the budget.
@@ -159,7 +161,7 @@ def offload_map(
         >>> [name for name, device in where.items() if device == "cpu"]
         ['model.layers.8', 'model.layers.17', 'model.layers.27']
     """
-    label, architecture = resolve_model(model)
+    label, architecture = resolve_model(model, adapter)
     chosen = resolve_profile(profile, **stored_knobs(architecture, knobs))
     workload = Workload(prompt_len=prompt_len, max_new_tokens=max_new_tokens, batch_size=batch_size, padded=padded)
     layers = architecture.num_hidden_layers

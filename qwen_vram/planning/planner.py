@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from qwen_vram.errors import ConfigError, QwenVramError, UnknownNameError
 from qwen_vram.planning.budget import Budget, VramLike
 from qwen_vram.planning.placement import Placement, Where, place_on
 from qwen_vram.planning.search import Prefer, Search
+from qwen_vram.planning.sequences import sequences_per_prompt
 from qwen_vram.planning.walk import Step
 from qwen_vram.units import format_bytes, format_gib
 
@@ -31,6 +32,9 @@ class Plan:
         placement: Where each module goes.
         steps: Every candidate on the way, in order.
         model: What was planned for, as the caller named it; `None` for a config or an `Architecture`.
+        adapter: The LoRA adapter beside it, as the caller named it; `None` without one.
+        sequences: Sequences of each prompt, by the checkpoint's generation_config.json (beams, or several answers).
+            The workload's batch counts all of them.
     """
 
     estimate: Estimate
@@ -38,6 +42,8 @@ class Plan:
     placement: Placement
     steps: tuple[Step, ...]
     model: str | None = None
+    adapter: str | None = None
+    sequences: int = 1
 
     @property
     def profile(self) -> Profile:
@@ -71,11 +77,13 @@ class Plan:
         where = ", device='cpu'" if self.budget.vram is None else f", vram={self.budget.given}"
         plain, work = PROFILES["default"], self.workload
         padded = ", padded=True" if work.padded else ""
+        adapter = f", adapter={self.adapter!r}" if self.adapter is not None else ""
         chosen = {knob: getattr(self.profile, knob) for knob in KNOBS}
         knobs = "".join(f", {knob}={value!r}" for knob, value in chosen.items() if value != getattr(plain, knob))
         return (
             f"qv.load({model}, profile='default'{where}, prompt_len={work.prompt_len}, "
-            f"max_new_tokens={work.max_new_tokens}, batch_size={work.batch_size}{padded}{knobs})"
+            f"max_new_tokens={work.max_new_tokens}, batch_size={work.batch_size // self.sequences}"
+            f"{padded}{adapter}{knobs})"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -84,6 +92,8 @@ class Plan:
         return {
             "model": self.estimate.model,
             "source": self.model,
+            "adapter": self.adapter,
+            "sequences": self.sequences,
             "call": self.call,
             "profile": asdict(self.profile),
             "estimate": self.estimate.to_dict(),
@@ -109,7 +119,8 @@ class Plan:
             budget = Budget.from_dict(data["budget"])
             split = {int(device): count for device, count in data.get("split", {}).items()}
             steps = tuple(Step(**step) for step in data["steps"])
-            label, model = data["model"], data["source"]
+            label, model, adapter = data["model"], data["source"], data.get("adapter")
+            sequences = int(data.get("sequences", 1))
         except QwenVramError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -119,7 +130,7 @@ class Plan:
             ) from error
         if not split and len(budget.devices) < 2:
             alone = estimate(label, architecture, profile, workload, session=True, held=budget.held_on_one)
-            return _plan(alone, budget, steps, model)
+            return _plan(alone, budget, steps, model=model, adapter=adapter, sequences=sequences)
         layers = architecture.num_hidden_layers
         counted = all(type(count) is int and count > 0 for count in split.values())
         if not counted or sum(split.values()) != layers or split.keys() != budget.devices.keys():
@@ -128,7 +139,7 @@ class Plan:
                 "Plan.to_dict() gave, or qwen-vram plan --json"
             )
         result = split_estimate(label, architecture, profile, workload, split, session=True, held=budget.held)
-        return _plan(result, budget, steps, model)
+        return _plan(result, budget, steps, model=model, adapter=adapter, sequences=sequences)
 
     def __str__(self) -> str:
         """The steps of the search, the table of the estimate, and the equivalent `load` call."""
@@ -137,6 +148,9 @@ class Plan:
             saved = f", saves {format_bytes(step.saved_bytes)}" if step.saved_bytes > 0 else ""
             needs = f"needs {format_gib(step.needed_bytes)}{saved}, {step.decode_floor_ms:.1f} ms/token or more"
             lines.append(f"  {step.change}: {needs} ({step.cost})")
+        if self.sequences > 1:
+            asked = "as num_beams and num_return_sequences in generation_config.json ask"
+            lines.append(f"  {self.sequences} sequences for each prompt, {asked}")
         lines.append(f"  fits in {self.room}")
         return "\n".join([*lines, str(self.estimate), self.call])
 
@@ -174,6 +188,7 @@ def plan(
             `vram` is read from the machine, and 0 where it is given.
         prefer: `"quality"` takes the first profile that fits, `"memory"` the smallest one, `"speed"` the one that
             moves the fewest bytes for a token among those that fit.
+        batch_size: Prompts at once. Each runs as so many sequences as the checkpoint's generation_config.json asks for.
         padded: Prompts of a batch differ in length, so that attention needs a mask, and memory for it.
         adapter: Folder or hub id of a LoRA adapter that runs beside the base.
 
@@ -210,9 +225,14 @@ def plan_for(
     if prefer not in ("quality", "speed", "memory"):
         raise UnknownNameError("prefer", prefer, ("quality", "speed", "memory"))
     workload.check(architecture)
+    source: ModelLike = found.files.folder if found.files is not None else found.repo_id or model
+    sequences = sequences_per_prompt(source)
+    workload = replace(workload, batch_size=workload.batch_size * sequences)
     best = Search(found.label, architecture, workload, budget, profile, knobs).run(prefer)
-    return _plan(best.estimate, budget, best.steps, str(model) if isinstance(model, str | Path) else None)
+    named = str(model) if isinstance(model, str | Path) else None
+    beside = None if adapter is None else str(adapter)
+    return _plan(best.estimate, budget, best.steps, model=named, adapter=beside, sequences=sequences)
 
 
-def _plan(result: Estimate, budget: Budget, steps: tuple[Step, ...], model: str | None) -> Plan:
-    return Plan(estimate=result, budget=budget, placement=place_on(budget, result), steps=steps, model=model)
+def _plan(result: Estimate, budget: Budget, steps: tuple[Step, ...], **named: Any) -> Plan:
+    return Plan(estimate=result, budget=budget, placement=place_on(budget, result), steps=steps, **named)

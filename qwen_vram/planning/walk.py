@@ -76,7 +76,7 @@ class Walk:
         self.session = session
         self.several = len(budget.devices) > 1
         self.start, moves = search_space(architecture, profile, workload, knobs)
-        may_read = profile == "auto" and "disk_layers" not in knobs
+        may_read = profile == "auto" and "disk_layers" not in knobs and not architecture.adapter_mutates_base
         self.may_compute = profile == "auto" and "host_layers" not in knobs
         self.tiers = Tiers(architecture, budget, self.estimate, self.start, may_read=may_read)
         self.moves = tuple(move for move in moves if self._has_room(move))
@@ -103,7 +103,6 @@ class Walk:
             profile = current if move is None else self._after(move, current)
             refused = not_loadable(self.architecture, profile)
             if refused:
-                current = profile
                 continue
             result = self.estimate(profile, self.workload)
             need = needed(result, self.budget)

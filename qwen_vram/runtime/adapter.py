@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import logging
+import math
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import nn
 
-from qwen_vram.arithmetic.adapter import adapter_tensors
-from qwen_vram.arithmetic.architecture import Architecture
-from qwen_vram.arithmetic.profile import Profile
-from qwen_vram.arithmetic.weights import head_is_a_copy, table_on_host
-from qwen_vram.errors import BackendUnavailableError, NotSupportedError
+from qwen_vram.adapters.errors import AdapterError
+from qwen_vram.adapters.folder import WEIGHTS
+from qwen_vram.adapters.keys import KEY_MAPPING, Adapter
+from qwen_vram.adapters.tokenizer import TokenizerFiles, tokenizer_files, with_end_tokens
+from qwen_vram.errors import BackendUnavailableError, CheckpointError
+from qwen_vram.files.companions import copy_files
+from qwen_vram.files.local import CONFIG
 from qwen_vram.runtime.backends.gptq_library import import_quietly
+from qwen_vram.runtime.checkpoint import open_tokenizer
+
+_LOGGER = logging.getLogger(__name__)
+
+# Elements of the adapter's file that are checked at a time: 64 MiB in float32.
+_PIECE = 2**24
 
 _INSTALL = 'pip install "qwen-vram[lora]"'
 
 
 def check_peft() -> None:
-    """Refuse an adapter where PEFT is missing.
+    """Refuse an adapter if PEFT is missing.
 
     Raises:
         BackendUnavailableError: it is not installed.
@@ -30,54 +43,83 @@ def check_peft() -> None:
         )
 
 
-def check_adapter(folder: Path, architecture: Architecture, profile: Profile) -> None:
-    """Refuse an adapter of table or head that does not go with a table on the host, or with a quantized head.
+def check_values(adapter: Adapter, dtype: torch.dtype) -> None:
+    """Refuse values that are not finite, or that the model's dtype cannot hold.
 
     Raises:
-        NotSupportedError: naming the knob in its way.
-        CheckpointError: the adapter's file is missing or broken.
+        AdapterError: there is one; it names the tensor.
     """
-    merge = "or merge it into the 16-bit base: qv.merge_lora_then_quantize(base, adapter, out)"
-    quantized = profile.head_format != profile.dtype
-    for weight in adapter_tensors(folder):
-        modules = weight.name.split(".")
-        if "embed_tokens" in modules and head_is_a_copy(architecture, profile):
-            raise NotSupportedError(
-                f"lm_head={profile.head_format!r}: the adapter changes 'model.embed_tokens', which is this model's "
-                "head too (tie_word_embeddings), and a head of its own would not follow; leave lm_head and embeddings "
-                f"out, {merge}",
-                knob="lm_head",
-                value=profile.head_format,
-            )
-        if "embed_tokens" in modules and table_on_host(architecture, profile):
-            raise NotSupportedError(
-                "embeddings='host': the adapter changes 'model.embed_tokens', which PEFT does on the device only; use "
-                f"embeddings='device', {merge}",
-                knob="embeddings",
-                value="host",
-            )
-        if "lm_head" in modules and ".lora_" not in weight.name and quantized:
-            raise NotSupportedError(
-                f"lm_head={profile.head_format!r}: the adapter brings {weight.name!r} in 16 bits, which a quantized "
-                "head cannot take; leave lm_head out, save an adapter that holds the base's own head with "
-                f"save_embedding_layers=False, {merge}",
-                knob="lm_head",
-                value=profile.head_format,
-            )
+    from safetensors import safe_open
+
+    with safe_open(adapter.folder / WEIGHTS, "pt") as file:
+        for key, stored in adapter.tensors.items():
+            rows = max(_PIECE * stored.shape[0] // math.prod(stored.shape), 1)
+            for start in range(0, stored.shape[0], rows):
+                piece = file.get_slice(key)[start : start + rows]
+                if not torch.isfinite(piece.to(dtype).float()).all():
+                    raise _not_held(adapter, key, piece.double(), dtype)
 
 
-def add_adapter(model: nn.Module, folder: Path, dtype: torch.dtype) -> nn.Module:
-    """A `PeftModel` of `model` and the adapter in `folder`.
+def _not_held(adapter: Adapter, key: str, values: torch.Tensor, dtype: torch.dtype) -> AdapterError:
+    if not torch.isfinite(values).all():
+        return adapter.error(f"holds a NaN or an infinity in {key}; its training diverged, so train it again")
+    name = str(dtype).removeprefix("torch.")
+    return adapter.error(
+        f"holds {float(values.abs().max()):g} in {key}, beyond the largest number of {name} "
+        f"({torch.finfo(dtype).max:g}), in which the model runs; use weights='bf16', or weights='fp32' on a GPU "
+        "without bf16"
+    )
+
+
+def open_adapters_tokenizer(base: Path, adapters: Sequence[Path], *, rows: int) -> tuple[TokenizerFiles, Any | None]:
+    """Choose the tokenizer for `base` with `adapters` on it, and open it if it is an adapter's.
+
+    An adapter's tokenizer that cannot be read is left out, with a warning in the log.
+
+    Args:
+        rows: Rows of the token table.
+    """
+    chosen = tokenizer_files(base, adapters, rows=rows)
+    if chosen.source == base:
+        return chosen, None
+    with TemporaryDirectory(prefix="qwen_vram_") as folder:
+        copy_files({**chosen.files, CONFIG: base / CONFIG}, Path(folder))
+        try:
+            tokenizer = open_tokenizer(Path(folder))
+        except CheckpointError as error:
+            _LOGGER.warning("the tokenizer in %r is left out, and the base's taken: %s", str(chosen.source), error)
+            return tokenizer_files(base, (), rows=rows), None
+    tokenizer.name_or_path = str(chosen.source)
+    return chosen, tokenizer
+
+
+def end_at(model: nn.Module, end_token_ids: tuple[int, ...]) -> None:
+    """Add tokens to those that end the model's generations."""
+    settings: Any = model.generation_config
+    if end_token_ids:
+        settings.eos_token_id = with_end_tokens(settings.eos_token_id, end_token_ids)
+
+
+def add_adapter(model: nn.Module, adapter: Adapter, dtype: torch.dtype) -> nn.Module:
+    """Return a `PeftModel` of `model` and `adapter`.
 
     PEFT keeps adapters in float32 by default, and casts every input to that; here they take the model's dtype, as the
-    estimator counts them.
+    estimator counts them. Every factor comes from the file, so that none is initialized, unless that changes the base.
     """
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
 
     if find_spec("gptqmodel") is not None:
         import_quietly()  # or PEFT would, for any adapter
 
-    adapted: nn.Module = PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False)
+    config = LoraConfig.from_pretrained(str(adapter.folder))
+    config.inference_mode = True
+    if not adapter.settings.mutates_base:
+        config.init_lora_weights = True
+    if adapter.settings.targets.modules is None:  # PEFT would take its own default, whatever the file holds
+        config.target_modules = {module for module, tensors in adapter.modules.items() if tensors.factors}
+    adapted: nn.Module = PeftModel.from_pretrained(
+        model, adapter.folder, config=config, autocast_adapter_dtype=False, key_mapping=KEY_MAPPING
+    )
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.to(dtype)

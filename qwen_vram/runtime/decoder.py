@@ -23,6 +23,8 @@ from qwen_vram.runtime.decode_loop import decode_by_steps
 from qwen_vram.runtime.decode_room import Claim, Room
 from qwen_vram.runtime.decode_step import Functions, Step
 from qwen_vram.runtime.elementwise import missing_compiler
+from qwen_vram.runtime.job import Job
+from qwen_vram.runtime.turns import Turns
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -56,13 +58,22 @@ class Decoder:
             self._pool = torch.cuda.graph_pool_handle()
 
     def prepare(self, batch_size: int, max_length: int) -> None:
-        """Have a room and a step for so many sequences; the room that was there makes place for a larger one."""
+        """Make a room and a step for a workload; the room that was there is dropped if it is not of the right size.
+
+        A workload within the plan gets the planned room, a larger one a room of its own size.
+        """
         if self._holder() is None:
-            if self._home is None or not self._home.holds(batch_size, max_length):
+            planned = batch_size <= self._planned[0] and max_length <= self._planned[1]
+            size = self._planned if planned else (batch_size, max_length)
+            if self._home is None or self._home.size != size:
                 self._home = None
-                planned = batch_size <= self._planned[0] and max_length <= self._planned[1]
-                self._home = Room(self.model, *(self._planned if planned else (batch_size, max_length)))
+                self._home = Room(self.model, *size)
             self.step(self._home, batch_size)
+
+    def drop_larger_room(self) -> None:
+        """Drop the room if it is not the planned one and no cache has it: its memory is not in the plan."""
+        if self._home is not None and self._home.size != self._planned and self._holder() is None:
+            self._home = None
 
     def claim(self, holder: Claim, batch_size: int) -> Room:
         """The room for a cache: the one that is kept, or one of its own while another cache has that."""
@@ -78,9 +89,13 @@ class Decoder:
             self._holder = lambda: None
 
     def step(self, room: Room, batch_size: int) -> Step:
-        """The step of so many of a room's sequences, compiled and captured at the first call."""
+        """Return the step of the first `batch_size` sequences of a room, compiled and captured if it is not there.
+
+        A room keeps two steps at most: that of all its sequences, and that of the smaller batch that ran last.
+        """
         if batch_size not in room.steps:
             began = perf_counter()
+            room.steps = {batch: step for batch, step in room.steps.items() if batch == room.batch_size}
             room.steps[batch_size] = self._made(room, batch_size)
             took = perf_counter() - began
             self.seconds += took
@@ -111,6 +126,8 @@ class Decoder:
         step = Step(self.model, functions, room, batch_size, dynamic=self.backend is not None)
         try:
             with _on(self._stream):
+                if self._stream is not None:
+                    _take_workspaces(self.model)
                 step.rehearse()
                 step.rehearse()
         except _compiler_errors() as error:
@@ -146,7 +163,10 @@ def decoder_for(model: Any, workload: Workload, progress: Callable[..., Iterable
     sizes = {"batch_size": workload.batch_size, "max_length": workload.context_len}
     decoder = Decoder(base, **sizes, backend=compiler_for(base.device))
     for _ in progress(range(1), desc="Compiling the decode step"):
-        decoder.prepare(**sizes)
+        # In a thread as generations have, which take over its cuBLAS handle with the workspaces.
+        job = Job(Turns(), lambda turn: decoder.prepare(**sizes), base.device)
+        job.start()
+        job.result()
     return decoder
 
 
@@ -161,6 +181,17 @@ def compiler_for(device: torch.device) -> str | None:
         missing,
     )
     return None
+
+
+def _take_workspaces(model: Any) -> None:
+    """Have cuBLAS take its workspaces on the current stream now.
+
+    They stay for good. Later they would be cut from the buffers of a compiler's measurements, 256 MiB each, which could
+    then not be returned to the device.
+    """
+    square = torch.zeros(16, 16, dtype=model.dtype, device=model.device)
+    torch.mm(square, square)
+    torch.addmm(square[0], square, square)
 
 
 def _take_stream(device: torch.device) -> torch.cuda.Stream:

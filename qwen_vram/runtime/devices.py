@@ -1,16 +1,20 @@
-"""The devices that a model is loaded on: which they are, whether they are here, and whether they have room now."""
+"""The devices that a model is loaded on: which they are, and whether they have the memory that a plan needs now."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
 
 from qwen_vram.errors import BackendUnavailableError, DoesNotFitError, UnknownNameError
-from qwen_vram.planning.budget import VramLike, by_device
+from qwen_vram.planning.budget import FREE_RESERVE, VramLike, by_device
+from qwen_vram.planning.devices import free_vram
 from qwen_vram.planning.planner import Plan
 from qwen_vram.runtime.measure import process_bytes
 from qwen_vram.units import format_gib
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def devices_for(device: str | None, vram: VramLike) -> list[torch.device]:
@@ -68,6 +72,30 @@ def _check_numbers(numbers: list[int]) -> None:
         )
 
 
+def budget_on(
+    devices: list[torch.device], vram: VramLike, reserve: str | int | None
+) -> tuple[VramLike, str | int | None]:
+    """The `vram` and `reserve` to plan with: without a `vram`, what the GPU that the model goes to has free now.
+
+    Says so if live tensors of this process, such as a model loaded before, take memory of that GPU.
+    """
+    if devices[0].type == "cpu":
+        return {}, reserve
+    if vram is not None:
+        return vram, reserve
+    device = devices[0]
+    free, held = free_vram(device.index), torch.cuda.memory_allocated(device)
+    if held > FREE_RESERVE:
+        _LOGGER.warning(
+            "this process already holds %s in tensors on GPU %d, such as a model that was loaded before; the plan is "
+            "for the %s beside them. To plan for the whole GPU, call close() on that model first",
+            format_gib(held),
+            device.index,
+            format_gib(free or 0),
+        )
+    return None if free is None else max(1, free), FREE_RESERVE if reserve is None else reserve
+
+
 def weakest(devices: list[torch.device]) -> torch.device:
     """The device of the oldest compute capability, which says what all can run."""
     return devices[0] if len(devices) == 1 else min(devices, key=torch.cuda.get_device_capability)
@@ -107,10 +135,21 @@ def check_free(chosen: Plan, devices: list[torch.device]) -> None:
         if part.needed_bytes > room:
             raise DoesNotFitError(
                 f"{chosen.estimate.model} needs {format_gib(part.needed_bytes)} of GPU {device.index}, and of its "
-                f"{format_gib(total)} only {format_gib(room)} are free now: other processes or tensors hold the rest; "
-                f"free them, or leave vram out to plan for what is free",
+                f"{format_gib(total)} only {format_gib(room)} are free now: {_holders(device)}, or pass vram={room} to "
+                "plan for what is free",
                 needed_bytes=part.needed_bytes,
                 budget_bytes=room,
                 estimate=part,
                 nearest=None,
             )
+
+
+def _holders(device: torch.device) -> str:
+    """Who holds the rest of a GPU's memory, and how to free it."""
+    held = torch.cuda.memory_allocated(device)
+    if held <= FREE_RESERVE:
+        return "other processes hold the rest; end them"
+    return (
+        f"tensors of this process hold {format_gib(held)}; if they are a model that was loaded before, call close() "
+        "on it"
+    )

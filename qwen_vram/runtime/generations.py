@@ -27,6 +27,7 @@ from qwen_vram.runtime.measure import PeakMeter
 from qwen_vram.runtime.segments import Segments
 from qwen_vram.runtime.stopping import StopOfTurn
 from qwen_vram.runtime.turns import Turn, Turns
+from qwen_vram.runtime.watched import watched
 
 # What `generate` returns beside its tokens is thrown away here, whatever a generation_config.json asks for.
 _TOKENS_ALONE = {
@@ -154,12 +155,14 @@ class Generations:
         }
         cache = settings.get("past_key_values")
         try:
-            with stop.before_chunks(generator):
-                output = generator.generate(**on_device, **settings)
+            with watched(generator, settings) as arguments, stop.before_chunks(generator):
+                output = generator.generate(**on_device, **arguments)
             self._note(workload, output, meters)
         finally:
             if isinstance(cache, RoomCache) and "past_key_values" not in options:
                 cache.release()  # or what still refers to it would keep the memory from the next generation
+            if self.decoder is not None:
+                self.decoder.drop_larger_room()
         if stop.obeyed:
             turn.check(output.sequences.shape[1] - workload.prompt_len)
         return cast("torch.Tensor", output.sequences)

@@ -19,19 +19,19 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from qwen_vram.errors import CheckpointError, QwenVramError, WorkloadError
+from qwen_vram.errors import QwenVramError
 from qwen_vram.planning.planner import Plan
 from qwen_vram.runtime.answer_stream import AnswerStream, Tee
+from qwen_vram.runtime.conversation import Message
 from qwen_vram.runtime.decoder import Decoder
 from qwen_vram.runtime.generations import Generations
 from qwen_vram.runtime.job import Job
 from qwen_vram.runtime.measure import Report
 from qwen_vram.runtime.memory import give_back_memory
+from qwen_vram.runtime.prompts import Prompt, Prompts
 from qwen_vram.runtime.save import SaveReport, save
 from qwen_vram.runtime.streaming import Streamer
 from qwen_vram.runtime.turns import CLOSED
-
-Message = Mapping[str, str]
 
 
 class LoadedModel:
@@ -73,6 +73,8 @@ class LoadedModel:
         self._streamer = streamer
         self._generations = Generations(plan, measured, decoder)
         self._freeing = Lock()
+        assert plan.estimate.architecture is not None
+        self._prompts = Prompts(tokenizer, plan.estimate.architecture.vocab_size, folder)
         if plan.profile.prefill_chunk_size is not None:
             self.model.generation_config.prefill_chunk_size = plan.profile.prefill_chunk_size
         if tokenizer.pad_token_id is None:
@@ -143,37 +145,49 @@ class LoadedModel:
         system: str | None = None,
         max_new_tokens: int | None = None,
         **options: Any,
-    ) -> str:
+    ) -> str | list[str]:
         """The answer to a question, or to a conversation of `{"role": ..., "content": ...}` messages.
 
+        Several answers, as `num_return_sequences` asks for, come back as a list. An answer ends with the token that
+        ends a turn in the chat template, whatever end token the model's files name.
+
         Args:
+            message: A text, or messages. Their content is a text, a list of parts (`{"type": "text", "text": ...}`), or
+                absent beside `tool_calls`.
             max_new_tokens: `None` is what was planned for.
-            **options: Passed to `transformers`' `generate`, such as `do_sample=False`.
+            **options: Arguments of the chat template (`tools`, `enable_thinking`, `chat_template`, ..., or a dict of
+                them as `chat_template_kwargs`), and of `transformers`' `generate` (`temperature`, `stop_strings`, ...).
+                `seed` makes sampling reproducible. `temperature=0` is greedy; other options of sampling imply
+                `do_sample=True`.
 
         Raises:
             DoesNotFitError: the conversation is longer than planned, and does not fit the budget.
-            WorkloadError: it does not fit the model's positions.
+            WorkloadError: it does not fit the model's positions, the template refuses it, or an option is out of range.
+            UnknownNameError: an option that neither the template nor `generate` takes.
+            CheckpointError: the template is missing or broken, or the tokenizer has tokens that the model lacks.
+            ConfigError: a setting of generation_config.json cannot be run.
+            NotFiniteError: the logits are NaN or infinite.
             NotSupportedError: an option takes memory that no plan counts.
             GenerationStoppedError: `stop()` or `close()` was called in the meantime.
         """
-        inputs = self._conversation(message, system)
-        return self._answer(inputs, max_new_tokens, options)[0]
+        prompt = self._prompts.of_conversation(self.model, message, system, max_new_tokens, options)
+        answers = self._answers(prompt)
+        return answers if prompt.answers > 1 else answers[0]
 
     def generate(
         self, prompt: str | Sequence[str], *, max_new_tokens: int | None = None, **options: Any
     ) -> str | list[str]:
         """The text that continues a prompt, or a list of them as one batch; without the prompt itself.
 
+        Several answers to a prompt come back as a list; those to a list of prompts follow each other in one list.
+
         Raises:
-            DoesNotFitError, WorkloadError, NotSupportedError, GenerationStoppedError: as for `chat`.
+            QwenVramError: as for `chat`.
         """
-        single = isinstance(prompt, str)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, Sequence) else []
-        if not prompts or not all(isinstance(text, str) and text for text in prompts):
-            raise WorkloadError("prompt must be a text, or a list of texts, none empty", name="prompt", got=prompt)
-        inputs = self.tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
-        answers = self._answer(dict(inputs), max_new_tokens, options)
-        return answers[0] if single else answers
+        made = self._prompts.of_texts(self.model, prompts, max_new_tokens, options)
+        answers = self._answers(made)
+        return answers if made.answers > 1 or not isinstance(prompt, str) else answers[0]
 
     def stream(
         self,
@@ -186,18 +200,20 @@ class LoadedModel:
         """The answer to a question or a conversation, piece by piece as it is made.
 
         The first piece that is read starts the generation. It goes on by itself, whether more is read or not: leaving
-        the loop early, dropping the stream, or its `close()`, which any thread may call, stops it.
+        the loop early, dropping the stream, or its `close()`, which any thread may call, stops it. A `streamer` among
+        the options gets the tokens too. Beams and several answers are refused.
 
         Raises:
-            DoesNotFitError, WorkloadError, NotSupportedError: as for `chat`, before the first piece.
-            GenerationStoppedError: as for `chat`, after the last piece that was made.
+            DoesNotFitError: as for `chat`, before the first piece.
+            GenerationStoppedError, NotFiniteError: as for `chat`, after the last piece that was made.
+            QwenVramError: as for `chat`, at once.
         """
-        inputs = self._conversation(message, system)
+        prompt = self._prompts.of_conversation(self.model, message, system, max_new_tokens, options, streamed=True)
+        own = prompt.options.get("streamer")
 
         def make(streamer: BaseStreamer, ended: Callable[[], object]) -> Job[torch.Tensor]:
-            both = Tee(options["streamer"], streamer) if options.get("streamer") else streamer
-            extra = {**options, "streamer": both}
-            return self._generations.job(lambda: self.model, inputs, max_new_tokens, extra, ended)
+            extra = {**prompt.options, "streamer": Tee(own, streamer) if own else streamer}
+            return self._generations.job(lambda: self.model, prompt.inputs, prompt.max_new_tokens, extra, ended)
 
         return AnswerStream(self.tokenizer, make)
 
@@ -288,43 +304,14 @@ class LoadedModel:
         if planned.padded:
             inputs["attention_mask"][0, 0] = 0
         stop = StoppingCriteriaList([MaxLengthCriteria(shape[1] + steps)])
-        self._generate(inputs, new, {"do_sample": False, "min_new_tokens": steps, "stopping_criteria": stop})
+        alone = {"num_beams": 1, "num_return_sequences": 1, "stop_strings": None}  # whatever the model's files say
+        options = {**alone, "do_sample": False, "min_new_tokens": steps, "stopping_criteria": stop}
+        self._generate(inputs, new, options)
         return self.report()
 
-    def _conversation(self, message: str | Sequence[Message], system: str | None) -> dict[str, torch.Tensor]:
-        asked = [{"role": "user", "content": message}] if isinstance(message, str) else message
-        if not isinstance(asked, Sequence) or not asked or not all(_is_message(one) for one in asked):
-            raise WorkloadError(
-                f'message must be a text, or a list of {{"role": ..., "content": ...}}, got {message!r}',
-                name="message",
-                got=message,
-            )
-        messages = [dict(one) for one in asked]
-        if system is not None:
-            if not isinstance(system, str):
-                raise WorkloadError(f"system must be a text, got {system!r}", name="system", got=system)
-            messages.insert(0, {"role": "system", "content": system})
-        if not self.tokenizer.chat_template:
-            raise CheckpointError(
-                f"{str(self._folder)!r} has no chat template; use generate() with a prompt of your own, or add the "
-                "model's chat_template.jinja",
-                path=str(self._folder),
-            )
-        inputs = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        return dict(cast("Mapping[str, torch.Tensor]", inputs))
-
-    def _answer(
-        self, inputs: dict[str, torch.Tensor], max_new_tokens: int | None, options: dict[str, Any]
-    ) -> list[str]:
-        if not inputs["input_ids"].shape[1]:
-            raise CheckpointError(
-                f"the tokenizer in {str(self._folder)!r} makes no tokens of the prompt; add the model's tokenizer.json",
-                path=str(self._folder),
-            )
-        produced = self._generate(inputs, max_new_tokens, options)
-        new = produced[:, inputs["input_ids"].shape[1] :]
+    def _answers(self, prompt: Prompt) -> list[str]:
+        produced = self._generate(prompt.inputs, prompt.max_new_tokens, prompt.options)
+        new = produced[:, prompt.inputs["input_ids"].shape[1] :]
         return cast("list[str]", self.tokenizer.batch_decode(new, skip_special_tokens=True))
 
     def _generate(
@@ -333,9 +320,3 @@ class LoadedModel:
         job = self._generations.job(lambda: self.model, inputs, max_new_tokens, options)
         job.start()
         return job.result()
-
-
-def _is_message(one: object) -> bool:
-    if not isinstance(one, Mapping) or not isinstance(one.get("role"), str):
-        return False
-    return one.get("content") is not None or "tool_calls" in one

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
-from qwen_vram.arithmetic.adapter import adapter_folder
+from qwen_vram.adapters.base_name import warn_of_another_base
+from qwen_vram.adapters.folder import check_no_adapter_beside
+from qwen_vram.adapters.keys import Adapter, open_adapter
 from qwen_vram.arithmetic.estimate import warn_of_positions
 from qwen_vram.arithmetic.model import ModelLike, resolve
 from qwen_vram.arithmetic.profile import Profile
@@ -23,7 +25,7 @@ from qwen_vram.planning.budget import Budget, VramLike
 from qwen_vram.planning.planner import Plan, plan_for
 from qwen_vram.planning.search import Prefer
 from qwen_vram.runtime import attention
-from qwen_vram.runtime.adapter import add_adapter, check_adapter, check_peft
+from qwen_vram.runtime.adapter import add_adapter, check_peft, check_values, end_at, open_adapters_tokenizer
 from qwen_vram.runtime.backends import get_backend
 from qwen_vram.runtime.backends.base import Backend, Request, StreamingBackend
 from qwen_vram.runtime.blob import HostMemory
@@ -31,7 +33,7 @@ from qwen_vram.runtime.check import check, check_files, check_host, dtype_for
 from qwen_vram.runtime.checkpoint import Checkpoint, model_config, open_checkpoint, open_tokenizer, warn_of_files
 from qwen_vram.runtime.decoder import decoder_for
 from qwen_vram.runtime.device_map import away_of, connect, device_map, left_out, undispatched
-from qwen_vram.runtime.devices import check_free, devices_for, held_beside_torch, weakest
+from qwen_vram.runtime.devices import budget_on, check_free, devices_for, held_beside_torch, weakest
 from qwen_vram.runtime.fused_layers import fuse_layers
 from qwen_vram.runtime.garbage import collect_dropped, garbage_of_this_load
 from qwen_vram.runtime.host_embedding import move_embedding_to_host
@@ -40,8 +42,10 @@ from qwen_vram.runtime.measure import PeakMeter, weight_storages
 from qwen_vram.runtime.memory import give_back_heap, nothing_left_after_a_failure
 from qwen_vram.runtime.packing import pack_layers
 from qwen_vram.runtime.progress import transformers_bars
+from qwen_vram.runtime.sampling import generation_config
 from qwen_vram.runtime.streaming import Streamer
 from qwen_vram.runtime.verify import verify as check_plan
+from qwen_vram.runtime.vocabulary import check_vocabulary
 
 
 def load(
@@ -87,17 +91,19 @@ def load(
         PlanNotHeldError: `verify=True`, and what was loaded takes more than was planned.
         UnknownNameError, UnitError, WorkloadError: as for `plan()`.
     """
+    opened = None if adapter is None else open_adapter(adapter)
     devices = devices_for(device, vram)
     collect_dropped(devices)
     place = weakest(devices)
     if place.type == "cuda" and profile == "auto" and torch.cuda.get_device_capability(place) < (8, 0):
         knobs.setdefault("attention", "sdpa")  # the flash kernel begins with Ampere
+    folder = None if opened is None else opened.folder
     workload = Workload(prompt_len=prompt_len, max_new_tokens=max_new_tokens, batch_size=batch_size, padded=padded)
-    offered = {} if place.type == "cpu" else vram
+    offered, reserve = budget_on(devices, vram, reserve)
     budget = Budget.of(offered, ram, reserve, held=held_beside_torch(devices))
     found = resolve(model)
     planned = partial(
-        plan_for, model, workload, budget, found=found, profile=profile, prefer=prefer, adapter=adapter, **knobs
+        plan_for, model, workload, budget, found=found, profile=profile, prefer=prefer, adapter=folder, **knobs
     )
     chosen = planned()
     warn_of_positions(chosen.estimate)
@@ -110,10 +116,10 @@ def load(
             backend = get_backend(chosen.profile.weights)
     for one in devices:
         check(chosen, backend, one)
-    if adapter is not None:
+    if opened is not None:
         check_peft()
-        assert chosen.estimate.architecture is not None
-        check_adapter(adapter_folder(adapter), chosen.estimate.architecture, chosen.profile)
+        check_values(opened, dtype_for(chosen.profile, place))
+        warn_of_another_base(opened, model)
     if disable_mmap and "disk" in device_map(chosen, devices[0]).values():
         raise NotSupportedError(
             f"disable_mmap=True does not go with streamed_layers={chosen.profile.streamed_layers} of a 16-bit "
@@ -128,7 +134,8 @@ def load(
     with nothing_left_after_a_failure():
         with garbage_of_this_load(), ExitStack() as after_a_failure:
             checkpoint = open_checkpoint(model, found)
-            llm = _build(checkpoint, chosen, backend, devices, adapter, progress, disable_mmap, after_a_failure)
+            check_no_adapter_beside(checkpoint.folder)
+            llm = _build(checkpoint, chosen, backend, devices, opened, progress, disable_mmap, after_a_failure)
             after_a_failure.pop_all()
         give_back_heap()
         if verify:
@@ -145,7 +152,7 @@ def _build(
     chosen: Plan,
     backend: Backend,
     devices: list[torch.device],
-    adapter: str | Path | None,
+    adapter: Adapter | None,
     progress: bool,
     disable_mmap: bool,
     after_a_failure: ExitStack,
@@ -170,7 +177,14 @@ def _build(
         late_head=late_head,
         left_out=left_out(chosen),
     )
-    tokenizer = open_tokenizer(checkpoint.folder, request.config)
+    folders = [] if adapter is None else [adapter.folder]
+    chosen_tokenizer, tokenizer = open_adapters_tokenizer(
+        checkpoint.folder, folders, rows=checkpoint.architecture.vocab_size
+    )
+    if tokenizer is None:
+        tokenizer = open_tokenizer(checkpoint.folder, request.config)
+        check_vocabulary(tokenizer, checkpoint.architecture.vocab_size, checkpoint.folder)
+    generation_config(checkpoint.folder)
     meters = [PeakMeter(one) for one in devices]
     for meter in meters:
         meter.start()
@@ -197,7 +211,8 @@ def _build(
     if len(devices) > 1:
         connect(model, chosen, device)
     if adapter is not None:
-        model = add_adapter(model, adapter_folder(adapter), model.dtype)
+        end_at(model, chosen_tokenizer.end_token_ids)
+        model = add_adapter(model, adapter, model.dtype)
     model.eval()
     measured = _loaded(model, backend, meters)
     decoder = None

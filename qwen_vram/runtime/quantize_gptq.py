@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from qwen_vram.adapters.folder import check_no_adapter_beside
 from qwen_vram.errors import CheckpointError
 from qwen_vram.files.companions import companion_files, copy_files
 from qwen_vram.files.local import read_tensors
@@ -58,6 +59,7 @@ def quantize_gptq(
     began = time.monotonic()
     job = gptq_job(calibration, bits=bits, group_size=group_size, device=device, max_shard_size=max_shard_size)
     checkpoint = open_checkpoint(model)
+    check_no_adapter_beside(checkpoint.folder)
     if checkpoint.architecture.stored_format is not None:
         raise CheckpointError(
             f"{str(model)!r} is stored as {checkpoint.architecture.stored_format!r} already; pass the 16-bit "

@@ -94,4 +94,4 @@ def _scale(rows: Tensor, largest: int) -> Tensor:
     low, high = torch.aminmax(rows, dim=1)
     # Not divided: GPUs divide by a number as they multiply by its inverse, CPUs do not, and scales would differ.
     scale = torch.maximum(high, -low) * (1 / largest)
-    return torch.where(scale > 0, scale, 1.0)
+    return torch.where(scale == 0, 1.0, scale)  # a row with NaN keeps a scale of NaN, so that logits show it

@@ -6,11 +6,11 @@ import math
 import re
 from collections.abc import Mapping
 
-from qwen_vram.lora.settings import LoraSettings
+from qwen_vram.adapters.settings import LoraSettings
 
 
 def scale_of(settings: LoraSettings, module: str, rank: int) -> float:
-    """What `lora_B @ lora_A` of `module`, a path such as `"model.layers.0.self_attn.q_proj"`, is multiplied by.
+    """Return the factor of `lora_B @ lora_A` of `module`, a path such as `"model.layers.0.self_attn.q_proj"`.
 
         alpha / rank, or alpha / sqrt(rank) with rsLoRA
 
@@ -29,7 +29,7 @@ def ranks_of(settings: LoraSettings, module: str) -> list[float]:
 
 
 def alpha_is_ambiguous(settings: LoraSettings, module: str) -> bool:
-    """Whether patterns with different alphas match, so that sorting them may have changed which one counts."""
+    """Tell whether patterns with different alphas match, so that sorting them may have changed which one counts."""
     return len(set(_matches(settings.alpha_pattern, module))) > 1
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from qwen_vram.lora.adapter import Adapter, ModuleTensors
-from qwen_vram.lora.stored import StoredTensor
+from qwen_vram.adapters.keys import Adapter, AdapterTensor, ModuleTensors
 
 EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"
@@ -13,7 +12,7 @@ TABLES = (EMBEDDING, HEAD)
 
 
 class TableParts(NamedTuple):
-    """What an adapter holds for one side.
+    """The tensors of an adapter for one side.
 
     Attributes:
         replacement: Takes the table's place: trained whole, or saved because the vocabulary was resized.
@@ -21,13 +20,13 @@ class TableParts(NamedTuple):
         indices: Where they belong; `None` where the settings name none.
     """
 
-    replacement: StoredTensor | None
-    tokens: StoredTensor | None
+    replacement: AdapterTensor | None
+    tokens: AdapterTensor | None
     indices: tuple[int, ...] | None
 
 
 def table_parts(adapter: Adapter, module: str, *, tied: bool) -> TableParts:
-    """What `adapter` holds for `module`, the embedding or the head of a base whose two sides are tied or not.
+    """Return what `adapter` holds for `module`, the embedding or the head of a base whose two sides are tied or not.
 
     PEFT saves some of what it shares between tied sides once, and some of it twice.
     """

@@ -1,0 +1,53 @@
+"""The modules that an adapter's settings name, found as PEFT finds them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Targets:
+    """Which modules have low-rank factors. Source: peft 0.21.2, tuners/tuners_utils.py, check_target_module_exists.
+
+    Attributes:
+        modules: Ends of paths, one regular expression for the whole path, or `"all-linear"`; `None` if the settings
+            name nothing, and the tensors alone say it.
+        excluded: Ends of paths, or one regular expression, of modules that are left out.
+        saved: Expressions for modules that are trained whole, and so have no factors.
+        layers: Numbers of the only layers with factors; empty for all. Without effect beside a regular expression.
+        layers_pattern: Names of the list of layers; empty for any.
+    """
+
+    modules: tuple[str, ...] | str | None
+    excluded: tuple[str, ...] | str = ()
+    saved: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
+    layers_pattern: tuple[str, ...] = ()
+
+    def name(self, module: str, *, linear: bool) -> bool:
+        """Tell whether the settings name `module`, a path; a `linear` one is a matrix, and neither table nor head."""
+        if self.excluded and _matches(self.excluded, module):
+            return False
+        if any(re.match(rf"(^|.*\.){saved}($|\..*)", module) for saved in self.saved):
+            return False
+        modules = self.modules or ()
+        if modules == "all-linear":
+            return linear
+        if isinstance(modules, str) or module in modules:
+            return _matches(modules, module)
+        return _matches(modules, module) and (not self.layers or self._layer_of(module) in self.layers)
+
+    def _layer_of(self, module: str) -> int | None:
+        for pattern in self.layers_pattern or (r"[^.]*",):
+            match = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module)
+            if match:
+                return int(match[match.lastindex or 0])
+        return None
+
+
+def _matches(names: tuple[str, ...] | str, module: str) -> bool:
+    """Tell whether `module` is one of the paths or ends in one, or is matched whole by the regular expression."""
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return module in names or any(module.endswith(f".{name}") for name in names)
