@@ -249,7 +249,7 @@ def test_a_checkpoint_without_a_usable_tokenizer_says_so(demo, tmp_path):
     with load(folder) as llm, pytest.raises(qv.CheckpointError, match=r"has no chat template; use generate\(\)"):
         llm.chat("hi")
     (folder / "tokenizer.json").write_text('{"broken')
-    with pytest.raises(qv.CheckpointError, match="the tokenizer in .* cannot be read .* download tokenizer.json and"):
+    with pytest.raises(qv.CheckpointError, match="the tokenizer in .* cannot be read: .*json' is cut off in line 1"):
         load(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -35,6 +36,8 @@ from qwen_vram.units import parse_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,7 +292,16 @@ def estimate_vram(
         raise WorkloadError("params is for model=None only, got both; drop one", name="params", got=params)
     label, architecture = resolve_model(model, adapter)
     chosen = resolve_profile(profile, **stored_knobs(architecture, knobs))
-    return estimate(label, architecture, chosen, workload)
+    result = estimate(label, architecture, chosen, workload)
+    warn_of_positions(result)
+    return result
+
+
+def warn_of_positions(result: Estimate) -> None:
+    """Log one line for each thing worth knowing of the rotary positions: a stretch, or one without effect."""
+    rope = result.architecture.rope if result.architecture else None
+    for line in rope.warnings(result.workload.context_len) if rope else ():
+        _LOGGER.warning("%s: %s", result.model, line)
 
 
 def estimate(

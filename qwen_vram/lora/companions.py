@@ -10,8 +10,9 @@ from typing import Any
 
 from qwen_vram.adapters.tables import TABLES
 from qwen_vram.adapters.tokenizer import TokenizerFiles, read_object, tokenizer_files, with_end_tokens
+from qwen_vram.arithmetic.checkpoint import CheckpointFiles
 from qwen_vram.files.companions import companion_files, copy_files
-from qwen_vram.files.local import CONFIG, read_config
+from qwen_vram.files.local import CONFIG, NAMED_WEIGHTS
 from qwen_vram.lora.targets import Targets
 from qwen_vram.lora.weighted import WeightedAdapter
 from qwen_vram.runtime.adapter import open_adapters_tokenizer
@@ -42,7 +43,7 @@ class Companions:
 
 
 def companions(
-    base: Path,
+    files: CheckpointFiles,
     adapters: Sequence[WeightedAdapter],
     targets: Targets,
     quantization_config: Mapping[str, Any] | None,
@@ -52,6 +53,7 @@ def companions(
     The tokenizer is the last adapter's that has one, or the base's. The end token of an adapter's tokenizer is added to
     those that end a generation: in generation_config.json, or in config.json if there is no such file.
     """
+    base = files.folder
     tables_changed = any(target.updates and target.name.removesuffix(".weight") in TABLES for target in targets.targets)
     folders = [adapter.folder for adapter in adapters]
     if tables_changed:
@@ -62,7 +64,7 @@ def companions(
     for name in tokenizer_files(base, (), rows=targets.vocab_size).files:
         copied.pop(name, None)
     copied |= chosen.files
-    config = read_config(base)
+    config = {key: value for key, value in files.config.items() if key != NAMED_WEIGHTS}
     config["vocab_size"] = targets.vocab_size
     config["tie_word_embeddings"] = targets.tie_word_embeddings
     if quantization_config is not None:

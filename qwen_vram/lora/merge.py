@@ -17,7 +17,7 @@ from qwen_vram.adapters.keys import shortened
 from qwen_vram.adapters.scaling import alpha_is_ambiguous
 from qwen_vram.errors import CheckpointError
 from qwen_vram.files.companions import REPORT
-from qwen_vram.files.local import read_config, read_tensors
+from qwen_vram.files.local import read_tensors
 from qwen_vram.files.output import OutputFolder
 from qwen_vram.lora.gptq import merge_job, write_gptq
 from qwen_vram.lora.plan import MergePlan, matrices, plan_merge
@@ -129,7 +129,7 @@ def _open_base(base: str | Path) -> Checkpoint:
     if isinstance(base, (str, Path)):
         check_is_no_adapter(Path(base))
     checkpoint = open_checkpoint(base)
-    if read_config(checkpoint.folder).get("quantization_config") is not None:
+    if checkpoint.files.config.get("quantization_config") is not None:
         raise CheckpointError(
             f"base {str(base)!r} is already quantized, and merging into quantized weights erases small updates; pass "
             "the 16-bit checkpoint it was made from",

@@ -51,7 +51,7 @@ def plan_merge(
         AdapterError: an adapter does not fit, or holds a NaN.
         CheckpointError: the base's files cannot be read.
     """
-    stored = stored_tensors(checkpoint.folder)
+    stored = stored_tensors(checkpoint.files)
     targets = merge_targets(checkpoint.architecture, checkpoint.name, stored, adapters)
     for adapter in adapters:
         check_finite(adapter)
@@ -66,7 +66,7 @@ def plan_merge(
         adapters=tuple(adapters),
         targets=targets,
         shards=lay_out(weights, max_shard_bytes),
-        companions=companions(checkpoint.folder, adapters, targets, quantization_config),
+        companions=companions(checkpoint.files, adapters, targets, quantization_config),
     )
 
 

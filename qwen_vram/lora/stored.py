@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
+from qwen_vram.arithmetic.checkpoint import CheckpointFiles
 from qwen_vram.errors import CheckpointError
-from qwen_vram.files.local import read_tensors
 from qwen_vram.lora.scratch import scratch
 
 TORCH_DTYPES = {
@@ -107,15 +107,11 @@ class StoredTensor:
         return self.read(start, stop).to(device).float()
 
 
-def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of the checkpoint in `folder`, by name.
-
-    Raises:
-        CheckpointError: as `files.local.read_tensors`.
-    """
+def stored_tensors(files: CheckpointFiles) -> dict[str, StoredTensor]:
+    """Every tensor of a checkpoint, by the model's name."""
     return {
-        name: StoredTensor(name, folder / tensor.file, tensor.dtype, tensor.shape, tensor.offset, tensor.nbytes)
-        for name, tensor in read_tensors(folder).items()
+        name: StoredTensor(name, files.folder / tensor.file, tensor.dtype, tensor.shape, tensor.offset, tensor.nbytes)
+        for name, tensor in files.tensors.items()
     }
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from qwen_vram.arithmetic.architecture import Architecture
-from qwen_vram.arithmetic.estimate import Estimate, estimate
-from qwen_vram.arithmetic.model import ModelLike, resolve_model
+from qwen_vram.arithmetic.estimate import Estimate, estimate, warn_of_positions
+from qwen_vram.arithmetic.model import ModelLike, Resolved, adapted, resolve
 from qwen_vram.arithmetic.profile import KNOBS, PROFILES, Profile
 from qwen_vram.arithmetic.split import split_estimate, split_of
 from qwen_vram.arithmetic.workload import Workload
@@ -199,7 +199,10 @@ def plan(
     """
     workload = Workload(prompt_len=prompt_len, max_new_tokens=max_new_tokens, batch_size=batch_size, padded=padded)
     budget = Budget.of(vram, ram, reserve)
-    return plan_for(model, workload, budget, profile=profile, prefer=prefer, adapter=adapter, **knobs)
+    found = resolve(model)
+    result = plan_for(model, workload, budget, found=found, profile=profile, prefer=prefer, adapter=adapter, **knobs)
+    warn_of_positions(result.estimate)
+    return result
 
 
 def plan_for(
@@ -207,22 +210,28 @@ def plan_for(
     workload: Workload,
     budget: Budget,
     *,
+    found: Resolved,
     profile: str | Profile = "auto",
     prefer: Prefer = "quality",
     adapter: str | Path | None = None,
     **knobs: object,
 ) -> Plan:
-    """Plan as `plan()` does, for a budget that is known already."""
-    label, architecture = resolve_model(model, adapter)
+    """Plan as `plan()` does, for a budget that is known already, without its warnings.
+
+    Args:
+        found: What `resolve(model)` gave, so that a folder is read once.
+    """
+    architecture = adapted(found, adapter)
     if prefer not in ("quality", "speed", "memory"):
         raise UnknownNameError("prefer", prefer, ("quality", "speed", "memory"))
     workload.check(architecture)
-    sequences = sequences_per_prompt(model)
+    source: ModelLike = found.files.folder if found.files is not None else found.repo_id or model
+    sequences = sequences_per_prompt(source)
     workload = replace(workload, batch_size=workload.batch_size * sequences)
-    found = Search(label, architecture, workload, budget, profile, knobs).run(prefer)
+    best = Search(found.label, architecture, workload, budget, profile, knobs).run(prefer)
     named = str(model) if isinstance(model, str | Path) else None
     beside = None if adapter is None else str(adapter)
-    return _plan(found.estimate, budget, found.steps, model=named, adapter=beside, sequences=sequences)
+    return _plan(best.estimate, budget, best.steps, model=named, adapter=beside, sequences=sequences)
 
 
 def _plan(result: Estimate, budget: Budget, steps: tuple[Step, ...], **named: Any) -> Plan:

@@ -13,12 +13,14 @@ import torch
 from qwen_vram.adapters.base_name import warn_of_another_base
 from qwen_vram.adapters.folder import check_no_adapter_beside
 from qwen_vram.adapters.keys import Adapter, open_adapter
-from qwen_vram.arithmetic.model import ModelLike
+from qwen_vram.arithmetic.estimate import warn_of_positions
+from qwen_vram.arithmetic.model import ModelLike, resolve
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.tiles import head_by_tiles
 from qwen_vram.arithmetic.weights import disk_buffers, head_is_a_copy, streaming_slots, table_on_host
 from qwen_vram.arithmetic.workload import Workload
 from qwen_vram.errors import BackendUnavailableError, NotSupportedError
+from qwen_vram.files.local import CONFIG
 from qwen_vram.planning.budget import Budget, VramLike
 from qwen_vram.planning.planner import Plan, plan_for
 from qwen_vram.planning.search import Prefer
@@ -28,7 +30,7 @@ from qwen_vram.runtime.backends import get_backend
 from qwen_vram.runtime.backends.base import Backend, Request, StreamingBackend
 from qwen_vram.runtime.blob import HostMemory
 from qwen_vram.runtime.check import check, check_files, check_host, dtype_for
-from qwen_vram.runtime.checkpoint import Checkpoint, open_checkpoint, open_tokenizer
+from qwen_vram.runtime.checkpoint import Checkpoint, model_config, open_checkpoint, open_tokenizer, warn_of_files
 from qwen_vram.runtime.decoder import decoder_for
 from qwen_vram.runtime.device_map import away_of, connect, device_map, left_out, undispatched
 from qwen_vram.runtime.devices import budget_on, check_free, devices_for, held_beside_torch, weakest
@@ -62,6 +64,7 @@ def load(
     device: str | None = None,
     progress: bool = True,
     verify: bool = False,
+    disable_mmap: bool = False,
     **knobs: object,
 ) -> LoadedModel:
     """Load a checkpoint as `plan()` would, with the same arguments, and return it with its plan.
@@ -76,6 +79,8 @@ def load(
         adapter: Folder or hub id of a LoRA adapter, run beside the base by PEFT; the model is then a `PeftModel`.
         device: `"cuda"` or `"cpu"`; `None` takes the GPU where there is one.
         progress: Show transformers' bars while weights load and streamed layers are packed.
+        disable_mmap: Read the weights through instead of mapping them, for network drives, on which a mapped file is
+            fetched page by page.
         verify: Run one prefill of `prompt_len` random tokens and one decode step before returning.
 
     Raises:
@@ -96,8 +101,12 @@ def load(
     workload = Workload(prompt_len=prompt_len, max_new_tokens=max_new_tokens, batch_size=batch_size, padded=padded)
     offered, reserve = budget_on(devices, vram, reserve)
     budget = Budget.of(offered, ram, reserve, held=held_beside_torch(devices))
-    planned = partial(plan_for, model, workload, budget, profile=profile, prefer=prefer, adapter=folder, **knobs)
+    found = resolve(model)
+    planned = partial(
+        plan_for, model, workload, budget, found=found, profile=profile, prefer=prefer, adapter=folder, **knobs
+    )
     chosen = planned()
+    warn_of_positions(chosen.estimate)
     backend = get_backend(chosen.profile.weights)
     if chosen.profile.host_layers and "host_layers" not in knobs and profile == "auto":
         try:
@@ -111,12 +120,22 @@ def load(
         check_peft()
         check_values(opened, dtype_for(chosen.profile, place))
         warn_of_another_base(opened, model)
+    if disable_mmap and "disk" in device_map(chosen, devices[0]).values():
+        raise NotSupportedError(
+            f"disable_mmap=True does not go with streamed_layers={chosen.profile.streamed_layers} of a 16-bit "
+            "checkpoint, which would be in host memory whole while it loads; copy the checkpoint to a disk of this "
+            "machine, use streamed_layers=0, or quantize it once and load that",
+            knob="disable_mmap",
+            value=True,
+        )
+    if found.config:
+        model_config(found.config, found.source)  # what transformers refuses is refused before a download
     check_free(chosen, devices)
     with nothing_left_after_a_failure():
         with garbage_of_this_load(), ExitStack() as after_a_failure:
-            checkpoint = open_checkpoint(model)
+            checkpoint = open_checkpoint(model, found)
             check_no_adapter_beside(checkpoint.folder)
-            llm = _build(checkpoint, chosen, backend, devices, opened, progress, after_a_failure)
+            llm = _build(checkpoint, chosen, backend, devices, opened, progress, disable_mmap, after_a_failure)
             after_a_failure.pop_all()
         give_back_heap()
         if verify:
@@ -135,15 +154,19 @@ def _build(
     devices: list[torch.device],
     adapter: Adapter | None,
     progress: bool,
+    disable_mmap: bool,
     after_a_failure: ExitStack,
 ) -> LoadedModel:
     profile, device, dtype = chosen.profile, devices[0], dtype_for(chosen.profile, weakest(devices))
     if profile.disk_layers:
         check_files(checkpoint, profile, dtype)
+    warn_of_files(checkpoint.files, profile)
     attention.register()
     late_head = head_by_tiles(checkpoint.architecture, profile)
     request = Request(
-        folder=str(checkpoint.folder),
+        files=checkpoint.files,
+        config=model_config(checkpoint.files.config, str(checkpoint.folder / CONFIG), checkpoint.folder),
+        disable_mmap=disable_mmap,
         profile=profile,
         device=device,
         dtype=dtype,
@@ -159,7 +182,7 @@ def _build(
         checkpoint.folder, folders, rows=checkpoint.architecture.vocab_size
     )
     if tokenizer is None:
-        tokenizer = open_tokenizer(checkpoint.folder)
+        tokenizer = open_tokenizer(checkpoint.folder, request.config)
         check_vocabulary(tokenizer, checkpoint.architecture.vocab_size, checkpoint.folder)
     generation_config(checkpoint.folder)
     meters = [PeakMeter(one) for one in devices]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
-from qwen_vram.files.local import INDEX, SINGLE, weights_file
+from qwen_vram.arithmetic.checkpoint import CheckpointFiles
 from qwen_vram.runtime.from_tensors import load_with_own_head, load_without
 
 if TYPE_CHECKING:
@@ -21,12 +20,15 @@ if TYPE_CHECKING:
 class Request(NamedTuple):
     """What a backend is asked to load.
 
+    `files`: the checkpoint as it was read. `config`: the model's, which `transformers` made of it.
     `stored`: the checkpoint is in the profile's format already. `own_head`: its head is the token table, and is to be
     quantized into a tensor of its own. `late_head`: the head is built after `load`, with the layers that stream.
     `left_out`: parameters that `load` leaves on the meta device without reading them, by name, with their shapes.
+    `disable_mmap`: files are read through, not mapped.
     """
 
-    folder: str
+    files: CheckpointFiles
+    config: Any
     profile: Profile
     device: torch.device
     dtype: torch.dtype
@@ -36,6 +38,7 @@ class Request(NamedTuple):
     own_head: bool = False
     late_head: bool = False
     left_out: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+    disable_mmap: bool = False
 
 
 class Backend(Protocol):
@@ -115,7 +118,9 @@ def from_pretrained(request: Request, **options: Any) -> nn.Module:
     """`AutoModelForCausalLM.from_pretrained` with what every backend passes: local safetensors, no remote code."""
     from transformers import AutoModelForCausalLM
 
-    options |= {
+    options = {
+        "config": request.config,
+        **options,
         "dtype": request.dtype,
         "device_map": dict(request.device_map),
         "attn_implementation": request.attention,
@@ -123,9 +128,11 @@ def from_pretrained(request: Request, **options: Any) -> nn.Module:
         "use_safetensors": True,
         "trust_remote_code": False,
     }
+    files, mapped = request.files, not request.disable_mmap
     if request.own_head:
-        return load_with_own_head(Path(request.folder), **options)
-    if request.left_out or weights_file(Path(request.folder)).name not in (INDEX, SINGLE):
-        return load_without(Path(request.folder), request.left_out, **options)
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(request.folder, **options)
-    return model
+        return load_with_own_head(files, mapped=mapped, **options)
+    # transformers itself has to read a folder of which it puts modules on "disk".
+    if "disk" in request.device_map.values():
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(files.folder, **options)
+        return model
+    return load_without(files, request.left_out, mapped=mapped, **options)

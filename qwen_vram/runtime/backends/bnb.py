@@ -94,8 +94,6 @@ class BnbBackend:
 
     def load(self, request: Request) -> nn.Module:
         """The model with its matrices quantized; embeddings, norms and biases keep the model's dtype."""
-        from transformers import AutoConfig
-
         import_quietly()
         logging.getLogger("bitsandbytes.autograd._functions").addFilter(_ONCE)
         profile = request.profile
@@ -104,7 +102,7 @@ class BnbBackend:
         two_devices = "disk" in elsewhere or ("cpu" in elsewhere and request.device.type != "cpu")
         if request.stored:
             # The checkpoint's own settings win over any that are passed, so they are changed where they stand.
-            config = AutoConfig.from_pretrained(request.folder, local_files_only=True, trust_remote_code=False)
+            config = request.config
             config.quantization_config["llm_int8_enable_fp32_cpu_offload"] = two_devices
             config.quantization_config["bnb_4bit_compute_dtype"] = str(request.dtype).removeprefix("torch.")
             model: Any = from_pretrained(request, config=config)

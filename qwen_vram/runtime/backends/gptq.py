@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from torch import nn
 
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.errors import CheckpointError, UnknownNameError
-from qwen_vram.files.local import read_config
 from qwen_vram.runtime.backends.base import Request, from_pretrained
 from qwen_vram.runtime.backends.gptq_library import check_installed, import_quietly, quietly
 
@@ -40,12 +40,10 @@ class GptqBackend:
 
     def load(self, request: Request) -> nn.Module:
         """The model with the checkpoint's tensors under its matrices, and a kernel for the device."""
-        from transformers import AutoConfig
-
-        folder = Path(request.folder)
-        settings = _settings(folder, request.profile.weights, request.device)
+        folder = request.files.folder
+        settings = _settings(request.files.config, folder, request.profile.weights, request.device)
         import_quietly()
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = request.config
         # The checkpoint's own settings win over any that are passed, so they are changed where they stand.
         config.quantization_config = settings
         if request.profile.weights == "awq" and request.device.type == "cuda":
@@ -65,9 +63,9 @@ class GptqBackend:
         return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
 
 
-def _settings(folder: Path, method: str, device: torch.device) -> dict[str, Any]:
+def _settings(config: Mapping[str, object], folder: Path, method: str, device: torch.device) -> dict[str, Any]:
     """The checkpoint's `quantization_config` with the kernel in it."""
-    settings: Any = read_config(folder)["quantization_config"]
+    settings: Any = config["quantization_config"]
     _check_settings(settings, method, folder)
     kernel = _chosen_kernel() or _PLAIN[device.type]
     if kernel == "triton" and (settings.get("bits") == 3 or find_spec("triton") is None):
