@@ -569,7 +569,7 @@ def test_sizes_are_in_plain_digits(size):
 def test_a_format_that_nobody_saves(untied, tmp_path):
     from qwen_vram.runtime.save import check_output
 
-    text = "unknown format to save 'nope'; choose from int8, nf4, nf4-plain, fp4, int4, int8-wo, fp8"
+    text = "unknown format to save 'nope'; choose from int8, nf4, nf4-plain, fp4, fp4-plain, int4, int8-wo, fp8"
     with pytest.raises(qv.UnknownNameError, match=f"{text}$"):
         check_output(tmp_path / "out", str(untied), weights="nope", max_shard_size="4GB", overwrite=False)
 

@@ -15,7 +15,7 @@ from qwen_vram.runtime.host_embedding import HostEmbedding
 from qwen_vram.runtime.measure import host_bytes, weight_storages
 from tests.lora_models import make_adapter, make_base, untied_twin
 
-QUANTIZED = ("nf4", "nf4-plain", "fp4", "int8")
+QUANTIZED = ("nf4", "nf4-plain", "fp4", "fp4-plain", "int8")
 TABLE = "model.embed_tokens.weight"
 
 

@@ -10,7 +10,7 @@ import qwen_vram as qv
 from qwen_vram.runtime.backends import get_backend
 from qwen_vram.runtime.measure import weight_storages
 
-QUANTIZED = ("nf4", "nf4-plain", "fp4", "int8")
+QUANTIZED = ("nf4", "nf4-plain", "fp4", "fp4-plain", "int8")
 
 
 @pytest.fixture(scope="module", params=QUANTIZED)

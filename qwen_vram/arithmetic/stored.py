@@ -23,6 +23,7 @@ _FOUR_BIT: dict[tuple[object, bool], FormatName] = {
     ("nf4", True): "nf4",
     ("nf4", False): "nf4-plain",
     ("fp4", True): "fp4",
+    ("fp4", False): "fp4-plain",
 }
 
 

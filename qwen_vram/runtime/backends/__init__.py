@@ -17,7 +17,7 @@ _GPTQ = "qwen_vram.runtime.backends.gptq:GptqBackend"
 # Storage format -> "module:class".
 TARGETS: dict[str, str] = {
     **dict.fromkeys(("fp32", "bf16", "fp16"), _DENSE),
-    **dict.fromkeys(("int8", "nf4", "nf4-plain", "fp4"), _BNB),
+    **dict.fromkeys(("int8", "nf4", "nf4-plain", "fp4", "fp4-plain"), _BNB),
     **dict.fromkeys(("int4", "int8-wo", "fp8"), _TORCH),
     **dict.fromkeys(("gptq-int4", "gptq-int8", "gptq", "awq"), _GPTQ),
 }

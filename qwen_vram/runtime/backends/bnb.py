@@ -1,4 +1,4 @@
-"""nf4, nf4-plain, fp4 and int8 by bitsandbytes, quantized tensor by tensor while they load, and saved as they are."""
+"""nf4 and fp4, with double quantization or plain, and int8 by bitsandbytes, quantized tensor by tensor while they load, and saved as they are."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.profile import Profile
+from qwen_vram.arithmetic.storage import FORMATS
 from qwen_vram.errors import BackendUnavailableError
 from qwen_vram.runtime.backends.base import Request, from_pretrained
 from qwen_vram.runtime.backends.bnb_cpu import check_scales, keep_scales
@@ -24,9 +25,7 @@ _INSTALL = 'pip install "bitsandbytes>=0.50"'
 
 # LLM.int8 multiplies with int8 tensor cores from Turing on, the 4-bit kernels run from Pascal on.
 # Source: bitsandbytes 0.50.2, its documentation's hardware table.
-_OLDEST = {"int8": (7, 5), "nf4": (6, 0), "nf4-plain": (6, 0), "fp4": (6, 0)}
-
-_QUANT_TYPE = {"nf4": "nf4", "nf4-plain": "nf4", "fp4": "fp4"}
+_OLDEST_INT8, _OLDEST_4_BIT = (7, 5), (6, 0)
 
 # Columns of activations with a larger value are multiplied in 16 bits.
 # Source: transformers 5.23, BitsAndBytesConfig, llm_int8_threshold.
@@ -64,8 +63,8 @@ def quantization_config(weights: str, *, head: bool, dtype: torch.dtype) -> Any:
         return BitsAndBytesConfig(load_in_8bit=True, **options)
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type="fp4" if weights == "fp4" else "nf4",
-        bnb_4bit_use_double_quant=weights != "nf4-plain",
+        bnb_4bit_quant_type=weights.removesuffix("-plain"),
+        bnb_4bit_use_double_quant=FORMATS[weights].is_double,
         bnb_4bit_compute_dtype=dtype,
         **options,
     )
@@ -84,7 +83,7 @@ class BnbBackend:
                 backend="bnb",
                 install=_INSTALL,
             )
-        oldest = _OLDEST[profile.weights]
+        oldest = _OLDEST_INT8 if profile.weights == "int8" else _OLDEST_4_BIT
         if device.type == "cuda" and torch.cuda.get_device_capability(device) < oldest:
             raise BackendUnavailableError(
                 f"weights={profile.weights!r} needs a GPU of compute capability {oldest[0]}.{oldest[1]}, got "
@@ -155,9 +154,10 @@ class BnbBackend:
             codes, scales = eight_bit(matrix, request.device)
             made.weight = bnb.nn.Int8Params(codes, requires_grad=False, CB=codes, SCB=scales)
         else:
-            kind = {"quant_type": _QUANT_TYPE[name], "compress_statistics": name != "nf4-plain"}
+            quant_type, nested = name.removesuffix("-plain"), FORMATS[name].is_double
+            kind = {"quant_type": quant_type, "compress_statistics": nested}
             made = bnb.nn.Linear4bit(**sizes, bias=bias, compute_dtype=request.dtype, **kind)
-            codes, state = four_bit(matrix, request.device, quant_type=_QUANT_TYPE[name], nested=name != "nf4-plain")
+            codes, state = four_bit(matrix, request.device, quant_type=quant_type, nested=nested)
             made.weight = bnb.nn.Params4bit(
                 codes, requires_grad=False, quant_state=state, module=made, bnb_quantized=True, **kind
             )
