@@ -167,6 +167,10 @@ def _build(
             streamer = Streamer(blocks, memory, slots, disk_buffers(profile))
     if table_on_host(checkpoint.architecture, profile):
         move_embedding_to_host(model, device)
+    if device.type == "cpu" and backend.name == "bnb":
+        from qwen_vram.runtime.flat_linear import multiply_flat
+
+        multiply_flat(model)
     if profile.tiles and backend.name == "bnb":
         from qwen_vram.runtime.tiled_int8 import multiply_int8_in_pieces
         from qwen_vram.runtime.tiled_linear import dequantize_in_tiles
