@@ -48,7 +48,9 @@ def expected_logits(folder, weights, *, head):
         return model(IDS).logits.float()
 
 
-@pytest.mark.parametrize("knobs", [{}, {"streamed_layers": 1}, {"streamed_layers": 2, "dequantization": "tiled"}], ids=str)
+@pytest.mark.parametrize(
+    "knobs", [{}, {"streamed_layers": 1}, {"streamed_layers": 2, "dequantization": "tiled"}], ids=str
+)
 @pytest.mark.parametrize("weights", ["nf4", "nf4-plain", "fp4", "fp4-plain"])
 def test_a_model_of_such_widths_runs_with_the_weights_that_were_stored(narrow, weights, knobs):
     with qv.load(narrow, profile="default", weights=weights, lm_head=weights, progress=False, **knobs) as llm:

@@ -10,7 +10,9 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
-from qwen_vram.arithmetic.stored import METHODS, Stored, StoredTensor, quantization_of, skipped_modules, stored_format
+from qwen_vram.arithmetic.quantization import method_of, quantization_of, settings_of, skipped_modules, stored_format
+from qwen_vram.arithmetic.quantizers import method_name, not_loaded
+from qwen_vram.arithmetic.stored import Stored, StoredTensor
 from qwen_vram.errors import ConfigError
 
 Role = Literal["embedding", "attention", "mlp", "norm", "head", "adapter"]
@@ -276,22 +278,17 @@ class _Reader:
         if quantization is None:
             return {}
         name, in_headers = stored_format(quantization)
-        settings = quantization if isinstance(quantization, Mapping) else {}
-        method = settings.get("quant_method") or quantization
+        method = method_of(quantization)
         if name is None:
-            raise ConfigError(
-                f"{self.source}: the checkpoint is already quantized by {method!r}, which is not counted; use one by "
-                f"{', '.join(METHODS)} or bitsandbytes (nf4, fp4 with double quantization, int8), or the "
-                "16-bit checkpoint",
-                source=self.source,
-            )
+            reason = not_loaded(quantization, method or method_name(quantization), None)
+            raise ConfigError(f"{self.source}: {reason}", source=self.source)
         if in_headers:
             raise ConfigError(
                 f"{self.source}: the checkpoint is already quantized by {method!r}, which is not counted from a config "
                 "alone: its safetensors headers say the bytes; pass the checkpoint's folder or its hub id",
                 source=self.source,
             )
-        return {"stored_format": name, "stored_head": "lm_head" not in skipped_modules(settings)}
+        return {"stored_format": name, "stored_head": "lm_head" not in skipped_modules(settings_of(quantization))}
 
     def size(self, key: str, *, default: int | None = None) -> int:
         """A positive integer."""

@@ -13,7 +13,7 @@ from qwen_vram.arithmetic.catalog import catalog_row, row_architecture, unknown_
 from qwen_vram.arithmetic.stored_checkpoint import checkpoint_architecture
 from qwen_vram.errors import ConfigError, UnknownNameError
 from qwen_vram.files.hub import hub_config, hub_tensors
-from qwen_vram.files.local import exists, is_folder, read_config, read_tensors
+from qwen_vram.files.local import exists, has_weights, is_folder, read_config, read_tensors
 
 ModelLike = str | Path | Mapping[str, object] | Architecture
 
@@ -101,7 +101,8 @@ def _resolve(model: ModelLike) -> tuple[str, Architecture]:
     folder = Path(model)
     if is_folder(folder):
         source = str(folder / "config.json")
-        return folder.name, checkpoint_architecture(read_config(folder), lambda: read_tensors(folder), source=source)
+        read = (lambda: read_tensors(folder)) if has_weights(folder) else None
+        return folder.name, checkpoint_architecture(read_config(folder), read, source=source, headers_here=True)
     name = str(model)
     row = catalog_row(name)
     if row is not None:

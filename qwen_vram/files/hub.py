@@ -10,6 +10,7 @@ from types import ModuleType
 from qwen_vram.errors import BackendUnavailableError, CheckpointError, HubError
 from qwen_vram.files.header import Tensor, parse_entries, read_header
 from qwen_vram.files.local import (
+    AUTO_AWQ_CONFIG,
     AUTO_GPTQ_CONFIG,
     AUTO_GPTQ_SINGLE,
     CONFIG,
@@ -38,7 +39,7 @@ def _library() -> ModuleType:
 
 
 def hub_config(repo_id: str) -> dict[str, object]:
-    """The config.json of `repo_id`, and AutoGPTQ's settings where its name says GPTQ and that file does not.
+    """The config.json of `repo_id`, with AutoGPTQ's or AutoAWQ's settings if its name says so and that file does not.
 
     Raises:
         HubError: the hub cannot be reached, the repository is gated or absent, or it has no config.json.
@@ -47,9 +48,12 @@ def hub_config(repo_id: str) -> dict[str, object]:
     """
     file = _config_file(repo_id)
     config = parse_config(file.read_text(encoding="utf-8"), source=f"{repo_id}/{CONFIG}")
-    if "quantization_config" in config or "gptq" not in repo_id.lower():
+    if "quantization_config" in config:
         return config
-    return read_config(file.parent) if _bring(repo_id, AUTO_GPTQ_CONFIG, file.parent.name) else config
+    for name, beside in (("gptq", AUTO_GPTQ_CONFIG), ("awq", AUTO_AWQ_CONFIG)):
+        if name in repo_id.lower() and _bring(repo_id, beside, file.parent.name):
+            return read_config(file.parent)
+    return config
 
 
 def hub_tensors(repo_id: str) -> dict[str, Tensor]:

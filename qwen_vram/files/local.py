@@ -20,6 +20,9 @@ SINGLE = "model.safetensors"
 # apart. Source: AutoGPTQ 0.7.1, auto_gptq/modeling/_base.py, save_quantized.
 AUTO_GPTQ_SINGLE = "gptq_model-*.safetensors"
 AUTO_GPTQ_CONFIG = "quantize_config.json"
+# AutoAWQ's settings before it wrote them into config.json. Source: AutoAWQ 0.1.8, awq/models/base.py, save_quantized.
+AUTO_AWQ_CONFIG = "quant_config.json"
+_AWQ_KEYS = {"w_bit": "bits", "q_group_size": "group_size"}
 
 
 def exists(path: Path) -> bool:
@@ -36,7 +39,7 @@ def is_folder(path: Path) -> bool:
 
 
 def read_config(folder: Path) -> dict[str, object]:
-    """The config.json of `folder`, with AutoGPTQ's settings where those are in a file of their own.
+    """The config.json of `folder`, with AutoGPTQ's or AutoAWQ's settings if those are in a file of their own.
 
     Raises:
         ConfigError: a file is missing, is not UTF-8, is cut off, or is not a JSON object.
@@ -48,13 +51,21 @@ def read_config(folder: Path) -> dict[str, object]:
             source=str(path),
         )
     config = _read_json(path)
-    beside = folder / AUTO_GPTQ_CONFIG
-    return with_auto_gptq(config, _read_json(beside)) if beside.is_file() else config
+    for name, add in ((AUTO_GPTQ_CONFIG, with_auto_gptq), (AUTO_AWQ_CONFIG, with_auto_awq)):
+        if (folder / name).is_file():
+            config = add(config, _read_json(folder / name))
+    return config
 
 
 def with_auto_gptq(config: dict[str, object], settings: dict[str, object]) -> dict[str, object]:
     """`config` with AutoGPTQ's `settings` as its `quantization_config`, unless it has one."""
     return {"quantization_config": {"quant_method": "gptq", **settings}, **config}
+
+
+def with_auto_awq(config: dict[str, object], settings: dict[str, object]) -> dict[str, object]:
+    """`config` with the `settings` of an older AutoAWQ as its `quantization_config`, unless it has one."""
+    named = {_AWQ_KEYS.get(key, key): value for key, value in settings.items()}
+    return {"quantization_config": {"quant_method": "awq", **named}, **config}
 
 
 def _read_json(path: Path) -> dict[str, object]:
@@ -113,6 +124,14 @@ def weights_file(folder: Path) -> Path:
         if len(found) == 1:
             return found[0]
     raise _no_safetensors(folder)
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether `folder` has a file or an index of weights."""
+    try:
+        return weights_file(folder).exists()
+    except CheckpointError:
+        return False
 
 
 def indexed_tensors(index: Path, read: Callable[[str], dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -6,20 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen_vram.arithmetic.architecture import Architecture, Weight
+from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.catalog import catalog_row
 from qwen_vram.arithmetic.model import ModelLike
-from qwen_vram.arithmetic.storage import FORMATS
 from qwen_vram.arithmetic.stored_checkpoint import checkpoint_architecture
 from qwen_vram.errors import CheckpointError, ConfigError
-from qwen_vram.files.header import Tensor
 from qwen_vram.files.hub import hub_snapshot
 from qwen_vram.files.local import read_config, read_tensors
 
 _FLOATS = ("BF16", "F16", "F32")
-# A part of a 4-bit matrix by the name that checkpoints give it; the offset is in a JSON text.
-# Source: bitsandbytes 0.50.2, functional.py, QuantState.as_dict.
-_NAMES = {"code": "quant_map", "state2.absmax": "nested_absmax", "state2.code": "nested_quant_map"}
 _SHOWN = 3
 
 
@@ -51,45 +46,12 @@ def open_checkpoint(model: ModelLike) -> Checkpoint:
         name = row.repo_id if row else str(model)
         folder = hub_snapshot(name)
     source = str(folder / "config.json")
-    architecture = checkpoint_architecture(read_config(folder), lambda: read_tensors(folder), source=source)
-    if architecture.stored is None:  # otherwise its headers were held against config.json just now
+    architecture = checkpoint_architecture(
+        read_config(folder), lambda: read_tensors(folder), source=source, headers_here=True
+    )
+    if architecture.stored_format is None:  # otherwise its headers were held against config.json just now
         _check_tensors(folder, architecture)
     return Checkpoint(folder=folder, name=name, architecture=architecture)
-
-
-def _is_quantized(weight: Weight, architecture: Architecture) -> bool:
-    if architecture.stored_format is None or not weight.is_linear:
-        return False
-    return weight.role != "head" or architecture.stored_head
-
-
-def _check_quantized(
-    weight: Weight, tensor: Tensor, stored: dict[str, Tensor], architecture: Architecture, folder: Path
-) -> None:
-    """Hold a matrix that is stored quantized against its format: the bytes of its codes, and all that goes beside."""
-    name = str(architecture.stored_format)
-    codes = FORMATS[name].part_sizes(weight.shape)[0]
-    beside = _beside(weight, name)
-    missing = next((part for part in beside if part not in stored), None)
-    if tensor.nbytes != codes or missing:
-        found = f"{tensor.nbytes} bytes" if tensor.nbytes != codes else f"no {missing!r}"
-        raise CheckpointError(
-            f"{weight.name!r} is not the {name} matrix that config.json says: {codes} bytes of codes with "
-            f"{beside[0]!r} are expected, got {found}; download the checkpoint again",
-            path=str(folder / tensor.file),
-        )
-
-
-def _beside(weight: Weight, name: str) -> list[str]:
-    """What a checkpoint holds beside the codes of a matrix in the format `name`, its scales first."""
-    storage = FORMATS[name]
-    parts = [part.name for part in storage.parts[1:]]
-    if storage.library != "bitsandbytes" or storage.bits != 4:
-        return [f"{weight.name.removesuffix('.weight')}.{part}" for part in parts]
-    state = f"quant_state.bitsandbytes__{name.removesuffix('-plain')}"
-    return [f"{weight.name}.{_NAMES.get(part, part)}" for part in parts if part != "offset"] + [
-        f"{weight.name}.{state}"
-    ]
 
 
 def open_tokenizer(folder: Path) -> Any:
@@ -117,8 +79,6 @@ def _check_tensors(folder: Path, architecture: Architecture) -> None:
         tensor = stored.get(weight.name)
         if tensor is None:
             missing.append(weight.name)
-        elif _is_quantized(weight, architecture):
-            _check_quantized(weight, tensor, stored, architecture, folder)
         elif tensor.shape != weight.shape:
             raise CheckpointError(
                 f"{weight.name!r} has shape {list(tensor.shape)} in {tensor.file!r}, config.json says "

@@ -7,6 +7,8 @@ Source: bitsandbytes 0.50.2, functional.py (_convert_weight_packed_for_cpu), bac
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from bitsandbytes import functional
 from bitsandbytes.nn import Linear4bit
@@ -30,7 +32,7 @@ class FlatLinear4bit(Linear4bit):  # type: ignore[misc]
 def multiply_flat(model: nn.Module) -> None:
     """Let the 4-bit matrices of `model`, itself or a part of it, that the CPU's kernels do not take multiply flat."""
     for module in model.modules():
-        if type(module) is Linear4bit and not is_packed((module.out_features, module.in_features)):
+        if type(module) is Linear4bit and not is_packed(tuple(cast("Any", module.weight).quant_state.shape)):
             module.__class__ = FlatLinear4bit
 
 

@@ -33,19 +33,22 @@ def load_with_own_head(folder: Path, **options: Any) -> nn.Module:
         return _from_tensors(folder, tensors, config=config, **options)
 
 
-def load_without(folder: Path, parameters: Mapping[str, tuple[int, ...]], **options: Any) -> nn.Module:
+def load_without(
+    folder: Path, parameters: Mapping[str, tuple[int, ...]], made: Mapping[str, torch.Tensor], **options: Any
+) -> nn.Module:
     """The model of a checkpoint whose modules with these parameters, which go to "meta" by the device map, stay empty.
 
     A parameter that is not there at all would be made up, in its full size. So each comes without its data.
 
     Args:
         parameters: All parameters of those modules by name, with their shapes in the model.
+        made: Tensors that the files lack.
         **options: With `config`.
     """
     modules = tuple({f"{name.rpartition('.')[0]}." for name in parameters})
     with _slices(folder) as tensors:
         shown = {name: tensor for name, tensor in tensors.items() if not name.startswith(modules)}
-        shown |= {name: torch.empty(shape, device="meta") for name, shape in parameters.items()}
+        shown |= {name: torch.empty(shape, device="meta") for name, shape in parameters.items()} | dict(made)
         return _from_tensors(folder, shown, **options)
 
 

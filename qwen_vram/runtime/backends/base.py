@@ -24,6 +24,7 @@ class Request(NamedTuple):
     `stored`: the checkpoint is in the profile's format already. `own_head`: its head is the token table, and is to be
     quantized into a tensor of its own. `late_head`: the head is built after `load`, with the layers that stream.
     `left_out`: parameters that `load` leaves on the meta device without reading them, by name, with their shapes.
+    `made`: tensors that the files lack and the model needs, by name.
     """
 
     folder: str
@@ -36,6 +37,7 @@ class Request(NamedTuple):
     own_head: bool = False
     late_head: bool = False
     left_out: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+    made: Mapping[str, torch.Tensor] = MappingProxyType({})
 
 
 class Backend(Protocol):
@@ -125,7 +127,8 @@ def from_pretrained(request: Request, **options: Any) -> nn.Module:
     }
     if request.own_head:
         return load_with_own_head(Path(request.folder), **options)
-    if request.left_out or weights_file(Path(request.folder)).name not in (INDEX, SINGLE):
-        return load_without(Path(request.folder), request.left_out, **options)
+    named = weights_file(Path(request.folder)).name in (INDEX, SINGLE)
+    if request.left_out or request.made or not named:
+        return load_without(Path(request.folder), request.left_out, request.made, **options)
     model: nn.Module = AutoModelForCausalLM.from_pretrained(request.folder, **options)
     return model

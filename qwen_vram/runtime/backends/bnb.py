@@ -1,4 +1,4 @@
-"""nf4 and fp4, with double quantization or plain, and int8 by bitsandbytes, quantized tensor by tensor while they load, and saved as they are."""
+"""nf4, fp4 and int8 by bitsandbytes, quantized tensor by tensor while they load, and saved as they are."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.profile import Profile
+from qwen_vram.arithmetic.quantization import skips
 from qwen_vram.arithmetic.storage import FORMATS
 from qwen_vram.errors import BackendUnavailableError
 from qwen_vram.runtime.backends.base import Request, from_pretrained
@@ -106,6 +107,8 @@ class BnbBackend:
             config = AutoConfig.from_pretrained(request.folder, local_files_only=True, trust_remote_code=False)
             config.quantization_config["llm_int8_enable_fp32_cpu_offload"] = two_devices
             config.quantization_config["bnb_4bit_compute_dtype"] = str(request.dtype).removeprefix("torch.")
+            if request.profile.lm_head is None:
+                _leave_head(config.quantization_config)
             model: Any = from_pretrained(request, config=config)
         else:
             head = profile.head_format == profile.weights
@@ -121,14 +124,16 @@ class BnbBackend:
         return loaded
 
     def saved_config(self, model: nn.Module, profile: Profile) -> dict[str, Any]:
-        """What config.json says of the quantization."""
+        """What config.json says of the quantization, with every matrix that is in 16 bits."""
         check_scales(model)
-        config: dict[str, Any] = quantization_config(
-            profile.weights,
-            head=profile.head_format == profile.weights,
-            dtype=model.dtype,  # type: ignore[arg-type]
-        ).to_dict()
-        return config
+        head = profile.head_format == profile.weights
+        config = quantization_config(profile.weights, head=head, dtype=model.dtype)  # type: ignore[arg-type]
+        plain = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+        config.llm_int8_skip_modules = sorted({*plain, *config.llm_int8_skip_modules})
+        storage = next((dtype for module in model.modules() if (dtype := _storage(module))), torch.uint8)
+        config.bnb_4bit_quant_storage = storage
+        saved: dict[str, Any] = config.to_dict()
+        return saved
 
     def build(self, module: nn.Module, weights: Mapping[str, torch.Tensor], request: Request) -> nn.Module:
         """The linear layer of bitsandbytes in the place of torch's, as `transformers` puts it; others stay.
@@ -222,3 +227,19 @@ class BnbBackend:
             module.forward = product
 
         return bind
+
+
+def _leave_head(settings: dict[str, Any]) -> None:
+    """Add the head, which is stored in 16 bits, to the modules that `transformers` makes none of bitsandbytes' of.
+
+    It is not there if the head is the token table and the list was made for another purpose.
+    """
+    skipped = settings.get("llm_int8_skip_modules")
+    if skipped is not None and not skips(skipped, "lm_head"):
+        settings["llm_int8_skip_modules"] = [*skipped, "lm_head"]
+
+
+def _storage(module: nn.Module) -> torch.dtype | None:
+    """The dtype that a 4-bit matrix is stored in; `None` for other modules."""
+    weight: Any = getattr(module, "weight", None)
+    return weight.quant_storage if getattr(weight, "quant_state", None) is not None else None
