@@ -10,7 +10,7 @@ from pathlib import Path
 from qwen_vram.arithmetic.adapter import with_adapter
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.catalog import catalog_row, row_architecture, unknown_model
-from qwen_vram.arithmetic.stored_checkpoint import checkpoint_architecture
+from qwen_vram.arithmetic.stored_checkpoint import checkpoint_architecture, needs_headers
 from qwen_vram.errors import ConfigError, UnknownNameError
 from qwen_vram.files.hub import hub_config, hub_tensors
 from qwen_vram.files.local import exists, has_weights, is_folder, read_config, read_tensors
@@ -101,8 +101,9 @@ def _resolve(model: ModelLike) -> tuple[str, Architecture]:
     folder = Path(model)
     if is_folder(folder):
         source = str(folder / "config.json")
-        read = (lambda: read_tensors(folder)) if has_weights(folder) else None
-        return folder.name, checkpoint_architecture(read_config(folder), read, source=source, headers_here=True)
+        config = read_config(folder)
+        read = (lambda: read_tensors(folder)) if has_weights(folder) or needs_headers(config) else None
+        return folder.name, checkpoint_architecture(config, read, source=source, headers_here=True)
     name = str(model)
     row = catalog_row(name)
     if row is not None:

@@ -6,11 +6,14 @@ Source of the names: each library's own module of a linear layer.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from qwen_vram.arithmetic.quantization import method_of, settings_of
 from qwen_vram.files.header import Tensor
 from qwen_vram.units import format_bytes
+
+if TYPE_CHECKING:
+    from qwen_vram.arithmetic.architecture import Architecture
 
 FLOATS = ("BF16", "F16", "F32")
 
@@ -65,17 +68,29 @@ _ENDS = (
 )
 
 
-def quantizer_of(tensors: Mapping[str, Tensor]) -> str:
-    """The `quant_method` whose tensors these are, "unknown" for codes of none that is known, empty for plain dtypes."""
+def quantizer_of(tensors: Mapping[str, Tensor], architecture: Architecture) -> str:
+    """The `quant_method` whose tensors these are, "unknown" for codes of none that is known, empty for plain dtypes.
+
+    AWQ packs along the rows of a matrix and GPTQ down its columns, so that the shape of the codes says which it is.
+    """
     for end, method in _ENDS:
-        if any(name.endswith(end) for name in tensors):
-            return method
+        name = next((name for name in tensors if name.endswith(end)), None)
+        if name is not None:
+            return "awq" if method == "gptq" and _is_awq(tensors, architecture) else method
     codes = [tensor for name, tensor in tensors.items() if name.endswith("proj.weight") and tensor.dtype not in FLOATS]
     if not codes:
         return ""
     if codes[0].dtype == "U32" and any(name.endswith(".scales") for name in tensors):
         return "mlx"
     return "qwen_vram" if any(name.endswith("proj.scale") for name in tensors) else "unknown"
+
+
+def _is_awq(tensors: Mapping[str, Tensor], architecture: Architecture) -> bool:
+    for weight in architecture.weights():
+        codes = tensors.get(f"{weight.name.removesuffix('.weight')}.qweight") if weight.is_linear else None
+        if codes is not None and codes.shape:
+            return codes.shape[0] == weight.shape[1]
+    return False
 
 
 def not_loaded(quantization: object, method: str, nbytes: int | None) -> str:

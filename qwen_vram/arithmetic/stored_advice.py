@@ -18,13 +18,15 @@ _BLOCK = KEYS[0]
 # gemm_awq_triton.py.
 LAYOUTS = {"gptq": ("gptq", "gptq_v2"), "awq": ("gemm",)}
 BITS = {"gptq": (2, 3, 4, 8), "awq": (4,)}
-# Key of the list that leaves modules in 16 bits, by method.
-_LISTS = {
+# Methods whose checkpoints load, with the key of the block that leaves modules in 16 bits.
+LISTS = {
     BITSANDBYTES: "llm_int8_skip_modules",
     OWN_METHOD: "modules_to_not_convert",
     "awq": "modules_to_not_convert",
     "gptq": "dynamic",
 }
+LOADED = tuple(LISTS)
+_MOST_NAMES = 12
 
 
 def plain_weights(quantization: object, dtype: str, source: str) -> str:
@@ -38,35 +40,57 @@ def plain_weights(quantization: object, dtype: str, source: str) -> str:
 
 def no_block(found: str, architecture: Architecture, tensors: Mapping[str, Tensor], source: str) -> str:
     """Quantized weights that config.json does not speak of: whose they are, and the block that is missing."""
-    if found in ("gptq", "awq", BITSANDBYTES, OWN_METHOD):
-        block = _block(found, architecture, tensors)
-        name = quantizers.QUANTIZERS[str(block["quant_method"])].name
+    if found in LOADED:
         return (
-            f"the weights are quantized by {name} ({_sign(tensors, found)}), and {source} has no {_BLOCK}; add to it: "
-            f'"{_BLOCK}": {json.dumps(block)}'
+            f"the weights are quantized by {_who(tensors, found)}, and {source} has no {_BLOCK}; add to it: "
+            f"{_entry(found, architecture, tensors)}"
         )
     if found == "unknown":
-        name = next(
-            n for n, tensor in tensors.items() if n.endswith("proj.weight") and tensor.dtype not in quantizers.FLOATS
+        name, dtype = next(
+            (name, tensor.dtype)
+            for name, tensor in tensors.items()
+            if name.endswith("proj.weight") and tensor.dtype not in quantizers.FLOATS
         )
         return (
-            f"{name!r} is stored as {tensors[name].dtype}, without scales of a known quantizer, and {source} has no "
-            f"{_BLOCK}; use the 16-bit checkpoint, or bring its config.json"
+            f"{name!r} is stored as {dtype}, without scales of a known quantizer, and {source} has no {_BLOCK}; use "
+            "the 16-bit checkpoint, or the config.json that the quantizer wrote"
         )
     return f"{source} has no {_BLOCK}, and {quantizers.not_loaded({}, found, _total(tensors))}"
 
 
-def not_loaded(quantization: object, found: str, nbytes: int, source: str) -> str:
+def other_quantizer(
+    quantization: object, found: str, architecture: Architecture, tensors: Mapping[str, Tensor], source: str
+) -> str:
+    """A block that names another quantizer than the tensors are of."""
+    return (
+        f"{source} says that {quantizers.method_name(quantization)} quantized the weights, and they are by "
+        f"{_who(tensors, found)}; config.json should have {_entry(found, architecture, tensors)}"
+    )
+
+
+def not_loaded(quantization: object, found: str, tensors: Mapping[str, Tensor], source: str) -> str:
     """A quantizer that this library does not load, or a block that names none."""
     method = method_of(quantization)
-    loads = {"gptq": "gptq", "awq": "awq", BITSANDBYTES: BITSANDBYTES}
-    if method is None and found in loads:
+    if method is None and found in LOADED:
+        load_in = "load_in_4bit or load_in_8bit, and " if found == BITSANDBYTES else ""
         return (
-            f"{source}: {_BLOCK} has no quant_method, and the weights are quantized by "
-            f'{quantizers.QUANTIZERS[found].name}; add "quant_method": "{loads[found]}" to it'
+            f"{source}: {_BLOCK} has no quant_method, and the weights are quantized by {_who(tensors, found)}; add "
+            f'{load_in}"quant_method": "{found}" to it'
         )
     named = method or (found if found not in ("", "unknown") else quantizers.method_name(quantization))
-    return f"{source}: {quantizers.not_loaded(quantization, named, nbytes)}"
+    return f"{source}: {quantizers.not_loaded(quantization, named, _total(tensors))}"
+
+
+def _who(tensors: Mapping[str, Tensor], found: str) -> str:
+    """The quantizer, with a tensor that shows it."""
+    ends = {BITSANDBYTES: ("_nf4", "_fp4", ".absmax", ".SCB"), OWN_METHOD: (".scale", ".scales_and_zeros")}
+    name = next(name for name in tensors if name.endswith(ends.get(found, (".qweight",))))
+    return f"{quantizers.QUANTIZERS[found].name} ({name!r})"
+
+
+def _entry(found: str, architecture: Architecture, tensors: Mapping[str, Tensor]) -> str:
+    """The entry that config.json should have."""
+    return f'"{_BLOCK}": {json.dumps(_block(found, architecture, tensors))}'
 
 
 def unreadable_settings(quantization: object, names: Iterable[str]) -> str:
@@ -115,8 +139,7 @@ def missing_parts(
     """A matrix of which a part is not in the file."""
     names = ", ".join(repr(part.name) for part in missing[:3])
     held = next(tensors[part.name] for part in matrix.parts if part.name in tensors)
-    library = FORMATS[str(matrix.format)].library
-    if library == "bitsandbytes":
+    if FORMATS[str(matrix.format)].library == "bitsandbytes":
         cause = (
             "it was saved without its quantization state. Save the model again with save_pretrained() of transformers, "
             "or load the 16-bit checkpoint with weights='nf4'"
@@ -124,60 +147,61 @@ def missing_parts(
     elif missing[0].name.endswith(".g_idx"):
         cause = (
             f"desc_act is true in {source}, so that only g_idx says the order of its columns. Copy it from the "
-            "published checkpoint, or set desc_act to false if it was quantized without an order"
+            "published checkpoint, or set desc_act to false if the columns were quantized in their own order"
         )
     else:
         cause = (
-            "its codes mean nothing without. Copy the file from the published checkpoint, or quantize the model again"
+            "its codes mean nothing without them. Use a whole copy of the checkpoint, or quantize the 16-bit model "
+            "again (qwen-vram quantize)"
         )
     return f"{weight.name!r} is stored in {matrix.format} in {held.file!r}, which lacks {names}: {cause}"
 
 
-def wrong_part(weight: Weight, matrix: Matrix, part: Part, held: Tensor, quantization: object, source: str) -> str:
+def wrong_part(weight: Weight, matrix: Matrix, part: Part, held: Tensor, source: str) -> str:
     """A tensor of another dtype or shape than the architecture and the block say."""
     if held.nbytes == 0:
         return (
-            f"{part.name!r} is empty in {held.file!r}: sharded training (ZeRO-3, FSDP) saved it without gathering the "
-            "weights; save the model again with the weights gathered, or use another checkpoint"
+            f"{part.name!r} is empty in {held.file!r}: training in parts (ZeRO-3, FSDP) saved it without gathering the "
+            "weights; save the model again with its weights gathered"
         )
-    stored = f" stored in {matrix.format}" if matrix.format else ""
-    shapes = " or ".join(str(list(shape)) for shape in part.shapes[:2]) or "any shape"
+    stored = f", stored in {matrix.format}," if matrix.format else ""
+    shapes = " or ".join(str(list(shape)) for shape in part.shapes[:1]) or "any shape"
     text = (
-        f"{part.name!r} of {weight.name!r}, of shape {list(weight.shape)} by {source}{stored}, should be "
-        f"{' or '.join(part.dtypes)} of shape {shapes}, got {list(held.shape)} as {held.dtype} in {held.file!r}"
+        f"{part.name!r} of a matrix of shape {list(weight.shape)} by {source}{stored} should be "
+        f"{' or '.join(part.dtypes)} of shape {shapes}, got {held.dtype} of shape {list(held.shape)} in {held.file!r}"
     )
-    if matrix.format is None:
-        kind = (
-            "codes of a quantizer"
-            if held.dtype not in quantizers.FLOATS
-            else "config.json and weights of different models"
-        )
-        return f"{text}: {kind}; use the checkpoint that config.json is of"
-    keys = {"gptq": "bits and group_size", "awq": "bits and group_size"}.get(str(matrix.format), "quant_method")
-    return f"{text}; check {keys} in {_BLOCK}, or config.json and weights are of different models"
+    if held.dtype not in part.dtypes and (not part.shapes or held.shape in part.shapes):
+        if matrix.format is not None and held.dtype in (*quantizers.FLOATS, "F64"):
+            return f"{text}: it was cast when the model was saved. Save it again without .half() or .to(dtype)"
+        if matrix.format is None:
+            return f"{text}; save it in one of these"
+    if matrix.format is None and held.dtype not in (*quantizers.FLOATS, "F64"):
+        return f"{text}: it is quantized, which is not loaded for this module; use a checkpoint with it in 16 bits"
+    keys = "bits and group_size in quantization_config, " if matrix.format in ("gptq", "awq") else ""
+    return f"{text}; check {keys}whether config.json and weights are of one model"
 
 
-def not_left_out(module: str, quantization: object, source: str) -> str:
-    """A 16-bit matrix that the block takes for a quantized one."""
+def not_left_out(modules: list[str], quantization: object, source: str) -> str:
+    """16-bit matrices that the block takes for quantized ones."""
     method = str(method_of(quantization))
-    key = _LISTS[method]
-    change = f'"-:{module}": {{}} to dynamic' if key == "dynamic" else f'"{module}" to {key}'
-    beside = ' (with "lm_head", which is left out by default)' if _is_default(quantization, key, module) else ""
+    key = LISTS[method]
+    names = modules if key == "dynamic" or settings_of(quantization).get(key) is not None else ["lm_head", *modules]
+    shown = ", ".join(f'"-:{name}": {{}}' if key == "dynamic" else f'"{name}"' for name in names[:_MOST_NAMES])
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
     return (
-        f"{module!r} is stored in 16 bits, and {source} does not say that {method} left it out; add {change} in "
-        f"{_BLOCK}{beside}"
+        f"{modules[0]!r} is stored in 16 bits, and {source} does not say that {method} left it out; add to {key} in "
+        f"{_BLOCK}: {shown}{more}"
     )
-
-
-def _is_default(quantization: object, key: str, module: str) -> bool:
-    return key != "dynamic" and settings_of(quantization).get(key) is None and module != "lm_head"
 
 
 def left_out_and_quantized(module: str, key: str, name: str, source: str) -> str:
     """A quantized matrix that the block takes for a 16-bit one."""
+    cure = {
+        "modules_in_block_to_quantize": "take that list out of it, for all are quantized, or name it there",
+        "dynamic": "take that rule out of dynamic",
+    }.get(key, f"take it out of {key}")
     return (
-        f"{module!r} is stored in {name}, and {key} in the {_BLOCK} of {source} leaves it out of quantization; take it "
-        f"out of {key}" + (", or name it there" if key == "modules_in_block_to_quantize" else "")
+        f"{module!r} is stored in {name}, and {key} in the {_BLOCK} of {source} leaves it out of quantization; {cure}"
     )
 
 
@@ -200,7 +224,7 @@ def _block(found: str, architecture: Architecture, tensors: Mapping[str, Tensor]
         own = {"I8": "int8-wo", "F8_E4M3": "fp8"}.get(dtype, "fp8")
         if any(name.endswith(".scales_and_zeros") for name in tensors):
             own = "int4"
-        return {"quant_method": OWN_METHOD, "weights": own, _LISTS[OWN_METHOD]: _left(weights, tensors)}
+        return {"quant_method": OWN_METHOD, "weights": own, LISTS[OWN_METHOD]: _left(weights, tensors)}
     formats = [matrix_of(weight, {"load_in_4bit": True}, tensors).format for weight in weights]
     name = next((one for one in formats if one is not None), "nf4")
     block: dict[str, Any] = {"quant_method": BITSANDBYTES, "load_in_8bit": True}
@@ -209,7 +233,7 @@ def _block(found: str, architecture: Architecture, tensors: Mapping[str, Tensor]
         block = {"quant_method": BITSANDBYTES, "load_in_4bit": True, "bnb_4bit_quant_type": kind}
         block |= {"bnb_4bit_use_double_quant": double, "bnb_4bit_compute_dtype": "bfloat16"}
     left = _left(weights, tensors)
-    return block if left == ["lm_head"] else {**block, _LISTS[BITSANDBYTES]: left}
+    return block if left == ["lm_head"] else {**block, LISTS[BITSANDBYTES]: left}
 
 
 def _gptq_block(weights: list[Weight], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -239,16 +263,6 @@ def _left(weights: list[Weight], tensors: Mapping[str, Tensor]) -> list[str]:
         and tensors[weight.name].shape == weight.shape
     ]
     return left if any(weight.role == "head" for weight in weights) else [*left, "lm_head"]
-
-
-def _sign(tensors: Mapping[str, Tensor], found: str) -> str:
-    """A tensor that shows the quantizer."""
-    ends = {
-        "gptq": (".qweight",),
-        BITSANDBYTES: (".SCB", "nf4", "fp4", ".absmax"),
-        OWN_METHOD: ("scale", "scales_and_zeros"),
-    }
-    return repr(next(name for name in tensors if name.endswith(ends[found])))
 
 
 def _total(tensors: Mapping[str, Tensor]) -> int:

@@ -20,13 +20,14 @@ from qwen_vram.arithmetic.quantization import (
     method_of,
     quantization_of,
     settings_of,
+    stored_format,
     without_quantization,
 )
-from qwen_vram.arithmetic.quantizers import quantizer_of
+from qwen_vram.arithmetic.quantizers import FLOATS, quantizer_of
 from qwen_vram.arithmetic.storage import FORMATS
 from qwen_vram.arithmetic.stored import Stored, StoredTensor
 from qwen_vram.arithmetic.stored_matrix import Matrix, Part, matrix_of, plain
-from qwen_vram.errors import CheckpointError, ConfigError
+from qwen_vram.errors import CheckpointError, ConfigError, QwenVramError
 from qwen_vram.files.header import Tensor
 
 # Buffers of old checkpoints, and scales of a quantized KV cache: not loaded.
@@ -44,8 +45,8 @@ def checkpoint_architecture(
     """The architecture that `config` describes, with the bytes of its tensors where only headers say them.
 
     Args:
-        read: Brings the tensors of the checkpoint's headers; `None` if it has no weights. It is called for quantized
-            checkpoints, and for others only if `headers_here`: those on a hub are not fetched for an estimate.
+        read: Brings the tensors of the checkpoint's headers; `None` if `config` alone is to be counted. It is called
+            for quantized checkpoints, and for others only if `headers_here`: a hub's are not fetched for an estimate.
         source: Where `config` came from.
         headers_here: Whether reading the headers costs nothing, as for a folder.
 
@@ -57,8 +58,10 @@ def checkpoint_architecture(
     if read is None or (quantization is None and not headers_here):
         return Architecture.from_config(config, source=source)
     architecture = Architecture.from_config(without_quantization(config), source=source)
-    tensors = read()
-    found, method = quantizer_of(tensors), method_of(quantization)
+    method = method_of(quantization)
+    known = quantization is None or method in (*METHODS, BITSANDBYTES, OWN_METHOD)
+    tensors = read() if known else _if_readable(read)
+    found = quantizer_of(tensors, architecture)
     if quantization is None:
         if found:
             raise CheckpointError(advice.no_block(found, architecture, tensors, source), path=source)
@@ -66,18 +69,33 @@ def checkpoint_architecture(
     matrices = [weight for weight in architecture.weights() if weight.is_linear]
     if not found and all(weight.name in tensors for weight in matrices):
         raise CheckpointError(advice.plain_weights(quantization, tensors[matrices[0].name].dtype, source), path=source)
-    if method not in (*METHODS, BITSANDBYTES, OWN_METHOD):
-        nbytes = sum(tensor.nbytes for tensor in tensors.values())
-        raise ConfigError(advice.not_loaded(quantization, found, nbytes, source), source=source)
+    if not known:
+        raise ConfigError(advice.not_loaded(quantization, found, tensors, source), source=source)
+    if found in advice.LOADED and method != found:
+        raise CheckpointError(advice.other_quantizer(quantization, found, architecture, tensors, source), path=source)
     reason = advice.unreadable_settings(quantization, [weight.name for weight in matrices])
     if reason:
         raise CheckpointError(f"{source}: {reason}", path=source)
     return _held(architecture, quantization, tensors, source)
 
 
+def needs_headers(config: Mapping[str, object]) -> bool:
+    """Whether only the safetensors headers say the bytes of the quantized checkpoint that `config` describes."""
+    quantization = quantization_of(config)
+    return quantization is not None and stored_format(quantization)[1]
+
+
+def _if_readable(read: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+    """The tensors of a checkpoint that is refused in any case, for what its headers can add; none if there are none."""
+    try:
+        return read()
+    except QwenVramError:
+        return {}
+
+
 def _held(architecture: Architecture, quantization: object, tensors: Mapping[str, Tensor], source: str) -> Architecture:
     """The architecture of a quantized checkpoint, every tensor of which is as config.json says."""
-    if _head_is_quantized(architecture, quantization, tensors):
+    if architecture.tie_word_embeddings and _head_is_quantized(tensors):
         # transformers takes such a head, and does not tie it: the two differ.
         architecture = replace(architecture, tie_word_embeddings=False)
     weights = list(architecture.weights())
@@ -87,7 +105,8 @@ def _held(architecture: Architecture, quantization: object, tensors: Mapping[str
     }
     _check_missing(weights, matrices, tensors, source)
     for weight in weights:
-        _check(weight, matrices[weight.name], quantization, tensors, source)
+        _check_parts(weight, matrices[weight.name], tensors, source)
+    _check_left_out(weights, matrices, quantization, source)
     quantized = {weight.name: matrices[weight.name] for weight in weights if matrices[weight.name].format is not None}
     name = Counter(matrix.format for matrix in quantized.values()).most_common(1)[0][0]
     architecture = replace(architecture, stored_format=name, stored_head="lm_head.weight" in quantized)
@@ -96,15 +115,10 @@ def _held(architecture: Architecture, quantization: object, tensors: Mapping[str
     return replace(architecture, stored=_sort(architecture, matrices, tensors, source))
 
 
-def _head_is_quantized(architecture: Architecture, quantization: object, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a head is stored quantized that config.json takes for the token table."""
-    if not architecture.tie_word_embeddings:
-        return False
-    parts = matrix_of(architecture.head, quantization, {}).parts
-    held = tensors.get("lm_head.weight")
-    return any(part.name in tensors for part in parts[1:]) or (
-        held is not None and held.shape != architecture.head.shape
-    )
+def _head_is_quantized(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the file has a head of its own with scales, or codes, beside it."""
+    own = {name: tensor for name, tensor in tensors.items() if name.startswith("lm_head.")}
+    return bool(own) and (set(own) > {"lm_head.weight"} or own["lm_head.weight"].dtype not in FLOATS)
 
 
 def _check_missing(
@@ -123,27 +137,38 @@ def _check_missing(
         )
 
 
-def _check(weight: Weight, matrix: Matrix, quantization: object, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Hold one weight: each tensor is there, of its dtype and shape, and config.json says how it is stored."""
+def _check_parts(weight: Weight, matrix: Matrix, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Hold the tensors of one weight: each is there, of its dtype and shape."""
     missing = [part for part in matrix.parts if part.name not in tensors and not part.optional]
     if missing:
         raise CheckpointError(advice.missing_parts(weight, matrix, missing, tensors, source), path=source)
     for part in matrix.parts:
         held = tensors.get(part.name)
         if held is not None and not part.fits(held):
-            raise CheckpointError(advice.wrong_part(weight, matrix, part, held, quantization, source), path=source)
-    if not weight.is_linear:
+            raise CheckpointError(advice.wrong_part(weight, matrix, part, held, source), path=source)
+
+
+def _check_left_out(
+    weights: Iterable[Weight], matrices: Mapping[str, Matrix], quantization: object, source: str
+) -> None:
+    """Hold which matrices are quantized against what config.json says of it."""
+    method, plain_ones = method_of(quantization), []
+    if method not in advice.LISTS:
         return
-    module = weight.name.removesuffix(".weight")
-    key = leaving_out(quantization, module)
-    if matrix.format is None and not key and method_of(quantization) in (BITSANDBYTES, OWN_METHOD, "gptq", "awq"):
-        raise CheckpointError(advice.not_left_out(module, quantization, source), path=source)
-    if matrix.format is not None and key and not (module == "lm_head" and key == "lm_head"):
-        raise CheckpointError(advice.left_out_and_quantized(module, key, matrix.format, source), path=source)
-    if method_of(quantization) == BITSANDBYTES and matrix.format is not None:
+    for weight in weights:
+        name, module = matrices[weight.name].format, weight.name.removesuffix(".weight")
+        if not weight.is_linear:
+            continue
+        key = leaving_out(quantization, module)
+        if name is None and not key:
+            plain_ones.append(module)
+        if name is not None and key and key != "lm_head":
+            raise CheckpointError(advice.left_out_and_quantized(module, key, name, source), path=source)
         eight = bool(settings_of(quantization).get("load_in_8bit"))
-        if eight != (matrix.format == "int8"):
-            raise CheckpointError(advice.other_bits(weight, matrix.format, source), path=source)
+        if method == BITSANDBYTES and name is not None and eight != (name == "int8"):
+            raise CheckpointError(advice.other_bits(weight, name, source), path=source)
+    if plain_ones:
+        raise CheckpointError(advice.not_left_out(plain_ones, quantization, source), path=source)
 
 
 def _is_uniform(architecture: Architecture, matrices: Mapping[str, Matrix], tensors: Mapping[str, Tensor]) -> bool:

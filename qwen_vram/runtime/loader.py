@@ -15,6 +15,7 @@ from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.tiles import head_by_tiles
 from qwen_vram.arithmetic.weights import disk_buffers, head_is_a_copy, streaming_slots, table_on_host
 from qwen_vram.errors import BackendUnavailableError, NotSupportedError
+from qwen_vram.files.local import read_tensors
 from qwen_vram.planning.budget import VramLike
 from qwen_vram.planning.planner import Plan, plan
 from qwen_vram.planning.search import Prefer
@@ -22,6 +23,7 @@ from qwen_vram.runtime import attention
 from qwen_vram.runtime.adapter import add_adapter, check_adapter, check_peft
 from qwen_vram.runtime.backends import get_backend
 from qwen_vram.runtime.backends.base import Backend, Request, StreamingBackend
+from qwen_vram.runtime.backends.bnb_notes import check_notes
 from qwen_vram.runtime.blob import HostMemory
 from qwen_vram.runtime.check import check, check_files, check_host, dtype_for
 from qwen_vram.runtime.checkpoint import Checkpoint, open_checkpoint, open_tokenizer
@@ -136,6 +138,8 @@ def _build(
     profile, device, dtype = chosen.profile, devices[0], dtype_for(chosen.profile, weakest(devices))
     if profile.disk_layers:
         check_files(checkpoint, profile, dtype)
+    if checkpoint.architecture.stored_format is not None:
+        check_notes(checkpoint.folder, read_tensors(checkpoint.folder), checkpoint.architecture)
     attention.register()
     late_head = head_by_tiles(checkpoint.architecture, profile)
     request = Request(

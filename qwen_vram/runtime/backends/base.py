@@ -24,7 +24,8 @@ class Request(NamedTuple):
     `stored`: the checkpoint is in the profile's format already. `own_head`: its head is the token table, and is to be
     quantized into a tensor of its own. `late_head`: the head is built after `load`, with the layers that stream.
     `left_out`: parameters that `load` leaves on the meta device without reading them, by name, with their shapes.
-    `made`: tensors that the files lack and the model needs, by name.
+    `made`: tensors that the files lack and the model needs, by name. `narrowed`: names of float32 tensors that are cast
+    to `dtype` as they are read, for `transformers` leaves them as they are in a checkpoint of bitsandbytes.
     """
 
     folder: str
@@ -38,6 +39,7 @@ class Request(NamedTuple):
     late_head: bool = False
     left_out: Mapping[str, tuple[int, ...]] = MappingProxyType({})
     made: Mapping[str, torch.Tensor] = MappingProxyType({})
+    narrowed: frozenset[str] = frozenset()
 
 
 class Backend(Protocol):
@@ -113,6 +115,16 @@ class HostBackend(StreamingBackend, Protocol):
         """
 
 
+def stored_config(request: Request) -> Any:
+    """The `transformers` config of a checkpoint that is quantized already, its head tied only if it is the table."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(request.folder, local_files_only=True, trust_remote_code=False)
+    if request.profile.lm_head is not None:
+        config.tie_word_embeddings = False
+    return config
+
+
 def from_pretrained(request: Request, **options: Any) -> nn.Module:
     """`AutoModelForCausalLM.from_pretrained` with what every backend passes: local safetensors, no remote code."""
     from transformers import AutoModelForCausalLM
@@ -128,7 +140,9 @@ def from_pretrained(request: Request, **options: Any) -> nn.Module:
     if request.own_head:
         return load_with_own_head(Path(request.folder), **options)
     named = weights_file(Path(request.folder)).name in (INDEX, SINGLE)
-    if request.left_out or request.made or not named:
-        return load_without(Path(request.folder), request.left_out, request.made, **options)
+    if request.left_out or request.made or request.narrowed or not named:
+        return load_without(
+            Path(request.folder), request.left_out, made=request.made, narrowed=request.narrowed, **options
+        )
     model: nn.Module = AutoModelForCausalLM.from_pretrained(request.folder, **options)
     return model

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.quantization import skips
 from qwen_vram.arithmetic.storage import FORMATS
 from qwen_vram.errors import BackendUnavailableError
-from qwen_vram.runtime.backends.base import Request, from_pretrained
+from qwen_vram.files.local import read_tensors
+from qwen_vram.runtime.backends.base import Request, from_pretrained, stored_config
 from qwen_vram.runtime.backends.bnb_cpu import check_scales, keep_scales
 from qwen_vram.runtime.backends.bnb_state import copied, itself, quantization_tensors, with_tensors
 from qwen_vram.runtime.backends.dense import DenseBackend, filled, parameters, twin_binding
@@ -94,8 +96,6 @@ class BnbBackend:
 
     def load(self, request: Request) -> nn.Module:
         """The model with its matrices quantized; embeddings, norms and biases keep the model's dtype."""
-        from transformers import AutoConfig
-
         import_quietly()
         logging.getLogger("bitsandbytes.autograd._functions").addFilter(_ONCE)
         profile = request.profile
@@ -104,12 +104,12 @@ class BnbBackend:
         two_devices = "disk" in elsewhere or ("cpu" in elsewhere and request.device.type != "cpu")
         if request.stored:
             # The checkpoint's own settings win over any that are passed, so they are changed where they stand.
-            config = AutoConfig.from_pretrained(request.folder, local_files_only=True, trust_remote_code=False)
+            config = stored_config(request)
             config.quantization_config["llm_int8_enable_fp32_cpu_offload"] = two_devices
             config.quantization_config["bnb_4bit_compute_dtype"] = str(request.dtype).removeprefix("torch.")
             if request.profile.lm_head is None:
                 _leave_head(config.quantization_config)
-            model: Any = from_pretrained(request, config=config)
+            model: Any = from_pretrained(request._replace(narrowed=_wide(Path(request.folder))), config=config)
         else:
             head = profile.head_format == profile.weights
             settings = quantization_config(profile.weights, head=head and not request.late_head, dtype=request.dtype)
@@ -127,7 +127,10 @@ class BnbBackend:
         """What config.json says of the quantization, with every matrix that is in 16 bits."""
         check_scales(model)
         head = profile.head_format == profile.weights
-        config = quantization_config(profile.weights, head=head, dtype=model.dtype)  # type: ignore[arg-type]
+        loaded: Any = model.config
+        config = quantization_config(
+            profile.weights, head=head, dtype=loaded.quantization_config.bnb_4bit_compute_dtype
+        )
         plain = [name for name, module in model.named_modules() if type(module) is nn.Linear]
         config.llm_int8_skip_modules = sorted({*plain, *config.llm_int8_skip_modules})
         storage = next((dtype for module in model.modules() if (dtype := _storage(module))), torch.uint8)
@@ -140,12 +143,12 @@ class BnbBackend:
 
         What is stored quantized is not touched: its layer is bitsandbytes' already.
         """
-        if not isinstance(module, nn.Linear):
-            return filled(module, weights, request.dtype)
         if request.stored:
             from qwen_vram.runtime.backends.bnb_stored import restored
 
             return restored(module, weights, request.dtype)
+        if not isinstance(module, nn.Linear):
+            return filled(module, weights, request.dtype)
         import bitsandbytes as bnb
 
         from qwen_vram.runtime.backends.bnb_rows import eight_bit, four_bit
@@ -237,6 +240,16 @@ def _leave_head(settings: dict[str, Any]) -> None:
     skipped = settings.get("llm_int8_skip_modules")
     if skipped is not None and not skips(skipped, "lm_head"):
         settings["llm_int8_skip_modules"] = [*skipped, "lm_head"]
+
+
+def _wide(folder: Path) -> frozenset[str]:
+    """The tensors in float32 that are no part of a quantized matrix."""
+    tensors = read_tensors(folder)
+    return frozenset(
+        name
+        for name, tensor in tensors.items()
+        if tensor.dtype == "F32" and name.endswith((".weight", ".bias")) and f"{name}.absmax" not in tensors
+    )
 
 
 def _storage(module: nn.Module) -> torch.dtype | None:

@@ -14,7 +14,7 @@ from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.quantization import quantization_of, settings_of
 from qwen_vram.errors import UnknownNameError
 from qwen_vram.files.local import read_config, read_tensors
-from qwen_vram.runtime.backends.base import Request, from_pretrained
+from qwen_vram.runtime.backends.base import Request, from_pretrained, stored_config
 from qwen_vram.runtime.backends.gptq_library import check_installed, import_quietly, quietly
 
 # What a module keeps of its checkpoint. It has no parameters: all of it are buffers.
@@ -41,11 +41,9 @@ class GptqBackend:
 
     def load(self, request: Request) -> nn.Module:
         """The model with the checkpoint's tensors under its matrices, and a kernel for the device."""
-        from transformers import AutoConfig
-
         settings = _settings(request)
         import_quietly()
-        config = AutoConfig.from_pretrained(request.folder, local_files_only=True, trust_remote_code=False)
+        config = stored_config(request)
         # The checkpoint's own settings win over any that are passed, so they are changed where they stand.
         config.quantization_config = settings
         if request.profile.weights == "awq" and request.device.type == "cuda":
