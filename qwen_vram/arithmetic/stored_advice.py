@@ -217,7 +217,7 @@ def other_bits(weight: Weight, name: str, source: str) -> str:
 def _block(found: str, architecture: Architecture, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """The block that a checkpoint of a quantizer that loads here should have, by its tensors."""
     weights = [weight for weight in architecture.weights() if weight.is_linear]
-    if found == "gptq":
+    if found in ("gptq", "awq"):
         return _gptq_block(weights, tensors)
     if found == OWN_METHOD:
         dtype = next(tensors[weight.name].dtype for weight in weights if weight.role != "head")

@@ -71,11 +71,11 @@ def checkpoint_architecture(
         raise CheckpointError(advice.plain_weights(quantization, tensors[matrices[0].name].dtype, source), path=source)
     if not known:
         raise ConfigError(advice.not_loaded(quantization, found, tensors, source), source=source)
-    if found in advice.LOADED and method != found:
-        raise CheckpointError(advice.other_quantizer(quantization, found, architecture, tensors, source), path=source)
     reason = advice.unreadable_settings(quantization, [weight.name for weight in matrices])
     if reason:
         raise CheckpointError(f"{source}: {reason}", path=source)
+    if found in advice.LOADED and method != found:
+        raise CheckpointError(advice.other_quantizer(quantization, found, architecture, tensors, source), path=source)
     return _held(architecture, quantization, tensors, source)
 
 
