@@ -6,7 +6,7 @@ import json
 from math import prod
 from pathlib import Path
 
-BYTES = {"I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I8": 1, "U8": 1}
+BYTES = {"I64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I8": 1, "U8": 1}
 Entry = tuple[str, tuple[int, ...]]
 
 SHAPE = {

@@ -286,7 +286,10 @@ def test_a_head_that_is_quantized_too(gptq_demo):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"dynamic": {"+:.*down.*": {"bits": 8}}}, r"bits or groups of their own for some modules \('dynamic'\) by its quant"),
+        (
+            {"dynamic": {"+:.*down.*": {"bits": 8}}},
+            r"bits or groups of their own for some modules \('dynamic'\) by its quant",
+        ),
         ({"checkpoint_format": "marlin"}, "its codes in the layout 'marlin' .* in the layout gptq or gptq_v2"),
         (
             {"bits": 5},
