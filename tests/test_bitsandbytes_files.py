@@ -13,6 +13,7 @@ import qwen_vram as qv
 from tests.conftest import make_checkpoint
 from tests.gptq_files import change_config, change_tensors
 from tests.quantized_files import SHAPE, entries, total, write
+from tests.test_flat_linear import values
 
 IDS = torch.arange(3, 40)[None]
 SMALL = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
@@ -180,6 +181,32 @@ def test_a_quantized_head_counts_though_config_json_ties_it(base, tmp_path, opti
     assert torch.equal(plain_logits(folder), got)
 
 
+@pytest.mark.parametrize("width", [128, 192])
+def test_blocks_of_another_size_are_counted_and_run(tmp_path, width):
+    from bitsandbytes.functional import quantize_4bit
+
+    folder = make_checkpoint(tmp_path / "base", **{**SMALL, "hidden_size": width})
+    file = saved(folder, tmp_path / "file", NF4)
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+
+    def change(tensors):
+        for name, matrix in load_file(folder / "model.safetensors").items():
+            if name.endswith("proj.weight"):
+                codes, state = quantize_4bit(matrix, blocksize=128, quant_type="nf4", compress_statistics=True)
+                own = {f"{name}.{part}": one for part, one in state.as_dict(packed=True).items()}
+                tensors = {**without(tensors, f"{name}.quant_state"), **own, name: codes}
+                model.get_parameter(name).data = values(codes, state).bfloat16()
+        return tensors
+
+    change_tensors(file, change)
+    got = logits(file)
+    assert torch.equal(logits(file, streamed_layers=2), got)
+    with torch.inference_mode():
+        expected = model(IDS).logits
+    assert (got - expected).norm() < 0.02 * expected.norm()
+
+
 def recast(folder, out, dtype, *ends):
     """`folder` with floats in 16 bits that end so in another dtype."""
 
@@ -302,6 +329,31 @@ def test_both_numbers_of_bits_or_none_are_refused(nf4, tmp_path, flags):
     folder = change_block(shutil.copytree(nf4, tmp_path / "file"), load_in_4bit=flags[0], load_in_8bit=flags[1])
     said = "both" if flags[0] else "neither"
     assert f"load_in_4bit and load_in_8bit are {said} true in quantization_config; set the one" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("block", "text"),
+    [
+        ({"load_in_4bit": True, "load_in_8bit": True}, "load_in_4bit and load_in_8bit are both true in quantization"),
+        ({"quant_method": "bitsandbytes"}, "load_in_4bit and load_in_8bit are neither true"),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "int4"}, "bnb_4bit_quant_type is 'int4', and bitsandbytes"),
+        ({"quant_method": "qwen_vram", "weights": "nf4"}, "weights is 'nf4' in quantization_config; .*: int4, int8"),
+        ({"quant_method": "qwen_vram"}, "weights is None in quantization_config; set the one that the tensors are in"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_block_that_cannot_be_is_refused_in_config_json_alone(block, text):
+    with pytest.raises(qv.ConfigError, match=text):
+        qv.estimate_vram({**SHAPE, "quantization_config": block})
+
+
+@pytest.mark.parametrize("weights", ["nf4", None, "int4"])
+def test_a_block_of_this_library_that_is_wrong_is_refused(demo, tmp_path, weights):
+    with qv.load(demo, profile="default", weights="fp8", progress=False) as llm:
+        llm.save_quantized(tmp_path / "out", progress=False)
+    change_block(tmp_path / "out", weights=weights)
+    text = refusal(tmp_path / "out")
+    assert "set the one that the tensors are in: int4, int8-wo, fp8" in text or "which lacks" in text
 
 
 def state_of(**changes):

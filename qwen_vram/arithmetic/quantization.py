@@ -72,12 +72,27 @@ def stored_format(quantization: object) -> tuple[FormatName | None, bool]:
     if method != BITSANDBYTES:
         return METHODS.get(str(method)), True
     name: FormatName | None = None
-    if settings.get("load_in_4bit"):
+    four, eight = bool(settings.get("load_in_4bit")), bool(settings.get("load_in_8bit"))
+    if four and not eight:
         double = bool(settings.get("bnb_4bit_use_double_quant"))
         name = _FOUR_BIT.get((settings.get("bnb_4bit_quant_type", _QUANT_TYPE), double))
-    elif settings.get("load_in_8bit"):
+    elif eight and not four:
         name = "int8"
     return name, leaves_out_more(settings)
+
+
+def wrong_settings(quantization: object) -> str:
+    """What is wrong with the block of bitsandbytes or of this library by itself; empty if nothing is."""
+    settings, method = settings_of(quantization), method_of(quantization)
+    if method == OWN_METHOD and stored_format(quantization)[0] is None:
+        own = ", ".join(name for name, storage in FORMATS.items() if storage.library == "torch")
+        return f"weights is {settings.get('weights')!r} in {KEYS[0]}; set the one that the tensors are in: {own}"
+    if method == BITSANDBYTES:
+        flags = [bool(settings.get(key)) for key in ("load_in_4bit", "load_in_8bit")]
+        if sum(flags) != 1:
+            said = "both true" if all(flags) else "neither true"
+            return f"load_in_4bit and load_in_8bit are {said} in {KEYS[0]}; set the one that the tensors are in"
+    return ""
 
 
 def four_bit_format(quant_type: str, *, double: bool) -> FormatName:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
-from qwen_vram.arithmetic.quantization import method_of, settings_of
+from qwen_vram.arithmetic.quantization import BITSANDBYTES, method_of, settings_of, wrong_settings
 from qwen_vram.files.header import Tensor
 from qwen_vram.units import format_bytes
 
@@ -99,6 +99,14 @@ def not_loaded(quantization: object, method: str, nbytes: int | None) -> str:
     Args:
         nbytes: Bytes of its tensors, if the headers were read.
     """
+    wrong = wrong_settings(quantization)
+    if wrong:
+        return wrong
+    if method == BITSANDBYTES:
+        return (
+            f"bnb_4bit_quant_type is {settings_of(quantization).get('bnb_4bit_quant_type')!r}, and bitsandbytes writes "
+            "nf4 or fp4; set the one that the tensors are in"
+        )
     known = QUANTIZERS.get(method)
     name = f"{known.name} ({method!r})" if known else repr(method)
     runs = known.runs if known else "the library that made it"

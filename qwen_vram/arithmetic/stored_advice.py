@@ -8,7 +8,15 @@ from typing import Any
 
 from qwen_vram.arithmetic import quantizers
 from qwen_vram.arithmetic.architecture import Architecture, Weight
-from qwen_vram.arithmetic.quantization import BITSANDBYTES, KEYS, OWN_METHOD, dynamic_rule, method_of, settings_of
+from qwen_vram.arithmetic.quantization import (
+    BITSANDBYTES,
+    KEYS,
+    OWN_METHOD,
+    dynamic_rule,
+    method_of,
+    settings_of,
+    wrong_settings,
+)
 from qwen_vram.arithmetic.storage import FORMATS
 from qwen_vram.arithmetic.stored_matrix import Matrix, Part, matrix_of
 from qwen_vram.files.header import Tensor
@@ -96,14 +104,8 @@ def _entry(found: str, architecture: Architecture, tensors: Mapping[str, Tensor]
 def unreadable_settings(quantization: object, names: Iterable[str]) -> str:
     """What no kernel here reads of a block's settings; empty if there is nothing."""
     settings, method = settings_of(quantization), method_of(quantization)
-    if method == BITSANDBYTES:
-        flags = [bool(settings.get(key)) for key in ("load_in_4bit", "load_in_8bit")]
-        if sum(flags) != 1:
-            said = "both true" if all(flags) else "neither true"
-            return f"load_in_4bit and load_in_8bit are {said} in {_BLOCK}; set the one that the tensors are in"
-        return ""
     if method not in LAYOUTS:
-        return ""
+        return wrong_settings(quantization)
     keys = ("checkpoint_format", "format", "version")
     layout = next((str(settings[key]) for key in keys if isinstance(settings.get(key), str)), LAYOUTS[method][0])
     bits = settings.get("bits", 4)

@@ -1,7 +1,8 @@
 """4-bit matrices of bitsandbytes whose shapes its kernels for CPUs do not take, multiplied on the CPU all the same.
 
-On CPUs with AVX512-BF16 `Linear4bit` packs a matrix, which needs rows by 32 and columns by 64. Elsewhere it calls
-`dequantize_4bit`, which gives wrong weights for 96 columns: its kernel takes a block of 64 weights to end with its row.
+On CPUs with AVX512-BF16 `Linear4bit` packs a matrix, which needs rows by 32 and columns by the size of a block, mostly
+64. Elsewhere it calls `dequantize_4bit`, which gives wrong weights for 96 columns: its kernel takes a block of weights
+to end with its row.
 Source: bitsandbytes 0.50.2, functional.py (_convert_weight_packed_for_cpu), backends/cpu/ops.py (dequantize_4bit).
 """
 
@@ -32,8 +33,10 @@ class FlatLinear4bit(Linear4bit):  # type: ignore[misc]
 def multiply_flat(model: nn.Module) -> None:
     """Let the 4-bit matrices of `model`, itself or a part of it, that the CPU's kernels do not take multiply flat."""
     for module in model.modules():
-        if type(module) is Linear4bit and not is_packed(tuple(cast("Any", module.weight).quant_state.shape)):
-            module.__class__ = FlatLinear4bit
+        if type(module) is Linear4bit:
+            state = cast("Any", module.weight).quant_state
+            if not is_packed(tuple(state.shape)) or state.shape[1] % state.blocksize:
+                module.__class__ = FlatLinear4bit
 
 
 def _dequantized(weight: Tensor, dtype: torch.dtype) -> Tensor:
