@@ -3,7 +3,9 @@
     python benchmarks/split.py OUT.jsonl [--seconds 500] [--only Qwen2.5-14B]
 
 Both cards are cut down by torch's memory fraction to what is left of their caps once context and kernels are on them;
-every plan runs to its last token, or says no before it loads. Cells that are in OUT.jsonl already are not run again.
+every plan runs to its last token, or says no before it loads. Every cell has a process of its own, for streams and
+kernels of an earlier model stay in a process. `--together` runs all cells of a model in one process instead, whose
+later plans count what it holds already. Cells that are in OUT.jsonl already are not run again.
 Random weights of the published shapes; Qwen2.5-14B takes 30 GB of disk.
 """
 
@@ -12,20 +14,25 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from datetime import date
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from caps import read
 
 import qwen_vram as qv
 from qwen_vram.demo import CHECKPOINT
 from qwen_vram.runtime.measure import process_bytes
 from qwen_vram.tools.accuracy import make_checkpoint
+from qwen_vram.tools.fresh_process import call_each
 
 GIB = 2**30
 FUSED = {"profile": "default", "attention": "fused", "cache": "preallocated"}
@@ -50,27 +57,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--only", help="one model")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no cell after so long")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no cell after this time")
+    parser.add_argument("--together", action="store_true", help="all cells of a model in one process")
     options = parser.parse_args()
-    done = options.out.read_text().splitlines() if options.out.exists() else []
-    keys = {json.dumps(json.loads(line)["cell"], sort_keys=True) for line in done}
-    load_kernels()
-    began, model, folder = time.monotonic(), "", tempfile.TemporaryDirectory()
-    for cell in cells():
-        key = json.dumps(cell, sort_keys=True)
-        if key in keys or options.only not in (None, cell["model"]) or time.monotonic() - began > options.seconds:
+    done = read(options.out)
+    missing = [
+        cell for cell in cells() if json.dumps({**cell, "together": options.together}, sort_keys=True) not in done
+    ]
+    end = time.monotonic() + options.seconds
+    for model, group in groupby(missing, key=lambda cell: cell["model"]):
+        if options.only not in (None, model) or time.monotonic() > end:
             continue
-        if cell["model"] != model:
-            folder.cleanup()
-            model, folder = cell["model"], tempfile.TemporaryDirectory(prefix="qwen_vram_split_")
-            make_checkpoint(model, Path(folder.name))
-            torch.set_default_dtype(torch.float32)
-        row = {"cell": cell, **hold(folder.name, cell), "device": torch.cuda.get_device_name()}
-        row |= {"torch": torch.__version__, "transformers": transformers.__version__, "date": date.today().isoformat()}
-        with options.out.open("a") as file:
+        with tempfile.TemporaryDirectory(prefix="qwen_vram_split_") as folder:
+            list(call_each(partial(make_checkpoint, folder=Path(folder)), [model]))
+            every = list(group)
+            batches = [every] if options.together else [[cell] for cell in every]
+            for ended in call_each(partial(run_cells, folder, end, options.out, options.together), batches):
+                if ended.error:
+                    print(f"{ended.item} failed:\n{ended.error[-1500:]}", file=sys.stderr, flush=True)
+
+
+def run_cells(folder: str, end: float, out: Path, together: bool, batch: list[dict[str, Any]]) -> None:
+    """Run cells in this process and append their rows to `out`; none is begun past `end`."""
+    load_kernels()
+    for cell in batch:
+        if time.monotonic() > end:
+            return
+        row = {"cell": {**cell, "together": together}, **hold(folder, cell)}
+        row |= {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+        row |= {"transformers": transformers.__version__, "date": date.today().isoformat()}
+        with out.open("a") as file:
             file.write(json.dumps(row) + "\n")
         show(row)
-    folder.cleanup()
 
 
 def cells() -> Iterator[dict[str, Any]]:
@@ -103,13 +121,10 @@ def hold(folder: str, cell: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_kernels() -> None:
-    """Run the bundled model over both in three formats, so that the first cell has as much beside torch as the last."""
+    """Run the bundled model over both, so that the cards are cut down with the usual kernels on them."""
     both = {0: 8 * GIB, 1: 8 * GIB}
-    for weights in ("bf16", "nf4", "int8"):
-        with qv.load(
-            CHECKPOINT, profile="default", vram=both, weights=weights, prompt_len=1_024, progress=False
-        ) as llm:
-            llm.probe(max_new_tokens=64)
+    with qv.load(CHECKPOINT, profile="default", vram=both, prompt_len=1_024, progress=False) as llm:
+        llm.probe(max_new_tokens=64)
 
 
 def limit(device: int, cap: int) -> None:

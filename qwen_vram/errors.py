@@ -11,6 +11,7 @@ QwenVramError
 ├── BackendUnavailableError (ImportError)  a library or device that is not on this machine
 ├── DoesNotFitError                        a budget that nothing fits
 ├── QuantizationFailedError                another library's process that was to quantize, and failed
+├── GenerationStoppedError                 a generation that somebody else stopped
 └── PlanNotHeldError                       a loaded model that takes more than was promised
 
 A message says what failed, what was got, what is allowed and what to do next. The same facts are attributes, so that
@@ -136,6 +137,14 @@ class QuantizationFailedError(QwenVramError):
         super().__init__(message)
         self.returncode = returncode
         self.log = log
+
+
+class GenerationStoppedError(QwenVramError):
+    """Somebody else stopped the generation. `tokens` is how many new tokens each sequence had by then."""
+
+    def __init__(self, message: str, *, tokens: int) -> None:
+        super().__init__(message)
+        self.tokens = tokens
 
 
 class PlanNotHeldError(QwenVramError):

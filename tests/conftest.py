@@ -38,7 +38,7 @@ def make_checkpoint(
     config = Qwen2Config(**{**SHAPE, **shape}, tie_word_embeddings=tied)
     if kind == "qwen3":
         # Heads wider than hidden_size / num_attention_heads, as the small Qwen3 have them.
-        config = Qwen3Config(**{**SHAPE, **shape}, tie_word_embeddings=tied, head_dim=96)
+        config = Qwen3Config(**{**SHAPE, "head_dim": 96, **shape}, tie_word_embeddings=tied)
     model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):

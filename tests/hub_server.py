@@ -59,16 +59,16 @@ class Handler(BaseHTTPRequestHandler):
         if api:
             return self.send(200, json.dumps(self.listing(repo_id, folder, parts)).encode(), body, {})
         file = folder / "/".join(parts[4:])
-        self.server.served.append((self.command, file.name, self.headers.get("Range")))
+        self.server.served.append((self.command, "/".join(parts[4:]), self.headers.get("Range")))
         if not file.is_file():
             return self.send(404, b"{}", body, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
         return self.send_file(file, body)
 
     def listing(self, repo_id: str, folder: Path, parts: list[str]) -> object:
-        files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+        files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
         if "tree" in parts:
-            return [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": digest(f)} for f in files]
-        return {"id": repo_id, "sha": COMMIT, "siblings": [{"rfilename": f.name} for f in files], "private": False}
+            return [{"type": "file", "path": n, "size": f.stat().st_size, "oid": digest(f)} for n, f in files.items()]
+        return {"id": repo_id, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files], "private": False}
 
     def send_file(self, file: Path, body: bool) -> None:
         content = file.read_bytes()

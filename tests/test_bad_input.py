@@ -275,7 +275,7 @@ def test_a_config_that_is_no_json_object(tmp_path, text, what):
 
 def test_a_config_that_is_not_text(tmp_path):
     (tmp_path / "config.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(qv.ConfigError, match="cannot read .*; download the file again"):
+    with pytest.raises(qv.ConfigError, match="is text in UTF-16, as some Windows editors save it; save it as UTF-8"):
         qv.estimate_vram(tmp_path)
 
 

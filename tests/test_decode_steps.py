@@ -270,7 +270,6 @@ def test_what_steps_cannot_do_goes_the_ordinary_way_and_says_so(pairs, caplog):
     ordinary, llm = pairs("fp32")
     for options, text in (
         ({"num_beams": 3}, "beam search"),
-        ({"output_hidden_states": True}, "output_attentions or output_hidden_states"),
         ({"prompt_lookup_num_tokens": 3}, "assisted decoding"),
     ):
         expected = sequences(ordinary, 1, new=24, do_sample=False, **options)
@@ -278,6 +277,18 @@ def test_what_steps_cannot_do_goes_the_ordinary_way_and_says_so(pairs, caplog):
         assert sequences(llm, 1, new=24, do_sample=False, **options) == expected, options
         sequences(llm, 1, new=4, do_sample=False, **options)
         assert caplog.text.count(f"{text}: this generation runs without compiled decode steps") <= 1
+
+
+def test_outputs_that_steps_do_not_keep_go_the_ordinary_way_and_say_so(pairs, caplog):
+    ordinary, llm = pairs("fp32")
+    inputs = llm.tokenizer(chats(llm, 1), return_tensors="pt")
+    options = {"max_new_tokens": 8, "do_sample": False, "output_hidden_states": True, "return_dict_in_generate": True}
+    expected = ordinary.model.generate(**inputs, **options)
+    found = llm.model.generate(**inputs, **options, past_key_values=llm.new_cache(max_length=500))
+    assert torch.equal(found.sequences, expected.sequences)
+    assert len(found.hidden_states) == len(expected.hidden_states) > 1
+    text = "output_attentions or output_hidden_states: this generation runs without compiled decode steps"
+    assert caplog.text.count(text) <= 1
 
 
 def test_padding_at_the_end_goes_the_ordinary_way(pairs, caplog):

@@ -1,6 +1,7 @@
 """The inverse questions and the reproducible plan, by arithmetic alone."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -15,7 +16,8 @@ def test_a_padded_batch_is_planned_with_its_mask():
     work = {"prompt_len": 12_000, "batch_size": 4, "padded": True}
     even, padded = (qv.plan(SEVEN, vram="80GiB", **RAM, **{**work, "padded": one}) for one in (False, True))
     assert padded.workload.padded
-    assert padded.estimate == qv.estimate_vram(SEVEN, padded.profile, **work)
+    alone = replace(padded.estimate, covered=())
+    assert alone == qv.estimate_vram(SEVEN, padded.profile, **work)
     assert padded.estimate.needed_bytes > even.estimate.needed_bytes
     assert "batch 4, padded\n" in str(padded)
     assert "batch_size=4, padded=True, " in padded.call
@@ -121,7 +123,7 @@ def vars_of(profile):
 
 
 def test_every_step_says_what_its_token_takes_at_least():
-    *others, last = qv.plan(SEVEN, vram="4.5GiB", **RAM, prompt_len=32_000).steps
+    *others, last = qv.plan(SEVEN, vram="4.55GiB", **RAM, prompt_len=32_000).steps
     floors = [step.decode_floor_ms for step in others]
     assert floors == sorted(floors, reverse=True)
     # The last one brings 32,512 tokens x 57,344 bytes over the link, at 55.2 GB/s.

@@ -249,7 +249,7 @@ def test_a_checkpoint_without_a_usable_tokenizer_says_so(demo, tmp_path):
     with load(folder) as llm, pytest.raises(qv.CheckpointError, match=r"has no chat template; use generate\(\)"):
         llm.chat("hi")
     (folder / "tokenizer.json").write_text('{"broken')
-    with pytest.raises(qv.CheckpointError, match="the tokenizer in .* cannot be read .* download tokenizer.json and"):
+    with pytest.raises(qv.CheckpointError, match="the tokenizer in .* cannot be read: .*json' is cut off in line 1"):
         load(folder)
     (folder / "tokenizer.json").unlink()
     with load(folder) as llm, pytest.raises(qv.CheckpointError, match="makes no tokens of the prompt; add the model's"):
@@ -259,7 +259,8 @@ def test_a_checkpoint_without_a_usable_tokenizer_says_so(demo, tmp_path):
 def test_padding_that_was_not_planned_has_to_fit():
     knobs = {"profile": "default", "attention": "fused", "cache": "preallocated", "prefill_chunk_size": 4_096}
     work = {"prompt_len": 24_576, "max_new_tokens": 1_024, "batch_size": 4}
-    unpadded, padded = (qv.estimate_vram(SEVEN, **knobs, **work, padded=one).needed_bytes for one in (False, True))
+    plans = (qv.plan(SEVEN, **knobs, **work, vram="80GiB", padded=one) for one in (False, True))
+    unpadded, padded = (plan.estimate.needed_bytes for plan in plans)
     assert padded > unpadded + 10**9  # the mask, its bias, and keys and values for every head
     for vram, in_full in ((padded, 25_600), (unpadded, None)):
         runs = Generations(qv.plan(SEVEN, **knobs, **work, vram=vram), {torch.device("cpu"): {}}, None)

@@ -74,18 +74,18 @@ def test_a_profile_that_was_asked_for_is_not_searched():
 
 
 def test_layers_are_streamed_where_nothing_else_fits_and_as_few_as_do():
-    chosen = plan("4GiB", prompt_len=512)
+    chosen = plan("4.02GiB", prompt_len=512)
     assert (chosen.profile.weights, chosen.profile.kv_cache, chosen.profile.kv_device) == ("nf4", "bf16", "device")
     layers = chosen.profile.streamed_layers
     assert 2 < layers < 28
     assert chosen.steps[-1].change == f"streamed_layers={layers}, kv_cache='bf16'"
     with pytest.raises(qv.DoesNotFitError):
-        plan("4GiB", prompt_len=512, profile=chosen.profile.replace(streamed_layers=layers - 1))
+        plan("4.02GiB", prompt_len=512, profile=chosen.profile.replace(streamed_layers=layers - 1))
     assert list(chosen.device_map.values()).count("cpu") == layers + 1
     for prefer in ("speed", "memory"):
         assert plan("8GiB", prefer=prefer).profile.streamed_layers == 0
     with pytest.raises(qv.DoesNotFitError):
-        plan("4GiB", streamed_layers=0)
+        plan("4.02GiB", streamed_layers=0)
 
 
 def test_a_long_cache_goes_to_the_host_before_layers_that_leave_it_no_room():
@@ -274,7 +274,7 @@ def test_a_cache_that_is_to_be_on_the_host_is_not_quantized(vram):
 
 
 @pytest.mark.parametrize(
-    ("model", "vram", "prompt_len"), [("Qwen2.5-3B", "1.265GiB", 8_000), ("Qwen2.5-14B", "1.79GiB", 1_000)]
+    ("model", "vram", "prompt_len"), [("Qwen2.5-3B", "1.28GiB", 8_000), ("Qwen2.5-14B", "1.79GiB", 1_000)]
 )
 def test_a_card_that_holds_a_long_prompt_holds_a_short_one(model, vram, prompt_len):
     """All layers streamed leave less than a cache in int4 takes, and more than one on the host does."""

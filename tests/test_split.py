@@ -207,7 +207,7 @@ def test_no_other_split_of_two_leaves_much_more_room(model, vram):
 
 def test_a_plan_may_count_on_segments_that_each_device_gives_back():
     knobs = {"profile": "default", "prefill_chunk_size": 1_024, "prompt_len": 8_000, **RAM}
-    parts = split("Qwen2.5-7B", {0: 14, 1: 14}, {"prompt_len": 8_000, "max_new_tokens": 512}, prefill_chunk_size=1_024)
+    parts = qv.plan("Qwen2.5-7B", vram={0: "12GiB", 1: "12GiB"}, **knobs).estimate
     vram = {device: part.needed_bytes for device, part in parts.devices.items()}
     chosen = qv.plan("Qwen2.5-7B", vram=vram, **knobs)
     assert chosen.to_dict()["estimate"]["needed_bytes"] == sum(vram.values()) < chosen.estimate.process_total

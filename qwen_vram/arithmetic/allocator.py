@@ -85,13 +85,13 @@ class CachingAllocator:
         Raises:
             OutOfRoomError: more than `limit` would have to be reserved.
         """
-        size = max(1, -(-nbytes // ALLOCATION_STEP)) * ALLOCATION_STEP
+        size = -(-nbytes // ALLOCATION_STEP) * ALLOCATION_STEP or ALLOCATION_STEP
         pool = 0 if size <= SMALL else 1
         free = self._free[pool]
         index = bisect_left(free, (size, 0))
         if index < len(free):
             found, address = free.pop(index)
-            self._forget(found, address)
+            del self._size_at[address], self._start_before[address + found]
         else:
             found, address = self._new_segment(size, pool)
         rest = found - size
@@ -100,25 +100,31 @@ class CachingAllocator:
             found = size
         self._used[address] = (found, pool)
         self.allocated += found
-        self.peak = max(self.peak, self.allocated)
+        if self.allocated > self.peak:
+            self.peak = self.allocated
         return address
 
     def give(self, *addresses: int) -> None:
         """Free blocks; neighbours that are free already join them."""
+        size_at, start_before = self._size_at, self._start_before
         for address in addresses:
             size, pool = self._used.pop(address)
+            free = self._free[pool]
             self.allocated -= size
-            start = address
-            after = self._size_at.get(address + size)
+            start, end = address, address + size
+            after = size_at.pop(end, None)
             if after is not None:
-                self._drop(after, address + size, pool)
-                size += after
-            before = self._start_before.get(address)
+                free.pop(bisect_left(free, (after, end)))
+                end += after
+                del start_before[end]
+            before = start_before.pop(address, None)
             if before is not None:
-                length = self._size_at[before]
-                self._drop(length, before, pool)
-                start, size = before, size + length
-            self._remember(size, start, pool)
+                free.pop(bisect_left(free, (size_at[before], before)))
+                start = before
+            size = end - start
+            insort(free, (size, start))
+            size_at[start] = size
+            start_before[end] = start
 
     def loaded(self) -> None:
         """Return unused segments; of the next ones the first are mapped above all that is there."""
@@ -162,14 +168,10 @@ class CachingAllocator:
         self._size_at[address] = size
         self._start_before[address + size] = address
 
-    def _forget(self, size: int, address: int) -> None:
-        del self._size_at[address]
-        del self._start_before[address + size]
-
     def _drop(self, size: int, address: int, pool: int) -> None:
         free = self._free[pool]
         free.pop(bisect_left(free, (size, address)))
-        self._forget(size, address)
+        del self._size_at[address], self._start_before[address + size]
 
 
 def _mapped(segment: int) -> int:

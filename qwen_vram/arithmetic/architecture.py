@@ -1,4 +1,4 @@
-"""The shape of a dense Qwen model: the only reader of config.json keys, and the list of every weight.
+"""The shape of a dense Qwen model, and the list of every weight.
 
 It knows names, shapes, roles, and the dtype that config.json names. It does not know bytes or devices.
 """
@@ -10,20 +10,11 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
-from qwen_vram.arithmetic.quantization import method_of, quantization_of, settings_of, skipped_modules, stored_format
-from qwen_vram.arithmetic.quantizers import method_name, not_loaded
+from qwen_vram.arithmetic.config_reader import ConfigReader
+from qwen_vram.arithmetic.rope import Rope, read_rope
 from qwen_vram.arithmetic.stored import Stored, StoredTensor
-from qwen_vram.errors import ConfigError
 
 Role = Literal["embedding", "attention", "mlp", "norm", "head", "adapter"]
-
-SUPPORTED = ("qwen2", "qwen3")
-
-# Largest dimension believed. Llama-3 405B's intermediate_size is 53,248 and the largest published vocabulary about
-# 262,144; a config.json past this bound is damaged or hostile.
-_LARGEST = 10_000_000
-
-_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 class Weight(NamedTuple):
@@ -70,6 +61,9 @@ class Architecture:
         adapter_weights: The tensors of a LoRA adapter that runs beside the base.
         first_layer: How many decoder layers come before these, where this is one device's part of a model (`slices`).
         layers_after: How many come behind them.
+        rope: The rotary positions of config.json; `None` without one.
+        layer_dtypes: The dtypes, as safetensors spells them, of the decoder layers' large tensors, if their headers
+            were read.
     """
 
     model_type: str
@@ -90,6 +84,8 @@ class Architecture:
     adapter_weights: tuple[Weight, ...] = ()
     first_layer: int = 0
     layers_after: int = 0
+    rope: Rope | None = field(default=None, repr=False)
+    layer_dtypes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data that `from_dict` takes, also by way of JSON."""
@@ -108,7 +104,12 @@ class Architecture:
             every = [tuple(StoredTensor(*tensor) for tensor in part) for part in (embedding, norm, head, *layers)]
             stored = Stored(every[0], tuple(every[3:]), every[1], every[2])
         weights = tuple(Weight(name, tuple(shape), role) for name, shape, role in data["adapter_weights"])
-        return cls(**{**data, "stored": stored, "adapter_weights": weights})
+        given = data.get("rope")
+        rope = None if given is None else Rope(*given)
+        if rope is not None:
+            rope = rope._replace(rest=tuple((key, value) for key, value in rope.rest), notes=tuple(rope.notes))
+        dtypes = tuple(data.get("layer_dtypes", ()))
+        return cls(**{**data, "stored": stored, "adapter_weights": weights, "rope": rope, "layer_dtypes": dtypes})
 
     @classmethod
     def from_config(cls, config: Mapping[str, object], *, source: str = "config") -> Architecture:
@@ -118,15 +119,12 @@ class Architecture:
             ConfigError: another architecture, a missing key, an impossible size, or a feature that would be
                 counted wrong (sliding windows, a quantization whose bytes only the checkpoint's headers say).
         """
-        reader = _Reader(config, source)
-        model_type = reader.model_type()
+        reader = ConfigReader(config, source)
+        model_type = reader.model_type
         heads = reader.size("num_attention_heads")
         hidden_size = reader.size("hidden_size")
-        explicit = config.get("head_dim") is not None
-        if not explicit and hidden_size % heads:
-            raise reader.error(f"hidden_size {hidden_size} is not a multiple of num_attention_heads {heads}")
-        head_dim = reader.size("head_dim") if explicit else hidden_size // heads
-        key_value_heads = reader.size("num_key_value_heads", default=heads)
+        head_dim = reader.head_dim(hidden_size, heads)
+        key_value_heads = reader.key_value_heads(heads)
         if heads % key_value_heads:
             raise reader.error(
                 f"num_attention_heads {heads} is not a multiple of num_key_value_heads {key_value_heads}"
@@ -137,6 +135,7 @@ class Architecture:
             raise reader.error(
                 f"hidden_act {config['hidden_act']!r} is not counted; every Qwen of these kinds has 'silu'"
             )
+        rope = read_rope(config, model_type, reader.size("max_position_embeddings"), source)
         return cls(
             model_type=model_type,
             hidden_size=hidden_size,
@@ -146,10 +145,11 @@ class Architecture:
             num_key_value_heads=key_value_heads,
             head_dim=head_dim,
             vocab_size=reader.size("vocab_size"),
-            max_position_embeddings=reader.positions(),
+            max_position_embeddings=rope.reach,
             tie_word_embeddings=reader.flag("tie_word_embeddings"),
             attention_bias=model_type == "qwen2" or reader.flag("attention_bias"),
             dtype=reader.dtype(),
+            rope=rope,
             **reader.stored(),
         )
 
@@ -227,8 +227,8 @@ class Architecture:
         """Every weight of the model by the name it has in the checkpoint; a tied head is not listed twice."""
         yield from (weight for weight in self.outer if weight.role == "embedding")
         for layer in range(self.first_layer, self.first_layer + self.num_hidden_layers):
-            for weight in self.block:
-                yield weight._replace(name=f"model.layers.{layer}.{weight.name}")
+            for name, shape, role in self.block:
+                yield Weight(f"model.layers.{layer}.{name}", shape, role)
         yield from (weight for weight in self.outer if weight.role != "embedding")
 
     @cached_property
@@ -236,83 +236,3 @@ class Architecture:
         """Parameters, a tied tensor counted once. Exact."""
         block = sum(weight.numel for weight in self.block)
         return sum(weight.numel for weight in self.outer) + self.num_hidden_layers * block
-
-
-class _Reader:
-    """Reads checked values out of a config.json's object."""
-
-    def __init__(self, config: Mapping[str, object], source: str) -> None:
-        self.config = config
-        self.source = source
-
-    def error(self, what: str) -> ConfigError:
-        return ConfigError(f"{self.source}: {what}; check the file against the published one", source=self.source)
-
-    def model_type(self) -> str:
-        """The supported `model_type`; everything that would be counted wrong is refused here by name."""
-        got = self.config.get("model_type")
-        if got not in SUPPORTED:
-            raise ConfigError(
-                f"{self.source}: model_type {got!r} is not supported; dense {' and '.join(SUPPORTED)} are "
-                "(Qwen2, Qwen2.5, Qwen3)",
-                source=self.source,
-            )
-        layer_types = self.config.get("layer_types")
-        sliding = isinstance(layer_types, (list, tuple)) and "sliding_attention" in layer_types
-        if self.flag("use_sliding_window") or sliding:
-            raise ConfigError(
-                f"{self.source}: sliding-window attention is switched on, which this library does not count; "
-                "set use_sliding_window to false",
-                source=self.source,
-            )
-        return str(got)
-
-    def dtype(self) -> str:
-        """The plain dtype, by the name that its storage format has here."""
-        named = str(self.config.get("dtype") or self.config.get("torch_dtype"))
-        return _DTYPES.get(named.removeprefix("torch."), "bf16")
-
-    def stored(self) -> dict[str, Any]:
-        """`stored_format` and `stored_head` of a checkpoint that bitsandbytes quantized; empty for plain dtypes."""
-        quantization = quantization_of(self.config)
-        if quantization is None:
-            return {}
-        name, in_headers = stored_format(quantization)
-        method = method_of(quantization)
-        if name is None:
-            reason = not_loaded(quantization, method or method_name(quantization), None)
-            raise ConfigError(f"{self.source}: {reason}", source=self.source)
-        if in_headers:
-            raise ConfigError(
-                f"{self.source}: the checkpoint is already quantized by {method!r}, which is not counted from a config "
-                "alone: its safetensors headers say the bytes; pass the checkpoint's folder or its hub id",
-                source=self.source,
-            )
-        return {"stored_format": name, "stored_head": "lm_head" not in skipped_modules(settings_of(quantization))}
-
-    def size(self, key: str, *, default: int | None = None) -> int:
-        """A positive integer."""
-        value = self.config.get(key, default)
-        if value is None:
-            raise self.error(f"{key} is missing")
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= _LARGEST:
-            raise self.error(f"{key} must be a positive integer of at most {_LARGEST}, got {value!r}")
-        return value
-
-    def flag(self, key: str) -> bool:
-        """A boolean that is false where it is missing, as in `transformers`."""
-        value = self.config.get(key, False)
-        if not isinstance(value, bool) and value is not None:
-            raise self.error(f"{key} must be true or false, got {value!r}")
-        return bool(value)
-
-    def positions(self) -> int:
-        """`max_position_embeddings`, stretched by YaRN where config.json asks for that."""
-        positions = self.size("max_position_embeddings")
-        scaling = self.config.get("rope_scaling") or self.config.get("rope_parameters")
-        if isinstance(scaling, Mapping):
-            factor = scaling.get("factor")
-            original = scaling.get("original_max_position_embeddings", positions)
-            if isinstance(factor, (int, float)) and isinstance(original, int):
-                return max(positions, int(factor * original))
-        return positions

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import cache
 
 from qwen_vram.arithmetic.architecture import Architecture
@@ -41,8 +42,17 @@ def unknown_model(name: str) -> UnknownNameError:
     """The error for a name that is neither in the catalog, nor a folder, nor a hub id."""
     from difflib import get_close_matches  # slow to import, and only needed here
 
-    short = [repo_id.partition("/")[2] for repo_id in CATALOG]
-    near = tuple(get_close_matches(name, short, n=4, cutoff=0.5)) or ("Qwen2.5-7B-Instruct", "Qwen3-8B")
+    short = {repo_id.partition("/")[2].lower(): repo_id.partition("/")[2] for repo_id in CATALOG}
+    plain = name.lower().replace(" ", "-")
+    base = plain.removesuffix(".gguf").removesuffix("-gguf")
+    if base != plain:
+        near = (short[base],) if base in short else tuple(short[one] for one in _near(base, short, get_close_matches))
+        return UnknownNameError("model", name, near, hint="the files of a '-GGUF' name are llama.cpp's, and not read")
+    near = tuple(short[one] for one in _near(plain, short, get_close_matches))
     return UnknownNameError(
         "model", name, near, hint="or pass a hub id such as 'organisation/name', a checkpoint folder, or a config dict"
     )
+
+
+def _near(name: str, names: Mapping[str, str], matches: Callable[..., list[str]]) -> list[str]:
+    return matches(name, list(names), n=4, cutoff=0.5) or ["qwen2.5-7b-instruct", "qwen3-8b"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -26,6 +27,7 @@ from qwen_vram.arithmetic.overhead import (
     workspace_bytes,
 )
 from qwen_vram.arithmetic.profile import Profile, resolve_profile
+from qwen_vram.arithmetic.session import Run, critical_workloads, fragment_bytes, least_of_session
 from qwen_vram.arithmetic.storage import FORMATS
 from qwen_vram.arithmetic.weights import weight_bytes
 from qwen_vram.arithmetic.workload import Logits, Workload
@@ -34,6 +36,8 @@ from qwen_vram.units import parse_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +66,9 @@ class Estimate:
         machine: Whose CUDA context and kernels the process counts: measured by `qwen-vram calibrate`, or the default.
         devices: Where a model is split over several GPUs, the estimate of each one's part by the GPU's number; every
             size here is then their sum.
+        held: What the process takes of the device beside torch's memory before it loads this model.
+        covered: Of a plan: estimates of smaller workloads, which a session runs before or after this one and which can
+            need more. `needed_bytes` and `process_total` are then those of the whole session.
     """
 
     model: str
@@ -78,6 +85,8 @@ class Estimate:
     moments: tuple[Moment, ...]
     machine: Machine = field(default_factory=current)
     devices: Mapping[int, Estimate] = field(default_factory=dict, hash=False)
+    held: int = 0
+    covered: tuple[Estimate, ...] = ()
 
     @cached_property
     def _replayed(self) -> Replayed:
@@ -107,14 +116,22 @@ class Estimate:
 
     @property
     def process_total(self) -> int:
-        """What nvidia-smi shows for the process, CUDA context and loaded kernels included."""
+        """What nvidia-smi shows for the process at most, CUDA context and loaded kernels included."""
         if self.devices:
             return self.sum("process_total")
-        return (
-            self.peak_allocated
-            if self.architecture is None
-            else process_bytes(self.peak_reserved, self.profile, self.machine)
-        )
+        if self.architecture is None:
+            return self.peak_allocated
+        most = max(one.peak_reserved for one in (self, *self.covered))
+        return self._process(max(most, self._session_least if self.covered else 0))
+
+    @property
+    def beside_torch(self) -> int:
+        """What nvidia-smi shows for the process beside torch's reserved memory."""
+        return self.sum("beside_torch") if self.devices else self._process(0)
+
+    def _process(self, reserved: int) -> int:
+        """Return what nvidia-smi shows for the process if torch has reserved `reserved` bytes."""
+        return process_bytes(reserved, self.profile, self.machine, self.held)
 
     @property
     def peak_moment(self) -> Moment | None:
@@ -148,17 +165,40 @@ class Estimate:
             return self.peak_allocated
         if self.devices:
             return self.sum("needed_bytes")
-        beside = process_bytes(0, self.profile, self.machine)
-        loading = load_reserved_bytes(self.architecture, self.profile)
-        return beside + least_reserved(self.architecture, self.profile, self.workload, max(self.peak_reserved, loading))
+        least = self._session_least if self.covered else self._least
+        return self._process(least)
+
+    @cached_property
+    def _least(self) -> int:
+        """The least that torch must be able to reserve for this workload alone, and for loading."""
+        assert self.architecture is not None
+        return least_reserved(self.architecture, self.profile, self.workload, self._roomy)
+
+    @property
+    def _roomy(self) -> int:
+        """What torch reserves without a limit: while it loads, or while it runs."""
+        assert self.architecture is not None
+        return max(self.peak_reserved, load_reserved_bytes(self.architecture, self.profile))
+
+    @cached_property
+    def _session_least(self) -> int:
+        """The least that torch must be able to reserve for a session of workloads up to this one, in any order."""
+        assert self.architecture is not None
+        runs = [Run(one._replayed.peak, one._roomy, one._least) for one in (self, *self.covered)]
+        return least_of_session(runs, fragment_bytes(self.architecture, self.profile, self.workload))
 
     def needs_at_most(self, limit: int) -> bool:
-        """Whether `needed_bytes` is at most `limit`: the same answer, sooner. For one device."""
+        """Tell if `needed_bytes` is at most `limit`: the same answer, sooner. For one device."""
         if self.architecture is None or self.devices or "needed_bytes" in vars(self):
             return self.needed_bytes <= limit
-        beside = process_bytes(0, self.profile, self.machine)
-        roomy = max(self.peak_reserved, load_reserved_bytes(self.architecture, self.profile))
-        return least_reserved_is_at_most(self.architecture, self.profile, self.workload, roomy, limit - beside)
+        left = limit - self._process(0)
+        alone = least_reserved_is_at_most(self.architecture, self.profile, self.workload, self._roomy, left)
+        return alone and (not self.covered or self.needed_bytes <= limit)
+
+    @property
+    def is_of_session(self) -> bool:
+        """Tell if `needed_bytes` and `process_total` hold for every smaller workload too, one after the other."""
+        return bool(self.covered) or any(part.covered for part in self.devices.values())
 
     def sum(self, part: str) -> int:
         """A part's bytes on all devices together."""
@@ -177,6 +217,7 @@ class Estimate:
             "peak_reserved": self.peak_reserved,
             "process_total": self.process_total,
             "needed_bytes": self.needed_bytes,
+            "session": self.is_of_session,
             "load_peak": self.load_peak,
             "host": self.host,
             "disk": self.disk,
@@ -251,11 +292,32 @@ def estimate_vram(
         raise WorkloadError("params is for model=None only, got both; drop one", name="params", got=params)
     label, architecture = resolve_model(model, adapter)
     chosen = resolve_profile(profile, **stored_knobs(architecture, knobs))
-    return estimate(label, architecture, chosen, workload)
+    result = estimate(label, architecture, chosen, workload)
+    warn_of_positions(result)
+    return result
 
 
-def estimate(label: str, architecture: Architecture, profile: Profile, workload: Workload) -> Estimate:
+def warn_of_positions(result: Estimate) -> None:
+    """Log one line for each thing worth knowing of the rotary positions: a stretch, or one without effect."""
+    rope = result.architecture.rope if result.architecture else None
+    for line in rope.warnings(result.workload.context_len) if rope else ():
+        _LOGGER.warning("%s: %s", result.model, line)
+
+
+def estimate(
+    label: str,
+    architecture: Architecture,
+    profile: Profile,
+    workload: Workload,
+    *,
+    session: bool = False,
+    held: int = 0,
+) -> Estimate:
     """`estimate_vram` for what is resolved already.
+
+    Args:
+        session: Count a session, of workloads up to this one, as a plan does: `Estimate.covered`.
+        held: As for `Estimate`.
 
     Raises:
         WorkloadError: a context past the model's positions, or more streamed layers than there are.
@@ -278,6 +340,7 @@ def estimate(label: str, architecture: Architecture, profile: Profile, workload:
         cache = kv_cache_bytes(architecture, profile, tokens=context, batch_size=batch, context_len=context)
     # A workload whose last decode step holds one token less than its context must not count below the full cache.
     peak = max(peak, cache)
+    smaller = critical_workloads(profile, workload) if session else ()
     return Estimate(
         model=label,
         architecture=architecture,
@@ -291,6 +354,8 @@ def estimate(label: str, architecture: Architecture, profile: Profile, workload:
         host=stored.host + host_kv_bytes(architecture, profile, batch_size=batch, context_len=context),
         disk=stored.disk,
         moments=every,
+        held=held,
+        covered=tuple(estimate(label, architecture, profile, one) for one in smaller),
     )
 
 

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from qwen_vram.arithmetic.adapter import with_adapter
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.catalog import catalog_row, row_architecture, unknown_model
-from qwen_vram.arithmetic.stored_checkpoint import checkpoint_architecture, needs_headers
+from qwen_vram.arithmetic.checkpoint import CheckpointFiles, read_checkpoint
+from qwen_vram.arithmetic.stored_checkpoint import checkpoint_architecture
+from qwen_vram.arithmetic.tensor_names import by_model_name
 from qwen_vram.errors import ConfigError, UnknownNameError
+from qwen_vram.files.absent import no_config
+from qwen_vram.files.header import Tensor
 from qwen_vram.files.hub import hub_config, hub_tensors
-from qwen_vram.files.local import exists, has_weights, is_folder, read_config, read_tensors
+from qwen_vram.files.local import CONFIG, exists
+from qwen_vram.files.place import HUB_ID, Place, place_of
 
 ModelLike = str | Path | Mapping[str, object] | Architecture
-
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -25,15 +28,44 @@ _LOGGER = logging.getLogger(__name__)
 _GPTQ_LIBRARIES = ("gptqmodel", "auto-gptq", "autogptq")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolved:
+    """A model with its shape.
+
+    Attributes:
+        label: What to call it.
+        repo_id: Its repository on the hub; empty for one that is here, or that has no files.
+        config: What its config.json says; empty if that was not read.
+        source: Where that is.
+        files: Its folder as it was read; `None` for one that is not here.
+    """
+
+    label: str
+    architecture: Architecture
+    repo_id: str = ""
+    config: Mapping[str, object] = field(default_factory=dict)
+    source: str = ""
+    files: CheckpointFiles | None = None
+
+
 def resolve_model(model: ModelLike, adapter: str | Path | None = None) -> tuple[str, Architecture]:
-    """A label for `model` and its architecture, with an adapter's tensors where one is given.
+    """A label for `model` and its architecture, with an adapter's tensors if one is given.
 
     Raises:
-        UnknownNameError, ConfigError, HubError: as `_resolve`.
-        CheckpointError, NotSupportedError: headers or an adapter that cannot be used.
+        UnknownNameError, ConfigError, HubError: as `resolve`.
+        CheckpointError, NotSupportedError: weights or an adapter that cannot be used.
     """
-    label, architecture = _resolve(model)
-    return label, architecture if adapter is None else with_adapter(architecture, adapter)
+    found = resolve(model)
+    return found.label, adapted(found, adapter)
+
+
+def adapted(found: Resolved, adapter: str | Path | None) -> Architecture:
+    """The architecture of a model with an adapter's tensors, if one is given.
+
+    Raises:
+        CheckpointError, NotSupportedError, HubError: the adapter cannot be used.
+    """
+    return found.architecture if adapter is None else with_adapter(found.architecture, adapter)
 
 
 def stored_knobs(architecture: Architecture, knobs: Mapping[str, object]) -> dict[str, object]:
@@ -77,39 +109,66 @@ def _named(knobs: Mapping[str, object], stored: str | None) -> dict[str, object]
     return named
 
 
-def _resolve(model: ModelLike) -> tuple[str, Architecture]:
-    """A label for `model` and its architecture.
+def resolve(model: ModelLike) -> Resolved:
+    """What `model` is: its label, its architecture, and its files if they are here.
 
     Args:
         model: An `Architecture`, a config `dict`, a checkpoint folder, a catalog name with or without its
-            organisation, or a hub id, of which config.json is fetched, and where it is quantized the headers of its
-            safetensors. A folder wins over a name.
+            organisation, or a hub id or a hub page's address, of which config.json is fetched, and the headers of its
+            safetensors if it is quantized. A folder wins over a name.
 
     Raises:
         UnknownNameError: a name that is none of these.
         ConfigError: a config that is missing, broken or of another architecture.
-        CheckpointError: the headers of a quantized checkpoint are missing, broken or of another model.
+        CheckpointError: the weights in a folder, or the headers of a quantized checkpoint on the hub, are missing,
+            broken or of another model.
         HubError: the hub does not give the config.json or the headers.
     """
     if isinstance(model, Architecture):
-        return f"{model.model_type}, {model.num_parameters:,} parameters", model
+        return Resolved(label=f"{model.model_type}, {model.num_parameters:,} parameters", architecture=model)
     if isinstance(model, Mapping):
         architecture = Architecture.from_config(model)
-        return str(model.get("_name_or_path") or _resolve(architecture)[0]), architecture
+        label = str(model.get("_name_or_path") or resolve(architecture).label)
+        return Resolved(label=label, architecture=architecture)
     if not isinstance(model, (str, Path)):
         raise ConfigError(f"a model is a name, a folder, a config dict or an Architecture, got {type(model).__name__}")
-    folder = Path(model)
-    if is_folder(folder):
-        source = str(folder / "config.json")
-        config = read_config(folder)
-        read = (lambda: read_tensors(folder)) if has_weights(folder) or needs_headers(config) else None
-        return folder.name, checkpoint_architecture(config, read, source=source, headers_here=True)
-    name = str(model)
-    row = catalog_row(name)
+    place = place_of(model)
+    if place.folder is not None:
+        return open_folder(place, weights=False)
+    row = catalog_row(place.name)
     if row is not None:
-        return row.repo_id, row_architecture(row)
-    if len(folder.parts) > 2 or name.startswith((".", "/", "~")) or exists(folder):
-        raise ConfigError(f"no checkpoint folder {name!r}; point to the folder that holds config.json", source=name)
-    if not _HUB_ID.fullmatch(name):
+        return Resolved(label=row.repo_id, architecture=row_architecture(row), repo_id=row.repo_id)
+    name = place.name
+    if not HUB_ID.fullmatch(name):
         raise unknown_model(name)
-    return name, checkpoint_architecture(hub_config(name), lambda: hub_tensors(name), source=f"{name}/config.json")
+    config, source = hub_config(name), f"{name}/{CONFIG}"
+    architecture = checkpoint_architecture(config, lambda: hub_named(name), source=source)
+    return Resolved(label=name, architecture=architecture, repo_id=name, config=config, source=source)
+
+
+def open_folder(place: Place, *, weights: bool) -> Resolved:
+    """The checkpoint in a local folder.
+
+    Args:
+        weights: As for `read_checkpoint`.
+
+    Raises:
+        ConfigError: config.json is missing, broken or of another architecture, or the folder hides a name of the hub.
+        CheckpointError: the weights are missing, broken or of another model.
+    """
+    folder = place.folder
+    assert folder is not None
+    if place.hides and not exists(folder / CONFIG) and (catalog_row(place.hides) or HUB_ID.fullmatch(place.hides)):
+        error = no_config(folder)
+        raise ConfigError(
+            f"{error}. A folder of that name hides {place.hides!r} of the hub: remove or rename it if that was meant",
+            source=error.source,
+        )
+    files = read_checkpoint(folder, weights=weights)
+    source = str(folder / CONFIG)
+    return Resolved(label=folder.name, architecture=files.architecture, config=files.config, source=source, files=files)
+
+
+def hub_named(repo_id: str) -> dict[str, Tensor]:
+    """The tensors of a repository from its headers, by the model's names."""
+    return by_model_name(hub_tensors(repo_id))[0]

@@ -30,8 +30,9 @@ INT8_KERNELS = 69_206_016
 SECOND_STREAM = 73_400_320
 
 # What real runs reserved beyond a replay at most; docs/accuracy.md has the rows.
-_REPLAY_MISS = 0.01
-_SEARCHED_TO = 16 * 2**20
+REPLAY_MISS = 0.01
+# How closely the least that torch must reserve is searched, in bytes.
+SEARCHED_TO = 16 * 2**20
 
 
 def workspace_bytes(architecture: Architecture, profile: Profile, workload: Workload) -> int:
@@ -81,8 +82,8 @@ def replay(architecture: Architecture, profile: Profile, workload: Workload) -> 
 def least_reserved(architecture: Architecture, profile: Profile, workload: Workload, roomy: int) -> int:
     """The least that torch must be able to reserve: `roomy`, where it never gives a segment back, or less.
 
-    Torch gives unused segments back before it is out of memory. Searched where that can save more than twice the
-    share that is added for what a replay can miss.
+    Torch gives unused segments back before it is out of memory. The least is searched if it can be lower than
+    `roomy` by more than `SEARCHED_TO` and the share that is added for what a replay can miss.
     """
     *_, (_, least) = _bounds(architecture, profile, workload, roomy)
     return least
@@ -101,12 +102,12 @@ def least_reserved_is_at_most(
 def _bounds(architecture: Architecture, profile: Profile, workload: Workload, roomy: int) -> Iterator[tuple[int, int]]:
     """Bounds of `least_reserved`, narrower and narrower; the last pair's upper one is it."""
     low, high = replay(architecture, profile, workload).peak, roomy
-    if roomy <= low * (1 + 2 * _REPLAY_MISS):
+    if roomy <= (low + SEARCHED_TO) * (1 + REPLAY_MISS):
         yield roomy, roomy
         return
     while True:
-        yield min(roomy, int(low * (1 + _REPLAY_MISS))), min(roomy, int(high * (1 + _REPLAY_MISS)))
-        if high - low <= _SEARCHED_TO:
+        yield min(roomy, int(low * (1 + REPLAY_MISS))), min(roomy, int(high * (1 + REPLAY_MISS)))
+        if high - low <= SEARCHED_TO:
             return
         middle = (low + high) // 2
         low, high = (low, middle) if _runs_within(architecture, profile, workload, middle) else (middle, high)
@@ -125,8 +126,13 @@ def _runs_within(architecture: Architecture, profile: Profile, workload: Workloa
     return True
 
 
-def process_bytes(peak_reserved: int, profile: Profile, machine: Machine) -> int:
-    """What nvidia-smi shows for the process: reserved memory, the CUDA context, and what is loaded on first use."""
+def process_bytes(peak_reserved: int, profile: Profile, machine: Machine, held: int = 0) -> int:
+    """Return what nvidia-smi shows for the process: reserved memory, the CUDA context, and what is loaded on first use.
+
+    Args:
+        held: What the process takes beside torch's memory before it loads this model. Kernels and streams of models
+            that are closed stay in the process.
+    """
     kernels = machine.lazy_kernels + (INT8_KERNELS if profile.weights == "int8" else 0)
     second = profile.kv_device == "host" or profile.streamed_layers or profile.compiled
-    return peak_reserved + machine.cuda_context + kernels + (SECOND_STREAM if second else 0)
+    return peak_reserved + max(held, machine.cuda_context + kernels + (SECOND_STREAM if second else 0))

@@ -9,14 +9,11 @@ from qwen_vram.arithmetic.architecture import Weight
 from qwen_vram.arithmetic.int8_outliers import outlier_columns
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.storage import FORMATS
-from qwen_vram.arithmetic.tiles import counts_tiles, int8_rows, int8_tile_elements, tile_rows, unpacks
+from qwen_vram.arithmetic.tiles import FUSED_ROWS, counts_tiles, int8_rows, int8_tile_elements, tile_rows, unpacks
 from qwen_vram.arithmetic.weights import format_of
 
 _FP32 = 4
 _FP16 = 2
-# bitsandbytes multiplies up to this many rows without dequantizing on every GPU; above, kernels differ by GPU and the
-# dequantizing one is counted. Source: bitsandbytes 0.50.2, backends/cuda/ops.py, _GEMM_4BIT_CUSTOM_FLOOR_M.
-FUSED_ROWS = 4
 
 
 def linear_bytes(weight: Weight, profile: Profile, rows: int, *, adapted: bool = False) -> int:

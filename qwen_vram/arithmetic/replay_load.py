@@ -6,7 +6,9 @@ Source of the order: transformers 5.17 and 5.23 (core_model_loading.py, `caching
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 from qwen_vram.arithmetic.allocator import CachingAllocator
 from qwen_vram.arithmetic.architecture import Architecture, Weight
@@ -18,6 +20,18 @@ from qwen_vram.arithmetic.weights import block_bytes, format_of, streaming_slots
 
 _FP32 = 4
 _FP16 = 2
+# Knobs that change nothing about a load, at their defaults: profiles that differ in them alone share one replay.
+_NOT_LOADED: dict[str, Any] = {
+    "name": "custom",
+    "kv_cache": "bf16",
+    "kv_device": "device",
+    "cache": "dynamic",
+    "attention": "sdpa",
+    "kernels": "plain",
+    "prefill_chunk_size": None,
+    "dequantization": None,
+    "compiled": False,
+}
 
 
 @lru_cache(maxsize=64)
@@ -31,6 +45,9 @@ def replay_load(architecture: Architecture, profile: Profile, limit: int | None 
     Raises:
         OutOfRoomError: loading takes more than `limit`.
     """
+    known = replace(profile, **_NOT_LOADED)
+    if known != profile:
+        return replay_load(architecture, known, limit)
     allocator = CachingAllocator(limit)
     if architecture.stored:
         replay_stored(allocator, architecture, architecture.stored, profile)

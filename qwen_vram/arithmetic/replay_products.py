@@ -9,10 +9,9 @@ from __future__ import annotations
 from qwen_vram.arithmetic.allocator import CachingAllocator
 from qwen_vram.arithmetic.architecture import Architecture, Weight
 from qwen_vram.arithmetic.int8_outliers import outlier_columns
-from qwen_vram.arithmetic.products import FUSED_ROWS
 from qwen_vram.arithmetic.profile import Profile
-from qwen_vram.arithmetic.storage import FORMATS
-from qwen_vram.arithmetic.tiles import counts_tiles, int8_rows, int8_tile_elements, tile_rows, unpacks
+from qwen_vram.arithmetic.storage import FORMATS, StorageFormat
+from qwen_vram.arithmetic.tiles import FUSED_ROWS, counts_tiles, int8_rows, int8_tile_elements, tile_rows, unpacks
 from qwen_vram.arithmetic.weights import format_of
 
 # cuBLAS's workspace (32 MiB) and cuBLASLt's (1 MiB), which torch keeps from the first product on that needs them.
@@ -52,6 +51,10 @@ class Products:
         self.profile = profile
         self.element = profile.element_bytes
         self.linears = {weight.module: weight for weight in architecture.block if weight.is_linear}
+        products = [*self.linears.values(), architecture.head]
+        # Facts of each matrix, asked for in every layer of every step.
+        self.lt = {weight.module: needs_lt(weight, architecture, profile) for weight in products}
+        self.storages = {weight.module: FORMATS[format_of(weight, profile)] for weight in products}
         self.warm = False
         self.warm_lt = False
 
@@ -95,9 +98,10 @@ class Products:
 
     def product(self, weight: Weight, rows: int) -> int:
         """A matrix product in the weight's format, and an adapter's update on top; returns the result."""
-        self.warm_up(needs_lt(weight, self.architecture, self.profile))
-        result = self.base_product(weight, rows)
-        if weight.module not in self.architecture.adapted:
+        module = weight.module
+        self.warm_up(self.lt[module])
+        result = self.base_product(weight, self.storages[module], rows)
+        if module not in self.architecture.adapted:
             return result
         size = rows * weight.shape[0] * self.element
         update = self.take(size)
@@ -107,11 +111,10 @@ class Products:
         self.give(result, scaled)
         return total
 
-    def base_product(self, weight: Weight, rows: int) -> int:
-        """A matrix product in the weight's format."""
+    def base_product(self, weight: Weight, storage: StorageFormat, rows: int) -> int:
+        """Replay a matrix product in the weight's format."""
         take, give = self.take, self.give
         out = weight.shape[0]
-        storage = FORMATS[format_of(weight, self.profile)]
         result_size = rows * out * self.element
         fused = storage.library == "bitsandbytes" and storage.bits == 4 and rows <= FUSED_ROWS
         if unpacks(storage, rows):

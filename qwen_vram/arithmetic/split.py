@@ -16,11 +16,19 @@ ONE_DEVICE: dict[str, object] = {"streamed_layers": 0, "compiled": False}
 
 
 def split_estimate(
-    label: str, architecture: Architecture, profile: Profile, workload: Workload, layers: Mapping[int, int]
+    label: str,
+    architecture: Architecture,
+    profile: Profile,
+    workload: Workload,
+    layers: Mapping[int, int],
+    *,
+    session: bool = False,
+    held: Mapping[int, int] | None = None,
 ) -> Estimate:
-    """The estimate of a model with `layers` on each GPU (number -> how many, in the order in which they follow).
+    """Estimate a model with `layers` on each GPU (number -> how many, in the order in which they follow).
 
-    What crosses from one GPU to the next is counted where it arrives.
+    What crosses from one GPU to the next is counted where it arrives; `session` is as for `estimate`, `held` too for
+    each GPU.
 
     Raises:
         NotSupportedError: a knob that works on one GPU alone.
@@ -28,7 +36,11 @@ def split_estimate(
     """
     check_split(profile, len(layers))
     parts = zip(layers, slices(architecture, tuple(layers.values())), strict=True)
-    devices = {device: estimate(label, part, profile, workload) for device, part in parts}
+    before = held or {}
+    devices = {
+        device: estimate(label, part, profile, workload, session=session, held=before.get(device, 0))
+        for device, part in parts
+    }
     names = ("weights", "kv_cache", "tensors", "workspace", "load_peak", "host", "disk")
     sums = {name: sum(getattr(one, name) for one in devices.values()) for name in names}
     return Estimate(
@@ -71,5 +83,6 @@ def at_workload(known: Estimate, workload: Workload) -> Estimate:
     """
     assert known.architecture is not None
     if known.devices:
-        return split_estimate(known.model, known.architecture, known.profile, workload, split_of(known))
-    return estimate(known.model, known.architecture, known.profile, workload)
+        held = {device: part.held for device, part in known.devices.items()}
+        return split_estimate(known.model, known.architecture, known.profile, workload, split_of(known), held=held)
+    return estimate(known.model, known.architecture, known.profile, workload, held=known.held)

@@ -95,7 +95,7 @@ def _if_readable(read: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tenso
 
 def _held(architecture: Architecture, quantization: object, tensors: Mapping[str, Tensor], source: str) -> Architecture:
     """The architecture of a quantized checkpoint, every tensor of which is as config.json says."""
-    if architecture.tie_word_embeddings and _head_is_quantized(tensors):
+    if architecture.tie_word_embeddings and head_is_quantized(tensors):
         # transformers takes such a head, and does not tie it: the two differ.
         architecture = replace(architecture, tie_word_embeddings=False)
     weights = list(architecture.weights())
@@ -115,7 +115,7 @@ def _held(architecture: Architecture, quantization: object, tensors: Mapping[str
     return replace(architecture, stored=_sort(architecture, matrices, tensors, source))
 
 
-def _head_is_quantized(tensors: Mapping[str, Tensor]) -> bool:
+def head_is_quantized(tensors: Mapping[str, Tensor]) -> bool:
     """Whether the file has a head of its own with scales, or codes, beside it."""
     own = {name: tensor for name, tensor in tensors.items() if name.startswith("lm_head.")}
     return bool(own) and (set(own) > {"lm_head.weight"} or own["lm_head.weight"].dtype not in FLOATS)

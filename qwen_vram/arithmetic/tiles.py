@@ -11,10 +11,12 @@ from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.storage import StorageFormat
 
-# Elements of a tile: 32 MiB in 16 bits. Below so many rows of input bitsandbytes' own kernels, some of which dequantize
-# nothing, are left to choose.
+# Elements of a tile: 32 MiB in 16 bits.
 _TILE_ELEMENTS = 2**24
-_FROM_ROWS = 64
+# bitsandbytes multiplies at most this many rows without dequantizing on every GPU. For more rows its choice of a kernel
+# depends on the GPU and the matrix, and the dequantizing kernel is counted.
+# Source: bitsandbytes 0.50.2, backends/cuda/ops.py, _GEMM_4BIT_CUSTOM_FLOOR_M.
+FUSED_ROWS = 4
 # Elements that are quantized at once: 16 MiB in float32.
 _CHUNK_ELEMENTS = 2**22
 # torch's int4 kernel reads the matrix once for every 16 rows of input; from so many on it is dequantized.
@@ -33,8 +35,8 @@ def tile_rows(out_features: int, in_features: int) -> int:
 
 
 def is_tiled(shape: tuple[int, ...], rows: int) -> bool:
-    """Whether a product of `rows` rows with a 4-bit matrix of (out_features, in_features) goes by tiles."""
-    return rows >= _FROM_ROWS and tile_rows(*shape) < shape[0]
+    """Tell if a product of `rows` rows with a 4-bit matrix of (out_features, in_features) dequantizes tile by tile."""
+    return rows > FUSED_ROWS and tile_rows(*shape) < shape[0]
 
 
 def counts_tiles(storage: StorageFormat, profile: Profile, shape: tuple[int, ...], rows: int) -> bool:

@@ -20,6 +20,8 @@ _QUICK_BLOCK = 2**28
 # Tensors of a disk layer below this stay in host memory, for each would be a request of its own to the disk: norms,
 # biases, tables and the scales of scales, 0.1 % of a layer of Qwen2.5-7B.
 SMALLEST_READ = 2**16
+# Plain dtypes as safetensors spells them.
+_FILE_DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 # Rows that share a block of the CPU's 4-bit kernel. Source: bitsandbytes 0.50.2, functional.py,
 # _convert_weight_packed_for_cpu (block_n).
 PACKED_ROWS = 32
@@ -118,7 +120,8 @@ def is_packed(shape: tuple[int, ...]) -> bool:
 def may_be_on_disk(architecture: Architecture, profile: Profile) -> bool:
     """Whether a checkpoint's files hold layers as `profile` has them, and not what they are quantized from."""
     if architecture.stored_format is None:
-        return FORMATS[profile.weights].is_dense
+        as_stored = set(architecture.layer_dtypes) <= {_FILE_DTYPES[profile.dtype]}
+        return FORMATS[profile.weights].is_dense and as_stored
     return FORMATS[architecture.stored_format].library == "bitsandbytes"
 
 

@@ -53,10 +53,11 @@ class Workload:
         """
         limit = architecture.max_position_embeddings
         if self.context_len > limit:
+            rope = architecture.rope
+            advice = "shorten one of them" if rope is None else rope.advice(self.context_len)
             raise WorkloadError(
                 f"prompt_len {self.prompt_len} + max_new_tokens {self.max_new_tokens} = {self.context_len} tokens are "
-                f"past the model's max_position_embeddings {limit}; shorten one of them, or set YaRN's rope_scaling "
-                "in config.json",
+                f"past the model's max_position_embeddings {limit}; {advice}",
                 name="context_len",
                 got=self.context_len,
             )

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qwen_vram.errors import CheckpointError
+from qwen_vram.files.absent import missing_shard
+from qwen_vram.files.contents import beginning_of, mistaken
 
 # Source: safetensors' format description; the header is refused above 100 MB there too.
 _HEADER_LIMIT = 100_000_000
@@ -20,11 +22,14 @@ _DTYPE_BITS = {
     "C64": 64,
 }  # fmt: skip
 
+_FETCH = "download the file again, or copy it again from whoever saved it"
+
 
 class Tensor(NamedTuple):
     """One stored tensor: dtype as safetensors spells it, shape, bytes on disk, the file that holds it, and where.
 
-    `offset` counts from the beginning of the file, or of its data where its header is on the hub.
+    `offset` counts from the beginning of the file, or of its data if its header was read on the hub. `name` is the
+    tensor's name in that file, which may differ from the model's.
     """
 
     dtype: str
@@ -32,6 +37,7 @@ class Tensor(NamedTuple):
     nbytes: int
     file: str
     offset: int
+    name: str
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
@@ -48,17 +54,15 @@ def read_header(path: Path) -> dict[str, Tensor]:
                 raise _corrupt(path, f"its header of {length} bytes does not fit in {size} bytes")
             header = file.read(length)
     except FileNotFoundError:
-        raise CheckpointError(
-            f"shard {path.name!r} is missing from {str(path.parent)!r}; download the checkpoint again", path=str(path)
-        ) from None
+        raise missing_shard(path) from None
     except OSError as error:
         raise CheckpointError(f"cannot read {str(path)!r}: {error}; check the file", path=str(path)) from error
     tensors, end = parse_header(header, path.name, source=path)
     if size != 8 + length + end:
-        what = "cut off" if size < 8 + length + end else "too long"
+        cut = size < 8 + length + end
+        what, cure = ("cut off", "its download or copy stopped: run it again") if cut else ("too long", _FETCH)
         raise CheckpointError(
-            f"shard {path.name!r} is {what}: {size} bytes on disk, {8 + length + end} in its header; "
-            "download the file again",
+            f"shard {path.name!r} is {what}: {size} bytes on disk, {8 + length + end} in its header; {cure}",
             path=str(path),
         )
     return tensors
@@ -98,9 +102,9 @@ def parse_entries(
             bits = _DTYPE_BITS[entry["dtype"]]
             for size in shape:
                 bits *= size
-            if end - begin != (bits + 7) // 8 or min(shape, default=0) < 0:
+            if end - begin != (bits + 7) // 8 or (shape and min(shape) < 0):
                 raise _corrupt(source, f"{name!r} of shape {list(shape)} takes {end - begin} bytes in it")
-            tensors[name] = Tensor(entry["dtype"], shape, end - begin, file, data_at + begin)
+            tensors[name] = Tensor(entry["dtype"], shape, end - begin, file, data_at + begin, name)
             spans.append((begin, end))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _corrupt(source, f"{type(error).__name__} in its header") from error
@@ -113,4 +117,9 @@ def parse_entries(
 
 
 def _corrupt(path: Path, why: str) -> CheckpointError:
-    return CheckpointError(f"shard {path.name!r} is corrupt: {why}; download the file again", path=str(path))
+    beginning = beginning_of(path)
+    found = mistaken(beginning)
+    if beginning and found:
+        return CheckpointError(f"{path.name!r} in {str(path.parent)!r} {found}", path=str(path))
+    why = why if beginning else "it is empty, for a download or a copy stopped before it began"
+    return CheckpointError(f"shard {path.name!r} is corrupt: {why}; {_FETCH}", path=str(path))

@@ -2,40 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from types import ModuleType
+from pathlib import Path, PurePosixPath
 
-from qwen_vram.errors import BackendUnavailableError, CheckpointError, HubError
+from qwen_vram.errors import CheckpointError, HubError
+from qwen_vram.files.contents import GGUF
 from qwen_vram.files.header import Tensor, parse_entries, read_header
+from qwen_vram.files.hub_errors import explained, library, missing_text, unreachable_text
 from qwen_vram.files.local import (
     AUTO_AWQ_CONFIG,
     AUTO_GPTQ_CONFIG,
     AUTO_GPTQ_SINGLE,
     CONFIG,
     INDEX,
+    NAMED_WEIGHTS,
     SINGLE,
     indexed_tensors,
     parse_config,
     read_config,
+    read_index,
+    read_json,
+    weights_file,
 )
 
-# Weights, tokenizer and settings. Pickles and code are left where they are.
-_WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
-
-
-def _library() -> ModuleType:
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise BackendUnavailableError(
-            "reading from the hub needs huggingface_hub, which is not installed; run: pip install qwen-vram",
-            backend="huggingface_hub",
-            install="pip install qwen-vram",
-        ) from error
-    module: ModuleType = huggingface_hub
-    return module
+# Settings, tokenizer and templates. Pickles and code are left where they are.
+_BESIDE = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
+_TEMPLATES = "additional_chat_templates/"
 
 
 def hub_config(repo_id: str) -> dict[str, object]:
@@ -47,7 +38,7 @@ def hub_config(repo_id: str) -> dict[str, object]:
         BackendUnavailableError: huggingface_hub is not installed.
     """
     file = _config_file(repo_id)
-    config = parse_config(file.read_text(encoding="utf-8"), source=f"{repo_id}/{CONFIG}")
+    config = parse_config(file.read_bytes(), source=f"{repo_id}/{CONFIG}")
     if "quantization_config" in config:
         return config
     for name, beside in (("gptq", AUTO_GPTQ_CONFIG), ("awq", AUTO_AWQ_CONFIG)):
@@ -70,36 +61,117 @@ def hub_tensors(repo_id: str) -> dict[str, Tensor]:
     single, index = SINGLE, INDEX
     if (folder / AUTO_GPTQ_CONFIG).is_file():
         single, index = _auto_gptq_names(repo_id, folder.name)
-    if not (folder / single).is_file() and _bring(repo_id, index, folder.name):
+    if not _has(repo_id, single, folder) and _bring(repo_id, index, folder.name):
         return indexed_tensors(folder / index, lambda file: _header(repo_id, folder, file))
     return _header(repo_id, folder, single)
 
 
 def hub_snapshot(repo_id: str) -> Path:
-    """A local folder with the checkpoint's files, downloaded where they are not there yet, with a progress bar.
+    """A local folder with the checkpoint's files, downloaded if they are not there yet, with a progress bar.
 
-    An interrupted download is resumed by the next call.
+    Of the weights only the set that is read comes, and of the other files those at the top. An interrupted download is
+    resumed by the next call. Without a connection the folder is taken from the local cache, if it is whole there.
 
     Raises:
         HubError: the hub cannot be reached, or the repository is gated or absent.
+        CheckpointError: its index is broken.
         BackendUnavailableError: huggingface_hub is not installed.
     """
-    hub = _library()
-    with _explained(repo_id):
-        return Path(hub.snapshot_download(repo_id, allow_patterns=_WANTED))
+    hub = library()
+    from huggingface_hub import errors
+
+    try:
+        with explained(repo_id):
+            info = hub.HfApi().model_info(repo_id)
+    except HubError as error:
+        if isinstance(error.__cause__, (errors.GatedRepoError, errors.RepositoryNotFoundError)):
+            raise
+        return _cached_snapshot(repo_id, error)
+    files = [sibling.rfilename for sibling in info.siblings or ()]
+    wanted = [*_beside_weights(files), *_weights(repo_id, files, info.sha)]
+    import glob  # not needed for an estimate
+
+    with explained(repo_id):
+        patterns = [glob.escape(name) for name in wanted]
+        return Path(hub.snapshot_download(repo_id, allow_patterns=patterns))  # by its branch, as it is looked up later
+
+
+def _beside_weights(files: list[str]) -> list[str]:
+    """The files of settings, tokenizer and templates."""
+    return [
+        name
+        for name in files
+        if any(PurePosixPath(name).match(pattern) for pattern in _BESIDE)
+        and (name.count("/") == 0 or name.startswith(_TEMPLATES))
+        and not name.endswith(".index.json")
+    ]
+
+
+def _weights(repo_id: str, files: list[str], commit: str) -> list[str]:
+    """The files of the one set of weights that is read, and its index; those of an adapter, if it is one."""
+    single, index = SINGLE, INDEX
+    own = [name for name in files if Path(name).match(AUTO_GPTQ_SINGLE) and "/" not in name]
+    if not {SINGLE, INDEX} & set(files) and own:
+        single, index = own[0], next((name for name in files if Path(name).match(f"{AUTO_GPTQ_SINGLE}.index.json")), "")
+    if CONFIG in files:
+        named = read_json(_bring_file(repo_id, CONFIG, commit)).get(NAMED_WEIGHTS)
+        if isinstance(named, str) and named in files:
+            single, index = (named, "") if named.endswith(".safetensors") else ("", named)
+    found = [single] if single in files else []
+    if not found and index in files:
+        found = [index, *sorted(set(read_index(_bring_file(repo_id, index, commit)).values()))]
+    if not found and CONFIG in files:
+        ggufs = [name for name in files if name.lower().endswith(".gguf")]
+        raise HubError(
+            f"{repo_id!r} holds {ggufs[0]!r}, which {GGUF}" if ggufs else missing_text(repo_id, SINGLE),
+            repo_id=repo_id,
+        )
+    return [*found, *(name for name in files if name.startswith("adapter_model.") and name.endswith(".safetensors"))]
+
+
+def _cached_snapshot(repo_id: str, error: HubError) -> Path:
+    """The snapshot in the local cache, if no file of it is missing.
+
+    Raises:
+        HubError: it is not there, or not whole.
+    """
+    hub = library()
+    found = (hub.try_to_load_from_cache(repo_id, name) for name in (CONFIG, "adapter_config.json"))
+    cached = next((Path(path) for path in found if isinstance(path, str)), None)
+    if cached is None:
+        raise error from error.__cause__
+    folder = cached.parent
+    missing = _missing_here(folder)
+    if missing:
+        raise HubError(unreachable_text(repo_id, missing), repo_id=repo_id) from error.__cause__
+    return folder
+
+
+def _missing_here(folder: Path) -> str:
+    """The first file that a cached snapshot lacks; empty if it has all that is read."""
+    if not (folder / CONFIG).exists():
+        return "" if any(folder.glob("adapter_*")) else CONFIG
+    try:
+        weights = weights_file(folder)
+    except CheckpointError:
+        return SINGLE
+    if weights.name.endswith(".json"):
+        shards = sorted(set(read_index(weights).values()))
+        return next((name for name in shards if not (folder / name).exists()), "")
+    return ""
 
 
 def _config_file(repo_id: str) -> Path:
     """The config.json in the local cache, in a folder that is named after its commit."""
-    hub = _library()
-    with _explained(repo_id):
+    hub = library()
+    with explained(repo_id):
         return Path(hub.hf_hub_download(repo_id, CONFIG))
 
 
 def _auto_gptq_names(repo_id: str, commit: str) -> tuple[str, str]:
     """The one file of weights and the index, as a checkpoint with AutoGPTQ's settings calls them."""
-    hub = _library()
-    with _explained(repo_id, SINGLE):
+    hub = library()
+    with explained(repo_id, SINGLE):
         files = set(hub.list_repo_files(repo_id, revision=commit))
     own = [file for file in sorted(files) if Path(file).match(AUTO_GPTQ_SINGLE)]
     if files & {SINGLE, INDEX} or not own:
@@ -108,12 +180,32 @@ def _auto_gptq_names(repo_id: str, commit: str) -> tuple[str, str]:
     return own[0], indexes[0] if indexes else INDEX
 
 
+def _bring_file(repo_id: str, file: str, commit: str) -> Path:
+    """A file in the local cache, fetched if it is not there."""
+    hub = library()
+    with explained(repo_id, file):
+        return Path(hub.hf_hub_download(repo_id, file, revision=commit))
+
+
+def _has(repo_id: str, file: str, folder: Path) -> bool:
+    """Whether the repository has a file, at the commit that `folder` is named after."""
+    if (folder / file).is_file():
+        return True
+    hub = library()
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    with explained(repo_id, file):
+        return bool(hub.file_exists(repo_id, file, revision=folder.name))
+
+
 def _bring(repo_id: str, file: str, commit: str) -> bool:
     """Bring a file that need not be there to the cache, and say whether there is one."""
-    hub = _library()
+    hub = library()
     from huggingface_hub import errors
 
-    with _explained(repo_id, file):
+    with explained(repo_id, file):
         try:
             hub.hf_hub_download(repo_id, file, revision=commit)
         except errors.LocalEntryNotFoundError:  # an EntryNotFoundError too, but for want of a connection
@@ -127,11 +219,11 @@ def _header(repo_id: str, folder: Path, file: str) -> dict[str, Tensor]:
     """The tensors of one safetensors file: of the cached file where it is whole there, else by ranged reads."""
     if (folder / file).is_file():
         return read_header(folder / file)
-    hub = _library()
+    hub = library()
     from huggingface_hub import errors
 
     source = Path(repo_id) / file
-    with _explained(repo_id, file):
+    with explained(repo_id, file):
         try:
             header = hub.parse_safetensors_file_metadata(repo_id, file, revision=folder.name)
         except errors.SafetensorsParsingError as error:
@@ -142,48 +234,3 @@ def _header(repo_id: str, folder: Path, file: str) -> dict[str, Tensor]:
             ) from error
     entries = {name: {**vars(tensor), "data_offsets": tensor.data_offsets} for name, tensor in header.tensors.items()}
     return parse_entries(entries, file, source=source)[0]
-
-
-@contextmanager
-def _explained(repo_id: str, file: str = CONFIG) -> Iterator[None]:
-    """Turn what huggingface_hub raises while it asks for `file` into our errors."""
-    from huggingface_hub import errors
-
-    try:
-        yield
-    except errors.GatedRepoError as error:
-        raise HubError(
-            f"{repo_id!r} is gated: accept its terms on its page, then log in with: hf auth login", repo_id=repo_id
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise HubError(
-            f"no repository {repo_id!r} on the hub (or it is private); check the name, or log in with: hf auth login",
-            repo_id=repo_id,
-        ) from error
-    except errors.LocalEntryNotFoundError as error:
-        raise _unreachable(repo_id, file) from error
-    except errors.EntryNotFoundError as error:
-        raise _missing(repo_id, file) from error
-    except errors.HFValidationError as error:
-        raise HubError(f"{repo_id!r} is not a hub id; write 'organisation/name'", repo_id=repo_id) from error
-    except (errors.HTTPError, OSError) as error:
-        raise _unreachable(repo_id, file) from error
-
-
-def _missing(repo_id: str, file: str) -> HubError:
-    if file == CONFIG:
-        what = f"has no {CONFIG}; it is not a transformers checkpoint"
-    elif file == SINGLE:
-        what = f"has no safetensors, neither {SINGLE} nor {INDEX}; only safetensors are read, so use one that has them"
-    else:
-        what = f"lacks {file!r}, which its index names; ask its publisher, or use another checkpoint"
-    return HubError(f"{repo_id!r} {what}", repo_id=repo_id)
-
-
-def _unreachable(repo_id: str, file: str) -> HubError:
-    cached = "it is" if file == CONFIG else f"{file!r} is"
-    return HubError(
-        f"cannot reach the hub for {repo_id!r}, and {cached} not in the local cache; check the network (HF_ENDPOINT, "
-        "HF_HUB_OFFLINE), or pass a local checkpoint folder",
-        repo_id=repo_id,
-    )

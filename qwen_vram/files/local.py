@@ -1,21 +1,25 @@
-"""A checkpoint folder: its config.json, and the headers of all its safetensors.
+"""A checkpoint folder: its config.json, its set of weights, and the headers of their files.
 
 Nothing here knows what a name or a shape means: that is `arithmetic.architecture`.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import cast
 
 from qwen_vram.errors import CheckpointError, ConfigError
+from qwen_vram.files.absent import no_config, no_weights
 from qwen_vram.files.header import Tensor, read_header
+from qwen_vram.files.json_text import MARK, parse_json
 
 CONFIG = "config.json"
+GENERATION = "generation_config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+# The key of config.json that names another file or index of weights. Source: transformers 5.23, from_pretrained.
+NAMED_WEIGHTS = "transformers_weights"
 # AutoGPTQ's own names: gptq_model-4bit-128g.safetensors, alone or in shards with an index, and its settings in a file
 # apart. Source: AutoGPTQ 0.7.1, auto_gptq/modeling/_base.py, save_quantized.
 AUTO_GPTQ_SINGLE = "gptq_model-*.safetensors"
@@ -29,7 +33,7 @@ def exists(path: Path) -> bool:
     """Whether there is such a file or folder. A name that is too long for the file system is none."""
     try:
         return path.exists()
-    except OSError:
+    except (OSError, ValueError):
         return False
 
 
@@ -42,19 +46,31 @@ def read_config(folder: Path) -> dict[str, object]:
     """The config.json of `folder`, with AutoGPTQ's or AutoAWQ's settings if those are in a file of their own.
 
     Raises:
-        ConfigError: a file is missing, is not UTF-8, is cut off, or is not a JSON object.
+        ConfigError: a file is missing, is not UTF-8, is cut off, or is not a JSON object; generation_config.json too.
     """
     path = folder / CONFIG
     if not path.exists():
-        raise ConfigError(
-            f"no {CONFIG} in {str(folder)!r}; point to the folder that holds {CONFIG} and *.safetensors",
-            source=str(path),
-        )
-    config = _read_json(path)
+        raise no_config(folder)
+    config = read_json(path)
+    read_generation(folder)
     for name, add in ((AUTO_GPTQ_CONFIG, with_auto_gptq), (AUTO_AWQ_CONFIG, with_auto_awq)):
         if (folder / name).is_file():
-            config = add(config, _read_json(folder / name))
+            config = add(config, read_json(folder / name))
     return config
+
+
+def read_generation(folder: Path) -> dict[str, object]:
+    """The generation_config.json of `folder`; empty if there is none.
+
+    `transformers` drops a file that it cannot read, without a word, and with it the tokens that end an answer.
+
+    Raises:
+        ConfigError: the file is not a JSON object.
+    """
+    path = folder / GENERATION
+    if not path.is_file():
+        return {}
+    return read_json(path, marked=False)
 
 
 def with_auto_gptq(config: dict[str, object], settings: dict[str, object]) -> dict[str, object]:
@@ -68,27 +84,36 @@ def with_auto_awq(config: dict[str, object], settings: dict[str, object]) -> dic
     return {"quantization_config": {"quant_method": "awq", **named}, **config}
 
 
-def _read_json(path: Path) -> dict[str, object]:
+def read_json(path: Path, *, marked: bool = True) -> dict[str, object]:
+    """The JSON object in a file.
+
+    Args:
+        marked: Whether the text may begin with a byte-order mark, which `transformers` does not read.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds no JSON object.
+    """
     try:
-        text = path.read_bytes().decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {str(path)!r}: {error}; download the file again", source=str(path)) from error
-    return parse_config(text, source=str(path))
+        data = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cannot read {str(path)!r}: {error}; check the file", source=str(path)) from error
+    if not marked and data.startswith(MARK):
+        raise ConfigError(
+            f"{str(path)!r} begins with a byte-order mark, which transformers does not read; save it as UTF-8 without "
+            "one",
+            source=str(path),
+        )
+    return parse_config(data, source=str(path))
 
 
-def parse_config(text: str, *, source: str) -> dict[str, object]:
+def parse_config(text: str | bytes, *, source: str) -> dict[str, object]:
     """The JSON object in `text`.
 
     Raises:
         ConfigError: `text` is not JSON, is cut off, or is not an object.
     """
-    try:
-        config = json.loads(text)
-    except json.JSONDecodeError as error:
-        what = "is cut off" if error.pos >= len(text.rstrip()) - 1 else "is not JSON"
-        raise ConfigError(
-            f"{source!r} {what} (line {error.lineno}: {error.msg}); download the file again", source=source
-        ) from error
+    data = text.encode() if isinstance(text, str) else text
+    config = parse_json(data, source, lambda message: ConfigError(message, source=source))
     if not isinstance(config, dict):
         raise ConfigError(
             f"{source!r} holds a JSON {type(config).__name__}, not an object; a model's config.json is needed",
@@ -97,33 +122,38 @@ def parse_config(text: str, *, source: str) -> dict[str, object]:
     return cast("dict[str, object]", config)
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of the checkpoint in `folder`, from the headers of its safetensors files.
+def read_tensors(folder: Path, config: Mapping[str, object] | None = None) -> dict[str, Tensor]:
+    """Every tensor of the checkpoint in `folder`, from the headers of its safetensors files, by its name there.
 
     Raises:
         CheckpointError: there are no safetensors, a file is missing, cut off or corrupt, the index is broken or names
             a file outside the folder, or a tensor is not where the index says.
     """
-    weights = weights_file(folder)
+    weights = weights_file(folder, config)
     if weights.name.endswith(".json"):
         return indexed_tensors(weights, lambda file: read_header(folder / file))
     return read_header(weights)
 
 
-def weights_file(folder: Path) -> Path:
-    """The index of the checkpoint in `folder`, or its one file of weights.
+def weights_file(folder: Path, config: Mapping[str, object] | None = None) -> Path:
+    """The one file of weights of the checkpoint in `folder`, or the index of its shards: the set `transformers` takes.
+
+    A single file comes before an index, for `transformers` reads the single file if a folder has both.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is neither.
     """
-    for name in (INDEX, SINGLE):
+    named = (config or {}).get(NAMED_WEIGHTS)
+    if isinstance(named, str):
+        return folder / _plain_name(named, folder / CONFIG)
+    for name in (SINGLE, INDEX):
         if (folder / name).exists():
             return folder / name
     for pattern in (f"{AUTO_GPTQ_SINGLE}.index.json", AUTO_GPTQ_SINGLE):
         found = sorted(folder.glob(pattern))
         if len(found) == 1:
             return found[0]
-    raise _no_safetensors(folder)
+    raise no_weights(folder, SINGLE, INDEX)
 
 
 def has_weights(folder: Path) -> bool:
@@ -140,50 +170,63 @@ def indexed_tensors(index: Path, read: Callable[[str], dict[str, Tensor]]) -> di
     Raises:
         CheckpointError: the index is broken or names a file outside its folder, or a tensor is not where it says.
     """
-    weight_map = _read_index(index)
+    weight_map = read_index(index)
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(weight_map.values())):
         tensors |= read(file)
     for name, file in weight_map.items():
         if name not in tensors or tensors[name].file != file:
             raise CheckpointError(
-                f"{index.name} says that {name!r} is in {file!r}, which does not hold it; download the checkpoint "
-                "again",
+                f"{index.name} says that {name!r} is in {file!r}, which does not hold it: the index and the shards are "
+                f"of different savings; get {index.name} and {file!r} from the same repository again",
                 path=str(index),
             )
     return tensors
 
 
-def _no_safetensors(folder: Path) -> CheckpointError:
-    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
-    if pickles:
-        return CheckpointError(
-            f"{str(folder)!r} holds only pickle files ({', '.join(pickles[:3])}), which can run code when they are "
-            "opened; only safetensors are read. Where you trust the file, convert it once with: python -c "
-            '"from transformers import AutoModelForCausalLM as M; '
-            f'M.from_pretrained({str(folder)!r}).save_pretrained({str(folder) + "-safetensors"!r})"',
-            path=str(folder / pickles[0]),
-        )
-    return CheckpointError(
-        f"no safetensors in {str(folder)!r}; {SINGLE} or {INDEX} with its shards is needed", path=str(folder)
-    )
+def read_index(path: Path) -> dict[str, str]:
+    """The file of each tensor that an index names.
 
+    Raises:
+        CheckpointError: it is no index, or names a file outside its folder.
+    """
 
-def _read_index(path: Path) -> dict[str, str]:
+    def refused(message: str) -> CheckpointError:
+        return CheckpointError(message, path=str(path))
+
     try:
-        weight_map = json.loads(path.read_bytes())["weight_map"]
-        pairs = {str(name): str(file) for name, file in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise no_weights(path.parent, SINGLE, INDEX) from None
+    except OSError as error:
+        raise refused(f"cannot read {str(path)!r}: {error}; check the file") from error
+    if data.startswith(MARK):
+        raise refused(
+            f"{str(path)!r} begins with a byte-order mark, which transformers does not read; save it as UTF-8 without "
+            "one"
+        )
+    named = f"{str(path)!r} is not a safetensors index with a weight_map"
+    content = parse_json(data, str(path), lambda why: refused(f"{named}: it {why.removeprefix(repr(str(path)) + ' ')}"))
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(content, dict) or not isinstance(weight_map, dict):
+        raise refused(f"{named}; take {path.name} of the repository that the shards are of")
+    if not isinstance(content.get("metadata"), dict):
+        raise refused(
+            f"{str(path)!r} has no object 'metadata', which transformers asks for; write \"metadata\": {{}} beside "
+            '"weight_map"'
+        )
+    return {str(name): _plain_name(str(file), path) for name, file in weight_map.items()}
+
+
+def _plain_name(file: str, source: Path) -> str:
+    """`file` itself. Names come from a downloaded file, so they may only be plain names inside the folder.
+
+    Raises:
+        CheckpointError: it is another.
+    """
+    if file != Path(file).name or "\\" in file or file in ("", ".", ".."):
         raise CheckpointError(
-            f"{str(path)!r} is not a safetensors index with a weight_map ({type(error).__name__}); "
-            "download the file again",
-            path=str(path),
-        ) from error
-    for file in pairs.values():
-        # Names come from a downloaded file, so they may only be plain names inside the folder.
-        if file != Path(file).name or "\\" in file or file in ("", ".", ".."):
-            raise CheckpointError(
-                f"{str(path)!r} points outside its folder: {file!r}; every shard must be a plain file name",
-                path=str(path),
-            )
-    return pairs
+            f"{str(source)!r} points outside its folder: {file!r}; every shard must be a plain file name",
+            path=str(source),
+        )
+    return file

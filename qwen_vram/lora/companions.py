@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_vram.files.companions import companion_files, matching
-from qwen_vram.files.local import read_config
+from qwen_vram.files.local import NAMED_WEIGHTS
 from qwen_vram.lora.adapter import Adapter
 from qwen_vram.lora.tables import TABLES
 from qwen_vram.lora.targets import Targets
@@ -43,9 +43,9 @@ def tokenizer_source(base: Path, adapters: Sequence[Adapter], targets: Targets) 
     return base
 
 
-def merged_config(base: Path, targets: Targets, quantization_config: Mapping[str, Any] | None) -> str:
+def merged_config(base: Mapping[str, object], targets: Targets, quantization_config: Mapping[str, Any] | None) -> str:
     """The text of the output's config.json: the base's, with what the merge changed."""
-    config = read_config(base)
+    config = {key: value for key, value in base.items() if key != NAMED_WEIGHTS}
     config["vocab_size"] = targets.vocab_size
     config["tie_word_embeddings"] = targets.tie_word_embeddings
     if quantization_config is not None:

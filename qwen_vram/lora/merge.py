@@ -12,7 +12,7 @@ import torch
 
 from qwen_vram.errors import CheckpointError
 from qwen_vram.files.companions import REPORT, copy_files
-from qwen_vram.files.local import read_config, read_tensors
+from qwen_vram.files.local import read_tensors
 from qwen_vram.files.output import OutputFolder
 from qwen_vram.lora.adapter import AdapterLike, open_adapters, shortened
 from qwen_vram.lora.errors import AdapterError
@@ -123,7 +123,7 @@ def merge_lora_then_quantize(
 
 def _open_base(base: str | Path) -> Checkpoint:
     checkpoint = open_checkpoint(base)
-    if read_config(checkpoint.folder).get("quantization_config") is not None:
+    if checkpoint.files.config.get("quantization_config") is not None:
         raise CheckpointError(
             f"base {str(base)!r} is already quantized, and merging into quantized weights erases small updates; pass "
             "the 16-bit checkpoint it was made from",

@@ -53,7 +53,7 @@ def plan_merge(
         AdapterError: an adapter does not fit, or holds a NaN.
         CheckpointError: the base's files cannot be read.
     """
-    stored = stored_tensors(checkpoint.folder)
+    stored = stored_tensors(checkpoint.files)
     targets = merge_targets(checkpoint.architecture, str(checkpoint.folder), stored, adapters)
     for adapter in adapters:
         check_finite(adapter)
@@ -69,7 +69,7 @@ def plan_merge(
         targets=targets,
         shards=lay_out(weights, max_shard_bytes),
         files=carried_files(checkpoint.folder, adapters, targets),
-        config=merged_config(checkpoint.folder, targets, quantization_config),
+        config=merged_config(checkpoint.files.config, targets, quantization_config),
         tokenizer=tokenizer_source(checkpoint.folder, adapters, targets),
     )
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 
+from qwen_vram.arithmetic.checkpoint import CheckpointFiles
 from qwen_vram.errors import CheckpointError
 from qwen_vram.files.header import Tensor, read_header
-from qwen_vram.files.local import read_tensors
 from qwen_vram.lora.scratch import scratch
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -106,21 +105,9 @@ class StoredTensor:
         return self.read(start, stop).to(device).float()
 
 
-def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of the checkpoint in `folder`, by name.
-
-    Raises:
-        CheckpointError: as `files.local.read_tensors`.
-    """
-    by_file: dict[str, list[str]] = {}
-    tensors = read_tensors(folder)
-    for name, tensor in tensors.items():
-        by_file.setdefault(tensor.file, []).append(name)
-    return {
-        name: stored
-        for file, names in by_file.items()
-        for name, stored in _locate(folder / file, {name: tensors[name] for name in names}).items()
-    }
+def stored_tensors(files: CheckpointFiles) -> dict[str, StoredTensor]:
+    """Every tensor of a checkpoint, by the model's name."""
+    return _located(files.folder, files.tensors)
 
 
 def stored_in_file(path: Path) -> dict[str, StoredTensor]:
@@ -129,18 +116,12 @@ def stored_in_file(path: Path) -> dict[str, StoredTensor]:
     Raises:
         CheckpointError: as `files.header.read_header`.
     """
-    return _locate(path, read_header(path))
+    return _located(path.parent, read_header(path))
 
 
-def _locate(path: Path, tensors: dict[str, Tensor]) -> dict[str, StoredTensor]:
-    """The same tensors with the bytes where they begin."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        entries = json.loads(file.read(length))
+def _located(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, StoredTensor]:
     return {
-        name: StoredTensor(
-            name, path, tensor.dtype, tensor.shape, 8 + length + entries[name]["data_offsets"][0], tensor.nbytes
-        )
+        name: StoredTensor(name, folder / tensor.file, tensor.dtype, tensor.shape, tensor.offset, tensor.nbytes)
         for name, tensor in tensors.items()
     }
 

@@ -23,15 +23,23 @@ class Budget:
     Attributes:
         devices: What each GPU offers by its number, where the caller named them; `vram` is their sum.
         reserve: What was taken off each GPU, or the host where there is none, to be kept free.
+        held: Bytes of each GPU, by its number, that this process takes beside torch's memory already.
     """
 
     vram: int | None
     ram: int
     devices: Mapping[int, int] = field(default_factory=dict, hash=False)
     reserve: int = 0
+    held: Mapping[int, int] = field(default_factory=dict, hash=False)
 
     @classmethod
-    def of(cls, vram: VramLike = None, ram: str | int | None = None, reserve: str | int | None = None) -> Budget:
+    def of(
+        cls,
+        vram: VramLike = None,
+        ram: str | int | None = None,
+        reserve: str | int | None = None,
+        held: Mapping[int, int] | None = None,
+    ) -> Budget:
         """A budget from what a caller wrote; `None` asks the machine what is free now.
 
         Args:
@@ -41,6 +49,7 @@ class Budget:
             ram: Likewise for the host; `None` is what is available now.
             reserve: Kept free of each GPU, or of the host where there is no GPU: a size, or 0. `None` is 256 MiB where
                 `vram` is read from the machine, and 0 otherwise.
+            held: As for `Budget`.
 
         Raises:
             UnitError: a size without a unit, or a dict that is not keyed by device numbers.
@@ -55,7 +64,7 @@ class Budget:
             return cls(vram=None, ram=max(0, host - kept), reserve=kept)
         devices = {device: max(0, offered - kept) for device, offered in devices.items()}
         left = sum(devices.values()) if devices else max(0, size - kept)
-        return cls(vram=left, ram=host, devices=devices, reserve=kept)
+        return cls(vram=left, ram=host, devices=devices, reserve=kept, held=held or {})
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Budget:
@@ -64,8 +73,15 @@ class Budget:
         Raises:
             TypeError, ValueError: a part is missing or of another form.
         """
-        devices = {int(device): size for device, size in data.get("devices", {}).items()}
-        return cls(**{**data, "devices": devices})
+        by_number = {
+            name: {int(device): size for device, size in data.get(name, {}).items()} for name in ("devices", "held")
+        }
+        return cls(**{**data, **by_number})
+
+    @property
+    def held_on_one(self) -> int:
+        """Bytes of `held` on the only GPU; 0 if nothing is known of it."""
+        return next(iter(self.held.values()), 0)
 
     @property
     def given(self) -> VramLike:

@@ -76,6 +76,11 @@ def _streamed(profile: Profile) -> str:
 def _on_disk(architecture: Architecture, profile: Profile) -> str:
     if not profile.disk_layers or may_be_on_disk(architecture, profile):
         return ""
+    if FORMATS[profile.weights].is_dense:
+        return (
+            f"a layer is stored as {', '.join(architecture.layer_dtypes)} and runs in {profile.dtype}; "
+            "what stays on the disk is used as it is stored: choose weights in that dtype, or use disk_layers=0"
+        )
     return (
         "such layers are made of this checkpoint's 16-bit ones while it loads, and are in no file; quantize it once "
         f"(qwen-vram quantize MODEL OUT --weights {profile.weights}) and load OUT, or use disk_layers=0"

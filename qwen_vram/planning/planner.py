@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from qwen_vram.arithmetic.architecture import Architecture
-from qwen_vram.arithmetic.estimate import Estimate, estimate
-from qwen_vram.arithmetic.model import ModelLike, resolve_model
+from qwen_vram.arithmetic.estimate import Estimate, estimate, warn_of_positions
+from qwen_vram.arithmetic.model import ModelLike, Resolved, adapted, resolve
 from qwen_vram.arithmetic.profile import KNOBS, PROFILES, Profile
 from qwen_vram.arithmetic.split import split_estimate, split_of
 from qwen_vram.arithmetic.workload import Workload
@@ -118,7 +118,8 @@ class Plan:
                 "qwen-vram plan --json"
             ) from error
         if not split and len(budget.devices) < 2:
-            return _plan(estimate(label, architecture, profile, workload), budget, steps, model)
+            alone = estimate(label, architecture, profile, workload, session=True, held=budget.held_on_one)
+            return _plan(alone, budget, steps, model)
         layers = architecture.num_hidden_layers
         counted = all(type(count) is int and count > 0 for count in split.values())
         if not counted or sum(split.values()) != layers or split.keys() != budget.devices.keys():
@@ -126,7 +127,8 @@ class Plan:
                 f"this is no plan (split {split} of {layers} layers over the GPUs {list(budget.devices)}); pass what "
                 "Plan.to_dict() gave, or qwen-vram plan --json"
             )
-        return _plan(split_estimate(label, architecture, profile, workload, split), budget, steps, model)
+        result = split_estimate(label, architecture, profile, workload, split, session=True, held=budget.held)
+        return _plan(result, budget, steps, model)
 
     def __str__(self) -> str:
         """The steps of the search, the table of the estimate, and the equivalent `load` call."""
@@ -180,14 +182,36 @@ def plan(
         NotSupportedError: what loads on no machine, and a knob that works on one GPU alone with several GPUs.
         UnknownNameError, WorkloadError, ConfigError, UnitError, HubError: as for `estimate_vram`.
     """
-    label, architecture = resolve_model(model, adapter)
     workload = Workload(prompt_len=prompt_len, max_new_tokens=max_new_tokens, batch_size=batch_size, padded=padded)
+    budget = Budget.of(vram, ram, reserve)
+    found = resolve(model)
+    result = plan_for(model, workload, budget, found=found, profile=profile, prefer=prefer, adapter=adapter, **knobs)
+    warn_of_positions(result.estimate)
+    return result
+
+
+def plan_for(
+    model: ModelLike,
+    workload: Workload,
+    budget: Budget,
+    *,
+    found: Resolved,
+    profile: str | Profile = "auto",
+    prefer: Prefer = "quality",
+    adapter: str | Path | None = None,
+    **knobs: object,
+) -> Plan:
+    """Plan as `plan()` does, for a budget that is known already, without its warnings.
+
+    Args:
+        found: What `resolve(model)` gave, so that a folder is read once.
+    """
+    architecture = adapted(found, adapter)
     if prefer not in ("quality", "speed", "memory"):
         raise UnknownNameError("prefer", prefer, ("quality", "speed", "memory"))
     workload.check(architecture)
-    budget = Budget.of(vram, ram, reserve)
-    found = Search(label, architecture, workload, budget, profile, knobs).run(prefer)
-    return _plan(found.estimate, budget, found.steps, str(model) if isinstance(model, str | Path) else None)
+    best = Search(found.label, architecture, workload, budget, profile, knobs).run(prefer)
+    return _plan(best.estimate, budget, best.steps, str(model) if isinstance(model, str | Path) else None)
 
 
 def _plan(result: Estimate, budget: Budget, steps: tuple[Step, ...], model: str | None) -> Plan:

@@ -167,7 +167,8 @@ class Search(Walk):
 
     def at(self, workload: Workload) -> Search:
         """The same search for another workload."""
-        return Search(self.label, self.architecture, workload, self.budget, self.profile, self.knobs, self.split)
+        known = (self.label, self.architecture, workload, self.budget, self.profile, self.knobs, self.split)
+        return Search(*known, session=self.session)
 
 
 def _turned(profile: Profile) -> Move:

@@ -22,7 +22,12 @@ _SURELY_TOO_MUCH = 1.01
 
 
 def balanced(
-    label: str, architecture: Architecture, profile: Profile, workload: Workload, budgets: Mapping[int, int]
+    label: str,
+    architecture: Architecture,
+    profile: Profile,
+    workload: Workload,
+    budgets: Mapping[int, int],
+    held: Mapping[int, int] | None = None,
 ) -> Estimate:
     """The split over all of `budgets` (GPU -> bytes) whose fullest GPU needs the smallest share of its budget.
 
@@ -44,7 +49,7 @@ def balanced(
             got=dict(budgets),
         )
     counts = _first_guess(label, architecture, profile, workload, budgets)
-    best = split_estimate(label, architecture, profile, workload, counts)
+    best = split_estimate(label, architecture, profile, workload, counts, held=held)
     if sum(map(_at_least, best.devices.values())) > _SURELY_TOO_MUCH * sum(budgets.values()):
         return best  # nor does any other split fit
     while True:
@@ -53,7 +58,7 @@ def balanced(
         following, fullest = best, shares[full]
         for moved in range(1, min(_MOST_MOVED, counts[full] - 1) + 1) if full != roomy else ():
             moved_counts = {**counts, full: counts[full] - moved, roomy: counts[roomy] + moved}
-            other = split_estimate(label, architecture, profile, workload, moved_counts)
+            other = split_estimate(label, architecture, profile, workload, moved_counts, held=held)
             # Most are no better already by what they need at least, which takes no replay.
             if _fullest(other, budgets, _at_least) < fullest and _fullest(other, budgets) < fullest:
                 following, fullest = other, _fullest(other, budgets)
@@ -67,7 +72,7 @@ def _needed(part: Estimate) -> int:
 
 
 def _at_least(part: Estimate) -> int:
-    return live_bytes(part) + process_bytes(0, part.profile, part.machine)
+    return live_bytes(part) + process_bytes(0, part.profile, part.machine, part.held)
 
 
 def _shares(

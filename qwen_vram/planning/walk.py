@@ -9,7 +9,7 @@ from typing import NamedTuple
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.estimate import Estimate, estimate
 from qwen_vram.arithmetic.profile import Profile
-from qwen_vram.arithmetic.split import ONE_DEVICE, split_estimate
+from qwen_vram.arithmetic.split import ONE_DEVICE, split_estimate, split_of
 from qwen_vram.arithmetic.timing import decode_floor_ms
 from qwen_vram.arithmetic.weights import streaming_slots
 from qwen_vram.arithmetic.workload import Workload
@@ -50,7 +50,8 @@ class Walk:
     """One walk over profiles for a model, a workload and a budget; profile and knobs as for `plan`.
 
     Args:
-        split: Layers of each of several GPUs where that is settled; otherwise every profile gets its own.
+        split: Layers of each of several GPUs if that is settled; otherwise every profile gets its own.
+        session: Count every smaller workload too, in any order, as a plan promises; or this workload alone.
     """
 
     def __init__(
@@ -62,6 +63,8 @@ class Walk:
         profile: str | Profile,
         knobs: dict[str, object],
         split: Mapping[int, int] | None = None,
+        *,
+        session: bool = True,
     ) -> None:
         self.label = label
         self.architecture = architecture
@@ -70,6 +73,7 @@ class Walk:
         self.profile = profile
         self.knobs = knobs
         self.split = split
+        self.session = session
         self.several = len(budget.devices) > 1
         self.start, moves = search_space(architecture, profile, workload, knobs)
         may_read = profile == "auto" and "disk_layers" not in knobs
@@ -146,8 +150,9 @@ class Walk:
 
     def estimate(self, profile: Profile, workload: Workload) -> Estimate:
         """What `profile` takes, on one device or split over the budget's several."""
-        if self.split:
-            return split_estimate(self.label, self.architecture, profile, workload, self.split)
-        if self.several:
-            return balanced(self.label, self.architecture, profile, workload, self.budget.devices)
-        return estimate(self.label, self.architecture, profile, workload)
+        known, budget = (self.label, self.architecture, profile, workload), self.budget
+        split = self.split
+        if not split and not self.several:
+            return estimate(*known, session=self.session, held=budget.held_on_one)
+        split = split or split_of(balanced(*known, budget.devices, budget.held))
+        return split_estimate(*known, split, session=self.session, held=budget.held)

@@ -13,7 +13,6 @@ import torch
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.weights import SMALLEST_READ, table_on_host
 from qwen_vram.errors import BackendUnavailableError, NotSupportedError
-from qwen_vram.files.local import read_tensors
 from qwen_vram.planning.planner import Plan
 from qwen_vram.runtime import attention
 from qwen_vram.runtime.backends.base import Backend, HostBackend, StreamingBackend
@@ -95,7 +94,7 @@ def check_files(checkpoint: Checkpoint, profile: Profile, dtype: torch.dtype) ->
     Raises:
         NotSupportedError: there are.
     """
-    stored = read_tensors(checkpoint.folder)
+    stored = checkpoint.files.tensors
     for weight in checkpoint.architecture.weights():
         tensor = stored.get(weight.name)
         quantized = checkpoint.architecture.stored_format is not None and weight.is_linear

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from qwen_vram.errors import BackendUnavailableError, DoesNotFitError, UnknownNameError
 from qwen_vram.planning.budget import VramLike, by_device
 from qwen_vram.planning.planner import Plan
+from qwen_vram.runtime.measure import process_bytes
 from qwen_vram.units import format_gib
 
 
@@ -70,6 +73,22 @@ def weakest(devices: list[torch.device]) -> torch.device:
     return devices[0] if len(devices) == 1 else min(devices, key=torch.cuda.get_device_capability)
 
 
+def held_beside_torch(devices: Sequence[torch.device]) -> dict[int, int]:
+    """Return the bytes of each GPU that this process takes beside torch's memory, by the GPU's number.
+
+    They are the CUDA context, and kernels and streams of models that were loaded before. A GPU without a CUDA context,
+    or whose driver does not tell, is left out.
+    """
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return {}
+    found = {}
+    for device in devices:
+        taken = process_bytes(device) if device.type == "cuda" and torch.cuda.memory_reserved(device) else None
+        if taken is not None:
+            found[device.index] = max(0, taken - torch.cuda.memory_reserved(device))
+    return found
+
+
 def check_free(chosen: Plan, devices: list[torch.device]) -> None:
     """Hold a plan against what is free now, whatever budget it was made for.
 
@@ -84,7 +103,7 @@ def check_free(chosen: Plan, devices: list[torch.device]) -> None:
         part = chosen.estimate.devices.get(device.index, chosen.estimate)
         free, total = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        room = free + unused + part.machine.cuda_context
+        room = free + unused + max(part.held, part.machine.cuda_context)
         if part.needed_bytes > room:
             raise DoesNotFitError(
                 f"{chosen.estimate.model} needs {format_gib(part.needed_bytes)} of GPU {device.index}, and of its "

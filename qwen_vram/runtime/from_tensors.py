@@ -13,31 +13,30 @@ from typing import Any
 import torch
 from torch import nn
 
-from qwen_vram.files.local import read_tensors
+from qwen_vram.arithmetic.checkpoint import CheckpointFiles
+from qwen_vram.arithmetic.tensor_names import HEAD, TABLE
+from qwen_vram.files.local import GENERATION
+from qwen_vram.runtime.mapped import open_weights
 
-_TABLE, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_GENERATION = "generation_config.json"
 _SPELLED = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 
-def load_with_own_head(folder: Path, **options: Any) -> nn.Module:
+def load_with_own_head(files: CheckpointFiles, *, mapped: bool, config: Any, **options: Any) -> nn.Module:
     """The model of a checkpoint as if the head were stored beside the table: a head of its own for tied embeddings.
 
     A head that the file holds all the same is taken, as `transformers` does where the two differ.
     """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     config.tie_word_embeddings = False
-    with _slices(folder) as tensors:
-        tensors.setdefault(_HEAD, tensors[_TABLE])
-        return _from_tensors(folder, tensors, config=config, **options)
+    with _slices(files, mapped) as tensors:
+        tensors.setdefault(HEAD, tensors[TABLE])
+        return _from_tensors(files.folder, tensors, config=config, **options)
 
 
 def load_without(
-    folder: Path,
+    files: CheckpointFiles,
     parameters: Mapping[str, tuple[int, ...]],
     *,
+    mapped: bool,
     made: Mapping[str, torch.Tensor],
     narrowed: Collection[str],
     **options: Any,
@@ -48,19 +47,20 @@ def load_without(
 
     Args:
         parameters: All parameters of those modules by name, with their shapes in the model.
+        mapped: Whether the files are mapped; otherwise each tensor is read when it is wanted.
         made: Tensors that the files lack.
         narrowed: Names of tensors that are cast to the model's dtype as they are read.
         **options: With `config`.
     """
     modules = tuple({f"{name.rpartition('.')[0]}." for name in parameters})
-    with _slices(folder) as tensors:
+    with _slices(files, mapped) as tensors:
         shown = {
             name: _Narrowed(tensor, options["dtype"]) if name in narrowed else tensor
             for name, tensor in tensors.items()
             if not name.startswith(modules)
         }
         shown |= {name: torch.empty(shape, device="meta") for name, shape in parameters.items()} | dict(made)
-        return _from_tensors(folder, shown, **options)
+        return _from_tensors(files.folder, shown, **options)
 
 
 class _Narrowed:
@@ -84,14 +84,12 @@ class _Narrowed:
 
 
 @contextmanager
-def _slices(folder: Path) -> Iterator[dict[str, Any]]:
-    """Every tensor of a checkpoint by name, to be read when it is sliced."""
-    from safetensors import safe_open
-
-    places = {name: tensor.file for name, tensor in read_tensors(folder).items()}
+def _slices(files: CheckpointFiles, mapped: bool) -> Iterator[dict[str, Any]]:
+    """Every tensor of a checkpoint by the model's name, to be read when it is sliced."""
     with ExitStack() as stack:
-        files = {file: stack.enter_context(safe_open(folder / file, "pt")) for file in set(places.values())}
-        yield {name: files[file].get_slice(name) for name, file in places.items()}
+        names = {tensor.file for tensor in files.tensors.values()}
+        opened = {name: stack.enter_context(open_weights(files.folder / name, mapped=mapped)) for name in names}
+        yield {name: opened[tensor.file].get_slice(tensor.name) for name, tensor in files.tensors.items()}
 
 
 def _from_tensors(folder: Path, tensors: Mapping[str, Any], *, config: Any, **options: Any) -> nn.Module:
@@ -101,7 +99,7 @@ def _from_tensors(folder: Path, tensors: Mapping[str, Any], *, config: Any, **op
     model: Any = kind.from_pretrained(None, config=config, state_dict=tensors, **options)
     # What else from_pretrained takes from a folder.
     model.name_or_path = model.config.name_or_path = str(folder)
-    if (folder / _GENERATION).is_file():
+    if (folder / GENERATION).is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     loaded: nn.Module = model
     return loaded

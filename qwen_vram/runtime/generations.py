@@ -1,14 +1,15 @@
-"""Generating by a plan: its cache, the room that a workload has, and what each run took."""
+"""Generating by a plan, one generation at a time: its cache, what a workload may take, and what each run took."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
-from transformers import Cache, StaticCache
+from transformers import Cache, StaticCache, StoppingCriteriaList
 
 from qwen_vram.arithmetic.estimate import Estimate
 from qwen_vram.arithmetic.split import at_workload, split_of
@@ -16,26 +17,43 @@ from qwen_vram.arithmetic.workload import Workload
 from qwen_vram.errors import DoesNotFitError, WorkloadError
 from qwen_vram.planning.planner import Plan
 from qwen_vram.planning.search import Search
+from qwen_vram.runtime.asked import Asked
 from qwen_vram.runtime.decode_room import RoomCache
 from qwen_vram.runtime.decoder import Decoder
 from qwen_vram.runtime.host_cache import HostCache
+from qwen_vram.runtime.job import Job
 from qwen_vram.runtime.kv_cache import PreallocatedCache, cache_bytes
 from qwen_vram.runtime.measure import PeakMeter
+from qwen_vram.runtime.segments import Segments
+from qwen_vram.runtime.stopping import StopOfTurn
+from qwen_vram.runtime.turns import Turn, Turns
+
+# What `generate` returns beside its tokens is thrown away here, whatever a generation_config.json asks for.
+_TOKENS_ALONE = {
+    "return_dict_in_generate": True,
+    "output_scores": False,
+    "output_logits": False,
+    "output_attentions": False,
+    "output_hidden_states": False,
+}
 
 
 class Generations:
-    """Runs a loaded model's generations. Holds no model, so that a closed one is given back while reports stay.
+    """Makes the generations of a loaded model. Holds no model, so that reports stay after the model's memory is free.
 
     Attributes:
+        turns: The order of the generations; one of them runs at a time.
         measured: What loading took, and the last generation where there was one, on each device.
     """
 
     def __init__(self, plan: Plan, loaded: Mapping[torch.device, dict[str, int]], decoder: Decoder | None) -> None:
         self.plan = plan
+        self.turns = Turns()
         self.decoder = decoder
         self.devices = tuple(loaded)
         self.device = self.devices[0]
         self.measured = {device: dict(parts) for device, parts in loaded.items()}
+        self._segments = Segments(plan, self.devices)
         self._last: Workload | None = None
 
     def prediction(self) -> Estimate:
@@ -62,37 +80,88 @@ class Generations:
             return HostCache(layers, max_length=max_length, split=split)
         return PreallocatedCache(layers, max_length=max_length, kv_cache=profile.kv_cache, split=split)
 
-    @torch.inference_mode()
-    def run(
-        self, model: Any, inputs: Mapping[str, torch.Tensor], max_new_tokens: int | None, options: Mapping[str, Any]
-    ) -> torch.Tensor:
-        """Prompts and what followed, (batch, tokens): `model.generate` with the plan's cache, and `options` on top.
+    def job(
+        self,
+        model: Callable[[], Any],
+        inputs: Mapping[str, torch.Tensor],
+        max_new_tokens: int | None,
+        options: Mapping[str, Any],
+        ended: Callable[[], object] | None = None,
+    ) -> Job[torch.Tensor]:
+        """A generation that has not started: prompts and what follows, (batch, tokens).
+
+        It is `model.generate` with the plan's cache, and `options` on top.
+
+        Args:
+            model: Gives the model, or raises the error of a closed one. It is asked again when the turn comes.
+            ended: Called in the job's thread after its end.
 
         Raises:
-            DoesNotFitError, WorkloadError: as for `LoadedModel.chat`, before anything is allocated.
+            DoesNotFitError, WorkloadError, NotSupportedError: as for `LoadedModel.chat`, before anything is allocated.
         """
+        asked = Asked(model(), options)
+        asked.check()
         batch_size, prompt_len = inputs["input_ids"].shape
-        new = self.plan.workload.max_new_tokens if max_new_tokens is None else max_new_tokens
-        copies = max(int(options.get(name) or 1) for name in ("num_beams", "num_return_sequences"))
         workload = Workload(
             prompt_len=prompt_len,
-            max_new_tokens=new,
-            batch_size=batch_size * copies,
+            max_new_tokens=self.plan.workload.max_new_tokens if max_new_tokens is None else max_new_tokens,
+            batch_size=batch_size * asked.sequences(),
             padded=not bool(inputs["attention_mask"].all()),
         )
         length = self._cache_length(workload)
+        self._check_asked(asked, workload)
+        own_cache = asked.brings_cache()
+        work = partial(self._run, model, inputs, workload, None if own_cache else length, options)
+        return Job(self.turns, work, self.device, ended)
+
+    @torch.inference_mode()
+    def _run(
+        self,
+        model: Callable[[], Any],
+        inputs: Mapping[str, torch.Tensor],
+        workload: Workload,
+        length: int | None,
+        options: Mapping[str, Any],
+        turn: Turn,
+    ) -> torch.Tensor:
+        """The work of a job: `length` is as for `_cache_settings`, and `None` if the options bring a cache."""
+        with self._segments.within_promise((workload, length)):
+            return self._generate(model(), inputs, workload, length, options, turn)
+
+    def _generate(
+        self,
+        generator: Any,
+        inputs: Mapping[str, torch.Tensor],
+        workload: Workload,
+        length: int | None,
+        options: Mapping[str, Any],
+        turn: Turn,
+    ) -> torch.Tensor:
         meters = [PeakMeter(device) for device in self.devices]
         for meter in meters:
             meter.start()
         on_device = {name: tensor.to(self.device) for name, tensor in inputs.items()}
-        settings = {"max_new_tokens": new, **self._cache_settings(model, workload, length), **options}
+        stop = StopOfTurn(turn, workload.prompt_len)
+        settings = {
+            "max_new_tokens": workload.max_new_tokens,
+            # The plan's cache replaces the file's; and a step that transformers compiles takes memory of its own.
+            "cache_implementation": None,
+            "disable_compile": True,
+            **({} if length is None else self._cache_settings(generator, workload, length)),
+            **options,
+            "stopping_criteria": StoppingCriteriaList([*(options.get("stopping_criteria") or ()), stop]),
+            **_TOKENS_ALONE,
+        }
         cache = settings.get("past_key_values")
         try:
-            output = model.generate(**on_device, **{**settings, "return_dict_in_generate": True})
+            with stop.before_chunks(generator):
+                output = generator.generate(**on_device, **settings)
             self._note(workload, output, meters)
         finally:
             if isinstance(cache, RoomCache) and "past_key_values" not in options:
-                cache.release()  # or an error's traceback would keep the memory from the next generation
+                cache.release()  # or what still refers to it would keep the memory from the next generation
+        if stop.obeyed:
+            turn.check(output.sequences.shape[1] - workload.prompt_len)
         return cast("torch.Tensor", output.sequences)
 
     def _cache_settings(self, model: Any, workload: Workload, length: int) -> dict[str, Any]:
@@ -144,7 +213,29 @@ class Generations:
         known = self.plan.estimate
         assert known.architecture is not None
         split = split_of(known)
-        Search(known.model, known.architecture, workload, self.plan.budget, known.profile, {}, split).run("quality")
+        budget, profile = self.plan.budget, known.profile
+        alone = Search(known.model, known.architecture, workload, budget, profile, {}, split, session=False)
+        alone.run("quality")
+
+    def _check_asked(self, asked: Asked, workload: Workload) -> None:
+        """Hold the cache and the chunk size that options ask for against the budget.
+
+        Raises:
+            DoesNotFitError: they do not fit.
+            NotSupportedError: no estimate counts them.
+        """
+        profile = asked.profile(self.plan.profile)
+        held = asked.cache_length() - workload.prompt_len
+        if held > workload.max_new_tokens:
+            workload = replace(workload, max_new_tokens=held)
+        if profile == self.plan.profile:
+            if not self._is_covered(workload):
+                self._check_room(workload)
+            return
+        known = self.plan.estimate
+        assert known.architecture is not None
+        split = split_of(known)
+        Search(known.model, known.architecture, workload, self.plan.budget, profile, {}, split).run("quality")
 
     def _note(self, workload: Workload, output: Any, meters: list[PeakMeter]) -> None:
         """Keep what the generation took, under the names of the estimate's parts."""
@@ -160,7 +251,7 @@ class Generations:
             # The last token is never stored: a caller's cache may be one shorter than the workload.
             new = max(1, cache.layers[0].max_length - workload.prompt_len)
             workload = replace(workload, max_new_tokens=new)
-        self._last = workload
+        measured = {device: dict(parts) for device, parts in self.measured.items()}
         for meter in meters:
             held = cache_bytes(cache, meter.device)
             run = {"kv_cache": held, **meter.stop()}
@@ -170,4 +261,5 @@ class Generations:
                 answer = output.sequences.nbytes if meter.device == self.device else 0
                 run["workspace"] = max(0, meter.allocated() - held - answer - weights)
                 run["activations"] = run["peak_allocated"] - weights - held - run["workspace"]
-            self.measured[meter.device].update(run)
+            measured[meter.device].update(run)
+        self._last, self.measured = workload, measured  # at once, for another thread may ask for a report

@@ -127,6 +127,7 @@ class PreallocatedCache(Cache):  # type: ignore[misc]
                 else:
                     layers.append(QuantizedLayer(max_length, kv_cache, room))
         super().__init__(layers=layers)
+        self.kv_cache = kv_cache
 
 
 def cache_bytes(cache: Cache, device: torch.device | None = None) -> int:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from threading import Event, Thread
+from threading import Lock
 from types import TracebackType
 from typing import Any, cast
 
@@ -16,18 +15,21 @@ from transformers import (
     MaxLengthCriteria,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    StoppingCriteria,
     StoppingCriteriaList,
-    TextIteratorStreamer,
 )
+from transformers.generation.streamers import BaseStreamer
 
 from qwen_vram.errors import CheckpointError, QwenVramError, WorkloadError
 from qwen_vram.planning.planner import Plan
+from qwen_vram.runtime.answer_stream import AnswerStream, Tee
 from qwen_vram.runtime.decoder import Decoder
 from qwen_vram.runtime.generations import Generations
+from qwen_vram.runtime.job import Job
 from qwen_vram.runtime.measure import Report
+from qwen_vram.runtime.memory import give_back_memory
 from qwen_vram.runtime.save import SaveReport, save
 from qwen_vram.runtime.streaming import Streamer
+from qwen_vram.runtime.turns import CLOSED
 
 Message = Mapping[str, str]
 
@@ -38,6 +40,10 @@ class LoadedModel:
     `model, tokenizer = loaded` unpacks, and `with load(...) as loaded:` gives the memory back at the end. `model` works
     in pipelines, with PEFT and with its own `generate`; `generate`, `chat` and `stream` here also obey the plan's cache
     and chunk size, and refuse, before anything is allocated, a workload that would not fit the plan's budget.
+
+    Threads may share it: one generation runs at a time, the others wait in the order in which they were asked for. Each
+    runs in a thread of its own; autocast and other settings that PyTorch keeps for each thread do not reach it, except
+    for the current CUDA stream.
 
     Attributes:
         model: The `transformers` model.
@@ -66,6 +72,7 @@ class LoadedModel:
         self._folder = folder
         self._streamer = streamer
         self._generations = Generations(plan, measured, decoder)
+        self._freeing = Lock()
         if plan.profile.prefill_chunk_size is not None:
             self.model.generation_config.prefill_chunk_size = plan.profile.prefill_chunk_size
         if tokenizer.pad_token_id is None:
@@ -79,7 +86,7 @@ class LoadedModel:
             QwenVramError: after `close()`.
         """
         if self._model is None:
-            raise QwenVramError("this model is closed; load it again")
+            raise QwenVramError(CLOSED)
         return self._model
 
     @property
@@ -104,16 +111,30 @@ class LoadedModel:
         state = "closed" if self._model is None else f"on {', '.join(map(str, self.devices))}"
         return f"<LoadedModel {self.plan.estimate.model}, {self.plan.profile.weights} weights, {state}>"
 
+    def stop(self) -> None:
+        """Stop the generation that runs now, with its next token; any thread may call this, and it does not wait.
+
+        The generation's caller gets a `GenerationStoppedError`; a stream's reader gets it after the pieces so far.
+        Generations that wait for their turn are not stopped.
+        """
+        self._generations.turns.stop("was stopped by stop()")
+
     def close(self) -> None:
-        """Give the memory back; calling it again changes nothing."""
-        self._model = None
-        if self._streamer is not None:
-            self._streamer.close()
-        if self._generations.decoder is not None:
-            self._generations.decoder.close()
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        """Give the memory back; calling it again changes nothing. Any thread may call this.
+
+        A generation that runs is stopped with its next token, as by `stop()`, and those that wait are refused.
+
+        Raises:
+            QwenVramError: it is called inside a generation of this model, for whose end it would wait.
+        """
+        self._generations.turns.close()
+        with self._freeing:
+            self._model = None
+            if self._streamer is not None:
+                self._streamer.close()
+            if self._generations.decoder is not None:
+                self._generations.decoder.close()
+            give_back_memory()
 
     def chat(
         self,
@@ -132,6 +153,8 @@ class LoadedModel:
         Raises:
             DoesNotFitError: the conversation is longer than planned, and does not fit the budget.
             WorkloadError: it does not fit the model's positions.
+            NotSupportedError: an option takes memory that no plan counts.
+            GenerationStoppedError: `stop()` or `close()` was called in the meantime.
         """
         inputs = self._conversation(message, system)
         return self._answer(inputs, max_new_tokens, options)[0]
@@ -142,7 +165,7 @@ class LoadedModel:
         """The text that continues a prompt, or a list of them as one batch; without the prompt itself.
 
         Raises:
-            DoesNotFitError, WorkloadError: as for `chat`.
+            DoesNotFitError, WorkloadError, NotSupportedError, GenerationStoppedError: as for `chat`.
         """
         single = isinstance(prompt, str)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, Sequence) else []
@@ -159,36 +182,24 @@ class LoadedModel:
         system: str | None = None,
         max_new_tokens: int | None = None,
         **options: Any,
-    ) -> Iterator[str]:
+    ) -> AnswerStream:
         """The answer to a question or a conversation, piece by piece as it is made.
 
-        Leaving the loop early stops the generation.
+        The first piece that is read starts the generation. It goes on by itself, whether more is read or not: leaving
+        the loop early, dropping the stream, or its `close()`, which any thread may call, stops it.
 
         Raises:
-            DoesNotFitError, WorkloadError: as for `chat`, before the first piece.
+            DoesNotFitError, WorkloadError, NotSupportedError: as for `chat`, before the first piece.
+            GenerationStoppedError: as for `chat`, after the last piece that was made.
         """
         inputs = self._conversation(message, system)
-        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        stop = _StopWhen(Event())
-        failures: list[BaseException] = []
 
-        def work() -> None:
-            try:
-                extra = {**options, "streamer": streamer, "stopping_criteria": StoppingCriteriaList([stop])}
-                self._generate(inputs, max_new_tokens, extra)
-            except BaseException as error:  # handed to the reader below
-                failures.append(error)
-                streamer.end()
+        def make(streamer: BaseStreamer, ended: Callable[[], object]) -> Job[torch.Tensor]:
+            both = Tee(options["streamer"], streamer) if options.get("streamer") else streamer
+            extra = {**options, "streamer": both}
+            return self._generations.job(lambda: self.model, inputs, max_new_tokens, extra, ended)
 
-        thread = Thread(target=work, daemon=True)
-        thread.start()
-        try:
-            yield from (piece for piece in streamer if piece)
-        finally:
-            stop.event.set()
-            thread.join()
-        if failures:
-            raise failures[0]
+        return AnswerStream(self.tokenizer, make)
 
     def new_cache(self, *, max_length: int) -> Cache:
         """A preallocated cache of `max_length` tokens, where the plan has it, for `generate(past_key_values=...)`.
@@ -218,7 +229,8 @@ class LoadedModel:
         """Write the quantized weights as they are: a checkpoint that loads without the 16-bit file, bit for bit.
 
         `load()` takes it with no knob, `transformers` with `from_pretrained`. A table on the host is in it too. One
-        tensor at a time passes through the host. Nothing appears at `out` before all is there, and then all at once.
+        tensor at a time passes through the host. Nothing appears at `out` before all is there, and then all at once. It
+        takes a turn, as a generation does, and cannot be stopped by `stop()`.
 
         Args:
             out: A new folder.
@@ -232,15 +244,17 @@ class LoadedModel:
         """
         architecture = self.plan.estimate.architecture
         assert architecture is not None
-        return save(
-            self.model,
-            architecture,
-            self.plan.profile,
-            source=self._folder,
-            out=Path(out),
-            max_shard_size=max_shard_size,
-            overwrite=overwrite,
-            progress=progress,
+        return self._generations.turns.run(
+            lambda: save(
+                self.model,
+                architecture,
+                self.plan.profile,
+                source=self._folder,
+                out=Path(out),
+                max_shard_size=max_shard_size,
+                overwrite=overwrite,
+                progress=progress,
+            )
         )
 
     def probe(
@@ -316,17 +330,9 @@ class LoadedModel:
     def _generate(
         self, inputs: Mapping[str, torch.Tensor], max_new_tokens: int | None, options: Mapping[str, Any]
     ) -> torch.Tensor:
-        return self._generations.run(self.model, inputs, max_new_tokens, options)
-
-
-class _StopWhen(StoppingCriteria):  # type: ignore[misc]
-    """Stops a generation when its event is set."""
-
-    def __init__(self, event: Event) -> None:
-        self.event = event
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device, dtype=torch.bool)
+        job = self._generations.job(lambda: self.model, inputs, max_new_tokens, options)
+        job.start()
+        return job.result()
 
 
 def _is_message(one: object) -> bool:

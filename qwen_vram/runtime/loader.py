@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,16 @@ from typing import Any
 import torch
 
 from qwen_vram.arithmetic.adapter import adapter_folder
-from qwen_vram.arithmetic.model import ModelLike
+from qwen_vram.arithmetic.estimate import warn_of_positions
+from qwen_vram.arithmetic.model import ModelLike, resolve
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.tiles import head_by_tiles
 from qwen_vram.arithmetic.weights import disk_buffers, head_is_a_copy, streaming_slots, table_on_host
+from qwen_vram.arithmetic.workload import Workload
 from qwen_vram.errors import BackendUnavailableError, NotSupportedError
-from qwen_vram.files.local import read_tensors
-from qwen_vram.planning.budget import VramLike
-from qwen_vram.planning.planner import Plan, plan
+from qwen_vram.files.local import CONFIG
+from qwen_vram.planning.budget import Budget, VramLike
+from qwen_vram.planning.planner import Plan, plan_for
 from qwen_vram.planning.search import Prefer
 from qwen_vram.runtime import attention
 from qwen_vram.runtime.adapter import add_adapter, check_adapter, check_peft
@@ -26,15 +29,16 @@ from qwen_vram.runtime.backends.base import Backend, Request, StreamingBackend
 from qwen_vram.runtime.backends.bnb_notes import check_notes
 from qwen_vram.runtime.blob import HostMemory
 from qwen_vram.runtime.check import check, check_files, check_host, dtype_for
-from qwen_vram.runtime.checkpoint import Checkpoint, open_checkpoint, open_tokenizer
+from qwen_vram.runtime.checkpoint import Checkpoint, model_config, open_checkpoint, open_tokenizer, warn_of_files
 from qwen_vram.runtime.decoder import decoder_for
 from qwen_vram.runtime.device_map import away_of, connect, device_map, left_out, undispatched
-from qwen_vram.runtime.devices import check_free, devices_for, weakest
+from qwen_vram.runtime.devices import check_free, devices_for, held_beside_torch, weakest
 from qwen_vram.runtime.fused_layers import fuse_layers
 from qwen_vram.runtime.garbage import collect_dropped, garbage_of_this_load
 from qwen_vram.runtime.host_embedding import move_embedding_to_host
 from qwen_vram.runtime.loaded import LoadedModel
 from qwen_vram.runtime.measure import PeakMeter, weight_storages
+from qwen_vram.runtime.memory import give_back_heap, nothing_left_after_a_failure
 from qwen_vram.runtime.packing import pack_layers
 from qwen_vram.runtime.progress import transformers_bars
 from qwen_vram.runtime.streaming import Streamer
@@ -57,6 +61,7 @@ def load(
     device: str | None = None,
     progress: bool = True,
     verify: bool = False,
+    disable_mmap: bool = False,
     **knobs: object,
 ) -> LoadedModel:
     """Load a checkpoint as `plan()` would, with the same arguments, and return it with its plan.
@@ -71,6 +76,8 @@ def load(
         adapter: Folder or hub id of a LoRA adapter, run beside the base by PEFT; the model is then a `PeftModel`.
         device: `"cuda"` or `"cpu"`; `None` takes the GPU where there is one.
         progress: Show transformers' bars while weights load and streamed layers are packed.
+        disable_mmap: Read the weights through instead of mapping them, for network drives, on which a mapped file is
+            fetched page by page.
         verify: Run one prefill of `prompt_len` random tokens and one decode step before returning.
 
     Raises:
@@ -86,22 +93,14 @@ def load(
     place = weakest(devices)
     if place.type == "cuda" and profile == "auto" and torch.cuda.get_device_capability(place) < (8, 0):
         knobs.setdefault("attention", "sdpa")  # the flash kernel begins with Ampere
-    planned = partial(
-        plan,
-        model,
-        profile=profile,
-        vram={} if place.type == "cpu" else vram or None,
-        ram=ram,
-        reserve=reserve,
-        prefer=prefer,
-        prompt_len=prompt_len,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        padded=padded,
-        adapter=adapter,
-        **knobs,
-    )
+    workload = Workload(prompt_len=prompt_len, max_new_tokens=max_new_tokens, batch_size=batch_size, padded=padded)
+    offered = {} if place.type == "cpu" else vram
+    budget = Budget.of(offered, ram, reserve, held=held_beside_torch(devices))
+    found = resolve(model)
+    asked: dict[str, Any] = {"found": found, "profile": profile, "prefer": prefer, "adapter": adapter}
+    planned = partial(plan_for, model, workload, budget, **asked, **knobs)
     chosen = planned()
+    warn_of_positions(chosen.estimate)
     backend = get_backend(chosen.profile.weights)
     if chosen.profile.host_layers and "host_layers" not in knobs and profile == "auto":
         try:
@@ -115,15 +114,29 @@ def load(
         check_peft()
         assert chosen.estimate.architecture is not None
         check_adapter(adapter_folder(adapter), chosen.estimate.architecture, chosen.profile)
+    if disable_mmap and "disk" in device_map(chosen, devices[0]).values():
+        raise NotSupportedError(
+            f"disable_mmap=True does not go with streamed_layers={chosen.profile.streamed_layers} of a 16-bit "
+            "checkpoint, which would be in host memory whole while it loads; copy the checkpoint to a disk of this "
+            "machine, use streamed_layers=0, or quantize it once and load that",
+            knob="disable_mmap",
+            value=True,
+        )
+    if found.config:
+        model_config(found.config, found.source)  # what transformers refuses is refused before a download
     check_free(chosen, devices)
-    with garbage_of_this_load():
-        llm = _build(open_checkpoint(model), chosen, backend, devices, adapter, progress)
-    if verify:
-        try:
-            check_plan(llm)
-        except BaseException:
-            llm.close()
-            raise
+    with nothing_left_after_a_failure():
+        with garbage_of_this_load(), ExitStack() as after_a_failure:
+            checkpoint = open_checkpoint(model, found)
+            llm = _build(checkpoint, chosen, backend, devices, adapter, progress, disable_mmap, after_a_failure)
+            after_a_failure.pop_all()
+        give_back_heap()
+        if verify:
+            try:
+                check_plan(llm)
+            except BaseException:
+                llm.close()
+                raise
     return llm
 
 
@@ -134,16 +147,21 @@ def _build(
     devices: list[torch.device],
     adapter: str | Path | None,
     progress: bool,
+    disable_mmap: bool,
+    after_a_failure: ExitStack,
 ) -> LoadedModel:
     profile, device, dtype = chosen.profile, devices[0], dtype_for(chosen.profile, weakest(devices))
     if profile.disk_layers:
         check_files(checkpoint, profile, dtype)
     if checkpoint.architecture.stored_format is not None:
-        check_notes(checkpoint.folder, read_tensors(checkpoint.folder), checkpoint.architecture)
+        check_notes(checkpoint.folder, checkpoint.files.tensors, checkpoint.architecture)
+    warn_of_files(checkpoint.files, profile)
     attention.register()
     late_head = head_by_tiles(checkpoint.architecture, profile)
     request = Request(
-        folder=str(checkpoint.folder),
+        files=checkpoint.files,
+        config=model_config(checkpoint.files.config, str(checkpoint.folder / CONFIG), checkpoint.folder),
+        disable_mmap=disable_mmap,
         profile=profile,
         device=device,
         dtype=dtype,
@@ -154,7 +172,7 @@ def _build(
         late_head=late_head,
         left_out=left_out(chosen),
     )
-    tokenizer = open_tokenizer(checkpoint.folder)
+    tokenizer = open_tokenizer(checkpoint.folder, request.config)
     meters = [PeakMeter(one) for one in devices]
     for meter in meters:
         meter.start()
@@ -169,6 +187,7 @@ def _build(
             blocks = pack_layers(model, away_of(chosen), backend, request, memory, bar)
             slots = streaming_slots(checkpoint.architecture, profile)
             streamer = Streamer(blocks, memory, slots, disk_buffers(profile))
+            after_a_failure.callback(streamer.close)
     if table_on_host(checkpoint.architecture, profile):
         move_embedding_to_host(model, device)
     if device.type == "cpu" and backend.name == "bnb":
@@ -191,6 +210,7 @@ def _build(
     if profile.compiled:
         with transformers_bars(progress) as bar:
             decoder = decoder_for(model, chosen.workload, bar)
+            after_a_failure.callback(decoder.close)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,

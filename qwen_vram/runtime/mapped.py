@@ -10,18 +10,30 @@ from typing import Any
 
 from torch import Tensor
 
-from qwen_vram.files.local import read_tensors
+from qwen_vram.arithmetic.checkpoint import CheckpointFiles
 from qwen_vram.runtime.image import Piece, WeightsFile
 
 
-class MappedCheckpoint:
-    """The checkpoint in `folder`; `files` keeps its files open for mapped tensors."""
+def open_weights(path: Path, *, mapped: bool) -> Any:
+    """A safetensors file, open: its tensors are mapped, or each is read when it is asked for."""
+    from safetensors import safe_open
 
-    def __init__(self, folder: Path, files: ExitStack) -> None:
-        self.folder = folder
-        self._places = read_tensors(folder)
+    return safe_open(path, framework="pt") if mapped else safe_open(path, framework="pt", backend="pread")
+
+
+class MappedCheckpoint:
+    """The tensors of a checkpoint; `stack` keeps its files open for them.
+
+    Args:
+        mapped: Whether they are mapped; otherwise each is read when it is asked for.
+    """
+
+    def __init__(self, files: CheckpointFiles, stack: ExitStack, *, mapped: bool) -> None:
+        self.folder = files.folder
+        self._mapped = mapped
+        self._places = files.tensors
         self._names = sorted(self._places)
-        self._files = files
+        self._files = stack
         self._opened: dict[str, Any] = {}
         self._to_read: dict[str, WeightsFile] = {}
         self._given: dict[int, tuple[str, Tensor]] = {}
@@ -47,11 +59,9 @@ class MappedCheckpoint:
         self._given.clear()
 
     def _tensor(self, name: str) -> Tensor:
-        from safetensors import safe_open
-
         file = self._places[name].file
         if file not in self._opened:
-            self._opened[file] = self._files.enter_context(safe_open(self.folder / file, framework="pt"))
-        found: Tensor = self._opened[file].get_tensor(name)
+            self._opened[file] = self._files.enter_context(open_weights(self.folder / file, mapped=self._mapped))
+        found: Tensor = self._opened[file].get_tensor(self._places[name].name)
         self._given[found.data_ptr()] = (name, found)
         return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -37,7 +36,7 @@ def pack_layers(
     model.generation_config.disable_compile = True  # a compiled step would keep the first addresses of all weights
     blocks: list[Block] = []
     with ExitStack() as files:
-        mapped = MappedCheckpoint(Path(request.folder), files)
+        mapped = MappedCheckpoint(request.files, files, mapped=not request.disable_mmap)
         if request.late_head:
             _build(model, "lm_head", "model.embed_tokens" if _untie(model) else "lm_head", mapped, backend, request)
         for number in progress(sorted(away.streamed), desc="Packing streamed layers"):

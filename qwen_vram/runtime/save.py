@@ -17,7 +17,7 @@ from qwen_vram.arithmetic.storage import FORMAT_NAMES, FORMATS
 from qwen_vram.errors import NotSupportedError, UnknownNameError
 from qwen_vram.files.companions import companion_files, copy_files
 from qwen_vram.files.layout import Shard, Slot, disk_bytes, lay_out
-from qwen_vram.files.local import CONFIG, read_config
+from qwen_vram.files.local import CONFIG, NAMED_WEIGHTS, read_config
 from qwen_vram.files.output import OutputFolder
 from qwen_vram.runtime.backends import get_backend
 from qwen_vram.runtime.backends.base import SavingBackend
@@ -181,7 +181,7 @@ def _check(modules: list[_Module], architecture: Architecture) -> None:
 
 def _config(source: Path, model: PreTrainedModel, quantization: dict[str, Any]) -> str:
     """The text of the output's config.json: the source's, with the formats that the weights have now."""
-    config = read_config(source)
+    config = {key: value for key, value in read_config(source).items() if key != NAMED_WEIGHTS}
     for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:
         config[key] = str(model.dtype).removeprefix("torch.")
     config |= {"tie_word_embeddings": model.config.tie_word_embeddings, "quantization_config": quantization}

@@ -7,8 +7,9 @@ the disk, and for layers that it computes itself (`host_layers`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from threading import RLock
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from qwen_vram.runtime.blocks import Block, DiskBlock, HostBlock
 from qwen_vram.runtime.disk import Buffer, DiskReader
 from qwen_vram.runtime.host_layers import HostLayer
 from qwen_vram.runtime.slot import Slot
+from qwen_vram.runtime.turns import CLOSED
 
 
 class Streamer:
@@ -28,9 +30,9 @@ class Streamer:
 
     Those of `hosts` compute on the CPU where a step has few rows, and are brought into slots where it has many, or once
     they have an adapter. Blocks follow each other in a circle, as tokens make them; any other order works too, more
-    slowly. One thread at a time may run the model. Between its runs a layer's parameters show whatever its last slot
-    holds now, except to `state_dict()`, which reads the host: what writes into parameters, as merging an adapter does,
-    is lost. Layers that stream compute no gradients.
+    slowly. Threads may run the model at once: a lock lets one of them at a time run a layer. Between its runs a layer's
+    parameters show whatever its last slot holds now, except to `state_dict()`, which reads the host: what writes into
+    parameters, as merging an adapter does, is lost. Layers that stream compute no gradients.
     """
 
     def __init__(self, blocks: Sequence[Block], memory: HostMemory, slots: int, disk_buffers: int = 0) -> None:
@@ -46,6 +48,7 @@ class Streamer:
             Slot(index, torch.empty(largest, dtype=torch.uint8, device=self.device)) for index in range(slots)
         ]
         self._hooks: list[Any] = []
+        self._one_at_a_time = RLock()
         for slot in self.slots:
             if self.stream is not None:
                 # The last copy may still run when a model is dropped: its slot must not go to anyone before.
@@ -78,33 +81,38 @@ class Streamer:
 
     def close(self) -> None:
         """Give back the slots and the host's memory; the layers cannot run any more."""
-        if self.stream is not None:
-            self.stream.synchronize()
-        if self._reader is not None:
-            self._reader.close()
-        for block in self.blocks:
-            block.drop()
-        for hook in self._hooks:
-            hook.remove()
-        for host in self.hosts.values():
-            host.remove()
-        for block in self.blocks:
-            block.layer.register_forward_pre_hook(_refuse)
-        self.blocks, self.slots, self._hooks, self.hosts, self._orders = [], [], [], {}, {}
-        self._memory.give_back()
+        with self._one_at_a_time:  # a thread may run the model, for which no turn of ours was asked
+            if self.stream is not None:
+                self.stream.synchronize()
+            if self._reader is not None:
+                self._reader.close()
+            for block in self.blocks:
+                block.drop()
+            for hook in self._hooks:
+                hook.remove()
+            for host in self.hosts.values():
+                host.remove()
+            for block in self.blocks:
+                block.layer.forward = _refuse
+            self.blocks, self.slots, self._hooks, self.hosts, self._orders = [], [], [], {}, {}
+            self._memory.give_back()
 
     def _attach(self, number: int, block: Block) -> None:
         resting = number % len(self.slots)
         block.bind(resting)
-        self._hooks += [
-            block.layer.register_forward_pre_hook(partial(self._before, number)),
-            block.layer.register_forward_hook(partial(self._after, number)),
-        ]
+        block.layer.forward = partial(self._run, number, block.layer, block.layer.forward)
         for index, module in enumerate(block.modules):  # each may be read alone
             self._hooks += [
                 module.register_state_dict_pre_hook(lambda *_, index=index: block.bind_host(index)),  # type: ignore[no-untyped-call]
                 module.register_state_dict_post_hook(lambda *_: block.bind(resting)),  # type: ignore[no-untyped-call]
             ]
+
+    def _run(self, number: int, layer: nn.Module, forward: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+        """The forward of layer `number`, which `forward` was before; no other thread changes a slot meanwhile."""
+        with self._one_at_a_time:
+            if not self.blocks:
+                _refuse()
+            return self._after(number, forward(*self._before(number, layer, inputs), **options))
 
     def _before(self, number: int, layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """Have the layer's block in a slot, wait for its copy, let it be used; or have the layer compute on the CPU."""
@@ -123,12 +131,16 @@ class Streamer:
         if slot is None:
             slot = self._fetch(block, self._idle(self._following(number)))
         if self.stream is not None:
-            slot.computes_on = torch.cuda.current_stream(self.device)
-            slot.filled.wait(slot.computes_on)
+            current = torch.cuda.current_stream(self.device)
+            if slot.computes_on != current:  # another thread's; the next copy waits for the newest alone
+                slot.computed.record(slot.computes_on)
+                slot.computed.wait(current)
+            slot.computes_on = current
+            slot.filled.wait(current)
         block.bind(slot.index)
         return inputs
 
-    def _after(self, number: int, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+    def _after(self, number: int, output: Any) -> Any:
         """Start copying what follows into slots that hold nothing of it, up to what the disk has yet to bring."""
         following = self._following(number)
         for block in following:
@@ -201,4 +213,4 @@ def _check_no_gradient(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
 
 
 def _refuse(*_: Any) -> None:
-    raise QwenVramError("this model is closed; load it again")
+    raise QwenVramError(CLOSED)

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from qwen_vram.arithmetic.tiles import is_tiled
 from qwen_vram.runtime.tiled_product import tiled_product
 
+# From this many rows on products are made by tiles on every GPU.
+_MANY_ROWS = 64
+
 
 class TiledLinear4bit(Linear4bit):  # type: ignore[misc]
     """`Linear4bit` whose product with many rows holds one tile of the matrix in 16 bits at a time.
@@ -24,6 +27,7 @@ class TiledLinear4bit(Linear4bit):  # type: ignore[misc]
         rows = x.numel() // x.shape[-1]
         if (
             not is_tiled(tuple(state.shape), rows)
+            or _fused_kernel_runs(x, tuple(state.shape), state.blocksize, rows)
             or x.dtype != state.dtype
             or getattr(state, "packing_format_for_cpu", False)
             or (x.device.type == "cpu" and self.support_avx512bf16_for_cpu)
@@ -32,6 +36,19 @@ class TiledLinear4bit(Linear4bit):  # type: ignore[misc]
             product: Tensor = super().forward(x)
             return product
         return _product(x.reshape(rows, -1), self.weight, state, self.bias).view(*x.shape[:-1], -1)
+
+
+def _fused_kernel_runs(x: Tensor, shape: tuple[int, int], blocksize: int, rows: int) -> bool:
+    """Tell if bitsandbytes multiplies a few rows without dequantizing the matrix, which takes less memory than a tile.
+
+    Its choice depends on the GPU and the shape, and is a private function: without it the product is made by tiles.
+    """
+    if rows >= _MANY_ROWS or not x.is_cuda or shape[1] % blocksize:
+        return False
+    from bitsandbytes.backends.cuda import ops
+
+    chooses = getattr(ops, "_gemm_4bit_use_custom_fn", None)
+    return chooses is not None and bool(chooses(x.device.index, x.dtype, rows, *shape))
 
 
 def dequantize_in_tiles(model: nn.Module) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
-from qwen_vram.files.local import INDEX, SINGLE, weights_file
+from qwen_vram.arithmetic.checkpoint import CheckpointFiles
 from qwen_vram.runtime.from_tensors import load_with_own_head, load_without
 
 if TYPE_CHECKING:
@@ -21,14 +20,17 @@ if TYPE_CHECKING:
 class Request(NamedTuple):
     """What a backend is asked to load.
 
+    `files`: the checkpoint as it was read. `config`: the model's, which `transformers` made of it.
     `stored`: the checkpoint is in the profile's format already. `own_head`: its head is the token table, and is to be
     quantized into a tensor of its own. `late_head`: the head is built after `load`, with the layers that stream.
     `left_out`: parameters that `load` leaves on the meta device without reading them, by name, with their shapes.
     `made`: tensors that the files lack and the model needs, by name. `narrowed`: names of float32 tensors that are cast
     to `dtype` as they are read, for `transformers` leaves them as they are in a checkpoint of bitsandbytes.
+    `disable_mmap`: files are read through, not mapped.
     """
 
-    folder: str
+    files: CheckpointFiles
+    config: Any
     profile: Profile
     device: torch.device
     dtype: torch.dtype
@@ -40,6 +42,7 @@ class Request(NamedTuple):
     left_out: Mapping[str, tuple[int, ...]] = MappingProxyType({})
     made: Mapping[str, torch.Tensor] = MappingProxyType({})
     narrowed: frozenset[str] = frozenset()
+    disable_mmap: bool = False
 
 
 class Backend(Protocol):
@@ -117,19 +120,18 @@ class HostBackend(StreamingBackend, Protocol):
 
 def stored_config(request: Request) -> Any:
     """The `transformers` config of a checkpoint that is quantized already, its head tied only if it is the table."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(request.folder, local_files_only=True, trust_remote_code=False)
     if request.profile.lm_head is not None:
-        config.tie_word_embeddings = False
-    return config
+        request.config.tie_word_embeddings = False
+    return request.config
 
 
 def from_pretrained(request: Request, **options: Any) -> nn.Module:
     """`AutoModelForCausalLM.from_pretrained` with what every backend passes: local safetensors, no remote code."""
     from transformers import AutoModelForCausalLM
 
-    options |= {
+    options = {
+        "config": request.config,
+        **options,
         "dtype": request.dtype,
         "device_map": dict(request.device_map),
         "attn_implementation": request.attention,
@@ -137,12 +139,12 @@ def from_pretrained(request: Request, **options: Any) -> nn.Module:
         "use_safetensors": True,
         "trust_remote_code": False,
     }
+    files, mapped = request.files, not request.disable_mmap
     if request.own_head:
-        return load_with_own_head(Path(request.folder), **options)
-    named = weights_file(Path(request.folder)).name in (INDEX, SINGLE)
-    if request.left_out or request.made or request.narrowed or not named:
-        return load_without(
-            Path(request.folder), request.left_out, made=request.made, narrowed=request.narrowed, **options
-        )
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(request.folder, **options)
-    return model
+        return load_with_own_head(files, mapped=mapped, **options)
+    # transformers itself has to read a folder of which it puts modules on "disk".
+    if "disk" in request.device_map.values():
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(files.folder, **options)
+        return model
+    made, narrowed = request.made, request.narrowed
+    return load_without(files, request.left_out, mapped=mapped, made=made, narrowed=narrowed, **options)

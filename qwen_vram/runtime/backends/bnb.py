@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.quantization import skips
 from qwen_vram.arithmetic.storage import FORMATS
 from qwen_vram.errors import BackendUnavailableError
-from qwen_vram.files.local import read_tensors
+from qwen_vram.files.header import Tensor
 from qwen_vram.runtime.backends.base import Request, from_pretrained, stored_config
 from qwen_vram.runtime.backends.bnb_cpu import check_scales, keep_scales
 from qwen_vram.runtime.backends.bnb_state import copied, itself, quantization_tensors, with_tensors
@@ -109,7 +108,7 @@ class BnbBackend:
             config.quantization_config["bnb_4bit_compute_dtype"] = str(request.dtype).removeprefix("torch.")
             if request.profile.lm_head is None:
                 _leave_head(config.quantization_config)
-            model: Any = from_pretrained(request._replace(narrowed=_wide(Path(request.folder))), config=config)
+            model: Any = from_pretrained(request._replace(narrowed=_wide(request.files.tensors)), config=config)
         else:
             head = profile.head_format == profile.weights
             settings = quantization_config(profile.weights, head=head and not request.late_head, dtype=request.dtype)
@@ -242,9 +241,8 @@ def _leave_head(settings: dict[str, Any]) -> None:
         settings["llm_int8_skip_modules"] = [*skipped, "lm_head"]
 
 
-def _wide(folder: Path) -> frozenset[str]:
+def _wide(tensors: Mapping[str, Tensor]) -> frozenset[str]:
     """The tensors in float32 that are no part of a quantized matrix."""
-    tensors = read_tensors(folder)
     return frozenset(
         name
         for name, tensor in tensors.items()

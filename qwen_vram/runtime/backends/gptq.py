@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from torch import nn
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.quantization import quantization_of, settings_of
 from qwen_vram.errors import UnknownNameError
-from qwen_vram.files.local import read_config, read_tensors
 from qwen_vram.runtime.backends.base import Request, from_pretrained, stored_config
 from qwen_vram.runtime.backends.gptq_library import check_installed, import_quietly, quietly
 
@@ -68,15 +66,14 @@ def _settings(request: Request) -> dict[str, Any]:
 
     Which modules are quantized is said by their full names: rules of the file's own spelling are not read on the way.
     """
-    folder, method = Path(request.folder), request.profile.weights
-    block = settings_of(quantization_of(read_config(folder)))
+    method, block = request.profile.weights, settings_of(quantization_of(request.files.config))
     kernel = _chosen_kernel() or _PLAIN[request.device.type]
     if kernel == "triton" and (block.get("bits") == 3 or find_spec("triton") is None):
         kernel = "torch"
     if method == "awq":
         kernel = {"torch": "torch_awq", "triton": "gemm_triton"}.get(kernel, kernel)
     settings = {"bits": _DEFAULT_BITS, **{key: block[key] for key in _READ if key in block}}
-    tensors = read_tensors(folder)
+    tensors = request.files.tensors
     quantized = sorted(name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight"))
     if method == "gptq":
         settings["modules_in_block_to_quantize"] = [quantized]
@@ -93,9 +90,8 @@ def _missing_order(request: Request) -> dict[str, torch.Tensor]:
     """
     if request.profile.weights == "awq":
         return {}
-    folder = Path(request.folder)
-    tensors = read_tensors(folder)
-    settings: Any = settings_of(quantization_of(read_config(folder)))
+    tensors = request.files.tensors
+    settings: Any = settings_of(quantization_of(request.files.config))
     bits, size = settings.get("bits", _DEFAULT_BITS), settings.get("group_size", 128)
     made = {}
     for name in [name for name in tensors if name.endswith(".qweight")]:

@@ -1,0 +1,112 @@
+"""The reader of checkpoint folders: config.json, the set of weights, names and shapes, read once and held together.
+
+Estimates, plans, loading, streaming, merging and saving read a folder through it alone, so that all say the same of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from qwen_vram.arithmetic.architecture import Architecture
+from qwen_vram.arithmetic.config_reader import ConfigReader
+from qwen_vram.arithmetic.stored_checkpoint import checkpoint_architecture, head_is_quantized, needs_headers
+from qwen_vram.arithmetic.tensor_check import check_tensors
+from qwen_vram.arithmetic.tensor_names import HEAD, TABLE, by_model_name
+from qwen_vram.arithmetic.weights import SMALLEST_READ
+from qwen_vram.errors import CheckpointError
+from qwen_vram.files.absent import shown
+from qwen_vram.files.header import Tensor
+from qwen_vram.files.local import CONFIG, has_weights, read_config, read_tensors
+from qwen_vram.files.same import same_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointFiles:
+    """A folder as it was read.
+
+    Attributes:
+        config: What config.json says, `tie_word_embeddings` as `transformers` ends up with.
+        tensors: Every tensor, by the model's names; empty if the folder has no weights.
+        notes: What is worth a warning when the model is loaded.
+    """
+
+    folder: Path
+    config: Mapping[str, object]
+    tensors: Mapping[str, Tensor]
+    architecture: Architecture
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def renamed(self) -> bool:
+        """Whether a tensor has another name in its file than in the model."""
+        return any(name != tensor.name for name, tensor in self.tensors.items())
+
+
+def read_checkpoint(folder: Path, *, weights: bool) -> CheckpointFiles:
+    """The checkpoint in `folder`, its tensors held against its config.json.
+
+    Args:
+        weights: Whether there have to be weights; otherwise a folder that has config.json alone is read too.
+
+    Raises:
+        ConfigError: config.json, or generation_config.json, is missing, broken or of another architecture.
+        CheckpointError: the weights are missing, broken, or not those of the model that config.json describes.
+    """
+    config = read_config(folder)
+    source = str(folder / CONFIG)
+    if not (weights or has_weights(folder)):
+        read = (lambda: read_tensors(folder, config)) if needs_headers(config) else None
+        architecture = checkpoint_architecture(config, read, source=source)
+        return CheckpointFiles(folder=folder, config=config, tensors={}, architecture=architecture)
+    ConfigReader(config, source)  # what config.json alone refuses comes before the weights
+    tensors = _named(folder, config)
+    config = _settle_head(folder, config, tensors)
+    architecture = checkpoint_architecture(config, lambda: tensors, source=source, headers_here=True)
+    # Those of a quantized checkpoint were held against config.json just now.
+    notes = check_tensors(architecture, tensors, folder) if architecture.stored_format is None else ()
+    return CheckpointFiles(
+        folder=folder,
+        config=config,
+        tensors=tensors,
+        architecture=replace(architecture, layer_dtypes=_layer_dtypes(tensors)),
+        notes=notes,
+    )
+
+
+def _named(folder: Path, config: Mapping[str, object]) -> dict[str, Tensor]:
+    tensors, twice = by_model_name(read_tensors(folder, config))
+    if twice:
+        raise CheckpointError(
+            f"the weights in {str(folder)!r} hold {shown(twice)} twice, with and without 'model.' before the name; "
+            "keep one of the two",
+            path=str(folder),
+        )
+    return tensors
+
+
+def _settle_head(folder: Path, config: dict[str, object], tensors: dict[str, Tensor]) -> dict[str, object]:
+    """What `transformers` makes of tied embeddings whose files hold the head: one table, or two that differ."""
+    head, table = tensors.get(HEAD), tensors.get(TABLE)
+    if config.get("tie_word_embeddings") is not True or head is None or head_is_quantized(tensors):
+        return config
+    if table is None:
+        tensors[TABLE] = tensors.pop(HEAD)
+        return config
+    if (head.dtype, head.shape) != (table.dtype, table.shape):
+        raise CheckpointError(
+            f"config.json says tie_word_embeddings true, and {str(folder)!r} holds {HEAD} as {head.dtype} "
+            f"{list(head.shape)} beside {TABLE} as {table.dtype} {list(table.shape)}; set tie_word_embeddings to "
+            "false if the head is the model's own, or take it out of the file",
+            path=str(folder / head.file),
+        )
+    if same_bytes(folder / head.file, head.offset, folder / table.file, table.offset, head.nbytes):
+        del tensors[HEAD]
+        return config
+    return {**config, "tie_word_embeddings": False}
+
+
+def _layer_dtypes(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
+    large = (one for name, one in tensors.items() if ".layers." in name and one.nbytes >= SMALLEST_READ)
+    return tuple(sorted({tensor.dtype for tensor in large}))
