@@ -69,11 +69,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--count", type=int, default=40, help="sessions")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="only sessions of these")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no session after this time")
     parser.add_argument("--jobs", type=int, default=1, help="sessions at a time; the GPU must hold them together")
     options = parser.parse_args()
     done = read(options.out)
-    missing = [cell for cell in sessions(options.count) if json.dumps(cell, sort_keys=True) not in done]
+    wanted = [cell for cell in sessions(options.count) if cell["model"] in options.models]
+    missing = [cell for cell in wanted if json.dumps(cell, sort_keys=True) not in done]
     end = time.monotonic() + options.seconds
     for model, group in groupby(missing, key=lambda cell: cell["model"]):
         if time.monotonic() > end:
@@ -101,7 +103,7 @@ def sessions(count: int) -> Iterator[dict[str, Any]]:
         share = 0.0 if profile == "speed" else 0.25
         knobs = {name: rng.choice(values) for name, values in KNOBS.items() if rng.random() < share}
         if knobs.get("kv_device") == "host":
-            knobs.pop("kv_cache", None)
+            knobs["kv_cache"] = "bf16"
         if profile == "default":
             knobs = {name: value for name, value in knobs.items() if not name.startswith("kv_")}
         cells.append(
@@ -254,8 +256,9 @@ class Session:
 
     def over_the_plan(self) -> str:
         """Ask for more than was planned."""
+        length = min(8 * self.cell["prompt_len"] + 8_000, self.llm.model.config.max_position_embeddings - 5)
         try:
-            self.generate([2 * self.cell["prompt_len"] + self.rng.randint(1, 4_000)], max_new_tokens=4)
+            self.generate([length], max_new_tokens=4)
         except qv.DoesNotFitError:
             return "refused"
         return "fitted all the same"

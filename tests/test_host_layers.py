@@ -169,8 +169,8 @@ def test_a_stored_checkpoint_computes_too(demo, tmp_path):
 def test_closing_takes_everything_back(demo, weights):
     llm = load(demo, weights=weights, streamed_layers=5, host_layers=3)
     tokens(llm, PROMPTS[:1], new=3)
-    assert not any("forward" in module.__dict__ for module in llm.model.modules())
     blocks = [host.block for host in llm._streamer.hosts.values()]
+    assert not any("forward" in module.__dict__ for block in blocks for module in block.modules)
     llm.close()
     for block in blocks:
         assert block.blob.nbytes == 0

@@ -37,6 +37,11 @@ class Room:
                 (torch.zeros(shape, **where), torch.zeros(shape, **where)) for _ in range(config.num_hidden_layers)
             ]
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Sequences, and tokens of each."""
+        return self.batch_size, self.max_length
+
     def holds(self, batch_size: int, max_length: int) -> bool:
         """Whether it is large enough."""
         return batch_size <= self.batch_size and max_length <= self.max_length

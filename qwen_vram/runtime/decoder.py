@@ -56,13 +56,22 @@ class Decoder:
             self._pool = torch.cuda.graph_pool_handle()
 
     def prepare(self, batch_size: int, max_length: int) -> None:
-        """Have a room and a step for so many sequences; the room that was there makes place for a larger one."""
+        """Make a room and a step for a workload; the room that was there is dropped if it is not of the right size.
+
+        A workload within the plan gets the planned room, a larger one a room of its own size.
+        """
         if self._holder() is None:
-            if self._home is None or not self._home.holds(batch_size, max_length):
+            planned = batch_size <= self._planned[0] and max_length <= self._planned[1]
+            size = self._planned if planned else (batch_size, max_length)
+            if self._home is None or self._home.size != size:
                 self._home = None
-                planned = batch_size <= self._planned[0] and max_length <= self._planned[1]
-                self._home = Room(self.model, *(self._planned if planned else (batch_size, max_length)))
+                self._home = Room(self.model, *size)
             self.step(self._home, batch_size)
+
+    def drop_larger_room(self) -> None:
+        """Drop the room if it is not the planned one and no cache has it: its memory is not in the plan."""
+        if self._home is not None and self._home.size != self._planned and self._holder() is None:
+            self._home = None
 
     def claim(self, holder: Claim, batch_size: int) -> Room:
         """The room for a cache: the one that is kept, or one of its own while another cache has that."""

@@ -160,6 +160,8 @@ class Generations:
         finally:
             if isinstance(cache, RoomCache) and "past_key_values" not in options:
                 cache.release()  # or what still refers to it would keep the memory from the next generation
+            if self.decoder is not None:
+                self.decoder.drop_larger_room()
         if stop.obeyed:
             turn.check(output.sequences.shape[1] - workload.prompt_len)
         return cast("torch.Tensor", output.sequences)
