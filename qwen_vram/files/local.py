@@ -210,7 +210,7 @@ def read_index(path: Path) -> dict[str, str]:
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(content, dict) or not isinstance(weight_map, dict):
         raise refused(f"{named}; take {path.name} of the repository that the shards are of")
-    if not isinstance(content.get("metadata"), dict):
+    if path.name == INDEX and not isinstance(content.get("metadata"), dict):
         raise refused(
             f"{str(path)!r} has no object 'metadata', which transformers asks for; write \"metadata\": {{}} beside "
             '"weight_map"'
