@@ -6,7 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from qwen_vram.arithmetic.config_keys import DTYPES, LARGEST, value_of, wrong_key
-from qwen_vram.arithmetic.quantization import method_of, quantization_of, settings_of, skipped_modules, stored_format
+from qwen_vram.arithmetic.quantization import (
+    method_of,
+    quantization_of,
+    settings_of,
+    skipped_modules,
+    skips,
+    stored_format,
+)
 from qwen_vram.arithmetic.quantizers import method_name, not_loaded
 from qwen_vram.errors import ConfigError
 
@@ -84,7 +91,9 @@ class ConfigReader:
                 "alone: its safetensors headers say the bytes; pass the checkpoint's folder or its hub id",
                 source=self.source,
             )
-        return {"stored_format": name, "stored_head": "lm_head" not in skipped_modules(settings_of(quantization))}
+        # A tied head is the token table, which is in 16 bits whatever the list says.
+        quantized = not skips(skipped_modules(settings_of(quantization)), "lm_head")
+        return {"stored_format": name, "stored_head": quantized and not self.flag("tie_word_embeddings")}
 
     def _supported(self) -> str:
         got = self.config.get("model_type")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.storage import FORMATS
-from qwen_vram.arithmetic.weights import MAXIMUM_OF, PACKED_ROWS, head_is_a_copy, is_packed, may_be_on_disk
+from qwen_vram.arithmetic.weights import MAXIMUM_OF, PACKED_ROWS, is_packed, may_be_on_disk
 from qwen_vram.errors import NotSupportedError
 
 
@@ -57,11 +57,6 @@ def _head(architecture: Architecture, profile: Profile) -> str:
         return (
             f"a head that {weights} quantized too is not loaded by transformers; use a checkpoint whose head is in 16 "
             "bits, as most are"
-        )
-    if head_is_a_copy(architecture, profile) and architecture.stored_format is not None:
-        return (
-            "this checkpoint's head is its token table (tie_word_embeddings), which is stored in 16 bits; load the "
-            "16-bit checkpoint, whose table is quantized into a head of its own"
         )
     return ""
 
