@@ -142,7 +142,7 @@ def write(folder: Path, config: dict, tensors: dict[str, Entry], *, shards: int 
         weight_map |= dict.fromkeys(held, file)
         write_file(folder / file, held)
     if shards > 1:
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
 
 

@@ -61,7 +61,7 @@ def hub_tensors(repo_id: str) -> dict[str, Tensor]:
     single, index = SINGLE, INDEX
     if (folder / AUTO_GPTQ_CONFIG).is_file():
         single, index = _auto_gptq_names(repo_id, folder.name)
-    if not _has(repo_id, single, folder) and _bring(repo_id, index, folder.name):
+    if not (single and _has(repo_id, single, folder)) and _bring(repo_id, index, folder.name):
         return indexed_tensors(folder / index, lambda file: _header(repo_id, folder, file))
     return _header(repo_id, folder, single)
 
@@ -177,7 +177,7 @@ def _auto_gptq_names(repo_id: str, commit: str) -> tuple[str, str]:
     if files & {SINGLE, INDEX} or not own:
         return SINGLE, INDEX
     indexes = [file for file in sorted(files) if Path(file).match(f"{AUTO_GPTQ_SINGLE}.index.json")]
-    return own[0], indexes[0] if indexes else INDEX
+    return ("", indexes[0]) if indexes else (own[0], INDEX)
 
 
 def _bring_file(repo_id: str, file: str, commit: str) -> Path:
