@@ -56,7 +56,7 @@ def read_checkpoint(folder: Path, *, weights: bool) -> CheckpointFiles:
     """
     config = read_config(folder)
     source = str(folder / CONFIG)
-    if not (weights or has_weights(folder)):
+    if not (weights or has_weights(folder, config)):
         read = (lambda: read_tensors(folder, config)) if needs_headers(config) else None
         architecture = checkpoint_architecture(config, read, source=source)
         return CheckpointFiles(folder=folder, config=config, tensors={}, architecture=architecture)

@@ -152,9 +152,11 @@ def _missing_here(folder: Path) -> str:
     if not (folder / CONFIG).exists():
         return "" if any(folder.glob("adapter_*")) else CONFIG
     try:
-        weights = weights_file(folder)
+        weights = weights_file(folder, read_json(folder / CONFIG))
     except CheckpointError:
         return SINGLE
+    if not weights.exists():
+        return weights.name
     if weights.name.endswith(".json"):
         shards = sorted(set(read_index(weights).values()))
         return next((name for name in shards if not (folder / name).exists()), "")

@@ -156,10 +156,10 @@ def weights_file(folder: Path, config: Mapping[str, object] | None = None) -> Pa
     raise no_weights(folder, SINGLE, INDEX)
 
 
-def has_weights(folder: Path) -> bool:
+def has_weights(folder: Path, config: Mapping[str, object] | None = None) -> bool:
     """Whether `folder` has a file or an index of weights."""
     try:
-        return weights_file(folder).exists()
+        return weights_file(folder, config).exists()
     except CheckpointError:
         return False
 

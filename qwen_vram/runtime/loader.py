@@ -97,8 +97,9 @@ def load(
     offered = {} if place.type == "cpu" else vram
     budget = Budget.of(offered, ram, reserve, held=held_beside_torch(devices))
     found = resolve(model)
-    asked: dict[str, Any] = {"found": found, "profile": profile, "prefer": prefer, "adapter": adapter, **knobs}
-    planned = partial(plan_for, model, workload, budget, **asked)
+    planned = partial(
+        plan_for, model, workload, budget, found=found, profile=profile, prefer=prefer, adapter=adapter, **knobs
+    )
     chosen = planned()
     warn_of_positions(chosen.estimate)
     backend = get_backend(chosen.profile.weights)
