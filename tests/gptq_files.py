@@ -76,3 +76,36 @@ def tied(folder: Path, out: Path) -> Path:
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     change_config(out, tie_word_embeddings=True)
     return out
+
+
+def by_hand(folder: Path, out: Path, *, group_size: int = 128, skipped: tuple[str, ...] = ()) -> Path:
+    """`folder`, in 16 bits, with its matrices rounded to 4 bits in GPTQ's layout, but for modules that end so."""
+    shutil.copytree(folder, out)
+    tensors = load_file(folder / "model.safetensors")
+    made = {}
+    for name, tensor in tensors.items():
+        module = name.removesuffix(".weight")
+        if not name.endswith("proj.weight") or module.endswith(skipped or ("none",)):
+            made[name] = tensor
+            continue
+        rows, columns = tensor.shape
+        size = columns if group_size < 0 else group_size
+        groups = tensor.float().T.reshape(columns // size, size, rows)
+        scales = (groups.abs().amax(1) / 7).half()
+        codes = ((groups / scales[:, None].float()).round() + 8).clamp(0, 15).reshape(columns, rows).int()
+        zeros = torch.full((columns // size, rows // 8, 8), 7, dtype=torch.int32)
+        made[f"{module}.qweight"] = (codes.view(-1, 8, rows) << SHIFTS[:, None]).sum(1, dtype=torch.int32)
+        made[f"{module}.qzeros"] = (zeros << SHIFTS).sum(-1, dtype=torch.int32)
+        made[f"{module}.scales"] = scales
+        made[f"{module}.g_idx"] = (torch.arange(columns) // size).int()
+    save_file({name: one.contiguous() for name, one in made.items()}, out / "model.safetensors", {"format": "pt"})
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": group_size, "desc_act": False, "sym": True}
+    change_config(out, quantization_config=settings)
+    return out
+
+
+def change_tensors(folder: Path, change) -> Path:
+    """`folder` with its tensors as `change` makes them of a dict by name."""
+    path = folder / "model.safetensors"
+    save_file({name: one.contiguous() for name, one in change(load_file(path)).items()}, path, {"format": "pt"})
+    return folder

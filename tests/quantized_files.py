@@ -6,7 +6,7 @@ import json
 from math import prod
 from pathlib import Path
 
-BYTES = {"I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I8": 1, "U8": 1}
+BYTES = {"I64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I8": 1, "U8": 1}
 Entry = tuple[str, tuple[int, ...]]
 
 SHAPE = {
@@ -142,7 +142,7 @@ def write(folder: Path, config: dict, tensors: dict[str, Entry], *, shards: int 
         weight_map |= dict.fromkeys(held, file)
         write_file(folder / file, held)
     if shards > 1:
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
 
 

@@ -22,7 +22,9 @@ SAVERS = [
 QUESTIONS = [example for name in ("math", "recall") for example in examples(name, "held_out", seed=7, count=5)]
 
 
-@pytest.mark.parametrize("weights", ["bf16", "fp16", "nf4", "nf4-plain", "fp4", "int8", "int4", "int8-wo", "fp8"])
+@pytest.mark.parametrize(
+    "weights", ["bf16", "fp16", "nf4", "nf4-plain", "fp4", "fp4-plain", "int8", "int4", "int8-wo", "fp8"]
+)
 def test_weights_take_the_predicted_bytes_on_the_device(demo, weights):
     with qv.load(demo, profile="default", weights=weights, progress=False) as llm:
         assert llm.device.type == "cuda"

@@ -82,6 +82,34 @@ def test_other_bits_and_groups(demo, gptqmodel, calibration, tmp_path, bits, gro
         assert llm.chat(QUESTION, do_sample=False) == ANSWER
 
 
+DROPPED = """
+import gc, sys, weakref
+import qwen_vram as qv
+
+def load():
+    return qv.load(sys.argv[1], progress=False, **({"adapter": sys.argv[2]} if sys.argv[2:] else {}))
+
+llm = load()
+first = weakref.ref(llm.model)
+llm = load()
+gc.collect()
+second = weakref.ref(llm.model)
+del llm
+gc.collect()
+print(first() is None, second() is None)
+"""
+
+
+@pytest.mark.parametrize("kind", ["gptq", "awq", "gptq with an adapter", "adapter"])
+def test_the_first_model_of_a_process_is_collected_once_it_is_dropped(demo, gptq_demo, tmp_path, kind):
+    folder = demo if kind == "adapter" else as_awq(gptq_demo, tmp_path / "awq") if kind == "awq" else gptq_demo
+    adapter = [str(ADAPTER)] if "adapter" in kind else []
+    result = subprocess.run(
+        [sys.executable, "-c", DROPPED, str(folder), *adapter], capture_output=True, text=True, timeout=300
+    )
+    assert result.stdout.split() == ["True", "True"], result.stderr
+
+
 def test_the_folder_says_nothing_of_this_machine(gptq_demo):
     names = {path.name for path in gptq_demo.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= names
@@ -258,7 +286,10 @@ def test_a_head_that_is_quantized_too(gptq_demo):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"dynamic": {"-:.*down.*": {}}}, r"bits or groups of their own for some modules \('dynamic'\) by its quant"),
+        (
+            {"dynamic": {"+:.*down.*": {"bits": 8}}},
+            r"bits or groups of their own for some modules \('dynamic'\) by its quant",
+        ),
         ({"checkpoint_format": "marlin"}, "its codes in the layout 'marlin' .* in the layout gptq or gptq_v2"),
         (
             {"bits": 5},

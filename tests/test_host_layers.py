@@ -36,10 +36,10 @@ def measured(monkeypatch):
 
 
 def packed_weights(weights):
-    return pytest.param(weights, marks=needs_kernel) if weights in ("nf4", "nf4-plain", "fp4") else weights
+    return pytest.param(weights, marks=needs_kernel) if weights in ("nf4", "nf4-plain", "fp4", "fp4-plain") else weights
 
 
-FORMATS = [packed_weights(weights) for weights in ("bf16", "fp32", "nf4", "nf4-plain", "fp4")]
+FORMATS = [packed_weights(weights) for weights in ("bf16", "fp32", "nf4", "nf4-plain", "fp4", "fp4-plain")]
 
 
 # the same tokens, and the CPU did it

@@ -14,7 +14,7 @@ from qwen_vram.runtime.generations import Generations
 from qwen_vram.runtime.measure import weight_storages
 
 SEVEN = "Qwen/Qwen2.5-7B-Instruct"
-QUANTIZED = ("nf4", "nf4-plain", "fp4", "int8", "int4", "int8-wo", "fp8")
+QUANTIZED = ("nf4", "nf4-plain", "fp4", "fp4-plain", "int8", "int4", "int8-wo", "fp8")
 FORMATS = ("bf16", "fp32", "fp16", *QUANTIZED)
 
 
@@ -42,13 +42,13 @@ def test_a_quantized_head_takes_the_bytes_that_were_predicted(demo, weights):
         assert type(llm.model.lm_head) is type(llm.model.model.layers[0].mlp.up_proj) is not torch.nn.Linear
 
 
-@pytest.mark.parametrize("weights", ["nf4", "nf4-plain", "fp4"])
+@pytest.mark.parametrize("weights", ["nf4", "nf4-plain", "fp4", "fp4-plain"])
 def test_4_bit_weights_compute_in_the_models_own_dtype(demo, weights):
     with load(demo, weights=weights) as llm:
         projection = llm.model.model.layers[0].mlp.up_proj
         assert projection.compute_dtype is torch.bfloat16
-        assert projection.weight.quant_state.quant_type == ("fp4" if weights == "fp4" else "nf4")
-        assert projection.weight.quant_state.nested is (weights != "nf4-plain")
+        assert projection.weight.quant_state.quant_type == weights.removesuffix("-plain")
+        assert projection.weight.quant_state.nested is not weights.endswith("-plain")
 
 
 PROMPT = "The quick brown fox jumps over the lazy dog. " * 8

@@ -15,7 +15,7 @@ from qwen_vram.runtime.host_embedding import HostEmbedding
 from qwen_vram.runtime.measure import host_bytes, weight_storages
 from tests.lora_models import make_adapter, make_base, untied_twin
 
-QUANTIZED = ("nf4", "nf4-plain", "fp4", "int8")
+QUANTIZED = ("nf4", "nf4-plain", "fp4", "fp4-plain", "int8")
 TABLE = "model.embed_tokens.weight"
 
 
@@ -101,7 +101,7 @@ def test_a_head_of_another_format_is_refused_by_name(tied, head):
         load(tied, weights, lm_head=head)
 
 
-def test_a_quantized_checkpoint_with_a_shared_head_is_refused_by_name(tied, tmp_path):
+def test_a_quantized_checkpoint_with_a_shared_head_keeps_it_whatever_its_list_says(tied, tmp_path):
     with load(tied, lm_head=None) as llm:
         llm.save_quantized(tmp_path / "copy", progress=False)
     config = json.loads((tmp_path / "copy" / "config.json").read_text())
@@ -110,10 +110,10 @@ def test_a_quantized_checkpoint_with_a_shared_head_is_refused_by_name(tied, tmp_
         load(tmp_path / "copy")
     config["quantization_config"]["llm_int8_skip_modules"] = []
     (tmp_path / "copy" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(
-        qv.NotSupportedError, match="lm_head='nf4' with weights='nf4': this checkpoint's head is its token table"
-    ):
-        qv.load(tmp_path / "copy")
+    with qv.load(tmp_path / "copy", progress=False) as llm:
+        assert llm.plan.profile.lm_head is None
+        assert llm.model.lm_head.weight is llm.model.get_input_embeddings().weight
+    assert qv.estimate_vram(config).weights == qv.estimate_vram(tmp_path / "copy").weights
 
 
 def test_a_table_that_stays_is_said_so(tied, caplog):

@@ -284,7 +284,7 @@ def test_loading_is_refused_by_name_before_anything_is_fetched(hub, tmp_path, ki
     got = run(load, f"someone/{kind}", hub.endpoint, tmp_path)
     name = {"fp8": "fp8-block", "packed": "compressed-tensors"}.get(kind)
     assert got["error"] == "BackendUnavailableError"
-    text = f"no backend loads '{name}' yet: its bytes are counted by estimate_vram() only"
+    text = f"no backend loads '{name}': its bytes are counted by estimate_vram() only; run the checkpoint with vLLM, "
     assert got["text"].startswith(text if name else f"weights={kind!r} needs gptqmodel")
     assert hub.sent["model.safetensors"] == FIRST_READ
 
@@ -310,13 +310,16 @@ def test_catalog_names_and_plain_configs_ask_no_one(monkeypatch):
     [
         (
             {"model.layers.1.mlp.up_proj.qweight": None},
-            r"lacks model\.layers\.1\.mlp\.up_proj\.weight; config\.json and",
+            r"up_proj\.weight' is stored in gptq in .*, which lacks 'model\.layers\.1\.mlp\.up_proj\.qweight': its",
         ),
         ({"model.norm.weight": None, "lm_head.weight": None}, r"lacks model\.norm\.weight, lm_head\.weight; config"),
-        ({"model.norm.weight": ("F16", (128,))}, r"'model\.norm\.weight' has shape \[256\] by .*, got \[128\] as F16"),
+        (
+            {"model.norm.weight": ("F16", (128,))},
+            r"'model\.norm\.weight' .* should be BF16 or F16 or F32 of shape \[256\], got F16 of",
+        ),
         (
             {"model.layers.0.mlp.up_proj.qweight": ("I32", (4, 8))},
-            r"up_proj\.weight' has shape \[768, 256\] by .*, got \[4, 8\] as I32",
+            r"up_proj\.qweight' .* of shape \[768, 256\] by .* should be I32 .*\[32, 768\], got I32 of shape \[4, 8\]",
         ),
         (
             {"model.layers.3.mlp.up_proj.qweight": ("I32", (32, 768))},
@@ -369,13 +372,25 @@ def test_modules_that_bitsandbytes_skipped_need_the_headers():
 
 
 @pytest.mark.parametrize(
-    "quantization", [{"quant_method": "hqq"}, {"quant_method": "torchao"}, {"bits": 4}, {}, "4 bit"]
+    ("quantization", "text"),
+    [
+        ({"quant_method": "hqq"}, r"by HQQ \('hqq'\), which is not loaded here; run it with transformers with .* hqq"),
+        ({"quant_method": "exl3", "bits": 4.0}, r"ExLlamaV3 \(EXL3\) \('exl3'\), .* run it with ExLlamaV3 or TabbyAPI"),
+        ({"quant_method": "aqlm"}, "run it with transformers with the package aqlm"),
+        ({"quant_method": "torchao"}, "run it with transformers with torchao, or vLLM"),
+        ({"quant_method": "modelopt"}, r"by NVIDIA ModelOpt \('modelopt'\), .* run it with vLLM or TensorRT-LLM"),
+        ({"quant_method": "nobody knows"}, "by 'nobody knows', .* run it with the library that made it, or use the 16"),
+        ({"bits": 4}, "by .*bits.*, which is not loaded here; run it with the library that made it"),
+        ({}, "by '{}', which is not loaded here"),
+        ("4 bit", "by '4 bit', which is not loaded here"),
+    ],
+    ids=str,
 )
-def test_another_method_is_refused_by_name(quantization):
-    method = quantization.get("quant_method", "") if isinstance(quantization, dict) else quantization
-    text = f"already quantized by .*{method}.*, which is not counted; use one by gptq, awq, fp8, compressed-tensors or"
-    with pytest.raises(qv.ConfigError, match=text):
+def test_another_method_is_refused_by_name_with_what_runs_it(quantization, text):
+    with pytest.raises(qv.ConfigError, match=text) as caught:
         qv.estimate_vram({**SHAPE, "quantization_config": quantization})
+    assert "the 16-bit checkpoint, or one by GPTQ, AWQ or bitsandbytes" in str(caught.value)
+    assert "compressed-tensors" not in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["mistral", "gemma", "gemma2", "gemma3_text", "phi3", "qwen3_next", "mixtral"])

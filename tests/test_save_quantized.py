@@ -17,7 +17,7 @@ from qwen_vram.runtime.backends import get_backend
 from qwen_vram.runtime.measure import weight_storages
 from tests.lora_models import assert_same, stored
 
-QUANTIZED = ("nf4", "nf4-plain", "fp4", "int8", "int4", "int8-wo", "fp8")
+QUANTIZED = ("nf4", "nf4-plain", "fp4", "fp4-plain", "int8", "int4", "int8-wo", "fp8")
 INPUTS = {"input_ids": torch.arange(3, 40)[None]}
 # Model, and whether its head is quantized: a tied one into a tensor of its own.
 HEADS = [(model, head) for model in ("demo", "tied", "qwen3") for head in (False, True)]

@@ -15,7 +15,7 @@ from qwen_vram.runtime import loader
 from tests.conftest import make_checkpoint
 from tests.test_streaming import GREEDY, PROMPTS, load, logits, tokens
 
-QUANTIZED = ("nf4", "nf4-plain", "fp4", "int8")
+QUANTIZED = ("nf4", "nf4-plain", "fp4", "fp4-plain", "int8")
 ON_TOP = [
     {"cache": "preallocated", "kv_cache": "int8", "prefill_chunk_size": 16},
     {"cache": "preallocated", "kv_device": "host", "attention": "fused", "embeddings": "host"},

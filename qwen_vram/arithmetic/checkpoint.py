@@ -11,8 +11,8 @@ from pathlib import Path
 
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.config_reader import ConfigReader
-from qwen_vram.arithmetic.stored_checkpoint import checkpoint_architecture
-from qwen_vram.arithmetic.tensor_check import FLOATS, check_tensors
+from qwen_vram.arithmetic.stored_checkpoint import checkpoint_architecture, head_is_quantized, needs_headers
+from qwen_vram.arithmetic.tensor_check import check_tensors
 from qwen_vram.arithmetic.tensor_names import HEAD, TABLE, by_model_name
 from qwen_vram.arithmetic.weights import SMALLEST_READ
 from qwen_vram.errors import CheckpointError
@@ -57,14 +57,15 @@ def read_checkpoint(folder: Path, *, weights: bool) -> CheckpointFiles:
     config = read_config(folder)
     source = str(folder / CONFIG)
     if not (weights or has_weights(folder, config)):
-        architecture = checkpoint_architecture(config, lambda: read_tensors(folder, config), source=source)
+        read = (lambda: read_tensors(folder, config)) if needs_headers(config) else None
+        architecture = checkpoint_architecture(config, read, source=source)
         return CheckpointFiles(folder=folder, config=config, tensors={}, architecture=architecture)
     ConfigReader(config, source)  # what config.json alone refuses comes before the weights
     tensors = _named(folder, config)
     config = _settle_head(folder, config, tensors)
-    architecture = checkpoint_architecture(config, lambda: tensors, source=source)
-    # If `stored` is set, the headers were held against config.json just now.
-    notes = check_tensors(architecture, tensors, folder) if architecture.stored is None else ()
+    architecture = checkpoint_architecture(config, lambda: tensors, source=source, headers_here=True)
+    # Those of a quantized checkpoint were held against config.json just now.
+    notes = check_tensors(architecture, tensors, folder) if architecture.stored_format is None else ()
     return CheckpointFiles(
         folder=folder,
         config=config,
@@ -88,7 +89,7 @@ def _named(folder: Path, config: Mapping[str, object]) -> dict[str, Tensor]:
 def _settle_head(folder: Path, config: dict[str, object], tensors: dict[str, Tensor]) -> dict[str, object]:
     """What `transformers` makes of tied embeddings whose files hold the head: one table, or two that differ."""
     head, table = tensors.get(HEAD), tensors.get(TABLE)
-    if config.get("tie_word_embeddings") is not True or head is None or head.dtype not in FLOATS:
+    if config.get("tie_word_embeddings") is not True or head is None or head_is_quantized(tensors):
         return config
     if table is None:
         tensors[TABLE] = tensors.pop(HEAD)

@@ -6,7 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from qwen_vram.arithmetic.config_keys import DTYPES, LARGEST, value_of, wrong_key
-from qwen_vram.arithmetic.stored import METHODS, quantization_of, skipped_modules, stored_format
+from qwen_vram.arithmetic.quantization import (
+    method_of,
+    quantization_of,
+    settings_of,
+    skipped_modules,
+    skips,
+    stored_format,
+)
+from qwen_vram.arithmetic.quantizers import method_name, not_loaded
 from qwen_vram.errors import ConfigError
 
 SUPPORTED = ("qwen2", "qwen3")
@@ -73,22 +81,19 @@ class ConfigReader:
         if quantization is None:
             return {}
         name, in_headers = stored_format(quantization)
-        settings = quantization if isinstance(quantization, Mapping) else {}
-        method = settings.get("quant_method") or quantization
+        method = method_of(quantization)
         if name is None:
-            raise ConfigError(
-                f"{self.source}: the checkpoint is already quantized by {method!r}, which is not counted; use one by "
-                f"{', '.join(METHODS)} or bitsandbytes (nf4, fp4 with double quantization, int8), or the "
-                "16-bit checkpoint",
-                source=self.source,
-            )
+            reason = not_loaded(quantization, method or method_name(quantization), None)
+            raise ConfigError(f"{self.source}: {reason}", source=self.source)
         if in_headers:
             raise ConfigError(
                 f"{self.source}: the checkpoint is already quantized by {method!r}, which is not counted from a config "
                 "alone: its safetensors headers say the bytes; pass the checkpoint's folder or its hub id",
                 source=self.source,
             )
-        return {"stored_format": name, "stored_head": "lm_head" not in skipped_modules(settings)}
+        # A tied head is the token table, which is in 16 bits whatever the list says.
+        quantized = not skips(skipped_modules(settings_of(quantization)), "lm_head")
+        return {"stored_format": name, "stored_head": quantized and not self.flag("tie_word_embeddings")}
 
     def _supported(self) -> str:
         got = self.config.get("model_type")

@@ -49,7 +49,7 @@ def _base_linear_bytes(weight: Weight, profile: Profile, rows: int) -> int:
         return rows * (in_features + _FP32) + max(_int8_working_sets(weight, profile, rows))
     if storage.library == "bitsandbytes" and rows <= FUSED_ROWS:
         return result
-    maxima = _FP32 * -(-weight.numel // 64) if storage.name in ("nf4", "fp4") else 0
+    maxima = _FP32 * -(-weight.numel // 64) if storage.is_double else 0
     if counts_tiles(storage, profile, weight.shape, rows):
         return result + tile_rows(*weight.shape) * in_features * element + maxima
     return result + weight.numel * element + 2 * maxima

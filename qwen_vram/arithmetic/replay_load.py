@@ -94,7 +94,7 @@ def _load_by_tiles(allocator: CachingAllocator, weight: Weight, profile: Profile
     tile = [allocator.take(rows * columns * (_FP16 if storage.name == "int8" else profile.element_bytes))]
     tile += [allocator.take(rows * columns * storage.bits // 8), allocator.take(rows * columns // 64 * _FP32)]
     allocator.give(*tile)
-    if storage.name in ("nf4", "fp4"):
+    if storage.is_double:
         offset, centred = allocator.take(_FP32), allocator.take(blocks * _FP32)
         nested = [allocator.take(-(-blocks // 256) * _FP32), allocator.take(blocks), allocator.take(1024)]
         allocator.give(centred, kept.pop())
@@ -143,7 +143,7 @@ def _load_weight(allocator: CachingAllocator, weight: Weight, profile: Profile) 
     if storage.is_dense:
         return [arriving]
     blocks = -(-weight.numel // 64)
-    if storage.name in ("nf4", "fp4"):
+    if storage.is_double:
         maxima = allocator.take(blocks * _FP32)
         kept = [allocator.take(-(-weight.numel // 2))]
         kept += [allocator.take(64), allocator.take(_FP32)]  # code, offset
@@ -151,7 +151,7 @@ def _load_weight(allocator: CachingAllocator, weight: Weight, profile: Profile) 
         kept += [allocator.take(-(-blocks // 256) * _FP32), allocator.take(blocks)]
         kept += [allocator.take(1024)]  # code of the maxima
         allocator.give(centred, maxima)
-    elif storage.name == "nf4-plain":
+    elif storage.library == "bitsandbytes" and storage.bits == 4:
         kept = [allocator.take(size) for size in (blocks * _FP32, -(-weight.numel // 2), 64)]
     elif storage.name == "int8":
         half = allocator.take(weight.numel * _FP16)

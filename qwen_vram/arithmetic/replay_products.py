@@ -125,12 +125,12 @@ class Products:
             return self.int8_in_pieces(weight, rows) if self.profile.tiles else self.int8_product(weight, rows)
         maxima = []
         if counts_tiles(storage, self.profile, weight.shape, rows):
-            if storage.name != "nf4-plain":
+            if storage.is_double:
                 maxima = [take(-(-weight.numel // 64) * _FP32)]
             result, tile = take(result_size), take(tile_rows(*weight.shape) * weight.shape[1] * self.element)
             give(tile, *maxima)
             return result
-        if storage.name in ("nf4", "fp4"):
+        if storage.is_double:
             maxima = [take(-(-weight.numel // 64) * _FP32) for _ in range(2)]
         dequantized = take(weight.numel * self.element)
         result = take(result_size)

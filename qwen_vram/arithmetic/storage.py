@@ -11,8 +11,8 @@ from typing import Literal, NamedTuple
 from qwen_vram.errors import ConfigError, UnknownNameError
 
 FormatName = Literal[
-    "fp32", "bf16", "fp16", "int8", "nf4", "nf4-plain", "fp4", "gptq-int4", "gptq-int8", "int4", "int8-wo", "fp8",
-    "gptq", "awq", "fp8-block", "compressed-tensors",
+    "fp32", "bf16", "fp16", "int8", "nf4", "nf4-plain", "fp4", "fp4-plain", "gptq-int4", "gptq-int8", "int4", "int8-wo",
+    "fp8", "gptq", "awq", "fp8-block", "compressed-tensors",
 ]  # fmt: skip
 Of = Literal["weights", "rows", "columns", "row_groups", "tensor"]
 
@@ -51,6 +51,11 @@ class StorageFormat(NamedTuple):
     def is_dense(self) -> bool:
         """Whether it is a plain dtype that needs no dequantization."""
         return not self.library
+
+    @property
+    def is_double(self) -> bool:
+        """Whether block maxima are quantized too (double quantization of bitsandbytes)."""
+        return any(part.name == "offset" for part in self.parts)
 
     @property
     def streams(self) -> bool:
@@ -123,6 +128,7 @@ FORMATS: dict[str, StorageFormat] = {
         StorageFormat("nf4", _DOUBLE, 4, 0, "bitsandbytes"),
         StorageFormat("nf4-plain", _SINGLE, 4, 0, "bitsandbytes"),
         StorageFormat("fp4", _DOUBLE, 4, 0, "bitsandbytes"),
+        StorageFormat("fp4-plain", _SINGLE, 4, 0, "bitsandbytes"),
         # AutoGPTQ's layout, which GPTQModel writes too: int32 words, fp16 scales, one int32 a column for the order.
         StorageFormat(
             "gptq-int4",

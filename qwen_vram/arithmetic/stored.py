@@ -1,29 +1,11 @@
-"""Checkpoints that are quantized already: the format that config.json names, and their tensors' bytes by part.
+"""Checkpoints that are quantized already: their tensors' bytes by part.
 
 Knows neither shapes nor files; `stored_checkpoint` makes this of a config.json and its safetensors headers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple, cast
-
-from qwen_vram.arithmetic.storage import FORMATS, FormatName
-
-# quant_method of config.json -> storage format. Bits, groups and skipped modules vary, so that only headers say bytes.
-METHODS: dict[str, FormatName] = {
-    "gptq": "gptq",
-    "awq": "awq",
-    "fp8": "fp8-block",
-    "compressed-tensors": "compressed-tensors",
-}
-# What this library writes itself, of formats on torch's own operators.
-OWN_METHOD = "qwen_vram"
-_FOUR_BIT: dict[tuple[object, bool], FormatName] = {
-    ("nf4", True): "nf4",
-    ("nf4", False): "nf4-plain",
-    ("fp4", True): "fp4",
-}
+from typing import NamedTuple
 
 
 class StoredTensor(NamedTuple):
@@ -86,38 +68,3 @@ class Stored(NamedTuple):
 def size(tensors: tuple[StoredTensor, ...]) -> int:
     """Bytes of some tensors together."""
     return sum(tensor.nbytes for tensor in tensors)
-
-
-def quantization_of(config: Mapping[str, object]) -> object:
-    """What config.json says of its quantization, under its present or its old key; `None` for plain dtypes."""
-    present = config.get("quantization_config")
-    return config.get("compression_config") if present is None else present
-
-
-def stored_format(quantization: object) -> tuple[FormatName | None, bool]:
-    """The storage format that a `quantization_config` names, and whether only the headers say its bytes.
-
-    `None` where it is none that is counted. A checkpoint of bitsandbytes or of this library itself is counted from its
-    config alone, unless modules beside the head are left in 16 bits.
-    """
-    settings = quantization if isinstance(quantization, Mapping) else {}
-    method = settings.get("quant_method")
-    if method == OWN_METHOD:
-        own = settings.get("weights")
-        known = isinstance(own, str) and own in FORMATS and FORMATS[own].library == "torch"
-        return (cast("FormatName", own) if known else None), bool(set(skipped_modules(settings)) - {"lm_head"})
-    if method != "bitsandbytes":
-        return (METHODS.get(method), True) if isinstance(method, str) else (None, False)
-    name: FormatName | None = None
-    if settings.get("load_in_8bit"):
-        name = "int8"
-    elif settings.get("load_in_4bit"):
-        double = bool(settings.get("bnb_4bit_use_double_quant"))
-        name = _FOUR_BIT.get((settings.get("bnb_4bit_quant_type"), double))
-    return name, bool(set(skipped_modules(settings)) - {"lm_head"})
-
-
-def skipped_modules(settings: Mapping[str, object]) -> list[str]:
-    """The modules that were left as they were; the head alone where config.json does not say."""
-    skipped = settings.get("llm_int8_skip_modules", settings.get("modules_to_not_convert"))
-    return [str(name) for name in cast("list[object]", skipped)] if isinstance(skipped, list) else ["lm_head"]

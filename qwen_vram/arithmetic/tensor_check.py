@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qwen_vram.arithmetic.architecture import Architecture, Weight
-from qwen_vram.arithmetic.stored_parts import check_parts, is_stored_quantized
+from qwen_vram.arithmetic.quantizers import FLOATS
 from qwen_vram.arithmetic.tensor_names import HEAD, TABLE, wrapper_of
 from qwen_vram.errors import CheckpointError
 from qwen_vram.files.absent import shown
 from qwen_vram.files.header import Tensor
 
-FLOATS = ("BF16", "F16", "F32")
 # Buffers of old checkpoints, which `transformers` leaves out without a word.
 _IGNORED = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
 # The key of config.json behind the rows and the columns of a matrix, if one key alone is.
@@ -43,8 +42,6 @@ def check_tensors(architecture: Architecture, tensors: Mapping[str, Tensor], fol
         tensor = tensors.get(weight.name)
         if tensor is None:
             missing.append(weight.name)
-        elif is_stored_quantized(weight, architecture):
-            check_parts(weight, tensor, tensors, architecture, folder)
         elif tensor.dtype not in FLOATS:
             raise CheckpointError(
                 f"{weight.name!r} is stored as {tensor.dtype}; {', '.join(FLOATS)} are read, and quantized while they "

@@ -112,9 +112,9 @@ def computing_copies(architecture: Architecture, profile: Profile) -> int:
     return layers * (count // 2 + count // MAXIMUM_OF * 2)
 
 
-def is_packed(weight: Weight) -> bool:
-    """Whether the CPU's 4-bit kernel takes a matrix of this shape."""
-    return weight.shape[0] % PACKED_ROWS == 0 and weight.shape[1] % MAXIMUM_OF == 0
+def is_packed(shape: tuple[int, ...]) -> bool:
+    """Whether the CPU's 4-bit kernel takes a matrix of this shape, (rows, columns)."""
+    return shape[0] % PACKED_ROWS == 0 and shape[1] % MAXIMUM_OF == 0
 
 
 def may_be_on_disk(architecture: Architecture, profile: Profile) -> bool:

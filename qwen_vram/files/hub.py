@@ -9,6 +9,7 @@ from qwen_vram.files.contents import GGUF
 from qwen_vram.files.header import Tensor, parse_entries, read_header
 from qwen_vram.files.hub_errors import explained, library, missing_text, unreachable_text
 from qwen_vram.files.local import (
+    AUTO_AWQ_CONFIG,
     AUTO_GPTQ_CONFIG,
     AUTO_GPTQ_SINGLE,
     CONFIG,
@@ -30,7 +31,7 @@ _TEMPLATES = "additional_chat_templates/"
 
 
 def hub_config(repo_id: str) -> dict[str, object]:
-    """The config.json of `repo_id`, and AutoGPTQ's settings where its name says GPTQ and that file does not.
+    """The config.json of `repo_id`, with AutoGPTQ's or AutoAWQ's settings if its name says so and that file does not.
 
     Raises:
         HubError: the hub cannot be reached, the repository is gated or absent, or it has no config.json.
@@ -39,9 +40,12 @@ def hub_config(repo_id: str) -> dict[str, object]:
     """
     file = _config_file(repo_id)
     config = parse_config(file.read_bytes(), source=f"{repo_id}/{CONFIG}")
-    if "quantization_config" in config or "gptq" not in repo_id.lower():
+    if "quantization_config" in config:
         return config
-    return read_config(file.parent) if _bring(repo_id, AUTO_GPTQ_CONFIG, file.parent.name) else config
+    for name, beside in (("gptq", AUTO_GPTQ_CONFIG), ("awq", AUTO_AWQ_CONFIG)):
+        if name in repo_id.lower() and _bring(repo_id, beside, file.parent.name):
+            return read_config(file.parent)
+    return config
 
 
 def hub_tensors(repo_id: str) -> dict[str, Tensor]:
@@ -58,7 +62,7 @@ def hub_tensors(repo_id: str) -> dict[str, Tensor]:
     single, index = SINGLE, INDEX
     if (folder / AUTO_GPTQ_CONFIG).is_file():
         single, index = _auto_gptq_names(repo_id, folder.name)
-    if not _has(repo_id, single, folder) and _bring(repo_id, index, folder.name):
+    if not (single and _has(repo_id, single, folder)) and _bring(repo_id, index, folder.name):
         return indexed_tensors(folder / index, lambda file: _header(repo_id, folder, file))
     return _header(repo_id, folder, single)
 
@@ -200,7 +204,7 @@ def _auto_gptq_names(repo_id: str, commit: str) -> tuple[str, str]:
     if files & {SINGLE, INDEX} or not own:
         return SINGLE, INDEX
     indexes = [file for file in sorted(files) if Path(file).match(f"{AUTO_GPTQ_SINGLE}.index.json")]
-    return own[0], indexes[0] if indexes else INDEX
+    return ("", indexes[0]) if indexes else (own[0], INDEX)
 
 
 def _bring_file(repo_id: str, file: str, commit: str) -> Path:

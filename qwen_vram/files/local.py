@@ -24,6 +24,9 @@ NAMED_WEIGHTS = "transformers_weights"
 # apart. Source: AutoGPTQ 0.7.1, auto_gptq/modeling/_base.py, save_quantized.
 AUTO_GPTQ_SINGLE = "gptq_model-*.safetensors"
 AUTO_GPTQ_CONFIG = "quantize_config.json"
+# AutoAWQ's settings before it wrote them into config.json. Source: AutoAWQ 0.1.8, awq/models/base.py, save_quantized.
+AUTO_AWQ_CONFIG = "quant_config.json"
+_AWQ_KEYS = {"w_bit": "bits", "q_group_size": "group_size"}
 
 
 def exists(path: Path) -> bool:
@@ -40,7 +43,7 @@ def is_folder(path: Path) -> bool:
 
 
 def read_config(folder: Path) -> dict[str, object]:
-    """The config.json of `folder`, with AutoGPTQ's settings if those are in a file of their own.
+    """The config.json of `folder`, with AutoGPTQ's or AutoAWQ's settings if those are in a file of their own.
 
     Raises:
         ConfigError: a file is missing, is not UTF-8, is cut off, or is not a JSON object; generation_config.json too.
@@ -50,8 +53,10 @@ def read_config(folder: Path) -> dict[str, object]:
         raise no_config(folder)
     config = read_json(path)
     read_generation(folder)
-    beside = folder / AUTO_GPTQ_CONFIG
-    return with_auto_gptq(config, read_json(beside)) if beside.is_file() else config
+    for name, add in ((AUTO_GPTQ_CONFIG, with_auto_gptq), (AUTO_AWQ_CONFIG, with_auto_awq)):
+        if (folder / name).is_file():
+            config = add(config, read_json(folder / name))
+    return config
 
 
 def read_generation(folder: Path) -> dict[str, object]:
@@ -71,6 +76,12 @@ def read_generation(folder: Path) -> dict[str, object]:
 def with_auto_gptq(config: dict[str, object], settings: dict[str, object]) -> dict[str, object]:
     """`config` with AutoGPTQ's `settings` as its `quantization_config`, unless it has one."""
     return {"quantization_config": {"quant_method": "gptq", **settings}, **config}
+
+
+def with_auto_awq(config: dict[str, object], settings: dict[str, object]) -> dict[str, object]:
+    """`config` with the `settings` of an older AutoAWQ as its `quantization_config`, unless it has one."""
+    named = {_AWQ_KEYS.get(key, key): value for key, value in settings.items()}
+    return {"quantization_config": {"quant_method": "awq", **named}, **config}
 
 
 def read_json(path: Path, *, marked: bool = True) -> dict[str, object]:
@@ -199,7 +210,7 @@ def read_index(path: Path) -> dict[str, str]:
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(content, dict) or not isinstance(weight_map, dict):
         raise refused(f"{named}; take {path.name} of the repository that the shards are of")
-    if not isinstance(content.get("metadata"), dict):
+    if path.name == INDEX and not isinstance(content.get("metadata"), dict):
         raise refused(
             f"{str(path)!r} has no object 'metadata', which transformers asks for; write \"metadata\": {{}} beside "
             '"weight_map"'

@@ -92,11 +92,11 @@ class FourBit:
         return {f".weight.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}, scales
 
     def decode(self, codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-        """Codes' values times their block's maximum."""
+        """Codes' values times their block's maximum; as one row, for the CPU's kernel ends a block with its row."""
         decoded: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
-            codes, scales, _BLOCK, self.quant_type, shape, torch.float32
+            codes, scales, _BLOCK, self.quant_type, (1, math.prod(shape)), torch.float32
         )
-        return decoded
+        return decoded.view(shape)
 
     def config(self, dtype: torch.dtype) -> dict[str, Any]:
         """The head is not quantized, and products are computed in the checkpoint's dtype."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.storage import FORMATS
-from qwen_vram.arithmetic.weights import MAXIMUM_OF, PACKED_ROWS, head_is_a_copy, is_packed, may_be_on_disk
+from qwen_vram.arithmetic.weights import MAXIMUM_OF, PACKED_ROWS, is_packed, may_be_on_disk
 from qwen_vram.errors import NotSupportedError
 from qwen_vram.planning.beside import no_adapter_beside
 
@@ -59,11 +59,6 @@ def _head(architecture: Architecture, profile: Profile) -> str:
             f"a head that {weights} quantized too is not loaded by transformers; use a checkpoint whose head is in 16 "
             "bits, as most are"
         )
-    if head_is_a_copy(architecture, profile) and architecture.stored_format is not None:
-        return (
-            "this checkpoint's head is its token table (tie_word_embeddings), which is stored in 16 bits; load the "
-            "16-bit checkpoint, whose table is quantized into a head of its own"
-        )
     return ""
 
 
@@ -102,7 +97,7 @@ def _computing(architecture: Architecture, profile: Profile) -> str:
     if storage.bits != 4:
         return "bitsandbytes has no fused product in 8 bits for the CPU; use weights in 4 or 16 bits, or host_layers=0"
     for weight in architecture.block:
-        if weight.is_linear and not is_packed(weight):
+        if weight.is_linear and not is_packed(weight.shape):
             rows, columns = weight.shape
             return (
                 f"the CPU's kernel takes matrices whose rows are a multiple of {PACKED_ROWS} and whose columns are one "

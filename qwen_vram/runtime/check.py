@@ -97,7 +97,8 @@ def check_files(checkpoint: Checkpoint, profile: Profile, dtype: torch.dtype) ->
     stored = checkpoint.files.tensors
     for weight in checkpoint.architecture.weights():
         tensor = stored.get(weight.name)
-        held = None if tensor is None else _STORED_DTYPES.get(tensor.dtype)  # `None`: as its format has it
+        quantized = checkpoint.architecture.stored_format is not None and weight.is_linear
+        held = None if tensor is None or quantized else _STORED_DTYPES.get(tensor.dtype)  # `None`: as its format has it
         if tensor and tensor.nbytes >= SMALLEST_READ and ".layers." in weight.name and held not in (None, dtype):
             raise NotSupportedError(
                 f"disk_layers={profile.disk_layers}: {weight.name!r} is stored as {tensor.dtype} and runs in {dtype}; "

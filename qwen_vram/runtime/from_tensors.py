@@ -5,7 +5,7 @@ Nothing is read before its turn, and nothing twice at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from qwen_vram.arithmetic.checkpoint import CheckpointFiles
 from qwen_vram.arithmetic.tensor_names import HEAD, TABLE
 from qwen_vram.files.local import GENERATION
 from qwen_vram.runtime.mapped import open_weights
+
+_SPELLED = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 
 def load_with_own_head(files: CheckpointFiles, *, mapped: bool, config: Any, **options: Any) -> nn.Module:
@@ -31,7 +33,13 @@ def load_with_own_head(files: CheckpointFiles, *, mapped: bool, config: Any, **o
 
 
 def load_without(
-    files: CheckpointFiles, parameters: Mapping[str, tuple[int, ...]], *, mapped: bool, **options: Any
+    files: CheckpointFiles,
+    parameters: Mapping[str, tuple[int, ...]],
+    *,
+    mapped: bool,
+    made: Mapping[str, torch.Tensor],
+    narrowed: Collection[str],
+    **options: Any,
 ) -> nn.Module:
     """The model of a checkpoint whose modules with these parameters, which go to "meta" by the device map, stay empty.
 
@@ -40,13 +48,39 @@ def load_without(
     Args:
         parameters: All parameters of those modules by name, with their shapes in the model.
         mapped: Whether the files are mapped; otherwise each tensor is read when it is wanted.
+        made: Tensors that the files lack.
+        narrowed: Names of tensors that are cast to the model's dtype as they are read.
         **options: With `config`.
     """
     modules = tuple({f"{name.rpartition('.')[0]}." for name in parameters})
     with _slices(files, mapped) as tensors:
-        shown = {name: tensor for name, tensor in tensors.items() if not name.startswith(modules)}
-        shown |= {name: torch.empty(shape, device="meta") for name, shape in parameters.items()}
+        shown = {
+            name: _Narrowed(tensor, options["dtype"]) if name in narrowed else tensor
+            for name, tensor in tensors.items()
+            if not name.startswith(modules)
+        }
+        shown |= {name: torch.empty(shape, device="meta") for name, shape in parameters.items()} | dict(made)
         return _from_tensors(files.folder, shown, **options)
+
+
+class _Narrowed:
+    """A tensor of a file that is cast when it is sliced. It stands where safetensors' slice would."""
+
+    def __init__(self, tensor: Any, dtype: torch.dtype) -> None:
+        self._tensor, self._dtype = tensor, dtype
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        part: torch.Tensor = self._tensor[index]
+        return part.to(self._dtype)
+
+    def get_shape(self) -> list[int]:
+        """Its shape."""
+        shape: list[int] = self._tensor.get_shape()
+        return shape
+
+    def get_dtype(self) -> str:
+        """The dtype that it is cast to, as safetensors spells it."""
+        return _SPELLED[self._dtype]
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from qwen_vram.runtime import attention
 from qwen_vram.runtime.adapter import add_adapter, check_peft, check_values, end_at, open_adapters_tokenizer
 from qwen_vram.runtime.backends import get_backend
 from qwen_vram.runtime.backends.base import Backend, Request, StreamingBackend
+from qwen_vram.runtime.backends.bnb_notes import check_notes
 from qwen_vram.runtime.blob import HostMemory
 from qwen_vram.runtime.check import check, check_files, check_host, dtype_for
 from qwen_vram.runtime.checkpoint import Checkpoint, model_config, open_checkpoint, open_tokenizer, warn_of_files
@@ -160,6 +161,8 @@ def _build(
     profile, device, dtype = chosen.profile, devices[0], dtype_for(chosen.profile, weakest(devices))
     if profile.disk_layers:
         check_files(checkpoint, profile, dtype)
+    if checkpoint.architecture.stored_format is not None:
+        check_notes(checkpoint.folder, checkpoint.files.tensors, checkpoint.architecture)
     warn_of_files(checkpoint.files, profile)
     attention.register()
     late_head = head_by_tiles(checkpoint.architecture, profile)
@@ -202,6 +205,10 @@ def _build(
             after_a_failure.callback(streamer.close)
     if table_on_host(checkpoint.architecture, profile):
         move_embedding_to_host(model, device)
+    if device.type == "cpu" and backend.name == "bnb":
+        from qwen_vram.runtime.flat_linear import multiply_flat
+
+        multiply_flat(model)
     if profile.tiles and backend.name == "bnb":
         from qwen_vram.runtime.tiled_int8 import multiply_int8_in_pieces
         from qwen_vram.runtime.tiled_linear import dequantize_in_tiles

@@ -13,8 +13,8 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from qwen_vram.arithmetic.quantization import OWN_METHOD
 from qwen_vram.arithmetic.storage import FORMATS
-from qwen_vram.arithmetic.stored import OWN_METHOD
 from qwen_vram.runtime.int4_linear import Int4Linear
 from qwen_vram.runtime.row_linear import Fp8Linear, Int8Linear
 from qwen_vram.runtime.weight_only import WeightOnlyLinear

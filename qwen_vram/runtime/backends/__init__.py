@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from importlib.metadata import entry_points
 
+from qwen_vram.arithmetic.quantizers import QUANTIZERS
 from qwen_vram.arithmetic.storage import FORMAT_NAMES
 from qwen_vram.errors import BackendUnavailableError, UnknownNameError
 from qwen_vram.runtime.backends.base import Backend
@@ -17,7 +18,7 @@ _GPTQ = "qwen_vram.runtime.backends.gptq:GptqBackend"
 # Storage format -> "module:class".
 TARGETS: dict[str, str] = {
     **dict.fromkeys(("fp32", "bf16", "fp16"), _DENSE),
-    **dict.fromkeys(("int8", "nf4", "nf4-plain", "fp4"), _BNB),
+    **dict.fromkeys(("int8", "nf4", "nf4-plain", "fp4", "fp4-plain"), _BNB),
     **dict.fromkeys(("int4", "int8-wo", "fp8"), _TORCH),
     **dict.fromkeys(("gptq-int4", "gptq-int8", "gptq", "awq"), _GPTQ),
 }
@@ -41,8 +42,9 @@ def get_backend(storage_format: str) -> Backend:
     for entry in entry_points(group=ENTRY_POINTS, name=storage_format):
         plugged: Backend = entry.load()()
         return plugged
+    runs = QUANTIZERS["fp8" if storage_format == "fp8-block" else storage_format].runs
     raise BackendUnavailableError(
-        f"no backend loads {storage_format!r} yet: its bytes are counted by estimate_vram() only; load() takes "
-        f"{', '.join(TARGETS)}",
+        f"no backend loads {storage_format!r}: its bytes are counted by estimate_vram() only; run the checkpoint with "
+        f"{runs}, or load the 16-bit checkpoint that it was made of, with weights='fp8', 'int8' or 'nf4'",
         backend=storage_format,
     )

@@ -24,6 +24,8 @@ class Request(NamedTuple):
     `stored`: the checkpoint is in the profile's format already. `own_head`: its head is the token table, and is to be
     quantized into a tensor of its own. `late_head`: the head is built after `load`, with the layers that stream.
     `left_out`: parameters that `load` leaves on the meta device without reading them, by name, with their shapes.
+    `made`: tensors that the files lack and the model needs, by name. `narrowed`: names of float32 tensors that are cast
+    to `dtype` as they are read, for `transformers` leaves them as they are in a checkpoint of bitsandbytes.
     `disable_mmap`: files are read through, not mapped.
     """
 
@@ -38,6 +40,8 @@ class Request(NamedTuple):
     own_head: bool = False
     late_head: bool = False
     left_out: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+    made: Mapping[str, torch.Tensor] = MappingProxyType({})
+    narrowed: frozenset[str] = frozenset()
     disable_mmap: bool = False
 
 
@@ -114,6 +118,13 @@ class HostBackend(StreamingBackend, Protocol):
         """
 
 
+def stored_config(request: Request) -> Any:
+    """The `transformers` config of a checkpoint that is quantized already, its head tied only if it is the table."""
+    if request.profile.lm_head is not None:
+        request.config.tie_word_embeddings = False
+    return request.config
+
+
 def from_pretrained(request: Request, **options: Any) -> nn.Module:
     """`AutoModelForCausalLM.from_pretrained` with what every backend passes: local safetensors, no remote code."""
     from transformers import AutoModelForCausalLM
@@ -135,4 +146,5 @@ def from_pretrained(request: Request, **options: Any) -> nn.Module:
     if "disk" in request.device_map.values():
         model: nn.Module = AutoModelForCausalLM.from_pretrained(files.folder, **options)
         return model
-    return load_without(files, request.left_out, mapped=mapped, **options)
+    made, narrowed = request.made, request.narrowed
+    return load_without(files, request.left_out, mapped=mapped, made=made, narrowed=narrowed, **options)

@@ -1,4 +1,4 @@
-"""nf4, nf4-plain, fp4 and int8 by bitsandbytes, quantized tensor by tensor while they load, and saved as they are."""
+"""nf4, fp4 and int8 by bitsandbytes, quantized tensor by tensor while they load, and saved as they are."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from torch import nn
 
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.profile import Profile
+from qwen_vram.arithmetic.quantization import skips
+from qwen_vram.arithmetic.storage import FORMATS
 from qwen_vram.errors import BackendUnavailableError
-from qwen_vram.runtime.backends.base import Request, from_pretrained
+from qwen_vram.files.header import Tensor
+from qwen_vram.runtime.backends.base import Request, from_pretrained, stored_config
 from qwen_vram.runtime.backends.bnb_cpu import check_scales, keep_scales
 from qwen_vram.runtime.backends.bnb_state import copied, itself, quantization_tensors, with_tensors
 from qwen_vram.runtime.backends.dense import DenseBackend, filled, parameters, twin_binding
@@ -24,9 +27,7 @@ _INSTALL = 'pip install "bitsandbytes>=0.50"'
 
 # LLM.int8 multiplies with int8 tensor cores from Turing on, the 4-bit kernels run from Pascal on.
 # Source: bitsandbytes 0.50.2, its documentation's hardware table.
-_OLDEST = {"int8": (7, 5), "nf4": (6, 0), "nf4-plain": (6, 0), "fp4": (6, 0)}
-
-_QUANT_TYPE = {"nf4": "nf4", "nf4-plain": "nf4", "fp4": "fp4"}
+_OLDEST_INT8, _OLDEST_4_BIT = (7, 5), (6, 0)
 
 # Columns of activations with a larger value are multiplied in 16 bits.
 # Source: transformers 5.23, BitsAndBytesConfig, llm_int8_threshold.
@@ -64,8 +65,8 @@ def quantization_config(weights: str, *, head: bool, dtype: torch.dtype) -> Any:
         return BitsAndBytesConfig(load_in_8bit=True, **options)
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type="fp4" if weights == "fp4" else "nf4",
-        bnb_4bit_use_double_quant=weights != "nf4-plain",
+        bnb_4bit_quant_type=weights.removesuffix("-plain"),
+        bnb_4bit_use_double_quant=FORMATS[weights].is_double,
         bnb_4bit_compute_dtype=dtype,
         **options,
     )
@@ -84,7 +85,7 @@ class BnbBackend:
                 backend="bnb",
                 install=_INSTALL,
             )
-        oldest = _OLDEST[profile.weights]
+        oldest = _OLDEST_INT8 if profile.weights == "int8" else _OLDEST_4_BIT
         if device.type == "cuda" and torch.cuda.get_device_capability(device) < oldest:
             raise BackendUnavailableError(
                 f"weights={profile.weights!r} needs a GPU of compute capability {oldest[0]}.{oldest[1]}, got "
@@ -102,10 +103,12 @@ class BnbBackend:
         two_devices = "disk" in elsewhere or ("cpu" in elsewhere and request.device.type != "cpu")
         if request.stored:
             # The checkpoint's own settings win over any that are passed, so they are changed where they stand.
-            config = request.config
+            config = stored_config(request)
             config.quantization_config["llm_int8_enable_fp32_cpu_offload"] = two_devices
             config.quantization_config["bnb_4bit_compute_dtype"] = str(request.dtype).removeprefix("torch.")
-            model: Any = from_pretrained(request, config=config)
+            if request.profile.lm_head is None:
+                _leave_head(config.quantization_config)
+            model: Any = from_pretrained(request._replace(narrowed=_wide(request.files.tensors)), config=config)
         else:
             head = profile.head_format == profile.weights
             settings = quantization_config(profile.weights, head=head and not request.late_head, dtype=request.dtype)
@@ -120,26 +123,31 @@ class BnbBackend:
         return loaded
 
     def saved_config(self, model: nn.Module, profile: Profile) -> dict[str, Any]:
-        """What config.json says of the quantization."""
+        """What config.json says of the quantization, with every matrix that is in 16 bits."""
         check_scales(model)
-        config: dict[str, Any] = quantization_config(
-            profile.weights,
-            head=profile.head_format == profile.weights,
-            dtype=model.dtype,  # type: ignore[arg-type]
-        ).to_dict()
-        return config
+        head = profile.head_format == profile.weights
+        loaded: Any = model.config
+        config = quantization_config(
+            profile.weights, head=head, dtype=loaded.quantization_config.bnb_4bit_compute_dtype
+        )
+        plain = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+        config.llm_int8_skip_modules = sorted({*plain, *config.llm_int8_skip_modules})
+        storage = next((dtype for module in model.modules() if (dtype := _storage(module))), torch.uint8)
+        config.bnb_4bit_quant_storage = storage
+        saved: dict[str, Any] = config.to_dict()
+        return saved
 
     def build(self, module: nn.Module, weights: Mapping[str, torch.Tensor], request: Request) -> nn.Module:
         """The linear layer of bitsandbytes in the place of torch's, as `transformers` puts it; others stay.
 
         What is stored quantized is not touched: its layer is bitsandbytes' already.
         """
-        if not isinstance(module, nn.Linear):
-            return filled(module, weights, request.dtype)
         if request.stored:
             from qwen_vram.runtime.backends.bnb_stored import restored
 
             return restored(module, weights, request.dtype)
+        if not isinstance(module, nn.Linear):
+            return filled(module, weights, request.dtype)
         import bitsandbytes as bnb
 
         from qwen_vram.runtime.backends.bnb_rows import eight_bit, four_bit
@@ -153,9 +161,10 @@ class BnbBackend:
             codes, scales = eight_bit(matrix, request.device)
             made.weight = bnb.nn.Int8Params(codes, requires_grad=False, CB=codes, SCB=scales)
         else:
-            kind = {"quant_type": _QUANT_TYPE[name], "compress_statistics": name != "nf4-plain"}
+            quant_type, nested = name.removesuffix("-plain"), FORMATS[name].is_double
+            kind = {"quant_type": quant_type, "compress_statistics": nested}
             made = bnb.nn.Linear4bit(**sizes, bias=bias, compute_dtype=request.dtype, **kind)
-            codes, state = four_bit(matrix, request.device, quant_type=_QUANT_TYPE[name], nested=name != "nf4-plain")
+            codes, state = four_bit(matrix, request.device, quant_type=quant_type, nested=nested)
             made.weight = bnb.nn.Params4bit(
                 codes, requires_grad=False, quant_state=state, module=made, bnb_quantized=True, **kind
             )
@@ -220,3 +229,28 @@ class BnbBackend:
             module.forward = product
 
         return bind
+
+
+def _leave_head(settings: dict[str, Any]) -> None:
+    """Add the head, which is stored in 16 bits, to the modules that `transformers` makes none of bitsandbytes' of.
+
+    It is not there if the head is the token table and the list was made for another purpose.
+    """
+    skipped = settings.get("llm_int8_skip_modules")
+    if skipped is not None and not skips(skipped, "lm_head"):
+        settings["llm_int8_skip_modules"] = [*skipped, "lm_head"]
+
+
+def _wide(tensors: Mapping[str, Tensor]) -> frozenset[str]:
+    """The tensors in float32 that are no part of a quantized matrix."""
+    return frozenset(
+        name
+        for name, tensor in tensors.items()
+        if tensor.dtype == "F32" and name.endswith((".weight", ".bias")) and f"{name}.absmax" not in tensors
+    )
+
+
+def _storage(module: nn.Module) -> torch.dtype | None:
+    """The dtype that a 4-bit matrix is stored in; `None` for other modules."""
+    weight: Any = getattr(module, "weight", None)
+    return weight.quant_storage if getattr(weight, "quant_state", None) is not None else None

@@ -1,4 +1,4 @@
-"""Matrices that a checkpoint holds as bitsandbytes quantized them: read as they are, on the host."""
+"""Modules of a checkpoint that bitsandbytes quantized: read as they are, on the host."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ _SCALES = "SCB"
 
 
 def restored(module: nn.Module, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> nn.Module:
-    """The same linear layer, empty before, with what its checkpoint holds of it.
+    """The same module, empty before, with what its checkpoint holds of it.
 
     Args:
         tensors: Codes, bias and quantization state under the names that bitsandbytes gives them, on the host.
-        dtype: What is not quantized is cast to it.
+        dtype: Biases, and what else is stored in float32 and not quantized, are cast to it; the rest stays as it is,
+            for `transformers` leaves it so too.
     """
     made: Any = module
     plain = {name: tensors[name] for name, _ in module.named_parameters(recurse=False)}
@@ -29,4 +30,6 @@ def restored(module: nn.Module, tensors: Mapping[str, torch.Tensor], dtype: torc
     elif isinstance(module, Linear8bitLt):
         codes = plain.pop("weight")
         made.weight = Int8Params(codes, requires_grad=False, CB=codes, SCB=tensors[_SCALES])
-    return filled(module, plain, dtype)
+    for name, tensor in plain.items():
+        filled(module, {name: tensor}, dtype if name == "bias" or tensor.dtype == torch.float32 else tensor.dtype)
+    return module

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from qwen_vram.arithmetic.profile import Profile
-from qwen_vram.errors import CheckpointError, UnknownNameError
-from qwen_vram.runtime.backends.base import Request, from_pretrained
+from qwen_vram.arithmetic.quantization import quantization_of, settings_of
+from qwen_vram.errors import UnknownNameError
+from qwen_vram.runtime.backends.base import Request, from_pretrained, stored_config
 from qwen_vram.runtime.backends.gptq_library import check_installed, import_quietly, quietly
 
 # What a module keeps of its checkpoint. It has no parameters: all of it are buffers.
@@ -21,9 +20,9 @@ _STORED = ("qweight", "qzeros", "scales", "g_idx", "bias")
 # Plain kernels, which start at once and leave tensors as they are stored. GPTQModel's own choice on CUDA (Machete,
 # Marlin, ExLlama) is compiled by nvcc for a minute or more when it is first used, and its choice on the CPU too.
 _PLAIN = {"cpu": "torch", "cuda": "triton"}
-# Layouts and bits that these read, triton without 3 bits. Source: GPTQModel 7.6.0, tritonv2.py, gemm_awq_triton.py.
-_LAYOUTS = {"gptq": ("gptq", "gptq_v2"), "awq": ("gemm",)}
-_BITS = {"gptq": (2, 3, 4, 8), "awq": (4,)}
+# Settings of a checkpoint that say how its tensors are read.
+_DEFAULT_BITS = 4
+_READ = ("bits", "group_size", "desc_act", "sym", "checkpoint_format", "format", "version", "zero_point", "meta")
 KERNEL = "QWEN_VRAM_GPTQ_KERNEL"
 KERNELS = ("auto", "machete", "marlin", "exllama_v2", "triton", "torch")
 
@@ -40,16 +39,15 @@ class GptqBackend:
 
     def load(self, request: Request) -> nn.Module:
         """The model with the checkpoint's tensors under its matrices, and a kernel for the device."""
-        folder = request.files.folder
-        settings = _settings(request.files.config, folder, request.profile.weights, request.device)
+        settings = _settings(request)
         import_quietly()
-        config = request.config
+        config = stored_config(request)
         # The checkpoint's own settings win over any that are passed, so they are changed where they stand.
         config.quantization_config = settings
         if request.profile.weights == "awq" and request.device.type == "cuda":
             request = request._replace(dtype=torch.float16)  # its kernels know no bf16; transformers would say so
         with quietly():
-            model = from_pretrained(request, config=config)
+            model = from_pretrained(request._replace(made=_missing_order(request)), config=config)
         for module in model.modules():
             # torch.compile of it: a compiler run for every shape, and none where there is no compiler.
             module.__dict__.pop("dequantize_weight", None)
@@ -63,36 +61,45 @@ class GptqBackend:
         return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
 
 
-def _settings(config: Mapping[str, object], folder: Path, method: str, device: torch.device) -> dict[str, Any]:
-    """The checkpoint's `quantization_config` with the kernel in it."""
-    settings: Any = config["quantization_config"]
-    _check_settings(settings, method, folder)
-    kernel = _chosen_kernel() or _PLAIN[device.type]
-    if kernel == "triton" and (settings.get("bits") == 3 or find_spec("triton") is None):
+def _settings(request: Request) -> dict[str, Any]:
+    """The checkpoint's `quantization_config` with the kernel in it, and only what loading needs of the rest.
+
+    Which modules are quantized is said by their full names: rules of the file's own spelling are not read on the way.
+    """
+    method, block = request.profile.weights, settings_of(quantization_of(request.files.config))
+    kernel = _chosen_kernel() or _PLAIN[request.device.type]
+    if kernel == "triton" and (block.get("bits") == 3 or find_spec("triton") is None):
         kernel = "torch"
     if method == "awq":
         kernel = {"torch": "torch_awq", "triton": "gemm_triton"}.get(kernel, kernel)
-    return {**settings, "backend": kernel}
+    settings = {"bits": _DEFAULT_BITS, **{key: block[key] for key in _READ if key in block}}
+    tensors = request.files.tensors
+    quantized = sorted(name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight"))
+    if method == "gptq":
+        settings["modules_in_block_to_quantize"] = [quantized]
+    else:
+        plain = [name.removesuffix(".weight") for name in tensors if name.endswith("proj.weight")]
+        settings["modules_to_not_convert"] = sorted(plain) or None
+    return {**settings, "quant_method": method, "backend": kernel}
 
 
-def _check_settings(settings: dict[str, Any], method: str, folder: Path) -> None:
-    """Refuse what the kernels, or `transformers` on the way to them, cannot read."""
-    keys = ("checkpoint_format", "format", "version")
-    layout = next((settings[key] for key in keys if isinstance(settings.get(key), str)), _LAYOUTS[method][0]).lower()
-    found = ""
-    if settings.get("dynamic"):
-        found = "bits or groups of their own for some modules ('dynamic')"
-    elif layout not in _LAYOUTS[method]:
-        found = f"its codes in the layout {layout!r}"
-    elif settings.get("bits", 4) not in _BITS[method]:
-        found = f"codes of {settings['bits']} bits"
-    if found:
-        raise CheckpointError(
-            f"{str(folder)!r} has {found} by its quantization_config, which is not loaded; use a checkpoint of "
-            f"{method.upper()} with one setting for all, {' or '.join(map(str, _BITS[method]))} bits, in the layout "
-            f"{' or '.join(_LAYOUTS[method])}",
-            path=str(folder),
-        )
+def _missing_order(request: Request) -> dict[str, torch.Tensor]:
+    """The group of each column, by the name of its tensor, of every matrix whose file has none: they follow in order.
+
+    Without `desc_act` nothing else can be meant, and a checkpoint with it is refused.
+    """
+    if request.profile.weights == "awq":
+        return {}
+    tensors = request.files.tensors
+    settings: Any = settings_of(quantization_of(request.files.config))
+    bits, size = settings.get("bits", _DEFAULT_BITS), settings.get("group_size", 128)
+    made = {}
+    for name in [name for name in tensors if name.endswith(".qweight")]:
+        order = f"{name.removesuffix('.qweight')}.g_idx"
+        if order not in tensors:
+            columns = tensors[name].shape[0] * 32 // bits
+            made[order] = torch.arange(columns, dtype=torch.int32) // (size if size > 0 else columns)
+    return made
 
 
 def _chosen_kernel() -> str | None:

@@ -9,6 +9,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout
 from importlib.util import find_spec
 from io import StringIO
@@ -36,6 +37,17 @@ def check_installed(what: str) -> None:
 
 def import_quietly() -> None:
     """Import GPTQModel without its banner, and with the environment that was there before.
+
+    The import runs in a thread. GPTQModel keeps an exception of its import, and the exception keeps all frames below
+    it, with their variables: in this thread, the frames of `load()` and the model. Source: GPTQModel 7.6.0,
+    nn_modules/qlinear/gguf_cpp.py, `_LLAMA_CPP_IMPORT_ERROR`.
+    """
+    with ThreadPoolExecutor(1) as executor:
+        executor.submit(_import).result()
+
+
+def _import() -> None:
+    """Import GPTQModel, and put back what that changes.
 
     It would set torch's allocator and the order of GPUs where nothing is set, and the hub's cache to a folder in /tmp.
     """

@@ -9,7 +9,7 @@ from torch import nn
 
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.errors import BackendUnavailableError
-from qwen_vram.runtime.backends.base import Request, from_pretrained
+from qwen_vram.runtime.backends.base import Request, from_pretrained, stored_config
 from qwen_vram.runtime.int4_layout import order_is_known
 from qwen_vram.runtime.weight_only import WeightOnlyLinear
 
@@ -31,12 +31,17 @@ class TorchBackend:
     def load(self, request: Request) -> nn.Module:
         """The model with its matrices quantized; embeddings, norms and biases keep the model's dtype."""
         config = _config(request.profile)  # registers the quantizer, which a stored checkpoint needs too
-        return from_pretrained(request, **({} if request.stored else {"quantization_config": config}))
+        return from_pretrained(
+            request, **({"config": stored_config(request)} if request.stored else {"quantization_config": config})
+        )
 
     def saved_config(self, model: nn.Module, profile: Profile) -> dict[str, Any]:
-        """What config.json says of the quantization."""
-        config: dict[str, Any] = _config(profile).to_dict()
-        return config
+        """What config.json says of the quantization, with every matrix that is in 16 bits."""
+        config = _config(profile)
+        plain = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+        config.modules_to_not_convert = sorted({*plain, *config.modules_to_not_convert})
+        saved: dict[str, Any] = config.to_dict()
+        return saved
 
     def storages(self, module: nn.Module) -> list[torch.Tensor]:
         """Scales, and zeros where the format has them."""
