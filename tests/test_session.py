@@ -1,14 +1,17 @@
 """A plan covers a session: no smaller workload needs a byte more than what was planned."""
 
 import random
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
+import qwen_vram as qv
 from qwen_vram.arithmetic.estimate import estimate
 from qwen_vram.arithmetic.model import resolve_model
 from qwen_vram.arithmetic.profile import resolve_profile
+from qwen_vram.arithmetic.session import outlier_bytes
 from qwen_vram.arithmetic.workload import Workload
+from qwen_vram.planning.budget import Budget
 
 MIB = 2**20
 # Model, profile, knobs, and the planned (prompt_len, max_new_tokens, batch_size, padded).
@@ -97,3 +100,43 @@ def test_no_smaller_workload_needs_more_than_the_session(model, name, knobs, wor
     for workload in smaller(planned, model + name, grows=profile.cache == "dynamic"):
         alone = estimate(label, architecture, profile, workload)
         assert alone.needs_at_most(promised.needed_bytes), workload
+
+
+def test_int8_counts_what_its_data_can_take():
+    """Beside the margins that every format has."""
+    label, architecture = resolve_model("Qwen2.5-7B")
+    planned = Workload(prompt_len=8_192, max_new_tokens=16)
+    # Pieces of q_proj's input, 4,681 rows of 3,584 elements in fp16, and the buffer of the search.
+    tiled = resolve_profile("default", weights="int8")
+    assert outlier_bytes(architecture, tiled, planned) == 4_681 * 3_584 * 2 + 2 * MIB
+    whole = tiled.replace(dequantization="whole")
+    columns = 6 * 3_584 + 18_944  # of q, k, v, o, gate and up, and of down
+    assert outlier_bytes(architecture, whole, planned) == 28 * columns * 8
+    assert outlier_bytes(architecture, resolve_profile("compact"), planned) == 0
+    for profile in (tiled, whole):
+        alone = estimate(label, architecture, profile, planned)
+        promised = estimate(label, architecture, profile, planned, session=True)
+        assert promised.needed_bytes > alone.needed_bytes + outlier_bytes(architecture, profile, planned)
+
+
+def test_a_plan_counts_a_session_and_an_estimate_one_prompt():
+    work = {"prompt_len": 2_048, "max_new_tokens": 256}
+    plan = qv.plan("Qwen2.5-7B", vram="8GiB", ram="64GiB", **work)
+    alone = qv.estimate_vram("Qwen2.5-7B", plan.profile, **work)
+    assert plan.estimate.is_of_session
+    assert not alone.is_of_session
+    assert plan.to_dict()["estimate"]["session"] is True
+    assert plan.estimate.peak_allocated == alone.peak_allocated
+    assert alone.needed_bytes < plan.estimate.needed_bytes <= 1.02 * alone.needed_bytes
+    assert plan.steps[-1].needed_bytes == plan.estimate.needed_bytes
+    assert qv.Plan.from_dict(plan.to_dict()).estimate.needed_bytes == plan.estimate.needed_bytes
+
+
+def test_what_the_process_holds_already_is_counted_once():
+    """Kernels and streams of closed models stay in a process; a new model shares its CUDA context."""
+    label, architecture = resolve_model("Qwen2.5-7B")
+    profile, work = resolve_profile("compact"), Workload()
+    fresh, held = (estimate(label, architecture, profile, work, held=size) for size in (0, 900 * MIB))
+    assert held.process_total - fresh.process_total == 900 * MIB - fresh.beside_torch > 0
+    assert estimate(label, architecture, profile, work, held=100 * MIB).process_total == fresh.process_total
+    assert Budget.from_dict(asdict(Budget(vram=2**33, ram=0, held={0: 5}))).held == {0: 5}

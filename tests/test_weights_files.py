@@ -200,7 +200,7 @@ def test_pickles_load_once_they_are_converted_as_the_message_says(new):
         (lambda name: name.replace(".mlp.", "._checkpoint_wrapped_module.mlp."), "_checkpoint_wrapped_module."),
         (lambda name: name.replace(".self_attn.", ".self_attn._fsdp_wrapped_module."), "_fsdp_wrapped_module."),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "name",
 )
 def test_a_wrappers_prefix_is_named_and_the_command_takes_it_out(new, change, prefix, kind):
     folder = new(kind)

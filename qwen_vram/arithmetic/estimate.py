@@ -27,7 +27,7 @@ from qwen_vram.arithmetic.overhead import (
     workspace_bytes,
 )
 from qwen_vram.arithmetic.profile import Profile, resolve_profile
-from qwen_vram.arithmetic.session import Run, critical_workloads, fragment_bytes, least_of_session
+from qwen_vram.arithmetic.session import Run, critical_workloads, fragment_bytes, least_of_session, outlier_bytes
 from qwen_vram.arithmetic.storage import FORMATS
 from qwen_vram.arithmetic.weights import weight_bytes
 from qwen_vram.arithmetic.workload import Logits, Workload
@@ -185,7 +185,8 @@ class Estimate:
         """The least that torch must be able to reserve for a session of workloads up to this one, in any order."""
         assert self.architecture is not None
         runs = [Run(one._replayed.peak, one._roomy, one._least) for one in (self, *self.covered)]
-        return least_of_session(runs, fragment_bytes(self.architecture, self.profile, self.workload))
+        what = (self.architecture, self.profile, self.workload)
+        return least_of_session(runs, fragment_bytes(*what), outlier_bytes(*what))
 
     def needs_at_most(self, limit: int) -> bool:
         """Tell if `needed_bytes` is at most `limit`: the same answer, sooner. For one device."""

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.overhead import REPLAY_MISS, SEARCHED_TO
 from qwen_vram.arithmetic.profile import Profile
+from qwen_vram.arithmetic.tiles import int8_rows
 from qwen_vram.arithmetic.workload import Workload
 
 # Two segments of torch's small pool: with some lengths it takes one more for keys, and one more for values.
@@ -21,6 +22,11 @@ _SMALL_SEGMENTS = 2 * 2 * 2**20
 # One segment of each of torch's two pools.
 _GRAPH_SEGMENTS = 22 * 2**20
 _FP32 = 4
+_FP16 = 2
+_INT64 = 8
+# The buffer of torch's search for a column of outliers is larger than the block before it by at most this, 1.7 MiB.
+# Recorded: NVIDIA H200, torch 2.11.0+cu130, bitsandbytes 0.50.2, 2026-11-26, pieces of more than 1,020 rows.
+_COLUMN_SEARCH = 2 * 2**20
 # The largest share of the peak that a fragment takes. Of 12,000 random smaller workloads of 640 random profiles,
 # replayed on 2026-11-30, 2 needed more: both dequantize whole matrices for 70 sequences.
 _FRAGMENT = 0.04
@@ -63,8 +69,7 @@ def fragment_bytes(architecture: Architecture, profile: Profile, workload: Workl
     context: each leaves a block that the next one does not fit. A captured step of a smaller batch has its logits in
     float32, and segments in the pool of graphs.
     """
-    rows = workload.batch_size * min(profile.prefill_chunk_size or workload.prompt_len, workload.prompt_len)
-    activation = rows * architecture.intermediate_size * profile.element_bytes
+    activation = _prefill_rows(profile, workload) * architecture.intermediate_size * profile.element_bytes
     if profile.compiled and workload.batch_size > 1:
         return activation + (workload.batch_size - 1) * architecture.vocab_size * _FP32 + _GRAPH_SEGMENTS
     if profile.kv_cache == "bf16":
@@ -73,14 +78,38 @@ def fragment_bytes(architecture: Architecture, profile: Profile, workload: Workl
     return activation + SEARCHED_TO + 2 * tokens * architecture.key_value_width * profile.element_bytes
 
 
-def least_of_session(runs: Iterable[Run], fragment: int) -> int:
+def _prefill_rows(profile: Profile, workload: Workload) -> int:
+    """Rows of the largest prefill step."""
+    return workload.batch_size * min(profile.prefill_chunk_size or workload.prompt_len, workload.prompt_len)
+
+
+def outlier_bytes(architecture: Architecture, profile: Profile, workload: Workload) -> int:
+    """Return the bytes that int8 matrices take because of the data: 0 for other formats.
+
+    By tiles, torch's search for outlier columns can need a larger buffer than the block that was just freed, and with
+    it one segment for a piece of the input's rows. bitsandbytes' own products keep the number of each outlier column of
+    every matrix, 8 bytes, at most for all columns.
+    """
+    if profile.weights != "int8":
+        return 0
+    matrices = [weight for weight in architecture.block if weight.is_linear]
+    if not profile.tiles:
+        columns = sum(weight.shape[1] for weight in matrices)
+        return architecture.num_hidden_layers * columns * _INT64
+    rows = _prefill_rows(profile, workload)
+    largest = max(min(rows, int8_rows(*weight.shape)) * weight.shape[1] * _FP16 for weight in matrices)
+    return largest + _COLUMN_SEARCH
+
+
+def least_of_session(runs: Iterable[Run], fragment: int, from_data: int = 0) -> int:
     """Return the bytes that torch must be able to reserve for a session whose critical workloads are `runs`.
 
     At least what each of them needs, with the search's own step if it was searched; and the highest peak with the share
-    that a replay can miss. On top of it there is one fragment, or 4 % of the peak if that is less.
+    that a replay can miss. On top of it there is one fragment, or 4 % of the peak if that is less, and what the data
+    take (`outlier_bytes`).
     """
     every = list(runs)
     peak = max(run.peak for run in every)
     least = max(run.least + (SEARCHED_TO if run.least < run.roomy else 0) for run in every)
     left_over = min(fragment, int(peak * _FRAGMENT))
-    return max(least, int((peak + SEARCHED_TO) * (1 + REPLAY_MISS))) + left_over + _SMALL_SEGMENTS
+    return max(least, int((peak + SEARCHED_TO) * (1 + REPLAY_MISS))) + left_over + from_data + _SMALL_SEGMENTS
