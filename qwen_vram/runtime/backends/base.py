@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from qwen_vram.arithmetic.checkpoint import CheckpointFiles
+from qwen_vram.files.local import INDEX, SINGLE
 from qwen_vram.runtime.from_tensors import load_with_own_head, load_without
 
 if TYPE_CHECKING:
@@ -125,6 +126,13 @@ def stored_config(request: Request) -> Any:
     return request.config
 
 
+def _is_plain(request: Request) -> bool:
+    """Tell if `transformers` loads the folder itself as it was read: each tensor, under its name, from mapped files."""
+    changed = request.left_out or request.made or request.narrowed or request.disable_mmap or request.files.renamed
+    names = {tensor.file for tensor in request.files.tensors.values()}
+    return not changed and (names == {SINGLE} or (SINGLE not in names and (request.files.folder / INDEX).is_file()))
+
+
 def from_pretrained(request: Request, **options: Any) -> nn.Module:
     """`AutoModelForCausalLM.from_pretrained` with what every backend passes: local safetensors, no remote code."""
     from transformers import AutoModelForCausalLM
@@ -142,8 +150,8 @@ def from_pretrained(request: Request, **options: Any) -> nn.Module:
     files, mapped = request.files, not request.disable_mmap
     if request.own_head:
         return load_with_own_head(files, mapped=mapped, **options)
-    # transformers itself has to read a folder of which it puts modules on "disk".
-    if "disk" in request.device_map.values():
+    # transformers itself has to read a folder of which it puts modules on "disk". It reads one that is as it writes it.
+    if "disk" in request.device_map.values() or _is_plain(request):
         model: nn.Module = AutoModelForCausalLM.from_pretrained(files.folder, **options)
         return model
     made, narrowed = request.made, request.narrowed
