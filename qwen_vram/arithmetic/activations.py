@@ -145,7 +145,7 @@ class _Rows:
         return 2 * self.rows * self.architecture.head_dim * self.element + along
 
     def _masked(self) -> bool:
-        """Whether attention gets an explicit mask: padding, an unfinished cache before the chunk, or a static cache."""
+        """Tell if attention gets an explicit mask: padding, an unfinished cache before the chunk, or a static cache."""
         if self.profile.attention in ("fused", "flash_attention_2"):
             masked = self.workload.padded or self.profile.attends_whole
             return masked and self.profile.attention == "fused"
@@ -208,7 +208,7 @@ class _Rows:
         return live + log_sum_exp + expanded + self._mask_elements() * self.element
 
     def _joins(self) -> bool:
-        """Whether fused attention of this step is made in parts: where torch prefers cuDNN, but counted everywhere."""
+        """Tell if fused attention of this step is made in parts: where torch prefers cuDNN, but counted everywhere."""
         return self.profile.attention == "fused" and bool(self._parts())
 
     def _parts(self) -> tuple[int, ...]:

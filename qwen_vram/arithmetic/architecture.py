@@ -34,7 +34,7 @@ class Weight(NamedTuple):
 
     @property
     def is_linear(self) -> bool:
-        """Whether a storage format applies: the matrices of attention, MLP and head, nothing else."""
+        """Tell if a storage format applies: the matrices of attention, MLP and head, nothing else."""
         return len(self.shape) == 2 and self.role not in ("embedding", "adapter")
 
     @property
@@ -162,17 +162,17 @@ class Architecture:
 
     @property
     def starts(self) -> bool:
-        """Whether the token table, the rotary tables and what `generate` keeps are here."""
+        """Tell if the token table, the rotary tables and what `generate` keeps are here."""
         return self.first_layer == 0
 
     @property
     def ends(self) -> bool:
-        """Whether the last norm is here."""
+        """Tell if the last norm is here."""
         return self.layers_after == 0
 
     @property
     def has_head(self) -> bool:
-        """Whether the head is here: behind the last layer, or where it is the token table, with that."""
+        """Tell if the head is here: behind the last layer, or where it is the token table, with that."""
         return self.starts if self.tie_word_embeddings else self.ends
 
     @property

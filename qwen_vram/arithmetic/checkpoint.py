@@ -40,7 +40,7 @@ class CheckpointFiles:
 
     @property
     def renamed(self) -> bool:
-        """Whether a tensor has another name in its file than in the model."""
+        """Tell if a tensor has another name in its file than in the model."""
         return any(name != tensor.name for name, tensor in self.tensors.items())
 
 

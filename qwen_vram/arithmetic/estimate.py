@@ -116,7 +116,7 @@ class Estimate:
 
     @property
     def process_total(self) -> int:
-        """What nvidia-smi shows for the process at most, CUDA context and loaded kernels included."""
+        """The most that nvidia-smi shows for the process, CUDA context and loaded kernels included."""
         if self.devices:
             return self.sum("process_total")
         if self.architecture is None:
@@ -126,7 +126,7 @@ class Estimate:
 
     @property
     def beside_torch(self) -> int:
-        """What nvidia-smi shows for the process beside torch's reserved memory."""
+        """The bytes that nvidia-smi shows for the process beside torch's reserved memory."""
         return self.sum("beside_torch") if self.devices else self._process(0)
 
     def _process(self, reserved: int) -> int:
@@ -147,7 +147,7 @@ class Estimate:
         return {name: size / self.peak_allocated for name, size in self.parts().items()}
 
     def fits(self, budget: str | int) -> bool:
-        """Whether the whole process, and loading it, stay within `budget` (`"8GiB"`, or an `int` of bytes).
+        """Tell if the whole process, and loading it, stay within `budget` (`"8GiB"`, or an `int` of bytes).
 
         Raises:
             UnitError: `budget` has no unit.

@@ -76,7 +76,7 @@ class Machine:
         return f"{self.device}, torch {self.torch}"
 
     def is_measured(self, figure: str) -> bool:
-        """Whether a figure was measured by `qwen-vram calibrate`, and is no stated default."""
+        """Tell if a figure was measured by `qwen-vram calibrate`, and is no stated default."""
         return self.source == "measured" and figure not in self.kept and getattr(self, figure) is not None
 
     def __str__(self) -> str:

@@ -92,7 +92,7 @@ def least_reserved(architecture: Architecture, profile: Profile, workload: Workl
 def least_reserved_is_at_most(
     architecture: Architecture, profile: Profile, workload: Workload, roomy: int, limit: int
 ) -> bool:
-    """Whether `least_reserved` is: the same search, which ends once that is known."""
+    """Tell if `least_reserved` is: the same search, which ends once that is known."""
     for low, high in _bounds(architecture, profile, workload, roomy):
         if high <= limit or low > limit:
             break
@@ -114,7 +114,7 @@ def _bounds(architecture: Architecture, profile: Profile, workload: Workload, ro
 
 
 def _runs_within(architecture: Architecture, profile: Profile, workload: Workload, limit: int) -> bool:
-    """Whether loading and a first run succeed where torch can reserve `limit` bytes."""
+    """Tell if loading and a first run succeed where torch can reserve `limit` bytes."""
     try:
         loaded = replay_load(architecture, profile)
         if loaded.peak_reserved > limit:

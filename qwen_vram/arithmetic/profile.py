@@ -164,12 +164,12 @@ class Profile:
 
     @property
     def tiles(self) -> bool:
-        """Whether matrices of bitsandbytes are multiplied by tiles."""
+        """Tell if matrices of bitsandbytes are multiplied by tiles."""
         return self.dequantization == "tiled" or (self.dequantization is None and self.weights == "int8")
 
     @property
     def attends_whole(self) -> bool:
-        """Whether attention gets the whole of a cache, filled or not: a static one, which compiled steps do not use."""
+        """Tell if attention gets the whole of a cache, filled or not: a static one, which compiled steps do not use."""
         return self.cache == "static" and not self.compiled
 
     @property

@@ -101,7 +101,7 @@ def four_bit_format(quant_type: str, *, double: bool) -> FormatName:
 
 
 def leaves_out_more(settings: Mapping[str, object]) -> bool:
-    """Whether the block leaves modules beside the head in 16 bits."""
+    """Tell if the block leaves modules beside the head in 16 bits."""
     return bool(set(skipped_modules(settings)) - {"lm_head"})
 
 
@@ -112,7 +112,7 @@ def skipped_modules(settings: Mapping[str, object]) -> list[str]:
 
 
 def skips(patterns: Iterable[str], module: str) -> bool:
-    """Whether a list of `transformers` leaves `module` out: as a beginning, as a regular expression, or as an end.
+    """Tell if a list of `transformers` leaves `module` out: as a beginning, as a regular expression, or as an end.
 
     Source: transformers 5.23, quantizers_utils.py, should_convert_module.
     """

@@ -33,7 +33,7 @@ class Attention(Products):
         self.cache: list[list[int]] = [[] for _ in range(architecture.num_hidden_layers)]
 
     def masked(self, queries: int, past: int) -> bool:
-        """Whether attention gets an explicit mask; the rules are `activations`'."""
+        """Tell if attention gets an explicit mask; the rules are `activations`'."""
         kind = self.profile.attention
         if kind == "flash_attention_2":
             return False

@@ -23,7 +23,7 @@ _FP16 = 2
 
 
 def needs_lt(weight: Weight, architecture: Architecture, profile: Profile) -> bool:
-    """Whether a product goes through cuBLASLt: torch's own with a bias does, and adds it in the same kernel.
+    """Tell if a product goes through cuBLASLt: torch's own with a bias does, and adds it in the same kernel.
 
     bitsandbytes' int8 adds a bias afterwards. Source: torch 2.11, aten/src/ATen/native/cuda/Blas.cpp; bitsandbytes
     0.50.2, backends/cuda/ops.py. Measured: without it all rows of tests/data/accuracy.jsonl without outlier columns of

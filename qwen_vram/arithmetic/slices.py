@@ -37,7 +37,7 @@ def slices(architecture: Architecture, counts: Sequence[int]) -> Iterator[Archit
 
 
 def _belongs(weight: Weight, part: Architecture) -> bool:
-    """Whether an adapter's tensor is beside a module of `part`."""
+    """Tell if an adapter's tensor is beside a module of `part`."""
     names = weight.name.split(".")
     if names[:2] == ["model", "layers"]:
         return part.first_layer <= int(names[2]) < part.first_layer + part.num_hidden_layers

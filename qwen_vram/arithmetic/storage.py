@@ -49,22 +49,22 @@ class StorageFormat(NamedTuple):
 
     @property
     def is_dense(self) -> bool:
-        """Whether it is a plain dtype that needs no dequantization."""
+        """Tell if it is a plain dtype that needs no dequantization."""
         return not self.library
 
     @property
     def is_double(self) -> bool:
-        """Whether block maxima are quantized too (double quantization of bitsandbytes)."""
+        """Tell if block maxima are quantized too (double quantization of bitsandbytes)."""
         return any(part.name == "offset" for part in self.parts)
 
     @property
     def streams(self) -> bool:
-        """Whether layers in it can stay off the device: their backend says how they are moved."""
+        """Tell if layers in it can stay off the device: their backend says how they are moved."""
         return self.library in ("", "bitsandbytes")
 
     @property
     def is_plugged(self) -> bool:
-        """Whether this library counts it and another package's backend would load it."""
+        """Tell if this library counts it and another package's backend would load it."""
         return self.library in ("kernels", "compressed-tensors")
 
     def part_sizes(self, shape: tuple[int, ...]) -> tuple[int, ...]:

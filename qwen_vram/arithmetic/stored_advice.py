@@ -126,7 +126,7 @@ def unreadable_settings(quantization: object, names: Iterable[str]) -> str:
 
 
 def _has_own_settings(settings: Mapping[str, object], names: Iterable[str]) -> bool:
-    """Whether a rule of `dynamic` gives a module other settings than the rest have."""
+    """Tell if a rule of `dynamic` gives a module other settings than the rest have."""
     base = {"bits": 4, "group_size": 128, "desc_act": False, "sym": True, **settings}
     for name in names:
         rule = dynamic_rule(settings, name.removesuffix(".weight"))

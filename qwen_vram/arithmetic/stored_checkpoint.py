@@ -80,7 +80,7 @@ def checkpoint_architecture(
 
 
 def needs_headers(config: Mapping[str, object]) -> bool:
-    """Whether only the safetensors headers say the bytes of the quantized checkpoint that `config` describes."""
+    """Tell if only the safetensors headers say the bytes of the quantized checkpoint that `config` describes."""
     quantization = quantization_of(config)
     return quantization is not None and stored_format(quantization)[1]
 
@@ -116,7 +116,7 @@ def _held(architecture: Architecture, quantization: object, tensors: Mapping[str
 
 
 def head_is_quantized(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether the file has a head of its own with scales, or codes, beside it."""
+    """Tell if the file has a head of its own with scales, or codes, beside it."""
     own = {name: tensor for name, tensor in tensors.items() if name.startswith("lm_head.")}
     return bool(own) and (set(own) > {"lm_head.weight"} or own["lm_head.weight"].dtype not in FLOATS)
 
@@ -172,7 +172,7 @@ def _check_left_out(
 
 
 def _is_uniform(architecture: Architecture, matrices: Mapping[str, Matrix], tensors: Mapping[str, Tensor]) -> bool:
-    """Whether the sums of one storage format say every matrix's bytes, so that no headers are needed to count."""
+    """Tell if the sums of one storage format say every matrix's bytes, so that no headers are needed to count."""
     storage = FORMATS[str(architecture.stored_format)]
     if storage.library not in ("bitsandbytes", "torch"):
         return False

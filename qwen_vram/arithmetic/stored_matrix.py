@@ -43,7 +43,7 @@ class Part(NamedTuple):
     optional: bool = False
 
     def fits(self, tensor: Tensor) -> bool:
-        """Whether `tensor` can be this part."""
+        """Tell if `tensor` can be this part."""
         shaped = tensor.shape in self.shapes if self.shapes else tensor.nbytes > 0
         return tensor.dtype in self.dtypes and shaped
 

@@ -46,7 +46,7 @@ def counts_tiles(storage: StorageFormat, profile: Profile, shape: tuple[int, ...
 
 
 def head_by_tiles(architecture: Architecture, profile: Profile) -> bool:
-    """Whether a head is quantized on the device tile by tile: where layers stream, it is the largest tensor."""
+    """Tell if a head is quantized on the device tile by tile: where layers stream, it is the largest tensor."""
     quantized = profile.head_format != profile.dtype and architecture.stored_format is None
     return profile.streamed_layers > 0 and quantized
 
@@ -61,7 +61,7 @@ def chunk_rows(out_features: int, in_features: int) -> int:
 
 
 def unpacks(storage: StorageFormat, rows: int) -> bool:
-    """Whether a format of torch's own operators is dequantized by tiles for a product of `rows` rows, on a GPU."""
+    """Tell if a format of torch's own operators is dequantized by tiles for a product of `rows` rows, on a GPU."""
     return storage.library == "torch" and (storage.bits > 4 or rows >= UNPACK_FROM_ROWS)
 
 

@@ -113,12 +113,12 @@ def computing_copies(architecture: Architecture, profile: Profile) -> int:
 
 
 def is_packed(shape: tuple[int, ...]) -> bool:
-    """Whether the CPU's 4-bit kernel takes a matrix of this shape, (rows, columns)."""
+    """Tell if the CPU's 4-bit kernel takes a matrix of this shape, (rows, columns)."""
     return shape[0] % PACKED_ROWS == 0 and shape[1] % MAXIMUM_OF == 0
 
 
 def may_be_on_disk(architecture: Architecture, profile: Profile) -> bool:
-    """Whether a checkpoint's files hold layers as `profile` has them, and not what they are quantized from."""
+    """Tell if a checkpoint's files hold layers as `profile` has them, and not what they are quantized from."""
     if architecture.stored_format is None:
         as_stored = set(architecture.layer_dtypes) <= {_FILE_DTYPES[profile.dtype]}
         return FORMATS[profile.weights].is_dense and as_stored
@@ -181,11 +181,11 @@ def _adapter_bytes(architecture: Architecture, profile: Profile) -> int:
 
 
 def table_on_host(architecture: Architecture, profile: Profile) -> bool:
-    """Whether the token table leaves the device: not where a tied head needs it there."""
+    """Tell if the token table leaves the device: not where a tied head needs it there."""
     shared_head = architecture.tie_word_embeddings and not head_is_a_copy(architecture, profile)
     return profile.embeddings == "host" and not shared_head
 
 
 def head_is_a_copy(architecture: Architecture, profile: Profile) -> bool:
-    """Whether a tied head is quantized into a tensor of its own, which leaves the table to the lookup alone."""
+    """Tell if a tied head is quantized into a tensor of its own, which leaves the table to the lookup alone."""
     return architecture.tie_word_embeddings and profile.head_format != profile.dtype

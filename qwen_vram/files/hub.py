@@ -215,7 +215,7 @@ def _bring_file(repo_id: str, file: str, commit: str) -> Path:
 
 
 def _has(repo_id: str, file: str, folder: Path) -> bool:
-    """Whether the repository has a file, at the commit that `folder` is named after."""
+    """Tell if the repository has a file, at the commit that `folder` is named after."""
     if (folder / file).is_file():
         return True
     hub = library()

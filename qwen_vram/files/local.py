@@ -30,7 +30,7 @@ _AWQ_KEYS = {"w_bit": "bits", "q_group_size": "group_size"}
 
 
 def exists(path: Path) -> bool:
-    """Whether there is such a file or folder. A name that is too long for the file system is none."""
+    """Tell if there is such a file or folder. A name that is too long for the file system is none."""
     try:
         return path.exists()
     except (OSError, ValueError):
@@ -38,7 +38,7 @@ def exists(path: Path) -> bool:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether there is such a folder."""
+    """Tell if there is such a folder."""
     return exists(path) and path.is_dir()
 
 
@@ -157,7 +157,7 @@ def weights_file(folder: Path, config: Mapping[str, object] | None = None) -> Pa
 
 
 def has_weights(folder: Path, config: Mapping[str, object] | None = None) -> bool:
-    """Whether `folder` has a file or an index of weights."""
+    """Tell if `folder` has a file or an index of weights."""
     try:
         return weights_file(folder, config).exists()
     except CheckpointError:

@@ -69,7 +69,7 @@ def _folder(path: Path, text: str) -> Place:
 
 
 def _is_path(text: str) -> bool:
-    """Whether a text can only be a path of this machine."""
+    """Tell if a text can only be a path of this machine."""
     return (
         len(Path(text).parts) > _SHARED_WITH_A_NAME
         or text.startswith((".", "/", "~"))

@@ -1,4 +1,4 @@
-"""Whether two stretches of files hold the same bytes, read piece by piece up to the first difference."""
+"""Tell if two stretches of files hold the same bytes, read piece by piece up to the first difference."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _PIECE = 2**20
 
 
 def same_bytes(one: Path, one_at: int, other: Path, other_at: int, nbytes: int) -> bool:
-    """Whether `nbytes` from byte `one_at` of `one` equal those from byte `other_at` of `other`.
+    """Tell if `nbytes` from byte `one_at` of `one` equal those from byte `other_at` of `other`.
 
     Raises:
         CheckpointError: a file cannot be read.

@@ -63,7 +63,7 @@ class Update:
 
     @property
     def is_sum(self) -> bool:
-        """Whether it adds something that does not depend on the tensor, so that weights are plain factors."""
+        """Tell if it adds something that does not depend on the tensor, so that weights are plain factors."""
         dora = self.low_rank is not None and self.low_rank.magnitude is not None
         return self.replacement is None and self.tokens is None and not dora
 

@@ -152,7 +152,7 @@ def pieces(num_rows: int, row_numel: int, *, step: int = 1) -> list[tuple[int, i
 
 
 def same_bytes(first: StoredTensor, second: StoredTensor) -> bool:
-    """Whether two tensors have the same dtype, shape and bytes."""
+    """Tell if two tensors have the same dtype, shape and bytes."""
     if (first.kind, first.shape) != (second.kind, second.shape):
         return False
     if (first.path, first.offset) == (second.path, second.offset):
@@ -164,7 +164,7 @@ def same_bytes(first: StoredTensor, second: StoredTensor) -> bool:
 
 
 def same_values(first: StoredTensor, second: StoredTensor) -> bool:
-    """Whether two tensors have the same shape and, in float32, the same values."""
+    """Tell if two tensors have the same shape and, in float32, the same values."""
     return first.shape == second.shape and all(
         torch.equal(first.read(start, stop).float(), second.read(start, stop).float())
         for start, stop in pieces(first.num_rows, first.row_numel)

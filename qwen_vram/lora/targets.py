@@ -85,7 +85,7 @@ def merge_targets(
 
 
 def _is_tied(tensors: Mapping[str, StoredTensor]) -> bool:
-    """Whether one tensor serves both sides; transformers unties a checkpoint that holds two different ones."""
+    """Tell if one tensor serves both sides; transformers unties a checkpoint that holds two different ones."""
     head = tensors.get(_HEAD_WEIGHT)
     return head is None or same_bytes(head, tensors[_EMBEDDING_WEIGHT])
 
@@ -114,7 +114,7 @@ def _check_conflicts(
 
 
 def _same_change(embedding: Sequence[Update], head: Sequence[Update]) -> bool:
-    """Whether the adapters do the same to both sides of tied embeddings."""
+    """Tell if the adapters do the same to both sides of tied embeddings."""
     if [update.adapter for update in embedding] != [update.adapter for update in head]:
         return False
     return all(
@@ -138,7 +138,7 @@ def _same_tokens(one: TokenRows | None, other: TokenRows | None) -> bool:
 
 
 def _same_product(embedding: LowRank | None, head: LowRank | None) -> bool:
-    """Whether the head's factors are the embedding's the other way round, as PEFT's ensure_weight_tying makes them."""
+    """Tell if the head's factors are the embedding's the other way round, as PEFT's ensure_weight_tying makes them."""
     if embedding is None or head is None:
         return embedding is head
     if embedding.magnitude is not None or head.magnitude is not None or embedding.scale != head.scale:

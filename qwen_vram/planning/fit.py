@@ -19,14 +19,14 @@ def by_device(result: Estimate, budget: Budget) -> dict[int, tuple[int, int]]:
 
 
 def fits(result: Estimate, budget: Budget) -> bool:
-    """Whether both the devices and the host hold it."""
+    """Tell if both the devices and the host hold it."""
     if budget.vram is None:
         return needed(result, budget) <= budget.ram
     return result.host <= budget.ram and on_device(result, budget)
 
 
 def on_device(result: Estimate, budget: Budget) -> bool:
-    """Whether the GPU holds its part, or each of several does, whatever the host offers."""
+    """Tell if the GPU holds its part, or each of several does, whatever the host offers."""
     if result.devices:
         return all(_holds(budget.devices[device], part) for device, part in result.devices.items())
     assert budget.vram is not None

@@ -57,7 +57,7 @@ def search_space(
 
 
 def _is_open(move: Move, start: Profile, workload: Workload, knobs: dict[str, object]) -> bool:
-    """Whether a move keeps what the caller chose, and can save: a chunk that the prompt does not fill cannot."""
+    """Tell if a move keeps what the caller chose, and can save: a chunk that the prompt does not fill cannot."""
     if any(knobs.get(knob, value) != value for knob, value in move.knobs.items()):
         return False
     if "kv_cache" in move.knobs and start.cache != "preallocated":

@@ -62,7 +62,7 @@ class Plan:
 
     @property
     def on_cpu(self) -> bool:
-        """Whether everything runs on the host, because there is no GPU or the caller chose so."""
+        """Tell if everything runs on the host, because there is no GPU or the caller chose so."""
         return self.placement.norm == "cpu"
 
     @property

@@ -97,7 +97,7 @@ class Search(Walk):
         return _COMPUTED if profile.host_layers else ""
 
     def _should_compute(self, profile: Profile, prefer: Prefer) -> bool:
-        """Whether layers may compute on the CPU: at a measured rate, and in 4 bits, which it rounds, for speed."""
+        """Tell if layers may compute on the CPU: at a measured rate, and in 4 bits, which it rounds, for speed."""
         rate = product_rate(profile, current())
         return self.may_compute and rate is not None and (prefer == "speed" or FORMATS[profile.weights].is_dense)
 
@@ -150,7 +150,7 @@ class Search(Walk):
         return Candidate(result, (*last.steps, step), last.estimate.profile)
 
     def holds(self, profile: Profile, workload: Workload) -> bool:
-        """Whether `profile` fits the budget at another workload; what the search streams, as few layers as fit."""
+        """Tell if `profile` fits the budget at another workload; what the search streams, as few layers as fit."""
         result = self.estimate(profile, workload)
         if fits(result, self.budget):
             return True

@@ -102,12 +102,12 @@ class Tiers:
         return reading(layers - most(layers, lambda resident: fits(reading(layers - resident), self.budget)))
 
     def _may_compute(self, profile: Profile) -> bool:
-        """Whether a layer that streams can compute on a CPU instead."""
+        """Tell if a layer that streams can compute on a CPU instead."""
         one = replace(profile, host_layers=1)
         return profile.streamed_layers > profile.disk_layers and not_loadable(self.architecture, one) is None
 
     def may_read_layers(self, profile: Profile) -> bool:
-        """Whether layers of `profile` may stay on the disk: the caller left it open, and files hold them so."""
+        """Tell if layers of `profile` may stay on the disk: the caller left it open, and files hold them so."""
         as_stored = self.architecture.stored_format is not None or profile.dtype == self.architecture.dtype
         return self.may_read and as_stored and may_be_on_disk(self.architecture, profile)
 

@@ -86,7 +86,7 @@ class Walk:
         self.caches = [cache for cache in caches if tuple(cache.values()) in forms]
 
     def _has_room(self, move: Move) -> bool:
-        """Whether a move can be made on these devices: some on one GPU alone, and the table only where the host is."""
+        """Tell if a move can be made on these devices: some on one GPU alone, and the table only where the host is."""
         table = self.architecture.vocab_size * self.architecture.hidden_size * self.start.element_bytes
         too_large = self.budget.vram is not None and move.knobs.get("embeddings") == "host" and table > self.budget.ram
         return not too_large and not (self.several and ONE_DEVICE.keys() & move.knobs.keys())
@@ -141,7 +141,7 @@ class Walk:
         return replace(profile, streamed_layers=profile.streamed_layers - 1) if spare else profile
 
     def _may_stream(self, profile: Profile) -> bool:
-        """Whether the search, not the caller, streams layers in `profile`."""
+        """Tell if the search, not the caller, streams layers in `profile`."""
         return profile.streamed_layers > self.start.streamed_layers
 
     def _floor(self, profile: Profile) -> float:

@@ -72,7 +72,7 @@ class Asked:
             )
 
     def brings_cache(self) -> bool:
-        """Whether the options say which cache there is, so that the plan's is not made."""
+        """Tell if the options say which cache there is, so that the plan's is not made."""
         return self._passed("past_key_values") is not None or self._passed("cache_implementation") is not None
 
     def profile(self, planned: Profile) -> Profile:

@@ -75,7 +75,7 @@ def fused_attention(
 
 
 def _takes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> bool:
-    """Whether `_masked` may be asked: the kernel itself looks neither at dtypes, which autocast mixes, nor at heads."""
+    """Tell if `_masked` may be asked: the kernel itself looks neither at dtypes, which autocast mixes, nor at heads."""
     alike = query.dtype == key.dtype == value.dtype
     return query.is_cuda and alike and mask.dtype == torch.bool and mask.shape[1] == 1
 

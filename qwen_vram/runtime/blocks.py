@@ -85,7 +85,7 @@ class HostBlock(Block):
 
     @property
     def computes(self) -> bool:
-        """Whether `compute_on` was called."""
+        """Tell if `compute_on` was called."""
         return bool(self._computing)
 
     def compute_on(self, backend: HostBackend) -> None:

@@ -37,7 +37,7 @@ class Picks:
 
     @property
     def full(self) -> bool:
-        """Whether the longest that was asked for is there."""
+        """Tell if the longest that was asked for is there."""
         return self.stops_at_limit and self.length >= self.limit
 
     def next(self, logits: Tensor) -> Tensor:

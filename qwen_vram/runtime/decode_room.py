@@ -43,7 +43,7 @@ class Room:
         return self.batch_size, self.max_length
 
     def holds(self, batch_size: int, max_length: int) -> bool:
-        """Whether it is large enough."""
+        """Tell if it is large enough."""
         return batch_size <= self.batch_size and max_length <= self.max_length
 
 
@@ -76,7 +76,7 @@ class RoomLayer(PreallocatedLayer):
         self.is_initialized = True
 
     def in_room(self) -> bool:
-        """Whether keys and values are where a decode step reads them."""
+        """Tell if keys and values are where a decode step reads them."""
         return self.is_initialized and self.keys.data_ptr() == self.tensors()[0].data_ptr()
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -136,7 +136,7 @@ class RoomCache(Cache):  # type: ignore[misc]
         return replace(workload, batch_size=room.batch_size, max_new_tokens=new)
 
     def in_room(self) -> bool:
-        """Whether all layers are where a decode step reads them, or will be with their first tokens."""
+        """Tell if all layers are where a decode step reads them, or will be with their first tokens."""
         return all(layer.in_room() or not layer.is_initialized for layer in self.layers)
 
     def set_length(self, length: int) -> None:

@@ -43,7 +43,7 @@ class DiskReader:
         self._thread.start()
 
     def is_ready(self, number: int) -> bool:
-        """Whether block `number` can be taken without waiting."""
+        """Tell if block `number` can be taken without waiting."""
         with self._ring.changed:
             buffer = self._ring.ready(number)
             return buffer is not None and buffer.error is None

@@ -203,7 +203,7 @@ class Generations:
         return workload.context_len
 
     def _is_covered(self, workload: Workload) -> bool:
-        """Whether the plan's own workload has at least as many sequences and tokens."""
+        """Tell if the plan's own workload has at least as many sequences and tokens."""
         planned = self.plan.workload
         return (
             workload.batch_size <= planned.batch_size

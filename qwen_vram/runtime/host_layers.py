@@ -44,7 +44,7 @@ class HostLayer:
         return output.to(self.device)
 
     def is_whole(self) -> bool:
-        """Whether all that has weights in the layer came with it: an adapter's lie on the device, and compute there."""
+        """Tell if all that has weights in the layer came with it: an adapter's lie on the device, and compute there."""
         return all(
             module in self._modules or not any(True for _ in module.parameters(recurse=False))
             for module in self.block.layer.modules()

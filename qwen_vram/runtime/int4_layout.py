@@ -70,7 +70,7 @@ def unpack_tiles(packed: Tensor, codes: Tensor) -> None:
 
 
 def order_is_known() -> bool:
-    """Whether codes come back as they were packed on the CPU: torch may keep another order on other CPUs."""
+    """Tell if codes come back as they were packed on the CPU: torch may keep another order on other CPUs."""
     probe = torch.arange(112 * 128).view(112, 128) * 7 % 16
     codes = torch.empty_like(probe)
     unpack(arrange(pair(probe)), codes)

@@ -20,7 +20,7 @@ from qwen_vram.runtime import elementwise
 
 
 def joins(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, *, padded: bool = False) -> bool:
-    """Whether there is a long past, and sdpa would give the chunk and its newest keys to cuDNN; not in training."""
+    """Tell if there is a long past, and sdpa would give the chunk and its newest keys to cuDNN; not in training."""
     queries, keys = query.shape[2], key.shape[2]
     if not attention_parts(queries, keys - queries, padded=padded) or not query.dtype == key.dtype == value.dtype:
         return False

@@ -61,7 +61,7 @@ def pack_layers(
 
 
 def _untie(model: Any) -> bool:
-    """Whether the head was the token table; from here on it is not."""
+    """Tell if the head was the token table; from here on it is not."""
     tied: bool = model.config.tie_word_embeddings
     model.config.tie_word_embeddings = False
     model.all_tied_weights_keys = {}

@@ -153,7 +153,7 @@ def _modules(model: PreTrainedModel) -> Iterator[_Module]:
 
 
 def _is_table(model: PreTrainedModel, module: torch.nn.Module) -> bool:
-    """Whether `module` is a head that shares the embedding's tensor."""
+    """Tell if `module` is a head that shares the embedding's tensor."""
     table = model.get_input_embeddings()
     return module is model.get_output_embeddings() and module.weight.data_ptr() == table.weight.data_ptr()
 

@@ -172,7 +172,7 @@ class Streamer:
         return max(self.slots, key=lambda slot: wanted.index(slot.block) if slot.block in wanted else len(wanted))
 
     def _is_ready(self, block: Block) -> bool:
-        """Whether a block can be copied without waiting for the disk."""
+        """Tell if a block can be copied without waiting for the disk."""
         return not isinstance(block, DiskBlock) or self._reader is None or self._reader.is_ready(block.nth)
 
     def _fetch(self, block: Block, slot: Slot) -> Slot:

@@ -47,7 +47,7 @@ def report(rows: list[Row]) -> str:
 
 
 def is_held_out(row: Row) -> bool:
-    """Whether no formula was derived on the row's shape or format."""
+    """Tell if no formula was derived on the row's shape or format."""
     return row["model"] in HELD_OUT_MODELS or row["weights"] in HELD_OUT_WEIGHTS
 
 
