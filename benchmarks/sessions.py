@@ -5,8 +5,8 @@
 A session is a model, a cap of 2 to 16 GiB, a profile or the planner's choice, knobs, an adapter or none. Its turns
 have random lengths and batches within the plan, sampling, or two beams. Streams are left early, a logits processor
 raises an error, and requests go over the plan. The planned maximum runs at the start, in the middle and at the end.
-torch's memory fraction makes the GPU a card of the cap's size. Every session has a process of its own. Sessions that are in
-OUT.jsonl already are not run again. Random weights of the published shapes.
+torch's memory fraction makes the GPU a card of the cap's size. Every session has a process of its own. Sessions that
+are in OUT.jsonl already are not run again. Random weights of the published shapes.
 """
 
 from __future__ import annotations

@@ -362,7 +362,7 @@ def test_a_model_that_cannot_chat_is_refused_before_its_weights_load(demo, tmp_p
     folder = copy(demo, tmp_path / "model", template=template or "")
     if template is None:
         (folder / "chat_template.jinja").unlink()
-    (folder / "model.safetensors").write_bytes(b"not weights")  # which would be found first otherwise
+    (folder / "model.safetensors").unlink()  # which a load would say first
     result = chat(folder, *asked, stdin="hi\n")
     assert result.returncode == 2
     assert message in result.stderr
@@ -383,7 +383,7 @@ def test_a_model_that_cannot_chat_is_refused_before_its_weights_load(demo, tmp_p
 )
 def test_options_are_checked_before_weights_load(demo, tmp_path, options, message):
     folder = copy(demo, tmp_path / "model")
-    (folder / "model.safetensors").write_bytes(b"not weights")
+    (folder / "model.safetensors").unlink()
     result = chat(folder, "-m", "hi", *options)
     assert result.returncode == 2
     assert message in result.stderr
