@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qwen_vram.adapters.folder import check_is_no_adapter, check_no_adapter_beside
-from qwen_vram.arithmetic.adapter import with_adapter
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.catalog import catalog_row, row_architecture, unknown_model
 from qwen_vram.arithmetic.checkpoint import CheckpointFiles, read_checkpoint
@@ -67,7 +66,11 @@ def adapted(found: Resolved, adapter: str | Path | None) -> Architecture:
     Raises:
         AdapterError, CheckpointError, NotSupportedError, HubError: the adapter cannot be used.
     """
-    return found.architecture if adapter is None else with_adapter(found.label, found.architecture, adapter)
+    if adapter is None:
+        return found.architecture
+    from qwen_vram.arithmetic.adapter import with_adapter  # an estimate without an adapter starts sooner
+
+    return with_adapter(found.label, found.architecture, adapter)
 
 
 def stored_knobs(architecture: Architecture, knobs: Mapping[str, object]) -> dict[str, object]:
