@@ -16,6 +16,7 @@ from qwen_vram.arithmetic.machine import DEFAULT
 from qwen_vram.arithmetic.timing import HOST_ROWS, decode_floor_ms, decode_ms
 from qwen_vram.arithmetic.weights import computing_copies
 from qwen_vram.arithmetic.workload import Workload
+from qwen_vram.planning.planner import plan_for
 from qwen_vram.runtime import cpu_product
 from qwen_vram.runtime.cpu_product import kernel_library, multiply, pack
 from tests.test_streaming import GREEDY, PROMPTS, check_after_broken_forwards, load, logits, resident, tokens
@@ -280,11 +281,11 @@ def test_an_auto_plan_streams_where_the_backend_cannot_compute(demo, monkeypatch
     """The rates are another machine's, or the backend another package's."""
     asked = []
 
-    def planned(model, **knobs):
+    def planned(*asked_for, **knobs):
         asked.append(knobs.get("host_layers"))
-        return qv.plan(model, **{"host_layers": 2, **knobs, "profile": "default", "streamed_layers": 3})
+        return plan_for(*asked_for, **{"host_layers": 2, **knobs, "profile": "default", "streamed_layers": 3})
 
-    monkeypatch.setattr("qwen_vram.runtime.loader.plan", planned)
+    monkeypatch.setattr("qwen_vram.runtime.loader.plan_for", planned)
     monkeypatch.setattr("qwen_vram.runtime.backends.bnb.kernel_library", lambda: None)
     with qv.load(demo, weights="nf4", progress=False) as llm:
         assert asked == [None, 0]

@@ -275,7 +275,8 @@ def test_a_hub_that_is_gone_after_config_json(hub, tmp_path):
     assert got["error"] == "HubError"
     start = "cannot reach the hub for 'someone/gptq', and 'model.safetensors"
     assert got["text"].startswith(start)
-    assert "not in the local cache; check the network" in got["text"]
+    assert "is not in the local cache: " in got["text"]
+    assert "check the network and HF_ENDPOINT, then run: hf download someone/gptq" in got["text"]
 
 
 @pytest.mark.parametrize("kind", ["gptq", "awq", "fp8", "packed"])
@@ -298,7 +299,7 @@ def test_a_format_asked_for_is_refused_before_anything_is_fetched(hub, tmp_path)
 def test_catalog_names_and_plain_configs_ask_no_one(monkeypatch):
     import qwen_vram.files.hub as module
 
-    monkeypatch.setattr(module, "_library", lambda: pytest.fail("asked the hub"))
+    monkeypatch.setattr(module, "library", lambda: pytest.fail("asked the hub"))
     assert qv.estimate_vram("Qwen/Qwen2.5-7B-Instruct").weights == 15_231_233_024
 
 

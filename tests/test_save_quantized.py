@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -167,7 +168,8 @@ def test_loading_the_copy_peaks_at_its_own_size(weights):
         "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064, "max_position_embeddings": 32768,
     }  # fmt: skip
     backend = get_backend(weights)
-    model = type("Model", (torch.nn.Module,), {"dtype": torch.bfloat16})()
+    settings = SimpleNamespace(quantization_config=SimpleNamespace(bnb_4bit_compute_dtype=torch.bfloat16))
+    model = type("Model", (torch.nn.Module,), {"dtype": torch.bfloat16, "config": settings})()
     on_the_fly = qv.estimate_vram(shape, weights=weights, lm_head=weights, embeddings="host")
     quantization = backend.saved_config(model, on_the_fly.profile)
     copy = qv.estimate_vram({**shape, "quantization_config": quantization}, embeddings="host")
@@ -259,7 +261,7 @@ def test_a_backend_that_cannot_save_is_refused():
 def test_a_model_with_a_table_of_another_size_is_refused_and_nothing_is_left(demo, tmp_path):
     with load(demo, weights="nf4") as llm:
         llm.model.resize_token_embeddings(3100, mean_resizing=False)
-        with pytest.raises(qv.CheckpointError, match=r"has shape \[3100, 256\] .* config.json says \[3072, 256\]"):
+        with pytest.raises(qv.CheckpointError, match=r"of shape \[3072, 256\] by .*, got BF16 of shape \[3100, 256\]"):
             llm.save_quantized(tmp_path / "out", progress=False)
     assert not any(tmp_path.iterdir())
 

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
-from qwen_vram.arithmetic.allocator import OutOfRoomError
+from qwen_vram.arithmetic.allocator import CachingAllocator, OutOfRoomError
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.decode_step import step_sizes
 from qwen_vram.arithmetic.machine import Machine
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.replay_generation import pool_bytes, replay_generation
-from qwen_vram.arithmetic.replay_load import replay_load
+from qwen_vram.arithmetic.replay_load import as_loaded, replay_load
 from qwen_vram.arithmetic.replay_products import workspaces
 from qwen_vram.arithmetic.storage import ALLOCATION_STEP
 from qwen_vram.arithmetic.weights import weight_bytes
@@ -35,6 +35,11 @@ REPLAY_MISS = 0.01
 SEARCHED_TO = 16 * 2**20
 
 
+def _loaded(architecture: Architecture, profile: Profile, limit: int | None = None) -> CachingAllocator:
+    """Return the allocator after a load; profiles that load alike share one replay."""
+    return replay_load(architecture, as_loaded(profile), limit)
+
+
 def workspace_bytes(architecture: Architecture, profile: Profile, workload: Workload) -> int:
     """What stays allocated at rest beside the weights' own bytes.
 
@@ -42,7 +47,7 @@ def workspace_bytes(architecture: Architecture, profile: Profile, workload: Work
     rounded up to 512 bytes, and up to 1 MiB of a large block that could not be split off stays with it. A compiled
     decode step keeps tensors, and a second workspace for the stream on which it is captured.
     """
-    resting = replay_load(architecture, profile).allocated - weight_bytes(architecture, profile).device
+    resting = _loaded(architecture, profile).allocated - weight_bytes(architecture, profile).device
     step = step_sizes(architecture, profile, workload)
     kept = sum(-(-size // ALLOCATION_STEP) * ALLOCATION_STEP for size in step)
     return sum(workspaces(architecture, profile)) + resting + kept
@@ -50,12 +55,12 @@ def workspace_bytes(architecture: Architecture, profile: Profile, workload: Work
 
 def load_peak_bytes(architecture: Architecture, profile: Profile) -> int:
     """The most that is allocated while loading, the tensor that is being quantized included."""
-    return replay_load(architecture, profile).peak
+    return _loaded(architecture, profile).peak
 
 
 def load_reserved_bytes(architecture: Architecture, profile: Profile) -> int:
     """The most that torch reserves while loading."""
-    return replay_load(architecture, profile).peak_reserved
+    return _loaded(architecture, profile).peak_reserved
 
 
 class Replayed(NamedTuple):
@@ -72,7 +77,7 @@ def replay(architecture: Architecture, profile: Profile, workload: Workload) -> 
     Fragments depend on the order of thousands of requests: a process that ran other lengths before
     reserves more or less.
     """
-    allocator = replay_load(architecture, profile).copy()
+    allocator = _loaded(architecture, profile).copy()
     allocator.peak = allocator.allocated
     replay_generation(allocator, architecture, profile, workload)
     return Replayed(allocator.peak, allocator.reserved + pool_bytes(architecture, profile, workload))
@@ -116,9 +121,9 @@ def _bounds(architecture: Architecture, profile: Profile, workload: Workload, ro
 def _runs_within(architecture: Architecture, profile: Profile, workload: Workload, limit: int) -> bool:
     """Tell if loading and a first run succeed where torch can reserve `limit` bytes."""
     try:
-        loaded = replay_load(architecture, profile)
+        loaded = _loaded(architecture, profile)
         if loaded.peak_reserved > limit:
-            loaded = replay_load(architecture, profile, limit)
+            loaded = _loaded(architecture, profile, limit)
         running = limit - pool_bytes(architecture, profile, workload)
         replay_generation(loaded.copy(running), architecture, profile, workload)
     except OutOfRoomError:

@@ -34,6 +34,11 @@ _NOT_LOADED: dict[str, Any] = {
 }
 
 
+def as_loaded(profile: Profile) -> Profile:
+    """Return the profile with every knob that changes nothing about a load at its default."""
+    return replace(profile, **_NOT_LOADED)
+
+
 @lru_cache(maxsize=64)
 def replay_load(architecture: Architecture, profile: Profile, limit: int | None = None) -> CachingAllocator:
     """The allocator after `load`: its `allocated` is the weights', its `peak` the load peak.
@@ -45,9 +50,6 @@ def replay_load(architecture: Architecture, profile: Profile, limit: int | None 
     Raises:
         OutOfRoomError: loading takes more than `limit`.
     """
-    known = replace(profile, **_NOT_LOADED)
-    if known != profile:
-        return replay_load(architecture, known, limit)
     allocator = CachingAllocator(limit)
     if architecture.stored:
         replay_stored(allocator, architecture, architecture.stored, profile)

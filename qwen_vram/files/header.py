@@ -121,5 +121,6 @@ def _corrupt(path: Path, why: str) -> CheckpointError:
     found = mistaken(beginning)
     if beginning and found:
         return CheckpointError(f"{path.name!r} in {str(path.parent)!r} {found}", path=str(path))
-    why = why if beginning else "it is empty, for a download or a copy stopped before it began"
+    if not beginning and path.is_file():  # a header that was read on the hub is in no file here
+        why = "it is empty, for a download or a copy stopped before it began"
     return CheckpointError(f"shard {path.name!r} is corrupt: {why}; {_FETCH}", path=str(path))

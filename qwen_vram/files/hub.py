@@ -62,7 +62,8 @@ def hub_tensors(repo_id: str) -> dict[str, Tensor]:
     single, index = SINGLE, INDEX
     if (folder / AUTO_GPTQ_CONFIG).is_file():
         single, index = _auto_gptq_names(repo_id, folder.name)
-    if not (single and _has(repo_id, single, folder)) and _bring(repo_id, index, folder.name):
+    cached = (folder / index).is_file() and not (single and (folder / single).is_file())
+    if cached or (not (single and _has(repo_id, single, folder)) and _bring(repo_id, index, folder.name)):
         return indexed_tensors(folder / index, lambda file: _header(repo_id, folder, file))
     return _header(repo_id, folder, single)
 
