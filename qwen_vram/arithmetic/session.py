@@ -28,7 +28,7 @@ _INT64 = 8
 # Recorded: NVIDIA H200, torch 2.11.0+cu130, bitsandbytes 0.50.2, 2026-11-26, pieces of more than 1,020 rows.
 _COLUMN_SEARCH = 2 * 2**20
 # The largest share of the peak that is counted for a fragment. Chosen by replay, so that tests/test_session.py holds
-# for all of its profiles; 0.02 was too little for two of them, 2026-11-30.
+# for all of its profiles; 0.02 was too little for one of them, 2026-11-30.
 _FRAGMENT = 0.04
 
 
