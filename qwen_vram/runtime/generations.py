@@ -57,6 +57,12 @@ class Generations:
         self._segments = Segments(plan, self.devices)
         self._last: Workload | None = None
 
+    def close(self) -> None:
+        """Let go of decode steps and their memory; the measured figures stay."""
+        self._segments.close()
+        if self.decoder is not None:
+            self.decoder.close()
+
     def prediction(self) -> Estimate:
         """What was promised for the last generation, or for the plan's workload before the first."""
         known = self.plan.estimate
@@ -112,7 +118,8 @@ class Generations:
         length = self._cache_length(workload)
         self._check_asked(asked, workload)
         own_cache = asked.brings_cache()
-        work = partial(self._run, model, inputs, workload, None if own_cache else length, options)
+        promised = self._is_promised(asked, workload)
+        work = partial(self._run, model, inputs, workload, None if own_cache else length, promised, options)
         return Job(self.turns, work, self.device, ended)
 
     @torch.inference_mode()
@@ -122,11 +129,12 @@ class Generations:
         inputs: Mapping[str, torch.Tensor],
         workload: Workload,
         length: int | None,
+        promised: bool,
         options: Mapping[str, Any],
         turn: Turn,
     ) -> torch.Tensor:
         """The work of a job: `length` is as for `_cache_settings`, and `None` if the options bring a cache."""
-        with self._segments.within_promise((workload, length)):
+        with self._segments.within((workload, length), promised=promised):
             return self._generate(model(), inputs, workload, length, options, turn)
 
     def _generate(
@@ -210,6 +218,13 @@ class Generations:
             and workload.prompt_len <= planned.prompt_len
             and workload.context_len <= planned.context_len
         )
+
+    def _is_promised(self, asked: Asked, workload: Workload) -> bool:
+        """Tell if the plan's estimate covers the generation; any other has been held against the budget."""
+        planned = self.plan
+        padding = planned.workload.padded or not workload.padded
+        same = not asked.brings_cache() and asked.profile(planned.profile) == planned.profile
+        return padding and same and self._is_covered(workload)
 
     def _check_room(self, workload: Workload) -> None:
         """Refuse what does not fit the budget."""

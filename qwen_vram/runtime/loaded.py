@@ -134,8 +134,7 @@ class LoadedModel:
             self._model = None
             if self._streamer is not None:
                 self._streamer.close()
-            if self._generations.decoder is not None:
-                self._generations.decoder.close()
+            self._generations.close()
             give_back_memory()
 
     def chat(

@@ -2,14 +2,18 @@
 
 torch keeps the segments of a generation for the next one. Tensors of another length may not fit into them, and then it
 takes new ones beside the old. A plan counts each workload in a process that reserves nothing else, so unused segments
-are returned to the device before a generation of another shape.
+are returned to the device before a generation of another shape. While a generation runs, torch may reserve no more than
+what was promised: near that limit it returns unused segments, as it does on a full card.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from threading import Lock
 from typing import NamedTuple
+from weakref import WeakSet
 
 import torch
 
@@ -21,14 +25,13 @@ class _Promise(NamedTuple):
 
     Attributes:
         resting: What the model has allocated between generations.
-        reserved: The most that torch reserves for it.
-        limited: Torch must be told. A plan may count on segments that torch returns before it is out of memory. A card
-            of the budget's size makes torch do so; on a larger card a limit does.
+        reserved: The most that torch reserves for workloads that the plan covers.
+        budget: The most that it may reserve for others, which were held against the budget.
     """
 
     resting: int
     reserved: int
-    limited: bool
+    budget: int
 
 
 class Segments:
@@ -42,56 +45,93 @@ class Segments:
     def __init__(self, plan: Plan, devices: Iterable[torch.device]) -> None:
         self._promises = {device: _promise(plan, device) for device in devices if device.type == "cuda"}
         self._last: Hashable = None
+        _OPEN.add(self)
+
+    def close(self) -> None:
+        """Count the model no more: its memory is free."""
+        self._promises.clear()
 
     @contextmanager
-    def within_promise(self, shape: Hashable) -> Iterator[None]:
-        """Run a generation within the promise.
+    def within(self, shape: Hashable, *, promised: bool) -> Iterator[None]:
+        """Run a generation within the promise, or within the budget.
 
         Args:
             shape: Two generations of equal shapes take tensors of the same sizes in the same order.
+            promised: The plan covers the generation.
         """
         if self._promises and shape != self._last:
             torch.cuda.empty_cache()
         self._last = None  # an interrupted generation leaves segments of any size
-        others = {device: _held_by_others(device, promise) for device, promise in self._promises.items()}
-        with _limited(
-            {device: promise.reserved + others[device] for device, promise in self._promises.items() if promise.limited}
-        ):
-            yield
-        self._last = shape
-        if any(
-            torch.cuda.memory_reserved(device) > promise.reserved + others[device]
+        limits = {
+            device: (promise.reserved if promised else promise.budget) + self._beside(device, promise)
             for device, promise in self._promises.items()
-        ):
-            torch.cuda.empty_cache()
-            self._last = None
+        }
+        try:
+            with _limited(limits):
+                yield
+        finally:
+            if self._promises and not promised:
+                torch.cuda.empty_cache()
+        self._last = shape if promised else None
+
+    def _beside(self, device: torch.device, promise: _Promise) -> int:
+        """Return the bytes for what else torch holds on a device: other models' promises, and the caller's tensors."""
+        others = [one._promises[device] for one in set(_OPEN) if one is not self and device in one._promises]
+        of_models = promise.resting + sum(one.resting for one in others)
+        of_caller = max(0, torch.cuda.memory_allocated(device) - of_models)
+        return of_caller + sum(one.reserved for one in others)
+
+
+_OPEN: WeakSet[Segments] = WeakSet()
 
 
 def _promise(plan: Plan, device: torch.device) -> _Promise:
     part = plan.estimate.devices.get(device.index, plan.estimate)
     assert plan.budget.vram is not None
     offered = plan.budget.devices.get(device.index, plan.budget.vram)
-    most = min(part.process_total, max(offered, part.needed_bytes))
-    return _Promise(part.weights + part.workspace, most - part.beside_torch, most < part.process_total)
+    budget = max(offered, part.needed_bytes)
+    room = part.kv_cache if part.profile.compiled else 0
+    return _Promise(
+        part.weights + part.workspace + room,
+        min(part.process_total, budget) - part.beside_torch,
+        budget - part.beside_torch,
+    )
 
 
-def _held_by_others(device: torch.device, promise: _Promise) -> int:
-    """Return the bytes of tensors on the device that are not the model's, such as another model's."""
-    return max(0, torch.cuda.memory_allocated(device) - promise.resting)
+# The limits of generations that run now, and what the caller had set before the first of them.
+_RUNNING: defaultdict[torch.device, list[int]] = defaultdict(list)
+_BEFORE: dict[torch.device, float] = {}
+_LOCK = Lock()
 
 
 @contextmanager
 def _limited(limits: Mapping[torch.device, int]) -> Iterator[None]:
-    """Limit the bytes that torch reserves on devices; a lower limit of the caller's stays."""
-    before = {device: _fraction(device) for device in limits}
+    """Limit the bytes that torch reserves on devices; a lower limit of the caller's stays.
+
+    Models that generate at the same time share the highest limit: each counts the others' promises.
+    """
+    with _LOCK:
+        for device, limit in limits.items():
+            if not _RUNNING[device]:
+                _BEFORE[device] = _fraction(device)
+            _RUNNING[device].append(limit)
+            _apply(device)
     try:
-        for device, fraction in before.items():
-            limit = limits[device] / torch.cuda.get_device_properties(device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(fraction, limit), device)
         yield
     finally:
-        for device, fraction in before.items():
-            torch.cuda.set_per_process_memory_fraction(fraction, device)
+        with _LOCK:
+            for device, limit in limits.items():
+                _RUNNING[device].remove(limit)
+                _apply(device)
+
+
+def _apply(device: torch.device) -> None:
+    """Set the highest limit of those that run; what was set before, if none runs."""
+    fraction = _BEFORE[device]
+    if _RUNNING[device]:
+        total = torch.cuda.get_device_properties(device).total_memory
+        fraction = min(fraction, max(_RUNNING[device]) / total)
+    torch.cuda.set_per_process_memory_fraction(fraction, device)
 
 
 def _fraction(device: torch.device) -> float:
