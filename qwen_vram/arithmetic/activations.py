@@ -86,7 +86,7 @@ def _steps(profile: Profile, workload: Workload) -> list[_Step]:
     steps = [_Step("prefill", chunk, full * chunk)]
     if rest:
         steps.append(_Step("prefill", rest, prompt))
-    if workload.max_new_tokens > 1 and not profile.compiled:
+    if workload.max_new_tokens > 1 and not profile.captures:
         # A captured step has its own pool. The last token is never fed back.
         steps.append(_Step("decode", 1, workload.context_len - 1))
     return steps

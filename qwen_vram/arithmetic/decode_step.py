@@ -1,4 +1,4 @@
-"""The compiled decode step's own memory: what it keeps from load on beside the cache."""
+"""The captured decode step's own memory: what it keeps from load on beside the cache."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _FP32 = 4
 
 
 def step_sizes(architecture: Architecture, profile: Profile, workload: Workload) -> tuple[int, ...]:
-    """Bytes of each tensor that a compiled decode step keeps, in the order in which they are taken; none uncompiled.
+    """Bytes of each tensor that a captured decode step keeps, in the order in which they are taken; none otherwise.
 
     For each sequence its token, position, place in the cache and number of keys, where its keys start, its row, and its
     logits in float32. cuBLAS takes a workspace for every stream; the step is captured on one of its own.
     """
-    if not profile.compiled or workload.logits == "all":
+    if not profile.captures or workload.logits == "all":
         return ()
     batch = workload.batch_size
     state = (batch * _INT64,) * 3 + (batch * _INT32, *((batch + 1) * _INT32,) * 2)

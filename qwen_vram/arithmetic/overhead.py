@@ -44,7 +44,7 @@ def workspace_bytes(architecture: Architecture, profile: Profile, workload: Work
     """What stays allocated at rest beside the weights' own bytes.
 
     cuBLAS's workspace, the rotary embedding's buffers, and what torch's allocator adds to the weights: each tensor is
-    rounded up to 512 bytes, and up to 1 MiB of a large block that could not be split off stays with it. A compiled
+    rounded up to 512 bytes, and up to 1 MiB of a large block that could not be split off stays with it. A captured
     decode step keeps tensors, and a second workspace for the stream on which it is captured.
     """
     resting = _loaded(architecture, profile).allocated - weight_bytes(architecture, profile).device
@@ -139,5 +139,5 @@ def process_bytes(peak_reserved: int, profile: Profile, machine: Machine, held: 
             that are closed stay in the process.
     """
     kernels = machine.lazy_kernels + (INT8_KERNELS if profile.weights == "int8" else 0)
-    second = profile.kv_device == "host" or profile.streamed_layers or profile.compiled
+    second = profile.kv_device == "host" or profile.streamed_layers or profile.captures
     return peak_reserved + max(held, machine.cuda_context + kernels + (SECOND_STREAM if second else 0))

@@ -26,14 +26,15 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 CHOICES_OR_NONE: dict[str, tuple[str, ...]] = {"lm_head": FORMAT_NAMES, "dequantization": get_args(Dequantization)}
 
-# What a compiled decode step can run with: all else waits for the host, or for another kernel.
-COMPILED: dict[str, object] = {
+# What a captured decode step can run with: all else waits for the host, or for another kernel.
+CAPTURED: dict[str, object] = {
     "attention": "fused",
     "kv_cache": "bf16",
     "kv_device": "device",
-    "embeddings": "device",
     "streamed_layers": 0,
 }
+# What a compiled one can run with.
+COMPILED: dict[str, object] = {**CAPTURED, "embeddings": "device"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +61,8 @@ class Profile:
         host_layers: How many of them compute on the CPU in steps of few rows, as decode steps of few sequences are, and
             cross the link for a prefill alone.
         disk_layers: How many of them stay in the checkpoint's files, and are read for every token.
-        compiled: Decode steps are compiled and captured as a CUDA graph, over a cache that is taken at load and stays.
+        captured: Decode steps are captured as a CUDA graph, over a cache that is taken at load and stays.
+        compiled: Decode steps are compiled by torch, and captured too.
     """
 
     name: str = "custom"
@@ -77,6 +79,7 @@ class Profile:
     streamed_layers: int = 0
     host_layers: int = 0
     disk_layers: int = 0
+    captured: bool = False
     compiled: bool = False
 
     def __post_init__(self) -> None:
@@ -114,8 +117,9 @@ class Profile:
                 name="host_layers",
                 got=self.host_layers,
             )
-        if not isinstance(self.compiled, bool):
-            raise UnknownNameError("compiled in profile", self.compiled, ("True", "False"))
+        for knob in ("captured", "compiled"):
+            if not isinstance(getattr(self, knob), bool):
+                raise UnknownNameError(f"{knob} in profile", getattr(self, knob), ("True", "False"))
         if self.kv_cache != "bf16" and self.cache != "preallocated":
             raise WorkloadError(
                 f"kv_cache={self.kv_cache!r} needs cache='preallocated', got cache={self.cache!r}; set both",
@@ -134,28 +138,39 @@ class Profile:
                 name="kv_device",
                 got=self.kv_device,
             )
-        if self.compiled and self.cache == "dynamic":
+        if self.captures:
+            self._check_captured("compiled" if self.compiled else "captured")
+
+    def _check_captured(self, knob: str) -> None:
+        """Refuse what steps that are captured (or compiled, by the name of the knob) cannot run with."""
+        if self.cache == "dynamic":
             raise WorkloadError(
-                "compiled=True needs a cache of fixed size, got cache='dynamic'; set cache='static', or begin with "
+                f"{knob}=True needs a cache of fixed size, got cache='dynamic'; set cache='static', or begin with "
                 "profile='speed'",
-                name="compiled",
+                name=knob,
                 got=True,
             )
-        others = {knob: runs for knob, runs in COMPILED.items() if getattr(self, knob) != runs}
-        if self.compiled and others:
-            needs = ", ".join(f"{knob}={runs!r}" for knob, runs in others.items())
-            got = ", ".join(f"{knob}={getattr(self, knob)!r}" for knob in others)
+        runs_with = COMPILED if self.compiled else CAPTURED
+        others = {name: runs for name, runs in runs_with.items() if getattr(self, name) != runs}
+        if others:
+            needs = ", ".join(f"{name}={runs!r}" for name, runs in others.items())
+            got = ", ".join(f"{name}={getattr(self, name)!r}" for name in others)
             raise WorkloadError(
-                f"compiled=True needs {needs}, got {got}; change one side, or begin with profile='speed'",
-                name="compiled",
+                f"{knob}=True needs {needs}, got {got}; change one side, or begin with profile='speed'",
+                name=knob,
                 got=True,
             )
-        if self.compiled and "int8" in (self.weights, self.lm_head):
+        if "int8" in (self.weights, self.lm_head):
             raise WorkloadError(
-                "compiled=True cannot go with 'int8', whose products wait for the GPU to count outliers; use 'int8-wo'",
-                name="compiled",
+                f"{knob}=True cannot go with 'int8', whose products wait for the GPU to count outliers; use 'int8-wo'",
+                name=knob,
                 got=True,
             )
+
+    @property
+    def captures(self) -> bool:
+        """Tell if decode steps are captured as a CUDA graph: compiled ones are too."""
+        return self.captured or self.compiled
 
     @property
     def dtype(self) -> FormatName:
@@ -169,8 +184,8 @@ class Profile:
 
     @property
     def attends_whole(self) -> bool:
-        """Tell if attention gets the whole of a cache, filled or not: a static one, which compiled steps do not use."""
-        return self.cache == "static" and not self.compiled
+        """Tell if attention gets the whole of a cache, filled or not: a static one, which captured steps do not use."""
+        return self.cache == "static" and not self.captures
 
     @property
     def element_bytes(self) -> int:

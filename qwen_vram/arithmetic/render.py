@@ -42,7 +42,7 @@ def headline(estimate: Estimate) -> str:
 
 def _subject(estimate: Estimate) -> str:
     profile, workload = estimate.profile, estimate.workload
-    compiled = ", compiled" if profile.compiled else ""
+    compiled = ", compiled" if profile.compiled else ", captured" if profile.captured else ""
     return (
         f"{estimate.model} | {profile.name}: {profile.weights} weights, {profile.attention} attention, "
         f"{profile.cache} cache{compiled} | {workload.prompt_len:,} + {workload.max_new_tokens:,} tokens, "

@@ -44,7 +44,7 @@ def replay_generation(
 
 def pool_bytes(architecture: Architecture, profile: Profile, workload: Workload) -> int:
     """What the pool of a captured decode step reserves: its temporary tensors, had it not been compiled."""
-    if not profile.compiled or workload.logits == "all":
+    if not profile.captures or workload.logits == "all":
         return 0
     allocator = CachingAllocator()
     generation = _Generation(allocator, architecture, profile, replace(workload, padded=False))
@@ -59,7 +59,7 @@ class _Generation(Attention):
     """One generation's allocations. Sizes are bytes; T is batch x new tokens of a step."""
 
     def run(self) -> None:
-        if self.profile.compiled and self.workload.logits == "last":
+        if self.profile.captures and self.workload.logits == "last":
             self.take_decode_step()
         prompt = self.batch * self.workload.prompt_len * _INT64
         inputs = self.of_generate(prompt, prompt)
@@ -79,7 +79,7 @@ class _Generation(Attention):
                 continue
             if index:
                 # A captured step keeps its logits, and all else of it is in its own pool.
-                logits = [] if self.profile.compiled else self.step(1, length)
+                logits = [] if self.profile.captures else self.step(1, length)
                 length += 1
             ids = self.sample(logits, ids, length)
         self.give(*ids, *self.scores, *flags, *positions, *inputs, *(block for layer in self.cache for block in layer))

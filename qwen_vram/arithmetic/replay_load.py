@@ -30,6 +30,7 @@ _NOT_LOADED: dict[str, Any] = {
     "kernels": "plain",
     "prefill_chunk_size": None,
     "dequantization": None,
+    "captured": False,
     "compiled": False,
 }
 

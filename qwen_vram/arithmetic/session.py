@@ -70,7 +70,7 @@ def fragment_bytes(architecture: Architecture, profile: Profile, workload: Workl
     float32, and segments in the pool of graphs.
     """
     activation = _prefill_rows(profile, workload) * architecture.intermediate_size * profile.element_bytes
-    if profile.compiled and workload.batch_size > 1:
+    if profile.captures and workload.batch_size > 1:
         return activation + (workload.batch_size - 1) * architecture.vocab_size * _FP32 + _GRAPH_SEGMENTS
     if profile.kv_cache == "bf16":
         return activation

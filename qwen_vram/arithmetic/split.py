@@ -12,7 +12,7 @@ from qwen_vram.arithmetic.workload import Workload
 from qwen_vram.errors import NotSupportedError
 
 # Knobs that work on one device alone, and what turns them off.
-ONE_DEVICE: dict[str, object] = {"streamed_layers": 0, "compiled": False}
+ONE_DEVICE: dict[str, object] = {"streamed_layers": 0, "captured": False, "compiled": False}
 
 
 def split_estimate(

@@ -90,7 +90,7 @@ def _promise(plan: Plan, device: torch.device) -> _Promise:
     assert plan.budget.vram is not None
     offered = plan.budget.devices.get(device.index, plan.budget.vram)
     budget = max(offered, part.needed_bytes)
-    room = part.kv_cache if part.profile.compiled else 0
+    room = part.kv_cache if part.profile.captures else 0
     return _Promise(
         part.weights + part.workspace + room,
         min(part.process_total, budget) - part.beside_torch,
