@@ -18,6 +18,7 @@ from qwen_vram.errors import DoesNotFitError, WorkloadError
 from qwen_vram.planning.planner import Plan
 from qwen_vram.planning.search import Search
 from qwen_vram.runtime.asked import Asked
+from qwen_vram.runtime.beside import Beside
 from qwen_vram.runtime.decode_room import RoomCache
 from qwen_vram.runtime.decoder import Decoder
 from qwen_vram.runtime.host_cache import HostCache
@@ -42,19 +43,30 @@ _TOKENS_ALONE = {
 class Generations:
     """Makes the generations of a loaded model. Holds no model, so that reports stay after the model's memory is free.
 
+    Args:
+        loaded: What loading took, by its parts, on each device.
+        before: What torch had allocated on each device before the model was loaded.
+
     Attributes:
         turns: The order of the generations; one of them runs at a time.
         measured: What loading took, and the last generation where there was one, on each device.
     """
 
-    def __init__(self, plan: Plan, loaded: Mapping[torch.device, dict[str, int]], decoder: Decoder | None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        loaded: Mapping[torch.device, dict[str, int]],
+        before: Mapping[torch.device, int],
+        decoder: Decoder | None,
+    ) -> None:
         self.plan = plan
         self.turns = Turns()
         self.decoder = decoder
         self.devices = tuple(loaded)
         self.device = self.devices[0]
         self.measured = {device: dict(parts) for device, parts in loaded.items()}
-        self._segments = Segments(plan, self.devices)
+        self._beside = Beside(before)
+        self._segments = Segments(plan, self.devices, self._beside)
         self._last: Workload | None = None
 
     def close(self) -> None:
@@ -274,10 +286,13 @@ class Generations:
             held = cache_bytes(cache, meter.device)
             run = {"kv_cache": held, **meter.stop()}
             if "peak_allocated" in run:
+                beside = self._beside.nbytes(meter.device)
+                run["peak_allocated"] -= beside
+                run["peak_reserved"] -= beside
                 weights = self.measured[meter.device]["weights"]
                 # What stays allocated at rest beside the weights: workspace, rounding, buffers.
                 answer = output.sequences.nbytes if meter.device == self.device else 0
-                run["workspace"] = max(0, meter.allocated() - held - answer - weights)
+                run["workspace"] = max(0, meter.allocated() - beside - held - answer - weights)
                 run["activations"] = run["peak_allocated"] - weights - held - run["workspace"]
             measured[meter.device].update(run)
         self._last, self.measured = workload, measured  # at once, for another thread may ask for a report

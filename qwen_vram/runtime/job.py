@@ -1,8 +1,6 @@
-"""Jobs: each generation of a model runs in a thread of its own, in its turn.
+"""Jobs: each generation of a model waits for its turn in a thread of its own, and computes in a runner.
 
-A generation then runs to its end, or to the next token after it is stopped, whatever its caller does meanwhile. The
-threads of one model follow each other, so that they share one cuBLAS handle, with one workspace, out of torch's pool;
-callers' own threads would keep one each.
+A generation then runs to its end, or to the next token after it is stopped, whatever its caller does meanwhile.
 """
 
 from __future__ import annotations
@@ -18,6 +16,7 @@ from weakref import WeakSet
 import torch
 
 from qwen_vram.runtime.memory import forget_frames
+from qwen_vram.runtime.runner import runner
 from qwen_vram.runtime.turns import LOOK_SECONDS, Turn, Turns
 
 Result = TypeVar("Result")
@@ -31,12 +30,12 @@ _STARTED: WeakSet[Job[Any]] = WeakSet()
 
 
 class Job(Generic[Result]):
-    """One generation: `work`, called with its turn, in a thread.
+    """One generation: `work`, called with its turn, in a runner.
 
     Args:
         work: Has to end soon after `Turn.stopped` is set.
-        device: The thread runs on this device, and there on the CUDA stream of the thread that starts it.
-        ended: Called in the thread after the turn is over.
+        device: The runner computes on this device, and there on the CUDA stream of the thread that starts the job.
+        ended: Called in the job's thread after the turn is over.
     """
 
     def __init__(
@@ -100,17 +99,15 @@ class Job(Generic[Result]):
 
     def _run(self) -> None:
         """The thread."""
-        assert self._work is not None
         _STARTED.add(self)
         try:
-            with self._place():
-                try:
-                    self._turns.join(self._turn)
-                finally:
-                    self._joined.set()
-                self._turns.wait(self._turn)
-                self._follow()
-                self._results.append(self._work(self._turn))
+            try:
+                self._turns.join(self._turn)
+            finally:
+                self._joined.set()
+            self._turns.wait(self._turn)
+            with runner() as one:
+                self._results.append(one.run(self._compute))
         except BaseException as error:  # raised by `check`
             forget_frames(error)
             self._errors.append(error)
@@ -122,11 +119,12 @@ class Job(Generic[Result]):
             if self._ended is not None:
                 self._ended()
 
-    def _follow(self) -> None:
-        """Wait until the thread before this one is gone, and has given its cuBLAS handle back."""
-        before, self._turns.job_thread = self._turns.job_thread, threading.current_thread()
-        if before is not None:
-            before.join()
+    def _compute(self) -> Result:
+        """The work, in the runner's thread."""
+        assert self._work is not None
+        self._turn.thread = threading.current_thread()
+        with self._place():
+            return self._work(self._turn)
 
     def _place(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)

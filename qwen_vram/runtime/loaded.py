@@ -60,6 +60,7 @@ class LoadedModel:
         tokenizer: PreTrainedTokenizerBase,
         plan: Plan,
         measured: Mapping[torch.device, dict[str, int]],
+        before: Mapping[torch.device, int],
         folder: Path,
         streamer: Streamer | None = None,
         decoder: Decoder | None = None,
@@ -71,7 +72,7 @@ class LoadedModel:
         self.device = self.devices[0]
         self._folder = folder
         self._streamer = streamer
-        self._generations = Generations(plan, measured, decoder)
+        self._generations = Generations(plan, measured, before, decoder)
         self._freeing = Lock()
         assert plan.estimate.architecture is not None
         self._prompts = Prompts(tokenizer, plan.estimate.architecture.vocab_size, folder)

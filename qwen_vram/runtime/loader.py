@@ -232,6 +232,7 @@ def _build(
         tokenizer=tokenizer,
         plan=chosen,
         measured=measured,
+        before={meter.device: meter.before for meter in meters},
         folder=checkpoint.folder,
         streamer=streamer,
         decoder=decoder,

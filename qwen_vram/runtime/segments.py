@@ -18,6 +18,7 @@ from weakref import WeakSet
 import torch
 
 from qwen_vram.planning.planner import Plan
+from qwen_vram.runtime.beside import Beside
 
 
 class _Promise(NamedTuple):
@@ -40,10 +41,12 @@ class Segments:
     Args:
         plan: What was promised.
         devices: The devices of the model, in order.
+        beside: What the process has allocated that is not the model's.
     """
 
-    def __init__(self, plan: Plan, devices: Iterable[torch.device]) -> None:
+    def __init__(self, plan: Plan, devices: Iterable[torch.device], beside: Beside) -> None:
         self._promises = {device: _promise(plan, device) for device in devices if device.type == "cuda"}
+        self._beside = beside
         self._last: Hashable = None
         _OPEN.add(self)
 
@@ -53,17 +56,18 @@ class Segments:
 
     @contextmanager
     def within(self, shape: Hashable, *, promised: bool) -> Iterator[None]:
-        """Run a generation within the promise, or within the budget.
+        """Run a generation within the promise, or within the budget. In the thread that computes it.
 
         Args:
             shape: Two generations of equal shapes take tensors of the same sizes in the same order.
             promised: The plan covers the generation.
         """
+        self._beside.begin()
         if self._promises and shape != self._last:
             torch.cuda.empty_cache()
         self._last = None  # an interrupted generation leaves segments of any size
         limits = {
-            device: (promise.reserved if promised else promise.budget) + self._beside(device, promise)
+            device: (promise.reserved if promised else promise.budget) + self._headroom(device)
             for device, promise in self._promises.items()
         }
         try:
@@ -73,13 +77,12 @@ class Segments:
             if self._promises and not promised:
                 torch.cuda.empty_cache()
         self._last = shape if promised else None
+        self._beside.end()
 
-    def _beside(self, device: torch.device, promise: _Promise) -> int:
-        """Return the bytes for what else torch holds on a device: other models' promises, and the caller's tensors."""
-        others = [one._promises[device] for one in set(_OPEN) if one is not self and device in one._promises]
-        of_models = promise.resting + sum(one.resting for one in others)
-        of_caller = max(0, torch.cuda.memory_allocated(device) - of_models)
-        return of_caller + sum(one.reserved for one in others)
+    def _headroom(self, device: torch.device) -> int:
+        """Return the bytes for what is not the model's, with what other models may still take."""
+        others = (one._promises[device] for one in set(_OPEN) if one is not self and device in one._promises)
+        return self._beside.nbytes(device) + sum(other.reserved - other.resting for other in others)
 
 
 _OPEN: WeakSet[Segments] = WeakSet()

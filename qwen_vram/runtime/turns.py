@@ -46,14 +46,12 @@ class Turns:
 
     Attributes:
         closed: No turn is given any more.
-        job_thread: The thread of the newest job; who has the turn may change it.
     """
 
     def __init__(self) -> None:
         self._changed = Condition()
         self._line: deque[Turn] = deque()
         self.closed = False
-        self.job_thread: Thread | None = None
 
     def join(self, turn: Turn) -> None:
         """Put `turn` at the end of the line.
