@@ -22,6 +22,11 @@ def plan(vram, **kwargs):
     return qv.plan(SEVEN, vram=vram, **RAM, **kwargs)
 
 
+def searched(chosen):
+    """The steps that the search went down, without what it gave back of speed after that."""
+    return [step for step in chosen.steps if step.saved_bytes >= 0]
+
+
 def test_a_large_card_loses_nothing():
     chosen = plan("80GiB")
     assert (chosen.profile.weights, chosen.profile.embeddings, chosen.profile.prefill_chunk_size) == (
@@ -29,18 +34,18 @@ def test_a_large_card_loses_nothing():
         "device",
         None,
     )
-    assert len(chosen.steps) == 1
+    assert [step.change for step in chosen.steps[1:]] == ["captured=True"]
 
 
 def test_what_costs_nothing_comes_before_precision():
-    changes = [step.change for step in plan("8GiB", prompt_len=32_000).steps]
+    changes = [step.change for step in searched(plan("8GiB", prompt_len=32_000))]
     assert changes[1:] == [
         "prefill_chunk_size=4096",
         "prefill_chunk_size=2048",
         "prefill_chunk_size=1024",
         "embeddings='host'",
         "prefill_chunk_size=512",
-        "weights='int8'",
+        "weights='int8-wo'",
         "weights='nf4', dequantization='tiled'",
     ]
 
@@ -51,9 +56,67 @@ def test_a_plan_stays_within_its_budget_and_takes_the_first_step_that_does(vram,
     chosen = plan(vram, prompt_len=prompt_len)
     assert chosen.estimate.fits(vram)
     assert chosen.steps[-1].needed_bytes == chosen.estimate.needed_bytes
-    assert all(step.needed_bytes > chosen.budget.vram for step in chosen.steps[:-1])
+    steps = searched(chosen)
+    assert all(step.needed_bytes > chosen.budget.vram for step in steps[:-1])
+    assert all(step.needed_bytes <= chosen.budget.vram for step in chosen.steps[len(steps) - 1 :])
     for before, after in zip(chosen.steps, chosen.steps[1:]):
-        assert before.needed_bytes - after.needed_bytes == after.saved_bytes > 0
+        assert before.needed_bytes - after.needed_bytes == after.saved_bytes != 0
+
+
+@pytest.mark.parametrize(
+    ("vram", "given_back"),
+    [
+        ("24GiB", ["captured=True"]),
+        ("12GiB", ["captured=True", "embeddings='device'", "prefill_chunk_size=None"]),
+        ("8GiB", ["captured=True", "embeddings='device'", "dequantization=None", "prefill_chunk_size=None"]),
+        ("6GiB", ["captured=True", "dequantization=None", "prefill_chunk_size=None"]),
+        ("5GiB", ["captured=True", "dequantization=None", "prefill_chunk_size=None"]),
+        ("4GiB", []),
+    ],
+)
+def test_room_that_is_left_is_given_back_as_speed(vram, given_back):
+    chosen = plan(vram, prompt_len=2_048, max_new_tokens=256)
+    assert [step.change for step in chosen.steps[len(searched(chosen)) :]] == given_back
+    assert chosen.estimate.fits(vram)
+    again = qv.Plan.from_dict(chosen.to_dict())
+    assert (again.profile, again.estimate.needed_bytes) == (chosen.profile, chosen.estimate.needed_bytes)
+
+
+def test_what_is_given_back_fits_step_by_step_and_stays_where_it_does_not():
+    chosen = plan("5.33GiB", prompt_len=2_048, max_new_tokens=256)
+    changes = [step.change for step in chosen.steps[len(searched(chosen)) :]]
+    assert changes == ["captured=True"]
+    assert plan("5.23GiB", prompt_len=2_048, max_new_tokens=256).profile.captured is False
+
+
+@pytest.mark.parametrize(
+    "knobs", [{"captured": False}, {"embeddings": "host"}, {"prefill_chunk_size": 512}, {"dequantization": "tiled"}]
+)
+def test_what_the_caller_set_is_not_given_back(knobs):
+    profile = plan("8GiB", prompt_len=2_048, max_new_tokens=256, **knobs).profile
+    assert all(getattr(profile, knob) == value for knob, value in knobs.items())
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"weights": "int8"},
+        {"kv_cache": "int8"},
+        {"kv_device": "host"},
+        {"cache": "dynamic"},
+        {"attention": "sdpa"},
+        {"streamed_layers": 3},
+        {"weights": "fp32", "attention": "sdpa"},
+        {"profile": "int4-flash"},
+        {"prefer": "memory"},
+        {"vram": {}},
+        {"vram": {0: "40GiB", 1: "40GiB"}},
+    ],
+    ids=str,
+)
+def test_steps_that_cannot_be_captured_are_not(knobs):
+    asked = {"vram": "80GiB", "prompt_len": 2_048, **RAM, **knobs}
+    assert qv.plan(SEVEN, **asked).profile.captured is False
 
 
 def test_context_and_batch_are_never_shortened():
@@ -107,10 +170,10 @@ def test_a_tied_model_keeps_its_table_until_its_head_is_a_copy():
     assert chosen.profile.lm_head is None
     assert set(chosen.device_map.values()) == {0}
     chosen = qv.plan("Qwen2.5-3B", vram="2.5GiB", **RAM)
-    assert chosen.steps[-1].change == "lm_head='nf4', embeddings='host'"
+    assert searched(chosen)[-1].change == "lm_head='nf4', embeddings='host'"
     assert [name for name, where in chosen.device_map.items() if where == "cpu"] == ["model.embed_tokens"]
     head = qv.plan("Qwen2.5-3B", vram="2.5GiB", embeddings="host", **RAM)
-    assert head.steps[-1].change == "lm_head='nf4'"
+    assert searched(head)[-1].change == "lm_head='nf4'"
     assert head.estimate.parts() == chosen.estimate.parts()
     for knobs in ({"embeddings": "device"}, {"lm_head": None}):
         steps = qv.plan("Qwen2.5-3B", vram="2.5GiB", **RAM, **knobs).steps
@@ -282,7 +345,7 @@ def test_a_card_that_holds_a_long_prompt_holds_a_short_one(model, vram, prompt_l
         assert qv.plan(model, vram=vram, **RAM, prompt_len=length, max_new_tokens=64).profile.kv_device == "host"
 
 
-@pytest.mark.parametrize(("vram", "weights"), [("8GiB", "nf4"), ("12GiB", "int8")])
+@pytest.mark.parametrize(("vram", "weights"), [("8GiB", "nf4"), ("12GiB", "int8-wo")])
 def test_the_table_stays_where_the_host_has_no_room_for_it(vram, weights):
     chosen = qv.plan(SEVEN, vram=vram, ram="1GiB")
     assert (chosen.profile.weights, chosen.profile.embeddings, chosen.estimate.host) == (weights, "device", 0)

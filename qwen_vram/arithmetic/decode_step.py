@@ -5,6 +5,7 @@ from __future__ import annotations
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.replay_products import CUBLAS_WORKSPACE
+from qwen_vram.arithmetic.weights import table_on_host
 from qwen_vram.arithmetic.workload import Workload
 
 _INT64 = 8
@@ -16,10 +17,12 @@ def step_sizes(architecture: Architecture, profile: Profile, workload: Workload)
     """Bytes of each tensor that a captured decode step keeps, in the order in which they are taken; none otherwise.
 
     For each sequence its token, position, place in the cache and number of keys, where its keys start, its row, and its
-    logits in float32. cuBLAS takes a workspace for every stream; the step is captured on one of its own.
+    logits in float32; with the table on the host, its token's row too. cuBLAS takes a workspace for every stream; the
+    step is captured on one of its own.
     """
     if not profile.captures or workload.logits == "all":
         return ()
     batch = workload.batch_size
     state = (batch * _INT64,) * 3 + (batch * _INT32, *((batch + 1) * _INT32,) * 2)
-    return (*state, batch * architecture.vocab_size * _FP32, *CUBLAS_WORKSPACE)
+    row = (batch * architecture.hidden_size * profile.element_bytes,) if table_on_host(architecture, profile) else ()
+    return (*state, batch * architecture.vocab_size * _FP32, *row, *CUBLAS_WORKSPACE)

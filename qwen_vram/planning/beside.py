@@ -18,7 +18,8 @@ def no_adapter_beside(architecture: Architecture, profile: Profile) -> NotSuppor
         return None
     for knob, reason in (
         ("prefill_chunk_size", _chunks(architecture, profile)),
-        ("compiled", _compiled(architecture, profile)),
+        ("captured", _captured(architecture, profile, "captured")),
+        ("compiled", _captured(architecture, profile, "compiled")),
         ("weights", _weights(architecture, profile)),
         ("streamed_layers", _streamed(architecture, profile)),
         ("lm_head", _head(architecture, profile)),
@@ -39,12 +40,12 @@ def _chunks(architecture: Architecture, profile: Profile) -> str:
     )
 
 
-def _compiled(architecture: Architecture, profile: Profile) -> str:
-    if not profile.compiled or not architecture.adapter_activated:
+def _captured(architecture: Architecture, profile: Profile, knob: str) -> str:
+    if not getattr(profile, knob) or not architecture.adapter_activated:
         return ""
     return (
-        "acts behind its invocation tokens only (alora_invocation_tokens), which compiled steps do not know; use "
-        "compiled=False"
+        f"acts behind its invocation tokens only (alora_invocation_tokens), which {knob} steps do not know; use "
+        f"{knob}=False"
     )
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.model import stored_knobs
-from qwen_vram.arithmetic.profile import COMPILED, Profile, resolve_profile
+from qwen_vram.arithmetic.profile import CAPTURED, COMPILED, Profile, resolve_profile
 from qwen_vram.arithmetic.storage import FORMATS
 from qwen_vram.arithmetic.workload import Workload
 
@@ -31,6 +31,7 @@ _MOVES = (
     Move({"prefill_chunk_size": 512}, "nothing lost: the same tokens, slower prefill"),
     Move({"dequantization": "tiled"}, "nothing lost: matrices of bitsandbytes are dequantized tile by tile"),
     Move({"weights": "int8"}, "8-bit weights: close to lossless, slow"),
+    Move({"weights": "int8-wo"}, "8-bit weights: close to lossless"),
     Move({"weights": "nf4", "dequantization": "tiled"}, "4-bit weights"),
     Move({"weights": "nf4", "lm_head": "nf4"}, "4-bit head"),
     # A tied head in 4 bits is a copy, which saves something once the table can leave.
@@ -66,9 +67,10 @@ def _is_open(move: Move, start: Profile, workload: Workload, knobs: dict[str, ob
         return False
     if "streamed_layers" in move.knobs and not FORMATS[start.weights].streams:
         return False
-    if start.compiled and any(COMPILED.get(knob, value) != value for knob, value in move.knobs.items()):
+    runs_with = COMPILED if start.compiled else CAPTURED
+    if start.captures and any(runs_with.get(knob, value) != value for knob, value in move.knobs.items()):
         return False
-    if start.compiled and move.knobs.get("weights") == "int8":
+    if start.captures and move.knobs.get("weights") == "int8":
         return False
     chunk = move.knobs.get("prefill_chunk_size")
     return not isinstance(chunk, int) or chunk < workload.prompt_len

@@ -86,7 +86,13 @@ class Walk:
         self.caches = [cache for cache in caches if tuple(cache.values()) in forms]
 
     def _has_room(self, move: Move) -> bool:
-        """Tell if a move can be made on these devices: some on one GPU alone, and the table only where the host is."""
+        """Tell if a move can be made on these devices: some on one GPU alone, and the table only where the host is.
+
+        Of the formats of 8 bits each is offered where it is the faster one: bitsandbytes' on a CPU, weights alone on a
+        GPU.
+        """
+        if move.knobs.get("weights") == ("int8-wo" if self.budget.vram is None else "int8"):
+            return False
         table = self.architecture.vocab_size * self.architecture.hidden_size * self.start.element_bytes
         too_large = self.budget.vram is not None and move.knobs.get("embeddings") == "host" and table > self.budget.ram
         return not too_large and not (self.several and ONE_DEVICE.keys() & move.knobs.keys())

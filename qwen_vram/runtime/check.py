@@ -32,10 +32,11 @@ def check(chosen: Plan, backend: Backend, device: torch.device) -> None:
         BackendUnavailableError: a missing library or GPU feature.
     """
     profile = chosen.profile
-    if profile.compiled and device.type != "cuda":
+    if profile.captures and device.type != "cuda":
+        knob = "compiled" if profile.compiled else "captured"
         raise NotSupportedError(
-            "compiled=True runs on a GPU, as a CUDA graph, and this model goes to the CPU; use compiled=False",
-            knob="compiled",
+            f"{knob}=True runs on a GPU, as a CUDA graph, and this model goes to the CPU; use {knob}=False",
+            knob=knob,
             value=True,
         )
     architecture = chosen.estimate.architecture

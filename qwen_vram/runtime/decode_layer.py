@@ -1,4 +1,4 @@
-"""One new token of every sequence through a decoder layer and through the model's end: what is compiled.
+"""One new token of every sequence through a decoder layer and through the model's end: what is captured or compiled.
 
 Nothing here knows a layer's number or a cache: tensors are arguments, so that one compiled function serves all layers.
 The modules are `transformers`' own, whatever their matrices are stored in; sums are those of its forward.
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qwen_vram.runtime import elementwise
 from qwen_vram.runtime.decode_attention import decode_attention
 
 
@@ -48,6 +49,26 @@ def decode_layer(layer: Any, hidden: Tensor, keys: Tensor, values: Tensor, place
     )
     hidden = hidden + attention.o_proj(attended.view(batch, -1))
     result: Tensor = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    return result
+
+
+def fused_decode_layer(layer: Any, hidden: Tensor, keys: Tensor, values: Tensor, place: Place) -> Tensor:
+    """As `decode_layer`, by this library's own kernels: for layers with `kernels="fused"`, and not to be compiled."""
+    attention, batch = layer.self_attn, hidden.shape[0]
+    normed = layer.input_layernorm(hidden)
+    query = attention.q_proj(normed).view(batch, 1, -1, attention.head_dim)
+    key = attention.k_proj(normed).view(batch, 1, -1, attention.head_dim)
+    value = attention.v_proj(normed).view(batch, -1, attention.head_dim)
+    if hasattr(attention, "q_norm"):
+        query, key = attention.q_norm(query), attention.k_norm(key)
+    elementwise.rotate(query, key, place.cos, place.sin)
+    keys.index_copy_(0, place.slots, key[:, 0])
+    values.index_copy_(0, place.slots, value)
+    attended = decode_attention(
+        query[:, 0], keys, values, place.rows, place.starts, place.filled, float(attention.scaling)
+    )
+    hidden = attention.o_proj(attended.view(batch, -1)).add_(hidden)
+    result: Tensor = layer.mlp(layer.post_attention_layernorm(hidden)).add_(hidden)
     return result
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qwen_vram.runtime.decode_layer import Place
 from qwen_vram.runtime.decode_room import Room
+from qwen_vram.runtime.host_embedding import HostEmbedding
 
 Functions = tuple[Callable[..., Tensor], Callable[..., Tensor]]
 
@@ -40,6 +41,10 @@ class Step:
         self.starts = state(batch_size + 1, dtype=torch.int32)
         self.rows = torch.arange(batch_size + 1, dtype=torch.int32, device=model.device)
         self.logits = state(batch_size, model.config.vocab_size, dtype=torch.float32)
+        # Rows of a table on the host are gathered before a replay.
+        table, width = model.get_input_embeddings(), model.config.hidden_size
+        self.table = table if isinstance(table, HostEmbedding) else None
+        self.embedded = None if self.table is None else state(batch_size, width, dtype=model.dtype)
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def begin(self, length: int, padding: Tensor, positions: Tensor) -> None:
@@ -60,6 +65,7 @@ class Step:
     def __call__(self, tokens: Tensor) -> Tensor:
         """Feed a token of each sequence, (batch,); returns logits (batch, vocab_size), which the next step replaces."""
         self.tokens.copy_(tokens)
+        self.embed()
         if self.graph is None:
             self.run()
         else:
@@ -68,10 +74,17 @@ class Step:
 
     @torch.inference_mode(False)
     @torch.no_grad()
+    def embed(self) -> None:
+        """Bring the tokens' rows from a table on the host."""
+        if self.table is not None and self.embedded is not None:
+            self.embedded.copy_(self.table(self.tokens))
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def run(self) -> None:
         """What is captured."""
         model = self.model.model
-        hidden = model.embed_tokens(self.tokens)
+        hidden = model.embed_tokens(self.tokens) if self.embedded is None else self.embedded
         cos, sin = model.rotary_emb(hidden[:, None], self.positions)
         place = Place(cos, sin, self.slots, self.rows, self.starts, self.filled)
         for layer, (keys, values) in zip(model.layers, self.memory, strict=True):

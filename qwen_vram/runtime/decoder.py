@@ -1,4 +1,4 @@
-"""The decoder: makes decode steps, compiled by torch and captured, and keeps the memory that they run over.
+"""The decoder: makes decode steps, captured and perhaps compiled by torch, and keeps the memory that they run over.
 
 Compiled are one decoder layer, for all of them, and the model's end. torch keeps what it compiled on disk, for later
 runs. Where there is no Triton or no C compiler, a step is captured as it is.
@@ -18,11 +18,12 @@ from typing import Any
 import torch
 
 from qwen_vram.arithmetic.workload import Workload
-from qwen_vram.runtime.decode_layer import decode_end, decode_layer
+from qwen_vram.runtime.decode_layer import decode_end, decode_layer, fused_decode_layer
 from qwen_vram.runtime.decode_loop import decode_by_steps
 from qwen_vram.runtime.decode_room import Claim, Room
 from qwen_vram.runtime.decode_step import Functions, Step
 from qwen_vram.runtime.elementwise import missing_compiler
+from qwen_vram.runtime.fused_layers import FusedLayer
 from qwen_vram.runtime.job import Job
 from qwen_vram.runtime.turns import Turns
 
@@ -142,7 +143,8 @@ class Decoder:
     def _compiled(self) -> Functions:
         """Layer and end, each a function of its own: what torch compiles belongs to a function's code, for good."""
         if self.backend is None:
-            return decode_layer, decode_end
+            fused = isinstance(self.model.model.layers[0], FusedLayer)
+            return fused_decode_layer if fused else decode_layer, decode_end
         options = _TUNED if self.backend == "inductor" else None
         layer, end = (
             torch.compile(_copy(function), fullgraph=True, dynamic=False, backend=self.backend, options=options)
@@ -151,8 +153,8 @@ class Decoder:
         return layer, end
 
 
-def decoder_for(model: Any, workload: Workload, progress: Callable[..., Iterable[int]]) -> Decoder:
-    """Decode steps for `model.generate`: those of a workload are compiled and captured now.
+def decoder_for(model: Any, workload: Workload, progress: Callable[..., Iterable[int]], *, compiled: bool) -> Decoder:
+    """Decode steps for `model.generate`: those of a workload are captured now, and compiled before that if asked for.
 
     Args:
         model: A `transformers` model, or a `PeftModel` of one.
@@ -161,9 +163,9 @@ def decoder_for(model: Any, workload: Workload, progress: Callable[..., Iterable
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     decode_by_steps(base)
     sizes = {"batch_size": workload.batch_size, "max_length": workload.context_len}
-    decoder = Decoder(base, **sizes, backend=compiler_for(base.device))
-    for _ in progress(range(1), desc="Compiling the decode step"):
-        # In a thread as generations have, which take over its cuBLAS handle with the workspaces.
+    decoder = Decoder(base, **sizes, backend=compiler_for(base.device) if compiled else None)
+    for _ in progress(range(1), desc="Compiling the decode step" if compiled else "Capturing the decode step"):
+        # In the thread that generations have, with its cuBLAS handle and workspaces.
         job = Job(Turns(), lambda turn: decoder.prepare(**sizes), base.device)
         job.start()
         job.result()

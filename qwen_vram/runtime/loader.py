@@ -223,9 +223,9 @@ def _build(
     model.eval()
     measured = _loaded(model, backend, meters)
     decoder = None
-    if profile.compiled:
+    if profile.captures:
         with transformers_bars(progress) as bar:
-            decoder = decoder_for(model, chosen.workload, bar)
+            decoder = decoder_for(model, chosen.workload, bar, compiled=profile.compiled)
             after_a_failure.callback(decoder.close)
     return LoadedModel(
         model=model,

@@ -1,0 +1,50 @@
+"""What the search gives back of speed, once it has found how weights and cache are stored.
+
+The walk goes from less to more of what costs time, and stops at the first profile that fits. Room may then be left for
+some of what it gave up on the way, and for decode steps that are captured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from qwen_vram.arithmetic.profile import Profile
+from qwen_vram.planning.moves import Move
+
+# Formats whose products never wait for the GPU, so that a decode step can be captured.
+_CAPTURED_FORMATS = ("bf16", "fp16", "nf4", "fp4", "int4", "int8-wo", "fp8")
+
+_CAPTURE = Move({"captured": True}, "nothing lost: decode steps are replayed as one CUDA graph")
+_TABLE = Move({"embeddings": "device"}, "nothing lost: the token table is on the GPU")
+_WHOLE = Move({"dequantization": None}, "nothing lost: matrices are dequantized whole, which is faster")
+_CHUNKS = (None, 4096, 2048, 1024)
+
+
+def given_back(start: Profile, found: Profile, knobs: dict[str, object]) -> Iterator[Move]:
+    """Yield moves that make `found` faster and take memory, what brings most first. Each may fit or not.
+
+    Args:
+        start: Where the search began.
+        knobs: What the caller set; it stays.
+    """
+    if "captured" not in knobs and "compiled" not in knobs and _can_be_captured(found):
+        yield _CAPTURE
+    if found.embeddings != start.embeddings:
+        yield _TABLE
+    if found.dequantization != start.dequantization:
+        yield _WHOLE
+    for chunk in _CHUNKS:
+        if _is_larger(chunk, found.prefill_chunk_size) and not _is_larger(chunk, start.prefill_chunk_size):
+            yield Move({"prefill_chunk_size": chunk}, "nothing lost: the prompt is fed in fewer chunks")
+
+
+def _can_be_captured(found: Profile) -> bool:
+    formats = (found.weights, found.head_format)
+    needs_host = found.streamed_layers or found.kv_device == "host" or found.kv_cache != "bf16"
+    fixed = found.cache != "dynamic" and found.attention == "fused"
+    return fixed and not needs_host and not found.captures and all(one in _CAPTURED_FORMATS for one in formats)
+
+
+def _is_larger(chunk: int | None, other: int | None) -> bool:
+    """Tell if a chunk feeds more at once; `None` is the whole prompt."""
+    return other is not None and (chunk is None or chunk > other)
