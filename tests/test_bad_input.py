@@ -97,6 +97,7 @@ def test_unknown_knob():
         ("cache", "paged", "preallocated, dynamic, static"),
         ("attention", "flash", "fused, sdpa, flash_attention_2, eager"),
         ("compiled", "yes", "True, False"),
+        ("captured", "on", "True, False"),
     ],
 )
 def test_unknown_value_of_a_knob(knob, value, allowed):
@@ -148,6 +149,27 @@ def test_what_a_compiled_step_cannot_run_with(knobs, text):
     with pytest.raises(qv.WorkloadError, match=text) as caught:
         qv.estimate_vram(SEVEN, **{"compiled": True, "cache": "preallocated", "attention": "fused", **knobs})
     assert (caught.value.name, caught.value.got) == ("compiled", True)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "text"),
+    [
+        ({"cache": "dynamic"}, "captured=True needs a cache of fixed size, got cache='dynamic'; set cache='static', or"),
+        ({"attention": "sdpa"}, "captured=True needs attention='fused', got attention='sdpa'; change one side, or"),
+        ({"kv_cache": "int8"}, "captured=True needs kv_cache='bf16', got kv_cache='int8'"),
+        ({"kv_device": "host"}, "captured=True needs kv_device='device', got kv_device='host'"),
+        ({"streamed_layers": 3}, "captured=True needs streamed_layers=0, got streamed_layers=3"),
+        ({"weights": "int8"}, "captured=True cannot go with 'int8', whose products wait for the GPU"),
+        ({"lm_head": "int8"}, "captured=True cannot go with 'int8', whose products wait for the GPU"),
+    ],
+    ids=str,
+)
+def test_what_a_captured_step_cannot_run_with(knobs, text):
+    base = {"captured": True, "cache": "preallocated", "attention": "fused"}
+    with pytest.raises(qv.WorkloadError, match=text) as caught:
+        qv.estimate_vram(SEVEN, **{**base, **knobs})
+    assert (caught.value.name, caught.value.got) == ("captured", True)
+    assert qv.estimate_vram(SEVEN, **base, embeddings="host").needed_bytes > 0
 
 
 @pytest.mark.parametrize("value", [0, -5, 1.5, "512", True])
@@ -493,6 +515,10 @@ def test_an_unknown_device(untied):
         (
             {"compiled": True, "cache": "static", "attention": "fused"},
             "compiled=True runs on a GPU, .* use compiled=False",
+        ),
+        (
+            {"captured": True, "cache": "preallocated", "attention": "fused"},
+            "captured=True runs on a GPU, .* use captured=False",
         ),
         ({"lm_head": "nf4"}, "lm_head='nf4' with weights='bf16'"),
         (

@@ -1,4 +1,4 @@
-"""Decode steps: on the CPU as they are, to the tokens of the ordinary path; on a GPU compiled and captured."""
+"""Decode steps: on the CPU as they are, to the tokens of the ordinary path; on a GPU captured, or compiled too."""
 
 import gc
 import weakref
@@ -10,9 +10,11 @@ from transformers.generation.streamers import BaseStreamer
 
 import qwen_vram as qv
 from qwen_vram.demo.tasks import examples
+from qwen_vram.runtime.decode_layer import fused_decode_layer
 from qwen_vram.runtime.decode_loop import decode_by_steps
 from qwen_vram.runtime.decode_room import RoomCache
 from qwen_vram.runtime.decoder import Decoder, compiler_for
+from qwen_vram.runtime.host_embedding import move_embedding_to_host
 from qwen_vram.tools.accuracy import make_checkpoint
 
 # torch's own, as it imports its compiler.
@@ -104,13 +106,28 @@ def test_every_format_runs_by_steps(pairs, weights, count):
     assert sequences(steps, count, do_sample=False) == sequences(ordinary, count, do_sample=False)
 
 
+@pytest.mark.parametrize("knobs", [{}, {"kernels": "fused"}], ids=str)
 @pytest.mark.parametrize("kind", ["untied", "tied", "qwen3"])
-def test_every_model_runs_by_steps(request, kind):
+def test_every_model_runs_by_steps(request, kind, knobs):
     folder = request.getfixturevalue(kind)
-    with load(folder, "fp32", steps=False) as ordinary, load(folder, "fp32", steps=True) as steps:
+    with load(folder, "fp32", steps=False, **knobs) as ordinary, load(folder, "fp32", steps=True, **knobs) as steps:
+        assert (steps._generations.decoder._compiled()[0] is fused_decode_layer) == bool(knobs)
         for count in (1, 3):
             options = {"new": 40, "do_sample": False, "eos_token_id": None}
             assert sequences(steps, count, **options) == sequences(ordinary, count, **options)
+
+
+@pytest.mark.parametrize("weights", ["fp32", "nf4", "int8-wo"])
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_table_on_the_host_runs_by_steps(demo, weights, count):
+    """On a CPU a table is on the host anyhow: it is moved as the loader does it on a GPU."""
+    with load(demo, weights, steps=False) as ordinary, load(demo, weights, steps=False) as llm:
+        move_embedding_to_host(llm.model, llm.device)
+        decode_by_steps(llm.model)
+        llm._generations.decoder = Decoder(llm.model, batch_size=4, max_length=820, backend=None)
+        assert sequences(llm, count, new=60, do_sample=False) == sequences(ordinary, count, new=60, do_sample=False)
+        step = llm._generations.decoder._home.steps[count]
+        assert step.embedded.shape == (count, llm.model.config.hidden_size)
 
 
 def test_an_adapter_runs_by_steps(untied, adapter):
@@ -382,6 +399,8 @@ def test_a_missing_compiler_is_said(monkeypatch, caplog):
 
 
 SPEED = {"attention": "fused", "cache": "static", "compiled": True, "progress": False}
+CAPTURED = {"attention": "fused", "kernels": "fused", "cache": "preallocated", "captured": True, "progress": False}
+KINDS = {"compiled": SPEED, "captured": CAPTURED, "captured, table on the host": {**CAPTURED, "embeddings": "host"}}
 
 
 @pytest.fixture(scope="module")
@@ -393,11 +412,13 @@ def published(tmp_path_factory):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("weights", ["bf16", "nf4", "int4", "int8-wo", "fp8"])
-def test_on_a_gpu_answers_are_right_and_memory_is_what_was_promised(demo, weights):
-    with qv.load(demo, profile="default", weights=weights, prompt_len=600, max_new_tokens=64, **SPEED) as llm:
+def test_on_a_gpu_answers_are_right_and_memory_is_what_was_promised(demo, weights, kind):
+    work = {"prompt_len": 600, "max_new_tokens": 64}
+    with qv.load(demo, profile="default", weights=weights, **KINDS[kind], **work) as llm:
         assert llm.compile_seconds > 0
-        assert llm._generations.decoder.backend == compiler_for(llm.device)
+        assert llm._generations.decoder.backend == (compiler_for(llm.device) if kind == "compiled" else None)
         assert all(step.graph is not None for step in llm._generations.decoder._home.steps.values())
         for example in ASKED:
             assert llm.chat(example.prompt, max_new_tokens=64, do_sample=False) == example.answer
@@ -408,16 +429,17 @@ def test_on_a_gpu_answers_are_right_and_memory_is_what_was_promised(demo, weight
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("padding", [0, 300])
 @pytest.mark.parametrize("weights", ["bf16", "nf4", "int4"])
-def test_on_a_gpu_tokens_are_the_ordinary_paths_up_to_ties(published, weights, padding):
+def test_on_a_gpu_tokens_are_the_ordinary_paths_up_to_ties(published, weights, padding, kind):
     """Random weights have near ties: tokens may part where the ordinary path's two logits are within rounding."""
     ids = torch.randint(1_000, 100_000, (2, 700), generator=torch.Generator().manual_seed(3)).cuda()
     mask = torch.ones_like(ids)
     mask[1, :padding] = 0
     work = {"batch_size": 2, "prompt_len": 700, "max_new_tokens": 24}
     options = {"max_new_tokens": 24, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    with qv.load(published, profile="default", weights=weights, **SPEED, **work) as llm:
+    with qv.load(published, profile="default", weights=weights, **KINDS[kind], **work) as llm:
         for rows in ([0], [0, 1]):
             inputs = {"input_ids": ids[rows], "attention_mask": mask[rows]}
             plain = llm.model.generate(**inputs, **options)
@@ -450,11 +472,12 @@ class Watch(LogitsProcessor):
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
+@pytest.mark.parametrize("kind", ["compiled", "captured"])
 @pytest.mark.parametrize("do_sample", [False, True])
 @pytest.mark.parametrize("weights", ["bf16", "nf4", "int4"])
-def test_on_a_gpu_no_token_waits_and_nothing_grows(published, weights, do_sample):
-    watch = Watch()
-    with qv.load(published, profile="default", weights=weights, prompt_len=512, max_new_tokens=220, **SPEED) as llm:
+def test_on_a_gpu_no_token_waits_and_nothing_grows(published, weights, do_sample, kind):
+    watch, work = Watch(), {"prompt_len": 512, "max_new_tokens": 220}
+    with qv.load(published, profile="default", weights=weights, **KINDS[kind], **work) as llm:
         ids = torch.randint(1_000, 100_000, (1, 512)).cuda()
         cache = llm.new_cache(max_length=732)
         options = {"max_new_tokens": 220, "eos_token_id": [151_643], "min_new_tokens": 220, "do_sample": do_sample}
@@ -467,11 +490,12 @@ def test_on_a_gpu_no_token_waits_and_nothing_grows(published, weights, do_sample
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("batch_size", "prompt_len"), [(1, 512), (4, 300)])
 @pytest.mark.parametrize("weights", ["bf16", "nf4", "int4"])
-def test_on_a_gpu_the_peak_is_the_predicted_one(published, weights, batch_size, prompt_len):
+def test_on_a_gpu_the_peak_is_the_predicted_one(published, weights, batch_size, prompt_len, kind):
     work = {"batch_size": batch_size, "prompt_len": prompt_len, "max_new_tokens": 64}
-    with qv.load(published, profile="default", weights=weights, **SPEED, **work) as llm:
+    with qv.load(published, profile="default", weights=weights, **KINDS[kind], **work) as llm:
         report = llm.probe()
         for part in ("weights", "kv_cache", "peak_allocated"):
             promised, measured = getattr(report.estimate, part), report.measured[part]
