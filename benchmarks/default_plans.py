@@ -1,0 +1,99 @@
+"""What `load(folder, vram=...)` chooses by itself: its speed and memory, budget by budget.
+
+    python benchmarks/default_plans.py OUT.jsonl                       # Qwen2.5-7B's shape
+    python benchmarks/default_plans.py OUT.jsonl --model Qwen2.5-0.5B  # a quick look
+
+Random weights; 2,048 + 256 tokens are planned, and torch's memory fraction makes the GPU a card of the budget's size.
+Every cell has a fresh process. Milliseconds a token: the difference of two generations after 512 tokens, of 16 and 144
+new ones, over the difference of their lengths. Tokens of a prompt a second: one generation of one token. Seconds to
+load are those of a checkpoint in the page cache. Cells that are in OUT.jsonl already are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from caps import GIB, limit, load_kernels
+from cells import ms_per_token, run_missing
+from decode import device_rate
+
+import qwen_vram as qv
+from qwen_vram.arithmetic.timing import decode_bytes
+
+PLANNED = {"prompt_len": 2_048, "max_new_tokens": 256}
+PROMPT, SHORT, LONG = 512, 16, 144
+PARTS = ("weights", "kv_cache", "peak_allocated", "peak_reserved", "process_total")
+BUDGETS = (24, 16, 12, 8, 6, 5, 4, 3)
+CELLS: list[dict[str, Any]] = [
+    *({"vram": f"{budget}GiB"} for budget in BUDGETS),
+    {"vram": "8GiB", "prefer": "speed"},
+    *({"vram": f"{budget}GiB", "captured": False} for budget in BUDGETS[:-2]),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--model", default="Qwen2.5-7B")
+    parser.add_argument("--vram", nargs="*", default=[], help="only these budgets, such as 8GiB")
+    options = parser.parse_args()
+    cells = [{"model": options.model, **cell} for cell in CELLS if cell["vram"] in options.vram or not options.vram]
+    sys.exit(run_missing(options.out, cells, measure, options.model) > 0)
+
+
+def measure(folder: str, cell: dict[str, Any]) -> dict[str, Any]:
+    """Load as the cell says, and measure."""
+    asked = {name: value for name, value in cell.items() if name != "model"}
+    rate = device_rate()
+    plan = qv.plan(folder, **asked, **PLANNED)
+    load_kernels(plan.profile.weights)
+    limit(int(cell["vram"].removesuffix("GiB")) * GIB)
+    began = time.perf_counter()
+    with qv.load(folder, **asked, **PLANNED, progress=False) as llm:
+        loading = time.perf_counter() - began
+        estimate, measured = llm.plan.estimate, llm.probe().measured
+        ms = ms_per_token(lambda new: llm.probe(prompt_len=PROMPT, max_new_tokens=new), short=SHORT, long=LONG)
+        assert estimate.architecture is not None
+        least = 1_000 * decode_bytes(estimate.architecture, estimate.profile, estimate.workload) / rate
+        return {
+            "cell": cell,
+            "call": llm.plan.call.split(", ", 1)[1],
+            "ms_per_token": ms,
+            "limit_ms": least,
+            "share_of_limit": least / ms,
+            "prefill_tokens_s": prefill_rate(llm),
+            "loading_s": loading,
+            "ready_s": llm.compile_seconds,
+            "promised": {
+                part: getattr(estimate, part) for part in ("peak_allocated", "peak_reserved", "process_total")
+            },
+            "measured": measured,
+            "device_gb_s": rate / 1e9,
+            "device": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "date": date.today().isoformat(),
+        }
+
+
+def prefill_rate(llm: qv.LoadedModel) -> float:
+    """Tokens of a prompt of 2,048 that are fed a second: the best of three."""
+    times = []
+    for _ in range(3):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        llm.probe(max_new_tokens=1)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return PLANNED["prompt_len"] / min(times)
+
+
+if __name__ == "__main__":
+    main()
