@@ -73,9 +73,10 @@ def quantizer_of(tensors: Mapping[str, Tensor], architecture: Architecture) -> s
 
     AWQ packs along the rows of a matrix and GPTQ down its columns, so that the shape of the codes says which it is.
     """
+    ends = tuple(end for end, _ in _ENDS)
+    named = [name for name in tensors if name.endswith(ends)]
     for end, method in _ENDS:
-        name = next((name for name in tensors if name.endswith(end)), None)
-        if name is not None:
+        if any(name.endswith(end) for name in named):
             return "awq" if method == "gptq" and _is_awq(tensors, architecture) else method
     codes = [tensor for name, tensor in tensors.items() if name.endswith("proj.weight") and tensor.dtype not in FLOATS]
     if not codes:
@@ -91,6 +92,12 @@ def _is_awq(tensors: Mapping[str, Tensor], architecture: Architecture) -> bool:
         if codes is not None and codes.shape:
             return codes.shape[0] == weight.shape[1]
     return False
+
+
+def head_is_quantized(tensors: Mapping[str, Tensor]) -> bool:
+    """Tell if the file has a head of its own with scales, or codes, beside it."""
+    own = {name: tensor for name, tensor in tensors.items() if name.startswith("lm_head.")}
+    return bool(own) and (set(own) > {"lm_head.weight"} or own["lm_head.weight"].dtype not in FLOATS)
 
 
 def not_loaded(quantization: object, method: str, nbytes: int | None) -> str:
