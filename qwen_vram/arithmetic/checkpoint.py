@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.config_reader import ConfigReader
-from qwen_vram.arithmetic.quantizers import head_is_quantized
+from qwen_vram.arithmetic.quantized_names import head_is_quantized
 from qwen_vram.arithmetic.stored_checkpoint import checkpoint_architecture, needs_headers
 from qwen_vram.arithmetic.tensor_check import check_tensors
 from qwen_vram.arithmetic.tensor_names import HEAD, TABLE, by_model_name

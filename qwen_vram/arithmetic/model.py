@@ -8,7 +8,6 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from qwen_vram.arithmetic.architecture import Architecture
-from qwen_vram.arithmetic.catalog import catalog_row, row_architecture, unknown_model
 from qwen_vram.arithmetic.checkpoint import CheckpointFiles, read_checkpoint
 from qwen_vram.arithmetic.stored_checkpoint import checkpoint_architecture
 from qwen_vram.arithmetic.tensor_names import by_model_name
@@ -139,6 +138,8 @@ def resolve(model: ModelLike, *, alone: bool = True) -> Resolved:
     if place.folder is not None:
         _check_no_adapter(place.folder, alone=alone)
         return open_folder(place, weights=False)
+    from qwen_vram.arithmetic.catalog import catalog_row, row_architecture, unknown_model  # a folder needs no catalog
+
     row = catalog_row(place.name)
     if row is not None:
         return Resolved(label=row.repo_id, architecture=row_architecture(row), repo_id=row.repo_id)
@@ -175,17 +176,24 @@ def open_folder(place: Place, *, weights: bool) -> Resolved:
     """
     folder = place.folder
     assert folder is not None
-    if place.hides and not exists(folder / CONFIG) and (catalog_row(place.hides) or is_hub_id(place.hides)):
-        from qwen_vram.files.absent import no_config
-
-        error = no_config(folder)
-        raise ConfigError(
-            f"{error}. A folder of that name hides {place.hides!r} of the hub: remove or rename it if that was meant",
-            source=error.source,
-        )
+    if place.hides and not exists(folder / CONFIG):
+        _check_hides(folder, place.hides)
     files = read_checkpoint(folder, weights=weights)
     source = str(folder / CONFIG)
     return Resolved(label=folder.name, architecture=files.architecture, config=files.config, source=source, files=files)
+
+
+def _check_hides(folder: Path, name: str) -> None:
+    """Refuse a folder without config.json that hides a name of the hub."""
+    from qwen_vram.arithmetic.catalog import catalog_row
+    from qwen_vram.files.absent import no_config
+
+    if catalog_row(name) or is_hub_id(name):
+        error = no_config(folder)
+        raise ConfigError(
+            f"{error}. A folder of that name hides {name!r} of the hub: remove or rename it if that was meant",
+            source=error.source,
+        )
 
 
 def hub_named(repo_id: str) -> dict[str, Tensor]:

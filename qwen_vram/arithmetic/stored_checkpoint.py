@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.quantization import quantization_of, stored_format, without_quantization
-from qwen_vram.arithmetic.quantizers import quantizer_of
+from qwen_vram.arithmetic.quantized_names import quantizer_of
 from qwen_vram.errors import CheckpointError
 from qwen_vram.files.header import Tensor
 

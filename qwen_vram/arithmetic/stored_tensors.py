@@ -12,7 +12,7 @@ from dataclasses import replace
 from qwen_vram.arithmetic import stored_advice as advice
 from qwen_vram.arithmetic.architecture import Architecture, Weight
 from qwen_vram.arithmetic.quantization import BITSANDBYTES, METHODS, OWN_METHOD, leaving_out, method_of, settings_of
-from qwen_vram.arithmetic.quantizers import head_is_quantized, quantizer_of
+from qwen_vram.arithmetic.quantized_names import head_is_quantized, quantizer_of
 from qwen_vram.arithmetic.storage import FORMATS
 from qwen_vram.arithmetic.stored import Stored, StoredTensor
 from qwen_vram.arithmetic.stored_matrix import Matrix, Part, matrix_of, plain

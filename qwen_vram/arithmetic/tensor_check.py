@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qwen_vram.arithmetic.architecture import Architecture
-from qwen_vram.arithmetic.quantizers import FLOATS
+from qwen_vram.arithmetic.quantized_names import FLOATS
 from qwen_vram.arithmetic.tensor_names import HEAD
 from qwen_vram.errors import CheckpointError
 from qwen_vram.files.header import Tensor

@@ -8,6 +8,7 @@ from qwen_vram.files.header import Tensor
 
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _BASE = "model."
+_TWICE = (f"{_BASE}{_BASE}", f"{_BASE}lm_head.")
 _IN_BASE = ("embed_tokens.", "layers.", "norm.")
 # Modules that wrap others while a model is trained or compiled, and stay in its names.
 _WRAPPERS = {
@@ -29,9 +30,8 @@ def model_name(name: str) -> str:
     >>> model_name("layers.0.mlp.up_proj.weight"), model_name("model.lm_head.weight")
     ('model.layers.0.mlp.up_proj.weight', 'lm_head.weight')
     """
-    inner = name.removeprefix(_BASE)
-    if inner != name and inner.startswith((_BASE, "lm_head.")):
-        return inner
+    if name.startswith(_BASE):
+        return name.removeprefix(_BASE) if name.startswith(_TWICE) else name
     return f"{_BASE}{name}" if name.startswith(_IN_BASE) else name
 
 

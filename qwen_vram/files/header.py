@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,9 +100,7 @@ def parse_entries(
         for name, entry in entries.items():
             shape = tuple(map(int, entry["shape"]))
             begin, end = entry["data_offsets"]
-            bits = _DTYPE_BITS[entry["dtype"]]
-            for size in shape:
-                bits *= size
+            bits = _DTYPE_BITS[entry["dtype"]] * prod(shape)
             if end - begin != (bits + 7) // 8 or (shape and min(shape) < 0):
                 raise _corrupt(source, f"{name!r} of shape {list(shape)} takes {end - begin} bytes in it")
             tensors[name] = Tensor(entry["dtype"], shape, end - begin, file, data_at + begin, name)

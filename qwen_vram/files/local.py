@@ -39,8 +39,11 @@ def exists(path: Path) -> bool:
 
 
 def is_folder(path: Path) -> bool:
-    """Tell if there is such a folder."""
-    return exists(path) and path.is_dir()
+    """Tell if there is such a folder. A name that is too long for the file system is none."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
 
 
 def read_config(folder: Path) -> dict[str, object]:
