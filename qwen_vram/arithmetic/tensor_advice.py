@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qwen_vram.arithmetic.architecture import Architecture, Weight
-from qwen_vram.arithmetic.tensor_names import HEAD, TABLE, wrapper_of
+from qwen_vram.arithmetic.tensor_names import HEAD, TABLE
+from qwen_vram.arithmetic.wrapped_names import wrapper_of
 from qwen_vram.errors import CheckpointError
 from qwen_vram.files.absent import shown
 from qwen_vram.files.header import Tensor
