@@ -20,7 +20,7 @@ _BYTES_PER_UNIT = {
     "GiB": 2**30,
     "TiB": 2**40,
 }
-_SIZE = re.compile(r" *([0-9]+(?:\.[0-9]+)?) *([A-Za-z]+) *")
+_SIZE = r" *([0-9]+(?:\.[0-9]+)?) *([A-Za-z]+) *"  # compiled on first use, which most estimates do not need
 _SPELLING = {unit.lower(): unit for unit in _BYTES_PER_UNIT}
 
 # No card has less, so a smaller integer is a number of gigabytes whose unit was forgotten.
@@ -52,7 +52,7 @@ def parse_bytes(size: str | int, *, name: str = "size") -> int:
             raise UnitError(f"{name} is a bare number: got {size!r}; {_ALLOWED}", got=size)
         return size
     if isinstance(size, str):
-        found = _SIZE.fullmatch(size)
+        found = re.fullmatch(_SIZE, size)
         if found and found[2].lower() in _SPELLING:
             whole, _, fraction = found[1].partition(".")
             unit = _BYTES_PER_UNIT[_SPELLING[found[2].lower()]]

@@ -8,16 +8,15 @@ from pathlib import Path
 
 from qwen_vram.adapters.errors import AdapterError
 from qwen_vram.files.hub import hub_snapshot
+from qwen_vram.files.local import ADAPTER_CONFIG, exists, is_folder
 from qwen_vram.files.local import CONFIG as MODEL_CONFIG
-from qwen_vram.files.local import exists, is_folder
+from qwen_vram.files.place import is_hub_id
 
-CONFIG = "adapter_config.json"
+CONFIG = ADAPTER_CONFIG
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 
 AdapterPath = str | Path
-
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def adapter_folder(adapter: AdapterPath) -> Path:
@@ -37,7 +36,7 @@ def adapter_folder(adapter: AdapterPath) -> Path:
             path=str(folder),
         )
     if not is_folder(folder):
-        if not _HUB_ID.fullmatch(str(adapter)):
+        if not is_hub_id(str(adapter)):
             raise AdapterError(
                 f"no adapter folder {str(adapter)!r}; point to the folder that PEFT's save_pretrained() wrote, or pass "
                 "a hub id 'organisation/name'",

@@ -6,37 +6,40 @@ Estimates, plans, loading, streaming, merging and saving read a folder through i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.config_reader import ConfigReader
-from qwen_vram.arithmetic.stored_checkpoint import checkpoint_architecture, head_is_quantized, needs_headers
+from qwen_vram.arithmetic.quantized_names import head_is_quantized
+from qwen_vram.arithmetic.stored_checkpoint import checkpoint_architecture, needs_headers
 from qwen_vram.arithmetic.tensor_check import check_tensors
 from qwen_vram.arithmetic.tensor_names import HEAD, TABLE, by_model_name
 from qwen_vram.arithmetic.weights import SMALLEST_READ
 from qwen_vram.errors import CheckpointError
-from qwen_vram.files.absent import shown
 from qwen_vram.files.header import Tensor
-from qwen_vram.files.local import CONFIG, has_weights, read_config, read_tensors
-from qwen_vram.files.same import same_bytes
+from qwen_vram.files.local import CONFIG, has_weights, read_config, read_generation, read_tensors
+from qwen_vram.files.state import State, settled_state
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CheckpointFiles:
+class CheckpointFiles(NamedTuple):
     """A folder as it was read.
 
     Attributes:
         config: What config.json says, `tie_word_embeddings` as `transformers` ends up with.
+        generation: What generation_config.json says; empty if there is none.
         tensors: Every tensor, by the model's names; empty if the folder has no weights.
         notes: What is worth a warning when the model is loaded.
     """
 
     folder: Path
     config: Mapping[str, object]
+    generation: Mapping[str, object]
     tensors: Mapping[str, Tensor]
     architecture: Architecture
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
     @property
     def renamed(self) -> bool:
@@ -47,6 +50,8 @@ class CheckpointFiles:
 def read_checkpoint(folder: Path, *, weights: bool) -> CheckpointFiles:
     """The checkpoint in `folder`, its tensors held against its config.json.
 
+    It is read again only if an entry of the folder is another than at the last call, or changed just before it.
+
     Args:
         weights: Whether there have to be weights; otherwise a folder that has config.json alone is read too.
 
@@ -54,12 +59,27 @@ def read_checkpoint(folder: Path, *, weights: bool) -> CheckpointFiles:
         ConfigError: config.json, or generation_config.json, is missing, broken or of another architecture.
         CheckpointError: the weights are missing, broken, or not those of the model that config.json describes.
     """
+    state = settled_state(folder)
+    return _read(folder, weights) if state is None else _read_once(folder, weights, state)
+
+
+# As many folders as a comparison of models goes back and forth between; the largest takes some MB.
+@lru_cache(maxsize=8)
+def _read_once(folder: Path, weights: bool, state: State) -> CheckpointFiles:
+    """`_read` of a folder that is in `state`."""
+    return _read(folder, weights)
+
+
+def _read(folder: Path, weights: bool) -> CheckpointFiles:
     config = read_config(folder)
+    generation = read_generation(folder)
     source = str(folder / CONFIG)
     if not (weights or has_weights(folder, config)):
         read = (lambda: read_tensors(folder, config)) if needs_headers(config) else None
         architecture = checkpoint_architecture(config, read, source=source)
-        return CheckpointFiles(folder=folder, config=config, tensors={}, architecture=architecture)
+        return CheckpointFiles(
+            folder=folder, config=config, generation=generation, tensors={}, architecture=architecture
+        )
     ConfigReader(config, source)  # what config.json alone refuses comes before the weights
     tensors = _named(folder, config)
     config = _settle_head(folder, config, tensors)
@@ -69,6 +89,7 @@ def read_checkpoint(folder: Path, *, weights: bool) -> CheckpointFiles:
     return CheckpointFiles(
         folder=folder,
         config=config,
+        generation=generation,
         tensors=tensors,
         architecture=replace(architecture, layer_dtypes=_layer_dtypes(tensors)),
         notes=notes,
@@ -78,6 +99,8 @@ def read_checkpoint(folder: Path, *, weights: bool) -> CheckpointFiles:
 def _named(folder: Path, config: Mapping[str, object]) -> dict[str, Tensor]:
     tensors, twice = by_model_name(read_tensors(folder, config))
     if twice:
+        from qwen_vram.files.absent import shown
+
         raise CheckpointError(
             f"the weights in {str(folder)!r} hold {shown(twice)} twice, with and without 'model.' before the name; "
             "keep one of the two",
@@ -101,6 +124,8 @@ def _settle_head(folder: Path, config: dict[str, object], tensors: dict[str, Ten
             "false if the head is the model's own, or take it out of the file",
             path=str(folder / head.file),
         )
+    from qwen_vram.files.same import same_bytes
+
     if same_bytes(folder / head.file, head.offset, folder / table.file, table.offset, head.nbytes):
         del tensors[HEAD]
         return config

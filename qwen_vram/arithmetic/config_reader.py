@@ -14,7 +14,6 @@ from qwen_vram.arithmetic.quantization import (
     skips,
     stored_format,
 )
-from qwen_vram.arithmetic.quantizers import method_name, not_loaded
 from qwen_vram.errors import ConfigError
 
 SUPPORTED = ("qwen2", "qwen3")
@@ -83,6 +82,8 @@ class ConfigReader:
         name, in_headers = stored_format(quantization)
         method = method_of(quantization)
         if name is None:
+            from qwen_vram.arithmetic.quantizers import method_name, not_loaded
+
             reason = not_loaded(quantization, method or method_name(quantization), None)
             raise ConfigError(f"{self.source}: {reason}", source=self.source)
         if in_headers:

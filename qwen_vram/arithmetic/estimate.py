@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_vram.arithmetic import render
 from qwen_vram.arithmetic.activations import Moment, moments
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.kv_cache import host_kv_bytes, kv_cache_bytes
@@ -27,7 +25,6 @@ from qwen_vram.arithmetic.overhead import (
     workspace_bytes,
 )
 from qwen_vram.arithmetic.profile import Profile, resolve_profile
-from qwen_vram.arithmetic.session import Run, critical_workloads, fragment_bytes, least_of_session, outlier_bytes
 from qwen_vram.arithmetic.storage import FORMATS
 from qwen_vram.arithmetic.weights import weight_bytes
 from qwen_vram.arithmetic.workload import Logits, Workload
@@ -36,8 +33,6 @@ from qwen_vram.units import parse_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +179,8 @@ class Estimate:
     def _session_least(self) -> int:
         """The least that torch must be able to reserve for a session of workloads up to this one, in any order."""
         assert self.architecture is not None
+        from qwen_vram.arithmetic.session import Run, fragment_bytes, least_of_session, outlier_bytes
+
         runs = [Run(one._replayed.peak, one._roomy, one._least) for one in (self, *self.covered)]
         what = (self.architecture, self.profile, self.workload)
         return least_of_session(runs, fragment_bytes(*what), outlier_bytes(*what))
@@ -230,10 +227,14 @@ class Estimate:
 
     def __str__(self) -> str:
         """A table of the parts."""
-        return render.text(self)
+        from qwen_vram.arithmetic.render import text
+
+        return text(self)
 
     def _repr_html_(self) -> str:
-        return render.html(self)
+        from qwen_vram.arithmetic.render import html
+
+        return html(self)
 
     def plot(self) -> Axes:
         """One bar of the four parts, as a matplotlib `Axes`.
@@ -241,7 +242,9 @@ class Estimate:
         Raises:
             BackendUnavailableError: matplotlib is not installed.
         """
-        return render.plot(self)
+        from qwen_vram.arithmetic.render import plot
+
+        return plot(self)
 
 
 def estimate_vram(
@@ -301,8 +304,13 @@ def estimate_vram(
 def warn_of_positions(result: Estimate) -> None:
     """Log one line for each thing worth knowing of the rotary positions: a stretch, or one without effect."""
     rope = result.architecture.rope if result.architecture else None
-    for line in rope.warnings(result.workload.context_len) if rope else ():
-        _LOGGER.warning("%s: %s", result.model, line)
+    lines = rope.warnings(result.workload.context_len) if rope else []
+    if not lines:
+        return
+    import logging  # slow to import, and only needed here
+
+    for line in lines:
+        logging.getLogger(__name__).warning("%s: %s", result.model, line)
 
 
 def estimate(
@@ -341,7 +349,11 @@ def estimate(
         cache = kv_cache_bytes(architecture, profile, tokens=context, batch_size=batch, context_len=context)
     # A workload whose last decode step holds one token less than its context must not count below the full cache.
     peak = max(peak, cache)
-    smaller = critical_workloads(profile, workload) if session else ()
+    smaller: list[Workload] = []
+    if session:
+        from qwen_vram.arithmetic.session import critical_workloads  # a plan's, and not an estimate's
+
+        smaller = critical_workloads(profile, workload)
     return Estimate(
         model=label,
         architecture=architecture,

@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
 
-from qwen_vram.adapters.folder import check_is_no_adapter, check_no_adapter_beside
 from qwen_vram.arithmetic.architecture import Architecture
-from qwen_vram.arithmetic.catalog import catalog_row, row_architecture, unknown_model
 from qwen_vram.arithmetic.checkpoint import CheckpointFiles, read_checkpoint
 from qwen_vram.arithmetic.stored_checkpoint import checkpoint_architecture
 from qwen_vram.arithmetic.tensor_names import by_model_name
 from qwen_vram.errors import ConfigError, UnknownNameError
-from qwen_vram.files.absent import no_config
 from qwen_vram.files.header import Tensor
-from qwen_vram.files.hub import hub_config, hub_tensors
-from qwen_vram.files.local import CONFIG, exists
-from qwen_vram.files.place import HUB_ID, Place, place_of
+from qwen_vram.files.local import ADAPTER_CONFIG, CONFIG, exists
+from qwen_vram.files.place import Place, is_hub_id, place_of
 
 ModelLike = str | Path | Mapping[str, object] | Architecture
-
-_LOGGER = logging.getLogger(__name__)
 
 # Libraries of GPTQ by the names that people ask for; the first reads and writes what the others did.
 _GPTQ_LIBRARIES = ("gptqmodel", "auto-gptq", "autogptq")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Resolved:
+class Resolved(NamedTuple):
     """A model with its shape.
 
     Attributes:
@@ -43,7 +36,7 @@ class Resolved:
     label: str
     architecture: Architecture
     repo_id: str = ""
-    config: Mapping[str, object] = field(default_factory=dict)
+    config: Mapping[str, object] = MappingProxyType({})
     source: str = ""
     files: CheckpointFiles | None = None
 
@@ -105,7 +98,9 @@ def _named(knobs: Mapping[str, object], stored: str | None) -> dict[str, object]
         hint = "others follow from the format: weights='nf4' is bitsandbytes'"
         raise UnknownNameError("backend", backend, ("gptq", *_GPTQ_LIBRARIES), hint=hint)
     if backend in _GPTQ_LIBRARIES[1:] or named.get("weights") in _GPTQ_LIBRARIES[1:]:
-        _LOGGER.warning(
+        import logging  # slow to import, and only needed here
+
+        logging.getLogger(__name__).warning(
             "auto-gptq does not import under transformers 5; GPTQModel reads its checkpoints and makes new ones (pip "
             'install "qwen-vram[gptq]"), and is taken in its place'
         )
@@ -141,19 +136,32 @@ def resolve(model: ModelLike, *, alone: bool = True) -> Resolved:
         raise ConfigError(f"a model is a name, a folder, a config dict or an Architecture, got {type(model).__name__}")
     place = place_of(model)
     if place.folder is not None:
-        check_is_no_adapter(place.folder)
-        if alone:
-            check_no_adapter_beside(place.folder)
+        _check_no_adapter(place.folder, alone=alone)
         return open_folder(place, weights=False)
+    from qwen_vram.arithmetic.catalog import catalog_row, row_architecture, unknown_model  # a folder needs no catalog
+
     row = catalog_row(place.name)
     if row is not None:
         return Resolved(label=row.repo_id, architecture=row_architecture(row), repo_id=row.repo_id)
     name = place.name
-    if not HUB_ID.fullmatch(name):
+    if not is_hub_id(name):
         raise unknown_model(name)
+    from qwen_vram.files.hub import hub_config
+
     config, source = hub_config(name), f"{name}/{CONFIG}"
     architecture = checkpoint_architecture(config, lambda: hub_named(name), source=source)
     return Resolved(label=name, architecture=architecture, repo_id=name, config=config, source=source)
+
+
+def _check_no_adapter(folder: Path, *, alone: bool) -> None:
+    """Refuse an adapter that is given as the model; one beside the model too if that has to be `alone`."""
+    if (folder / CONFIG).is_file() and not (folder / ADAPTER_CONFIG).is_file():
+        return
+    from qwen_vram.adapters.folder import check_is_no_adapter, check_no_adapter_beside
+
+    check_is_no_adapter(folder)
+    if alone:
+        check_no_adapter_beside(folder)
 
 
 def open_folder(place: Place, *, weights: bool) -> Resolved:
@@ -168,17 +176,28 @@ def open_folder(place: Place, *, weights: bool) -> Resolved:
     """
     folder = place.folder
     assert folder is not None
-    if place.hides and not exists(folder / CONFIG) and (catalog_row(place.hides) or HUB_ID.fullmatch(place.hides)):
-        error = no_config(folder)
-        raise ConfigError(
-            f"{error}. A folder of that name hides {place.hides!r} of the hub: remove or rename it if that was meant",
-            source=error.source,
-        )
+    if place.hides and not exists(folder / CONFIG):
+        _check_hides(folder, place.hides)
     files = read_checkpoint(folder, weights=weights)
     source = str(folder / CONFIG)
     return Resolved(label=folder.name, architecture=files.architecture, config=files.config, source=source, files=files)
 
 
+def _check_hides(folder: Path, name: str) -> None:
+    """Refuse a folder without config.json that hides a name of the hub."""
+    from qwen_vram.arithmetic.catalog import catalog_row
+    from qwen_vram.files.absent import no_config
+
+    if catalog_row(name) or is_hub_id(name):
+        error = no_config(folder)
+        raise ConfigError(
+            f"{error}. A folder of that name hides {name!r} of the hub: remove or rename it if that was meant",
+            source=error.source,
+        )
+
+
 def hub_named(repo_id: str) -> dict[str, Tensor]:
     """The tensors of a repository from its headers, by the model's names."""
+    from qwen_vram.files.hub import hub_tensors
+
     return by_model_name(hub_tensors(repo_id))[0]

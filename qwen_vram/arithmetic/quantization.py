@@ -1,6 +1,6 @@
 """config.json's `quantization_config`: the method and storage format that it names, and the modules that it leaves out.
 
-Knows no tensors; `stored_checkpoint` holds them against what is read here.
+Knows no tensors; `stored_tensors` holds them against what is read here.
 """
 
 from __future__ import annotations

@@ -1,21 +1,12 @@
-"""Libraries that quantize checkpoints, by `quant_method` and by tensor names, and what runs those not loaded here.
-
-Source of the names: each library's own module of a linear layer.
-"""
+"""Libraries that quantize checkpoints, by `quant_method`, and what runs those that are not loaded here."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from qwen_vram.arithmetic.quantization import BITSANDBYTES, method_of, settings_of, wrong_settings
-from qwen_vram.files.header import Tensor
 from qwen_vram.units import format_bytes
-
-if TYPE_CHECKING:
-    from qwen_vram.arithmetic.architecture import Architecture
-
-FLOATS = ("BF16", "F16", "F32")
 
 
 class Quantizer(NamedTuple):
@@ -46,51 +37,6 @@ QUANTIZERS: dict[str, Quantizer] = {
     "bitsandbytes": Quantizer("bitsandbytes", ""),
     "qwen_vram": Quantizer("qwen_vram", ""),
 }
-# The end of a tensor's name -> whose it is; the first that is found.
-_ENDS = (
-    (".quant_state.bitsandbytes__nf4", "bitsandbytes"),
-    (".quant_state.bitsandbytes__fp4", "bitsandbytes"),
-    (".weight.absmax", "bitsandbytes"),
-    (".SCB", "bitsandbytes"),
-    (".qweight", "gptq"),
-    (".weight_packed", "compressed-tensors"),
-    (".weight_scale_inv", "fp8"),
-    (".scales_and_zeros", "qwen_vram"),
-    (".weight_scale_2", "modelopt"),
-    (".trellis", "exl3"),
-    (".q_weight", "exl2"),
-    (".W_q", "hqq"),
-    (".codebooks", "aqlm"),
-    (".centroids.weight", "vptq"),
-    (".weight._data", "quanto"),
-    (".weight_scales", "eetq"),
-    (".weight_scale", "compressed-tensors"),
-)
-
-
-def quantizer_of(tensors: Mapping[str, Tensor], architecture: Architecture) -> str:
-    """The `quant_method` whose tensors these are, "unknown" for codes of none that is known, empty for plain dtypes.
-
-    AWQ packs along the rows of a matrix and GPTQ down its columns, so that the shape of the codes says which it is.
-    """
-    for end, method in _ENDS:
-        name = next((name for name in tensors if name.endswith(end)), None)
-        if name is not None:
-            return "awq" if method == "gptq" and _is_awq(tensors, architecture) else method
-    codes = [tensor for name, tensor in tensors.items() if name.endswith("proj.weight") and tensor.dtype not in FLOATS]
-    if not codes:
-        return ""
-    if codes[0].dtype == "U32" and any(name.endswith(".scales") for name in tensors):
-        return "mlx"
-    return "qwen_vram" if any(name.endswith("proj.scale") for name in tensors) else "unknown"
-
-
-def _is_awq(tensors: Mapping[str, Tensor], architecture: Architecture) -> bool:
-    for weight in architecture.weights():
-        codes = tensors.get(f"{weight.name.removesuffix('.weight')}.qweight") if weight.is_linear else None
-        if codes is not None and codes.shape:
-            return codes.shape[0] == weight.shape[1]
-    return False
 
 
 def not_loaded(quantization: object, method: str, nbytes: int | None) -> str:

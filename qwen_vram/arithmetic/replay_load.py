@@ -35,6 +35,7 @@ _NOT_LOADED: dict[str, Any] = {
 }
 
 
+@lru_cache(maxsize=256)
 def as_loaded(profile: Profile) -> Profile:
     """Return the profile with every knob that changes nothing about a load at its default."""
     return replace(profile, **_NOT_LOADED)

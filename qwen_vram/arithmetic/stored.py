@@ -1,6 +1,6 @@
 """Checkpoints that are quantized already: their tensors' bytes by part.
 
-Knows neither shapes nor files; `stored_checkpoint` makes this of a config.json and its safetensors headers.
+Knows neither shapes nor files; `stored_tensors` makes this of a config.json and its safetensors headers.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from qwen_vram.arithmetic.quantization import (
     settings_of,
     wrong_settings,
 )
+from qwen_vram.arithmetic.quantized_names import FLOATS
 from qwen_vram.arithmetic.storage import FORMATS
 from qwen_vram.arithmetic.stored_matrix import Matrix, Part, matrix_of
 from qwen_vram.files.header import Tensor
@@ -57,7 +58,7 @@ def no_block(found: str, architecture: Architecture, tensors: Mapping[str, Tenso
         name, dtype = next(
             (name, tensor.dtype)
             for name, tensor in tensors.items()
-            if name.endswith("proj.weight") and tensor.dtype not in quantizers.FLOATS
+            if name.endswith("proj.weight") and tensor.dtype not in FLOATS
         )
         return (
             f"{name!r} is stored as {dtype}, without scales of a known quantizer, and {source} has no {_BLOCK}; use "
@@ -173,11 +174,11 @@ def wrong_part(weight: Weight, matrix: Matrix, part: Part, held: Tensor, source:
         f"{' or '.join(part.dtypes)} of shape {shapes}, got {held.dtype} of shape {list(held.shape)} in {held.file!r}"
     )
     if held.dtype not in part.dtypes and (not part.shapes or held.shape in part.shapes):
-        if matrix.format is not None and held.dtype in (*quantizers.FLOATS, "F64"):
+        if matrix.format is not None and held.dtype in (*FLOATS, "F64"):
             return f"{text}: it was cast when the model was saved. Save it again without .half() or .to(dtype)"
         if matrix.format is None:
             return f"{text}; save it in one of these"
-    if matrix.format is None and held.dtype not in (*quantizers.FLOATS, "F64"):
+    if matrix.format is None and held.dtype not in (*FLOATS, "F64"):
         return f"{text}: it is quantized, which is not loaded for this module; use a checkpoint with it in 16 bits"
     keys = "bits and group_size in quantization_config, " if matrix.format in ("gptq", "awq") else ""
     return f"{text}; check {keys}whether config.json and weights are of one model"
@@ -261,7 +262,7 @@ def _left(weights: list[Weight], tensors: Mapping[str, Tensor]) -> list[str]:
         weight.name.removesuffix(".weight")
         for weight in weights
         if weight.name in tensors
-        and tensors[weight.name].dtype in quantizers.FLOATS
+        and tensors[weight.name].dtype in FLOATS
         and tensors[weight.name].shape == weight.shape
     ]
     return left if any(weight.role == "head" for weight in weights) else [*left, "lm_head"]

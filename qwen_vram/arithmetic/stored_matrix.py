@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from qwen_vram.arithmetic.architecture import Weight
 from qwen_vram.arithmetic.quantization import BITSANDBYTES, OWN_METHOD, four_bit_format, method_of, settings_of
-from qwen_vram.arithmetic.quantizers import FLOATS
+from qwen_vram.arithmetic.quantized_names import FLOATS
 from qwen_vram.arithmetic.storage import FORMATS, FormatName
 from qwen_vram.arithmetic.stored import StoredTensor
 from qwen_vram.files.header import Tensor

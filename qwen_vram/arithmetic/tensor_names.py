@@ -1,24 +1,15 @@
-"""The names of a checkpoint's tensors: those that `transformers` maps are mapped, those of wrappers are recognized."""
+"""The names of a checkpoint's tensors, as `transformers` maps them to the model's."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 from qwen_vram.files.header import Tensor
 
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_BASE = "model."
+BASE = "model."
+_TWICE = (f"{BASE}{BASE}", f"{BASE}lm_head.")
 _IN_BASE = ("embed_tokens.", "layers.", "norm.")
-# Modules that wrap others while a model is trained or compiled, and stay in its names.
-_WRAPPERS = {
-    "_orig_mod": "torch.compile",
-    "module": "DistributedDataParallel",
-    "_fsdp_wrapped_module": "FSDP",
-    "_checkpoint_wrapped_module": "activation checkpointing",
-    "_forward_module": "Lightning or DeepSpeed",
-    "base_model.model": "PEFT",
-    "_dynamo_orig_callable": "torch.compile",
-}
 
 
 def model_name(name: str) -> str:
@@ -29,10 +20,9 @@ def model_name(name: str) -> str:
     >>> model_name("layers.0.mlp.up_proj.weight"), model_name("model.lm_head.weight")
     ('model.layers.0.mlp.up_proj.weight', 'lm_head.weight')
     """
-    inner = name.removeprefix(_BASE)
-    if inner != name and inner.startswith((_BASE, "lm_head.")):
-        return inner
-    return f"{_BASE}{name}" if name.startswith(_IN_BASE) else name
+    if name.startswith(BASE):
+        return name.removeprefix(BASE) if name.startswith(_TWICE) else name
+    return f"{BASE}{name}" if name.startswith(_IN_BASE) else name
 
 
 def by_model_name(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
@@ -45,48 +35,3 @@ def by_model_name(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], lis
             twice.append(own)
         named[own] = tensor
     return named, twice
-
-
-class Wrapper:
-    """What stands in the names of a checkpoint and not in the model's.
-
-    Attributes:
-        text: The characters, with the dot behind them.
-        leads: Whether every name begins with it.
-        by: Who puts it there; empty if that is not known.
-    """
-
-    def __init__(self, text: str, *, leads: bool) -> None:
-        self.text, self.leads = text, leads
-        self.by = next((by for name, by in _WRAPPERS.items() if name in text.rstrip(".")), "")
-
-    def without(self, name: str) -> str:
-        """The name without it."""
-        return name.removeprefix(self.text) if self.leads else name.replace(f".{self.text}", ".")
-
-    def command(self, folder: str) -> str:
-        """A shell command that takes it out of the names in the files of `folder`."""
-        name = f"k.removeprefix({self.text!r})" if self.leads else f"k.replace({'.' + self.text!r}, '.')"
-        index = f"chr(34) + {self.text!r}, chr(34)" if self.leads else f"{'.' + self.text!r}, '.'"
-        return (
-            'python -c "from pathlib import Path; from safetensors.torch import load_file, save_file; '
-            f"d = Path({folder!r}); [save_file({{{name}: v.clone() for k, v in load_file(f).items()}}, f, "
-            "{'format': 'pt'}) for f in d.glob('*.safetensors')]; "
-            f"[f.write_text(f.read_text().replace({index})) for f in d.glob('*.index.json')]\""
-        )
-
-
-def wrapper_of(names: Collection[str], wanted: Collection[str]) -> Wrapper | None:
-    """What stands in `names` beside the model's own, if without it they hold every wanted one; `None` otherwise."""
-    for wrapper in _candidates(names):
-        if wrapper.text and {model_name(wrapper.without(name)) for name in names} >= set(wanted):
-            return wrapper
-    return None
-
-
-def _candidates(names: Collection[str]) -> list[Wrapper]:
-    table = next((name for name in names if name.endswith("embed_tokens.weight")), "")
-    before = table.removesuffix("embed_tokens.weight")
-    leading = [before.removesuffix(_BASE), before]
-    inside = [f"{name}." for name in _WRAPPERS if any(f".{name}." in one for one in names)]
-    return [Wrapper(text, leads=True) for text in leading] + [Wrapper(text, leads=False) for text in inside]

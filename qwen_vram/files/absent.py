@@ -8,13 +8,13 @@ from pathlib import Path
 
 from qwen_vram.errors import CheckpointError, ConfigError
 from qwen_vram.files.contents import GGUF, beginning_of, mistaken
+from qwen_vram.files.local import ADAPTER_CONFIG
 
 # What browsers, hf download, aria2, wget and ModelScope call a file that is still being fetched.
 _UNFINISHED = (".incomplete", ".part", ".crdownload", ".aria2", ".download", ".tmp", ".aria2__temp", "._____temp")
 # Where hf download --local-dir keeps what is still being fetched. Source: huggingface_hub 1.x, _local_folder.py.
 _LOCAL_DIR_CACHE = Path(".cache", "huggingface", "download")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_ADAPTER_CONFIG = "adapter_config.json"
 _SHOWN = 3
 
 
@@ -49,10 +49,10 @@ def no_config(folder: Path) -> ConfigError:
     inner = [name for name in folders if (folder / name / "config.json").is_file()]
     if ggufs and not any(name.endswith(".safetensors") for name in files):
         return ConfigError(f"{str(folder)!r} holds no transformers checkpoint: {ggufs[0]!r} {GGUF}", source=source)
-    if _ADAPTER_CONFIG in files:
-        base = _base_of(folder / _ADAPTER_CONFIG)
+    if ADAPTER_CONFIG in files:
+        base = _base_of(folder / ADAPTER_CONFIG)
         return ConfigError(
-            f"{str(folder)!r} is a LoRA adapter, not a model: it has {_ADAPTER_CONFIG} and no config.json; pass its "
+            f"{str(folder)!r} is a LoRA adapter, not a model: it has {ADAPTER_CONFIG} and no config.json; pass its "
             f"base {base}as the model, and this folder as adapter={str(folder)!r}",
             source=source,
         )

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from qwen_vram.errors import CheckpointError
-from qwen_vram.files.absent import missing_shard
-from qwen_vram.files.contents import beginning_of, mistaken
 
 # Source: safetensors' format description; the header is refused above 100 MB there too.
 _HEADER_LIMIT = 100_000_000
@@ -54,6 +53,8 @@ def read_header(path: Path) -> dict[str, Tensor]:
                 raise _corrupt(path, f"its header of {length} bytes does not fit in {size} bytes")
             header = file.read(length)
     except FileNotFoundError:
+        from qwen_vram.files.absent import missing_shard
+
         raise missing_shard(path) from None
     except OSError as error:
         raise CheckpointError(f"cannot read {str(path)!r}: {error}; check the file", path=str(path)) from error
@@ -97,11 +98,9 @@ def parse_entries(
     spans = []
     try:
         for name, entry in entries.items():
-            shape = tuple(int(size) for size in entry["shape"])
+            shape = tuple(map(int, entry["shape"]))
             begin, end = entry["data_offsets"]
-            bits = _DTYPE_BITS[entry["dtype"]]
-            for size in shape:
-                bits *= size
+            bits = _DTYPE_BITS[entry["dtype"]] * prod(shape)
             if end - begin != (bits + 7) // 8 or (shape and min(shape) < 0):
                 raise _corrupt(source, f"{name!r} of shape {list(shape)} takes {end - begin} bytes in it")
             tensors[name] = Tensor(entry["dtype"], shape, end - begin, file, data_at + begin, name)
@@ -117,6 +116,8 @@ def parse_entries(
 
 
 def _corrupt(path: Path, why: str) -> CheckpointError:
+    from qwen_vram.files.contents import beginning_of, mistaken
+
     beginning = beginning_of(path)
     found = mistaken(beginning)
     if beginning and found:

@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable
 
 from qwen_vram.errors import QwenVramError
-from qwen_vram.files.contents import mistaken
 
 # How texts begin that an editor saved in another encoding. Source: the Unicode Standard, section 23.8.
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
@@ -35,6 +34,8 @@ def parse_json(data: bytes, source: str, refusal: Callable[[str], QwenVramError]
 
 
 def _not_utf8(data: bytes, error: UnicodeDecodeError) -> str:
+    from qwen_vram.files.contents import mistaken
+
     if data.startswith(_UTF16):
         return "is text in UTF-16, as some Windows editors save it; save it as UTF-8"
     found = mistaken(data)
@@ -46,6 +47,8 @@ def _not_utf8(data: bytes, error: UnicodeDecodeError) -> str:
 
 
 def _not_json(data: bytes, text: str, error: json.JSONDecodeError) -> str:
+    from qwen_vram.files.contents import mistaken
+
     if not text.strip():
         return "is cut off: the file is empty; download the file again"
     found = mistaken(data)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import cast
 
 from qwen_vram.errors import CheckpointError, ConfigError
-from qwen_vram.files.absent import no_config, no_weights
 from qwen_vram.files.header import Tensor, read_header
 from qwen_vram.files.json_text import MARK, parse_json
 
@@ -18,6 +17,8 @@ CONFIG = "config.json"
 GENERATION = "generation_config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+# The settings of an adapter, as PEFT saves them.
+ADAPTER_CONFIG = "adapter_config.json"
 # The key of config.json that names another file or index of weights. Source: transformers 5.23, from_pretrained.
 NAMED_WEIGHTS = "transformers_weights"
 # AutoGPTQ's own names: gptq_model-4bit-128g.safetensors, alone or in shards with an index, and its settings in a file
@@ -38,21 +39,25 @@ def exists(path: Path) -> bool:
 
 
 def is_folder(path: Path) -> bool:
-    """Tell if there is such a folder."""
-    return exists(path) and path.is_dir()
+    """Tell if there is such a folder. A name that is too long for the file system is none."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
 
 
 def read_config(folder: Path) -> dict[str, object]:
     """The config.json of `folder`, with AutoGPTQ's or AutoAWQ's settings if those are in a file of their own.
 
     Raises:
-        ConfigError: a file is missing, is not UTF-8, is cut off, or is not a JSON object; generation_config.json too.
+        ConfigError: a file is missing, is not UTF-8, is cut off, or is not a JSON object.
     """
     path = folder / CONFIG
     if not path.exists():
+        from qwen_vram.files.absent import no_config
+
         raise no_config(folder)
     config = read_json(path)
-    read_generation(folder)
     for name, add in ((AUTO_GPTQ_CONFIG, with_auto_gptq), (AUTO_AWQ_CONFIG, with_auto_awq)):
         if (folder / name).is_file():
             config = add(config, read_json(folder / name))
@@ -153,6 +158,8 @@ def weights_file(folder: Path, config: Mapping[str, object] | None = None) -> Pa
         found = sorted(folder.glob(pattern))
         if len(found) == 1:
             return found[0]
+    from qwen_vram.files.absent import no_weights
+
     raise no_weights(folder, SINGLE, INDEX)
 
 
@@ -197,6 +204,8 @@ def read_index(path: Path) -> dict[str, str]:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
+        from qwen_vram.files.absent import no_weights
+
         raise no_weights(path.parent, SINGLE, INDEX) from None
     except OSError as error:
         raise refused(f"cannot read {str(path)!r}: {error}; check the file") from error
@@ -215,7 +224,8 @@ def read_index(path: Path) -> dict[str, str]:
             f"{str(path)!r} has no object 'metadata', which transformers asks for; write \"metadata\": {{}} beside "
             '"weight_map"'
         )
-    return {str(name): _plain_name(str(file), path) for name, file in weight_map.items()}
+    plain = {file: _plain_name(file, path) for file in set(map(str, weight_map.values()))}
+    return {str(name): plain[str(file)] for name, file in weight_map.items()}
 
 
 def _plain_name(file: str, source: Path) -> str:

@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qwen_vram.errors import ConfigError
-from qwen_vram.files.contents import GGUF, beginning_of
 from qwen_vram.files.local import CONFIG, exists, is_folder
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-
+# Patterns are texts here, compiled when a name is first held against them: a folder needs none.
+_HUB_ID = r"[\w.-]+/[\w.-]+"
 # Pages of a model on Hugging Face, its mirrors and ModelScope, written without "https://" too.
-_HOSTS = re.compile(r"^(www\.)?(huggingface\.co|hf\.co|hf-mirror\.com|modelscope\.(cn|ai|com))/", re.IGNORECASE)
+_HOSTS = r"^(www\.)?(huggingface\.co|hf\.co|hf-mirror\.com|modelscope\.(cn|ai|com))/"
 _NO_MODELS = ("datasets", "spaces", "collections", "organization")
 _BRANCHES = ("main", "master")
-_DRIVE = re.compile(r"^([A-Za-z]):[\\/]")
+_DRIVE = r"^([A-Za-z]):[\\/]"
 # How ModelScope writes the dot of a name into the name of a folder. Source: modelscope 1.x, snapshot_download.
 _DOT = "___"
 _SHARED_WITH_A_NAME = 2
@@ -32,6 +31,11 @@ class Place(NamedTuple):
     folder: Path | None
     name: str
     hides: str = ""
+
+
+def is_hub_id(name: str) -> bool:
+    """Tell if a name can be a repository's, `organisation/name`."""
+    return re.fullmatch(_HUB_ID, name) is not None
 
 
 def place_of(model: str | Path) -> Place:
@@ -74,13 +78,13 @@ def _is_path(text: str) -> bool:
         len(Path(text).parts) > _SHARED_WITH_A_NAME
         or text.startswith((".", "/", "~"))
         or "\\" in text
-        or bool(_DRIVE.match(text))
+        or re.match(_DRIVE, text) is not None
     )
 
 
 def _address(text: str) -> Place | None:
     """The place that a URL names; `None` if `text` is none."""
-    if _HOSTS.match(text):
+    if re.match(_HOSTS, text, re.IGNORECASE):
         text = f"https://{text}"
     scheme, separator, rest = text.partition("://")
     if not separator or scheme.lower() not in ("http", "https", "hf", "file"):
@@ -94,7 +98,7 @@ def _address(text: str) -> Place | None:
     if parts[:1] == ["models"]:
         parts = parts[1:]
     name = "/".join(parts[:2])
-    if (parts and parts[0] in _NO_MODELS) or not HUB_ID.fullmatch(name):
+    if (parts and parts[0] in _NO_MODELS) or not is_hub_id(name):
         raise ConfigError(
             f"{text!r} is not the page of a model; pass its name, such as 'organisation/name'", source=text
         )
@@ -108,6 +112,8 @@ def _address(text: str) -> Place | None:
 
 
 def _a_file(path: Path, text: str) -> ConfigError:
+    from qwen_vram.files.contents import GGUF, beginning_of
+
     if path.suffix.lower() == ".gguf" or beginning_of(path).startswith(b"GGUF"):
         return ConfigError(f"{text!r} {GGUF}", source=text)
     if path.name == CONFIG or ".safetensors" in path.suffixes:
@@ -119,7 +125,7 @@ def _a_file(path: Path, text: str) -> ConfigError:
 
 
 def _no_folder(path: Path, text: str) -> ConfigError:
-    drive = _DRIVE.match(text)
+    drive = re.match(_DRIVE, text)
     if drive:
         inside = f"/mnt/{drive[1].lower()}/{text[3:]}".replace("\\", "/")
         return ConfigError(

@@ -225,8 +225,7 @@ def plan_for(
     if prefer not in ("quality", "speed", "memory"):
         raise UnknownNameError("prefer", prefer, ("quality", "speed", "memory"))
     workload.check(architecture)
-    source: ModelLike = found.files.folder if found.files is not None else found.repo_id or model
-    sequences = sequences_per_prompt(source)
+    sequences = sequences_per_prompt(found)
     workload = replace(workload, batch_size=workload.batch_size * sequences)
     best = Search(found.label, architecture, workload, budget, profile, knobs).run(prefer)
     named = str(model) if isinstance(model, str | Path) else None
