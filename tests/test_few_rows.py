@@ -1,0 +1,141 @@
+"""Products of a few rows with quantized matrices, held against float64 products of the dequantized matrix.
+
+Where there is no GPU Triton's interpreter runs the kernels, if the process was started with TRITON_INTERPRET=1.
+"""
+
+import copy
+import os
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from qwen_vram.runtime import few_rows
+from qwen_vram.runtime.row_linear import Fp8Linear, Int8Linear
+
+bnb = pytest.importorskip("bitsandbytes")
+
+# NumPy warns of how Triton's interpreter (3.6) reads scalars.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+
+FORMATS = ("nf4", "nf4-plain", "fp4", "fp4-plain", "int8-wo", "fp8")
+INTERPRETED = find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="Triton with TRITON_INTERPRET=1 is not here")
+DEVICES = [pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=pytest.mark.gpu)]
+# Triton's interpreter cuts float32 to bf16 where a GPU rounds it.
+DTYPES = {"cpu": (torch.float16,), "cuda": (torch.float16, torch.bfloat16)}
+
+
+@pytest.fixture(autouse=True)
+def _kernels(monkeypatch):
+    if INTERPRETED:
+        from qwen_vram.runtime import few_rows_kernels
+
+        monkeypatch.setattr(few_rows, "kernels_for", lambda device: few_rows_kernels)
+        monkeypatch.setattr(few_rows, "_LOOKUP", "load")  # the others are PTX
+
+
+def made(weights, rows, width, dtype, device, *, bias=False, seed=0):
+    """A layer in a format, and its matrix in float64."""
+    torch.manual_seed(seed)
+    plain = nn.Linear(width, rows, bias=bias, dtype=dtype)
+    if weights in ("int8-wo", "fp8"):
+        kind = Int8Linear if weights == "int8-wo" else Fp8Linear
+        layer = copy.deepcopy(plain)
+        kind.adopt(layer, stored=False)
+        for name, tensor in kind.quantize(plain.weight.data).items():
+            setattr(layer, name, nn.Parameter(tensor, requires_grad=False) if name == "weight" else tensor)
+        layer = layer.to(device)
+        codes = layer.weight if weights == "int8-wo" else layer.weight.view(torch.float8_e4m3fn).float()
+        return layer, codes.double() * layer.scale.double()[:, None]
+    nested = not weights.endswith("plain")
+    kind = weights.removesuffix("-plain")
+    layer = bnb.nn.Linear4bit(width, rows, bias=bias, compute_dtype=dtype, compress_statistics=nested, quant_type=kind)
+    layer.load_state_dict(plain.state_dict())
+    layer = layer.to(dtype).to("cpu").to(device)
+    state = layer.weight.quant_state
+    absmax = state.absmax
+    if nested:
+        absmax = bnb.functional.dequantize_blockwise(absmax, state.state2) + state.offset
+    packed = layer.weight.view(-1)
+    values = state.code.double()[torch.stack((packed >> 4, packed & 15), 1).int()].view(-1, 64)
+    return layer, (values * absmax.double()[:, None]).view(rows, width)
+
+
+def check(found, x, matrix, bias):
+    """At most the error of torch's product with the dequantized matrix, and the rounding of the result."""
+    exact = x.double() @ matrix.t()
+    torchs = (functional.linear(x, matrix.to(x.dtype)).double() - exact).abs().max()
+    if bias is not None:
+        exact = exact + bias.double()
+    rounding = exact.abs().max() * torch.finfo(x.dtype).eps / 2
+    assert found.dtype == x.dtype
+    assert (found.double() - exact).abs().max() <= torchs + rounding
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("weights", FORMATS)
+@torch.inference_mode()
+def test_products_are_those_of_the_dequantized_matrix(weights, device):
+    for rows, (out, width), bias in (
+        (1, (67, 576), True),
+        (3, (32, 2112), False),
+        (8, (5, 64), True),
+        (2, (8, 1024), False),
+    ):
+        for dtype in DTYPES[device]:
+            layer, matrix = made(weights, out, width, dtype, device, bias=bias)
+            x = torch.randn(rows, width, dtype=dtype, device=device)
+            found = few_rows.multiply(layer, x)
+            check(found, x, matrix, layer.bias)
+            assert torch.equal(found, few_rows.multiply(layer, x))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("weights", ["nf4", "int8-wo", "fp8"])
+@torch.inference_mode()
+def test_groups_are_what_their_matrices_are_alone(weights, device):
+    dtype = torch.float16
+    layers = [made(weights, out, 576, dtype, device, bias=True, seed=out)[0] for out in (67, 9, 12)]
+    x = torch.randn(2, 576, dtype=dtype, device=device)
+    for some in (layers, layers[:2]):
+        for product, layer in zip(few_rows.multiply_each(some, x), some):
+            assert torch.equal(product, few_rows.multiply(layer, x))
+    gate, up = (made(weights, 67, 576, dtype, device, seed=seed)[0] for seed in (1, 2))
+    expected = functional.silu(few_rows.multiply(gate, x)) * few_rows.multiply(up, x)
+    torch.testing.assert_close(few_rows.swiglu(gate, up, x), expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@torch.inference_mode()
+def test_what_the_kernels_do_not_know_is_left_to_others(device):
+    layer, _ = made("nf4", 8, 128, torch.float16, device)
+    x = torch.randn(9, 128, dtype=torch.float16, device=device)
+    assert few_rows.multiply(layer, x[:8]) is not None
+    assert few_rows.multiply(layer, x) is None
+    assert few_rows.multiply(layer, x[:2].float()) is None
+    assert few_rows.multiply(layer, x[:4].t().contiguous().t()) is None
+    assert few_rows.multiply(nn.Linear(128, 8, dtype=x.dtype, device=device), x[:1]) is None
+    odd, _ = made("int8-wo", 8, 72, torch.float16, device)
+    assert few_rows.multiply(odd, torch.randn(1, 72, dtype=torch.float16, device=device)) is None
+    other, _ = made("fp4", 8, 128, torch.float16, device)
+    assert few_rows.multiply_each((layer, other), x[:1]) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lookup", ["load", "shuffle", "permute"])
+@pytest.mark.parametrize("weights", ["nf4", "fp4"])
+@torch.inference_mode()
+def test_every_look_up_and_a_captured_product(weights, lookup, monkeypatch):
+    monkeypatch.setattr(few_rows, "_LOOKUP", lookup)
+    layer, matrix = made(weights, 515, 3584, torch.bfloat16, "cuda")
+    x = torch.randn(1, 3584, dtype=torch.bfloat16, device="cuda")
+    alone = few_rows.multiply(layer, x)
+    check(alone, x, matrix, None)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = few_rows.multiply(layer, x)
+    graph.replay()
+    assert torch.equal(captured, alone)
