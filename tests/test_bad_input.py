@@ -154,7 +154,10 @@ def test_what_a_compiled_step_cannot_run_with(knobs, text):
 @pytest.mark.parametrize(
     ("knobs", "text"),
     [
-        ({"cache": "dynamic"}, "captured=True needs a cache of fixed size, got cache='dynamic'; set cache='static', or"),
+        (
+            {"cache": "dynamic"},
+            "captured=True needs a cache of fixed size, got cache='dynamic'; set cache='static', or",
+        ),
         ({"attention": "sdpa"}, "captured=True needs attention='fused', got attention='sdpa'; change one side, or"),
         ({"kv_cache": "int8"}, "captured=True needs kv_cache='bf16', got kv_cache='int8'"),
         ({"kv_device": "host"}, "captured=True needs kv_device='device', got kv_device='host'"),

@@ -20,7 +20,7 @@ bnb = pytest.importorskip("bitsandbytes")
 # NumPy warns of how Triton's interpreter (3.6) reads scalars.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
 
-FORMATS = ("nf4", "nf4-plain", "fp4", "fp4-plain", "int8-wo", "fp8")
+FORMATS = ("nf4", "nf4-plain", "fp4", "fp4-plain", "int8-wo", "fp8", "dense")
 INTERPRETED = find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="Triton with TRITON_INTERPRET=1 is not here")
 DEVICES = [pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -41,6 +41,8 @@ def made(weights, rows, width, dtype, device, *, bias=False, seed=0):
     """A layer in a format, and its matrix in float64."""
     torch.manual_seed(seed)
     plain = nn.Linear(width, rows, bias=bias, dtype=dtype)
+    if weights == "dense":
+        return plain.to(device), plain.weight.to(device).double()
     if weights in ("int8-wo", "fp8"):
         kind = Int8Linear if weights == "int8-wo" else Fp8Linear
         layer = copy.deepcopy(plain)
@@ -85,6 +87,8 @@ def test_products_are_those_of_the_dequantized_matrix(weights, device):
         (8, (5, 64), True),
         (2, (8, 192), False),
     ):
+        if weights == "dense" and rows > 1:
+            continue
         for dtype in DTYPES[device]:
             layer, matrix = made(weights, out, width, dtype, device, bias=bias)
             x = torch.randn(rows, width, dtype=dtype, device=device)
@@ -117,7 +121,12 @@ def test_what_the_kernels_do_not_know_is_left_to_others(device):
     assert few_rows.multiply(layer, x) is None
     assert few_rows.multiply(layer, x[:2].float()) is None
     assert few_rows.multiply(layer, x[:4].t().contiguous().t()) is None
-    assert few_rows.multiply(nn.Linear(128, 8, dtype=x.dtype, device=device), x[:1]) is None
+    dense = nn.Linear(128, 8, dtype=x.dtype, device=device)
+    assert few_rows.multiply(dense, x[:1]) is not None
+    assert few_rows.multiply(dense, x[:2]) is None
+    dense.register_forward_hook(lambda *seen: None)
+    assert few_rows.multiply(dense, x[:1]) is None
+    assert few_rows.multiply(nn.Bilinear(128, 128, 8).to(x), x[:1]) is None
     odd, _ = made("int8-wo", 8, 72, torch.float16, device)
     assert few_rows.multiply(odd, torch.randn(1, 72, dtype=torch.float16, device=device)) is None
     other, _ = made("fp4", 8, 128, torch.float16, device)

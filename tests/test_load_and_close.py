@@ -78,7 +78,7 @@ def test_twenty_times_leave_what_the_second_left(demo, kind):
     assert after[-1][0] <= after[1][0] + SLACK
     assert after[-1][1:] == after[1][1:]
     assert after[-1][1][1] == 0
-    assert after[-1][2][1] == []
+    assert set(after[-1][2][1]) <= {"qwen-vram runner"}  # which waits for the next generation
 
 
 class CtrlC:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qwen_vram.runtime import elementwise
+from qwen_vram.runtime import elementwise, few_rows
 from qwen_vram.runtime.decode_attention import decode_attention
 
 
@@ -56,9 +56,9 @@ def fused_decode_layer(layer: Any, hidden: Tensor, keys: Tensor, values: Tensor,
     """As `decode_layer`, by this library's own kernels: for layers with `kernels="fused"`, and not to be compiled."""
     attention, batch = layer.self_attn, hidden.shape[0]
     normed = layer.input_layernorm(hidden)
-    query = attention.q_proj(normed).view(batch, 1, -1, attention.head_dim)
-    key = attention.k_proj(normed).view(batch, 1, -1, attention.head_dim)
-    value = attention.v_proj(normed).view(batch, -1, attention.head_dim)
+    query, key, value = _products((attention.q_proj, attention.k_proj, attention.v_proj), normed)
+    query, key = (heads.view(batch, 1, -1, attention.head_dim) for heads in (query, key))
+    value = value.view(batch, -1, attention.head_dim)
     if hasattr(attention, "q_norm"):
         query, key = attention.q_norm(query), attention.k_norm(key)
     elementwise.rotate(query, key, place.cos, place.sin)
@@ -67,8 +67,24 @@ def fused_decode_layer(layer: Any, hidden: Tensor, keys: Tensor, values: Tensor,
     attended = decode_attention(
         query[:, 0], keys, values, place.rows, place.starts, place.filled, float(attention.scaling)
     )
-    hidden = attention.o_proj(attended.view(batch, -1)).add_(hidden)
-    result: Tensor = layer.mlp(layer.post_attention_layernorm(hidden)).add_(hidden)
+    hidden = _products((attention.o_proj,), attended.view(batch, -1))[0].add_(hidden)
+    return _mlp(layer.mlp, layer.post_attention_layernorm(hidden)).add_(hidden)
+
+
+def fused_decode_end(model: Any, hidden: Tensor) -> Tensor:
+    """As `decode_end`, with the product of few rows."""
+    return _products((model.lm_head,), model.model.norm(hidden))[0].float()
+
+
+def _products(linears: tuple[nn.Module, ...], rows: Tensor) -> tuple[Tensor, ...]:
+    """The products of some matrices with the same rows: in one launch where that can be."""
+    return few_rows.multiply_each(linears, rows) or tuple(linear(rows) for linear in linears)
+
+
+def _mlp(mlp: Any, rows: Tensor) -> Tensor:
+    """SwiGLU and what follows it; a whole call of the module where its matrices are not this library's to multiply."""
+    inner = few_rows.swiglu(mlp.gate_proj, mlp.up_proj, rows)
+    result: Tensor = mlp(rows) if inner is None else _products((mlp.down_proj,), inner)[0]
     return result
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from qwen_vram.arithmetic.workload import Workload
-from qwen_vram.runtime.decode_layer import decode_end, decode_layer, fused_decode_layer
+from qwen_vram.runtime.decode_layer import decode_end, decode_layer, fused_decode_end, fused_decode_layer
 from qwen_vram.runtime.decode_loop import decode_by_steps
 from qwen_vram.runtime.decode_room import Claim, Room
 from qwen_vram.runtime.decode_step import Functions, Step
@@ -144,7 +144,7 @@ class Decoder:
         """Layer and end, each a function of its own: what torch compiles belongs to a function's code, for good."""
         if self.backend is None:
             fused = isinstance(self.model.model.layers[0], FusedLayer)
-            return fused_decode_layer if fused else decode_layer, decode_end
+            return (fused_decode_layer, fused_decode_end) if fused else (decode_layer, decode_end)
         options = _TUNED if self.backend == "inductor" else None
         layer, end = (
             torch.compile(_copy(function), fullgraph=True, dynamic=False, backend=self.backend, options=options)

@@ -1,4 +1,4 @@
-"""Products of one to eight rows with quantized matrices: where the kernels of `few_rows_kernels` make them.
+"""Products of one to eight rows: where the kernels of `few_rows_kernels` make them.
 
 Each function returns `None` where they do not apply, and the caller multiplies as it would without them. Nothing here
 waits for the GPU or allocates more than the result, so that it may be captured in a CUDA graph.
@@ -6,25 +6,33 @@ waits for the GPU or allocates more than the result, so that it may be captured 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from qwen_vram.runtime.elementwise import kernels_on
-from qwen_vram.runtime.row_linear import Fp8Linear, Int8Linear
+
+_LOGGER = logging.getLogger(__name__)
 
 MOST_ROWS = 8
+# Of a 16-bit matrix, which cuBLAS multiplies by two rows in the time of one.
+_MOST_DENSE_ROWS = 1
 _BLOCK = 64  # of bitsandbytes' 4-bit matrices, for its kernel and for these
 _OUTER_BLOCK = 256  # of the maxima of blocks. Source: bitsandbytes 0.50.2, functional.quantize_blockwise
 
-# How 16 values are looked up. Not measured yet, as the divisions below: benchmarks/few_rows.py chooses them.
+# How 16 values are looked up, and how products are divided (`_division`): the fastest, or within 7 % of it, of those in
+# benchmarks/results/few_rows.jsonl. measured: NVIDIA H200, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-30.
 _LOOKUP = "shuffle"
-# Rows of the matrix for a program, chunks of 16 bytes a step, warps; by rows of x, at most.
-_DIVISIONS = {1: (4, 32, 1), 4: (4, 32, 1), MOST_ROWS: (2, 32, 1)}
+_DEEP = 8_192  # columns: from here on a program's warps share a row
+_SHORT = 8_192  # rows, up to which programs are few
+
+# Formats whose kernels do not run here, for this process.
+_BROKEN: set[str] = set()
 
 
 class _Codes(NamedTuple):
@@ -48,9 +56,10 @@ def multiply_each(linears: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...]
     if read is None:
         return None
     kernels, matrices, storage = read
-    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        kernels.multiply(x, matrices, storage, kernels.Config(*_division(len(x)), _LOOKUP))
-    return tuple(one.out for one in matrices)
+    rows = sum(one.rows for one in matrices)
+    config = kernels.Config(*_division(storage, len(x), rows, x.shape[1], alone=len(matrices) == 1), _LOOKUP)
+    ran = _launch(storage, x, lambda: kernels.multiply(x, matrices, storage, config))
+    return tuple(one.out for one in matrices) if ran else None
 
 
 def swiglu(gate: nn.Module, up: nn.Module, x: Tensor) -> Tensor | None:
@@ -61,10 +70,28 @@ def swiglu(gate: nn.Module, up: nn.Module, x: Tensor) -> Tensor | None:
     if read is None:
         return None
     kernels, (one, other), storage = read
-    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        kernels.swiglu(x, one, other, storage, kernels.Config(*_division(len(x)), _LOOKUP))
-    result: Tensor = one.out
-    return result
+    config = kernels.Config(*_division(storage, len(x), one.rows, x.shape[1], alone=False), _LOOKUP)
+    ran = _launch(storage, x, lambda: kernels.swiglu(x, one, other, storage, config))
+    return one.out if ran else None
+
+
+def _launch(storage: str, x: Tensor, run: Callable[[], None]) -> bool:
+    """Tell if a kernel was launched. One that this machine's Triton cannot compile is not tried again."""
+    try:
+        with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+            run()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a compiler on somebody's machine may raise
+        _BROKEN.add(storage)
+        _LOGGER.warning(
+            "products of few rows with %s matrices go by other kernels, which are slower: Triton cannot compile this "
+            "library's (%s)",
+            storage,
+            str(error).strip()[:300],
+        )
+        return False
+    return True
 
 
 def _read(linears: Sequence[nn.Module], x: Tensor) -> tuple[Any, tuple[Any, ...], str] | None:
@@ -79,7 +106,7 @@ def _read(linears: Sequence[nn.Module], x: Tensor) -> tuple[Any, tuple[Any, ...]
             return None
         codes.append(one)
     kernels = kernels_for(x.device)
-    if kernels is None:
+    if kernels is None or codes[0].storage in _BROKEN:
         return None
     matrices = []
     for one, linear in zip(codes, linears, strict=True):
@@ -89,14 +116,21 @@ def _read(linears: Sequence[nn.Module], x: Tensor) -> tuple[Any, tuple[Any, ...]
 
 
 def _codes(linear: Any, x: Tensor) -> _Codes | None:
-    """What is read of a layer's matrix, if the kernels know it."""
-    weight = getattr(linear, "weight", None)
-    if weight is None or weight.device != x.device or not weight.is_contiguous() or not _aligned(weight):
+    """What is read of a layer's matrix, if the kernels know it, and nothing else is done when the layer is called."""
+    if not isinstance(linear, nn.Linear) or linear._forward_hooks or linear._forward_pre_hooks:
         return None
-    if isinstance(linear, (Int8Linear, Fp8Linear)):
+    weight = linear.weight
+    if "forward" in vars(linear) or weight.device != x.device or not weight.is_contiguous() or not _aligned(weight):
+        return None
+    if type(linear) is nn.Linear:
+        if len(x) > _MOST_DENSE_ROWS or weight.dtype != x.dtype or x.shape[1] != weight.shape[1] or x.shape[1] % 8:
+            return None
+        return _Codes("dense", False, weight.view(-1).view(torch.int32), (weight,))
+    storage = getattr(linear, "format", None)
+    if storage in ("int8-wo", "fp8"):
         if x.shape[1] != linear.in_features or x.shape[1] % 16:
             return None
-        return _Codes(linear.format, False, weight.view(-1).view(torch.int32), (linear.scale,))
+        return _Codes(str(storage), False, weight.view(-1).view(torch.int32), (cast("Tensor", linear.scale),))
     state = getattr(weight, "quant_state", None)
     if (
         state is None
@@ -126,8 +160,23 @@ def kernels_for(device: torch.device) -> ModuleType | None:
     return few_rows_kernels
 
 
-def _division(rows: int) -> tuple[int, int, int]:
-    return next(division for most, division in _DIVISIONS.items() if rows <= most)
+def _division(storage: str, rows: int, out: int, width: int, *, alone: bool) -> tuple[int, int, int]:
+    """Rows of the matrix for a program, chunks of 16 bytes a step, and warps.
+
+    Args:
+        rows: Of x.
+        out: Rows of the matrices together.
+        alone: There is one matrix, and nothing else is made of its product.
+    """
+    if rows > 4:
+        return (2, 32, 1)
+    if width > _DEEP:
+        return (4, 128, 4) if rows > 1 or storage in ("nf4", "fp4") else (2, 128, 4)
+    if rows > 1 or out > _SHORT:
+        return (4, 32, 1)
+    if storage in ("nf4", "fp4"):
+        return (4, 64, 2) if alone else (4, 32, 1)
+    return (2, 128, 4)
 
 
 def _aligned(tensor: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Products of one to eight rows with quantized matrices, each matrix read once, at the rate of the GPU's memory.
+"""Products of one to eight rows with matrices, each matrix read once, at the rate of the GPU's memory.
 
 A program makes a few columns of the result over the whole of K, so that sums are the same in every run. Sums are in
 float32; a dequantized value is a code's float32 times its scale and is not rounded to 16 bits, as bitsandbytes rounds
@@ -92,9 +92,14 @@ def _floats(pair, BF16: tl.constexpr):
 
 
 @triton.jit
-def _values(words, table, entry, FORMAT: tl.constexpr, LOOKUP: tl.constexpr):
-    """Values of the codes of a word: eight of four bits or four of eight."""
-    if FORMAT == "int8-wo":
+def _values(words, table, entry, BF16: tl.constexpr, FORMAT: tl.constexpr, LOOKUP: tl.constexpr):
+    """Values of a word: eight codes of four bits, four of eight, or two numbers of 16 bits."""
+    if FORMAT == "dense":
+        if BF16:
+            values = ((words << 16).to(tl.float32, bitcast=True), (words & -65536).to(tl.float32, bitcast=True))
+        else:
+            values = (_half(words), _half(words >> 16))
+    elif FORMAT == "int8-wo":
         values = ()
         for byte in tl.static_range(4):
             values = values + (((words << (24 - 8 * byte)) >> 24).to(tl.float32),)
@@ -130,7 +135,7 @@ def _sums(
     tensors have one layout then, and nothing goes through shared memory.
     """
     FOUR_BIT: tl.constexpr = FORMAT == "nf4" or FORMAT == "fp4"
-    PAIRS: tl.constexpr = 4 if FOUR_BIT else 2  # of x, for a word of codes
+    PAIRS: tl.constexpr = 4 if FOUR_BIT else 1 if FORMAT == "dense" else 2  # of x, for a word of the matrix
     chunks = width // (8 * PAIRS)
     chunk = tl.arange(0, STEP)
     first = row.to(tl.int64) * chunks
@@ -163,7 +168,7 @@ def _sums(
         for _ in tl.static_range(M):
             parts = parts + (tl.zeros((STEP, ROWS), tl.float32),)
         for v in tl.static_range(4):
-            values = _values(four[v], table, entry, FORMAT, LOOKUP)
+            values = _values(four[v], table, entry, BF16, FORMAT, LOOKUP)
             new = ()
             for m in tl.static_range(M):
                 place = (m * chunks + start) * (4 * PAIRS) + v * PAIRS
@@ -173,6 +178,8 @@ def _sums(
                     pair_0, pair_1 = tl.split(first_two)
                     pair_2, pair_3 = tl.split(last_two)
                     four_pairs = (pair_0, pair_1, pair_2, pair_3)
+                elif PAIRS == 1:
+                    four_pairs = (tl.reshape(pairs, (STEP,)),)
                 else:
                     four_pairs = tl.split(pairs)
                 part = parts[m]
@@ -196,7 +203,7 @@ def _sums(
         sums = new
         words = next_words
     last = 1.0
-    if not FOUR_BIT:
+    if FORMAT == "int8-wo" or FORMAT == "fp8":
         last = tl.load(scales[0] + row).to(tl.float32)
         if FORMAT == "fp8":
             last *= 256.0
@@ -266,14 +273,15 @@ def _swiglu(
 
 
 class Matrix(NamedTuple):
-    """A quantized matrix and where its product goes.
+    """A matrix and where its product goes.
 
     Attributes:
-        weight: Codes as words of int32, contiguous.
+        weight: Codes, or numbers of 16 bits, as words of int32, contiguous.
         bias: (rows,) or `None`.
         out: (M, rows), contiguous.
         rows: How many the matrix has.
-        scales: `(scale,)` of rows; `(absmax, table)` of blocks of 64, or `(absmax, table, code, absmax_2, offset)`.
+        scales: `(scale,)` of rows; `(absmax, table)` of blocks of 64, or `(absmax, table, code, absmax_2, offset)`; of
+            a dense matrix any tensor.
     """
 
     weight: Tensor
