@@ -13,7 +13,8 @@ import qwen_vram as qv
 from qwen_vram.arithmetic import machine_file
 from qwen_vram.arithmetic.catalog import find
 from qwen_vram.arithmetic.machine import DEFAULT
-from qwen_vram.arithmetic.timing import HOST_ROWS, decode_floor_ms, decode_ms
+from qwen_vram.arithmetic.timing import HOST_ROWS, decode_floor_ms
+from qwen_vram.arithmetic.timing_decode import decode_ms
 from qwen_vram.arithmetic.weights import computing_copies
 from qwen_vram.arithmetic.workload import Workload
 from qwen_vram.planning.planner import plan_for

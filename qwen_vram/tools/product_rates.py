@@ -16,6 +16,8 @@ from qwen_vram.arithmetic.storage import FORMATS
 _MATRIX = (18_944, 3_584)
 _WARM_UP = 3
 _REPEATS = 15
+_MANY_ROWS = 512
+_FEW_REPEATS = 5
 
 
 def plain_product_rate(size: int) -> int:
@@ -47,6 +49,18 @@ def packed_product_rate(size: int) -> int | None:
         for _ in range(max(2, size // nbytes))
     ]
     return _product_rate([partial(multiply, x, matrix, None) for matrix in matrices], nbytes)
+
+
+def many_rows_rate() -> int:
+    """Operations a second, multiplications and additions, of a bf16 matrix times 512 rows."""
+    rows, columns = _MATRIX
+    x, matrix = torch.ones(_MANY_ROWS, columns, dtype=torch.bfloat16), torch.ones(rows, columns, dtype=torch.bfloat16)
+    times = []
+    for _ in range(_WARM_UP + _FEW_REPEATS):
+        start = time.perf_counter()
+        torch.nn.functional.linear(x, matrix)
+        times.append(time.perf_counter() - start)
+    return int(2 * _MANY_ROWS * rows * columns / statistics.median(times[_WARM_UP:]))
 
 
 def _product_rate(products: Sequence[Callable[[], object]], nbytes: int) -> int:
