@@ -25,7 +25,7 @@ _STEP_SECONDS = 0.15e-3
 # measured: NVIDIA H100, torch 2.11.0+cu130, 2026-11-26, benchmarks/results/attention_parts.jsonl; sdpa: H200,
 # 2026-11-26, caps_chunks.jsonl.
 _JOINED, _CAUSAL, _FLASH, _MASKED = 1.05, 0.82, 0.5, 0.48
-# Elements that sdpa with a mask moves for each element of the keys of all queries' heads: it copies them for each chunk.
+# Elements that sdpa with a mask moves for each one of the keys of all queries' heads: it copies them for each chunk.
 # measured: 32,000 tokens in chunks of 512 to 4,096, H200, 2026-11-26, caps_chunks.jsonl.
 _COPIED = 14
 # A chunk after a long past takes so much beside what is in proportion to its tokens, for a reason that is not known.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from qwen_vram.arithmetic.architecture import Architecture
+from qwen_vram.arithmetic.estimate import Estimate
 from qwen_vram.arithmetic.machine import Machine
 from qwen_vram.arithmetic.machine_file import current
 from qwen_vram.arithmetic.profile import Profile
@@ -31,9 +32,13 @@ class Times(NamedTuple):
 
     def __str__(self) -> str:
         """In words, such as `5.1 ms a token, first token after 0.40 s, on NVIDIA H200 (stated rates)`."""
-        rates = "measured rates" if self.measured else "stated rates"
         first = f"{self.first_token_ms / 1000:.2f} s"
-        return f"{self.ms_per_token:.1f} ms a token, first token after {first}, on {self.machine} ({rates})"
+        return f"{self.ms_per_token:.1f} ms a token, first token after {first}, on {self.place}"
+
+    @property
+    def place(self) -> str:
+        """The machine, and where its rates are from, such as `NVIDIA H200 (stated rates)`."""
+        return f"{self.machine} ({'measured' if self.measured else 'stated'} rates)"
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data."""
@@ -57,6 +62,13 @@ def predict_times(
     measured = machine.is_measured("host_product_rate")
     name = machine.host or f"the CPU beside {machine.device}" if measured else HOST_NAME
     return Times(*times, name, measured)
+
+
+def times_of(estimate: Estimate, *, on_cpu: bool) -> Times:
+    """Predict the times of what an estimate is for, on its machine."""
+    assert estimate.architecture is not None
+    what = (estimate.architecture, estimate.profile, estimate.workload)
+    return predict_times(*what, estimate.machine, on_cpu=on_cpu)
 
 
 def generation_ms(

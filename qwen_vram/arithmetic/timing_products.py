@@ -56,7 +56,7 @@ class Matrices(NamedTuple):
     """Matrices of one format that are multiplied one after the other."""
 
     kind: Kind
-    count: int
+    number: int
     nbytes: int
     numel: int
 
@@ -99,7 +99,7 @@ def product_seconds(of: Matrices, rows: int, machine: Machine, *, compiled: bool
         compiled: Torch's compiler dequantizes inside the product.
     """
     kernel = _KERNELS[of.kind]
-    start, bandwidth = of.count * kernel.start, machine.device_bandwidth
+    start, bandwidth = of.number * kernel.start, machine.device_bandwidth
     multiplying = 2 * of.numel * rows / machine.matmul_rate
     if not _dequantizes(of.kind, rows) or (compiled and of.kind == "wide"):
         reading = of.nbytes / min(_READ_SHARE * bandwidth, kernel.most)
