@@ -24,7 +24,7 @@ DISK_READ_RATE = 3_500_000_000
 MATMUL_RATE = 620_000_000_000_000
 # 28 layers of Qwen2.5-7B in bf16 took 18.1 to 24.3 ms a token, launched by Python, on different hosts of an H200, and
 # 21.6 on an H100's; this is the middle.
-# measured: torch 2.11.0+cu130, 2026-11-25 to 29, benchmarks/results/decode.jsonl, auto_plans.jsonl, streaming_speed.jsonl.
+# measured: torch 2.11.0+cu130, 2026-11-25 to 29, benchmarks/results: decode, auto_plans and streaming_speed.
 LAYER_LAUNCH_TIME = 695_000
 # 28 layers' kernels between products, 24 in each, ran for 1.47 ms in a step.
 # measured: NVIDIA H200, torch 2.11.0+cu130, 2026-11-26, benchmarks/results/decode.jsonl ("other" of uncompiled steps).
