@@ -33,7 +33,8 @@ def measured(monkeypatch):
     """Plans as on a machine whose CPU was measured."""
     machine = replace(DEFAULT, source="measured", pinned_copy_rate=25_000_000_000, **RATES)
     monkeypatch.setattr("qwen_vram.planning.search.current", lambda: machine)
-    monkeypatch.setattr("qwen_vram.arithmetic.timing.current", lambda: machine)
+    for module in ("timing", "timing_decode"):
+        monkeypatch.setattr(f"qwen_vram.arithmetic.{module}.current", lambda: machine)
     return machine
 
 

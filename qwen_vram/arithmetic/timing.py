@@ -16,7 +16,7 @@ from qwen_vram.arithmetic.workload import Workload
 # measured: AMD EPYC, 2 cores, torch 2.13.0, bitsandbytes 0.50.2, a matrix of 18,944 x 3,584, 2026-11-25.
 HOST_ROWS = 4
 # Bytes of 16-bit weights a second that the CPU of a machine that was not measured multiplies with one row.
-# measured: AMD EPYC, 2 cores, torch 2.13.0, 2026-11-30, tools.product_rates, while other processes ran.
+# measured: AMD EPYC, 2 cores, torch 2.13.0, 2026-11-30, tools.product_rates, the fastest of eight processes.
 HOST_PRODUCT_RATE = 11_800_000_000
 
 

@@ -12,7 +12,7 @@ from qwen_vram.arithmetic.timing_products import Kind, Matrices, head_matrix, ki
 from qwen_vram.arithmetic.workload import Workload
 
 # The stated CPU's rates, of a machine that was not measured.
-# measured: AMD EPYC, 2 cores, torch 2.13.0, bitsandbytes 0.50.2, 2026-11-30, tools.product_rates; other processes ran.
+# measured: AMD EPYC, 2 cores, torch 2.13.0, bitsandbytes 0.50.2, 2026-11-30, tools.product_rates, the fastest of eight.
 HOST_NAME = "AMD EPYC, 2 cores"
 HOST_4BIT_RATE = 19_500_000_000
 HOST_MATMUL_RATE = 380_000_000_000
