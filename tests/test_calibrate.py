@@ -27,6 +27,8 @@ MEASURED = Machine(
     disk_read_rate=2_000_000_000,
     host_product_rate=30_000_000_000,
     host_4bit_rate=35_000_000_000,
+    host_matmul_rate=900_000_000_000,
+    host="AMD Ryzen 9 7950X, 16 cores",
     torch="2.11.0+cu130",
     driver="580.95.05",
     date="2026-11-24",
@@ -37,7 +39,8 @@ FOUND = {
     "kernels-bf16": {"kernels-bf16": 450},
     "kernels-nf4": {"kernels-nf4": 470},
     "rates": {"device_bandwidth": 9, "pinned_copy_rate": 5, "host_bandwidth": 7},
-    "products": {"host_product_rate": 8, "host_4bit_rate": None},
+    "launches": {"layer_launch_time": 600, "graph_node_time": 2, "matmul_rate": 11},
+    "products": {"host": "a CPU", "host_product_rate": 8, "host_4bit_rate": None, "host_matmul_rate": 12},
     "disk": {"disk_read_rate": 3},
 }
 
@@ -124,6 +127,8 @@ BROKEN = {
     "a flag": stored_as(cuda_context=True),
     "no rate": stored_as(host_bandwidth=None),
     "a field too many": stored_as(colour="red"),
+    "no launches": stored_as(layer_launch_time=None),
+    "a number for a host": stored_as(host=64),
     "a number for a name": stored_as(device=4090),
     "a default": stored_as(source="default"),
     "kept that is none": stored_as(kept=["device"]),
@@ -248,8 +253,10 @@ def test_steps_make_a_machine(monkeypatch):
     assert (machine.cuda_context, machine.lazy_kernels) == (400, 70)
     assert (machine.device_bandwidth, machine.pinned_copy_rate, machine.host_bandwidth) == (9, 5, 7)
     assert machine.disk_read_rate == 3
+    assert (machine.layer_launch_time, machine.graph_node_time, machine.matmul_rate) == (600, 2, 11)
+    assert (machine.host, machine.host_product_rate, machine.host_matmul_rate) == ("a CPU", 8, 12)
     assert current() == machine
-    assert lines == [f"{number}/6 measuring {what}" for number, what in enumerate(calibrate.STEPS.values(), 1)]
+    assert lines == [f"{number}/7 measuring {what}" for number, what in enumerate(calibrate.STEPS.values(), 1)]
 
 
 @pytest.mark.parametrize("hidden", ["context", "kernels-nf4"])
@@ -314,6 +321,33 @@ def test_host_memory_is_measured_without_a_gpu():
     assert 10**8 < calibrate_steps.host_bandwidth(2**24) < 10**13
 
 
+def test_products_on_the_host_are_measured_without_a_gpu():
+    result = subprocess.run(
+        [sys.executable, "-m", "qwen_vram.tools.calibrate_steps", "products"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1"},
+    )
+    found = json.loads(result.stdout.splitlines()[-1].removeprefix(calibrate_steps.RESULT))
+    assert found["host"].endswith(" cores")
+    assert 10**8 < found["host_product_rate"] < 10**13
+    assert found["host_4bit_rate"] is None or 10**7 < found["host_4bit_rate"] < 10**13
+    assert 10**9 < found["host_matmul_rate"] < 10**15
+
+
+def test_a_file_from_before_a_figure_keeps_its_default_and_does_not_say_measured():
+    old = {**asdict(MEASURED), "kept": []}
+    for name in ("host_matmul_rate", "matmul_rate", "layer_launch_time", "graph_node_time", "host"):
+        del old[name]
+    machine = parse_machine(old)
+    assert machine.kept == ("matmul_rate", "layer_launch_time", "graph_node_time")
+    assert machine.layer_launch_time == DEFAULT.layer_launch_time
+    assert (machine.host, machine.host_matmul_rate) == ("", None)
+    assert not machine.is_measured("layer_launch_time")
+    assert machine.is_measured("device_bandwidth")
+
+
 def test_a_disk_is_measured_without_a_gpu_and_left_as_it_was(monkeypatch, tmp_path):
     assert 10**6 < disk_rate.disk_read_rate(tmp_path, 2**27) < 10**13
     assert list(tmp_path.iterdir()) == []
@@ -337,7 +371,7 @@ def test_a_system_that_cannot_empty_its_page_cache_keeps_the_disks_default(monke
 def test_without_a_gpu_it_is_refused(folder):
     result = run("calibrate", CUDA_VISIBLE_DEVICES="-1")
     assert result.returncode == 2
-    assert result.stdout == "1/6 measuring the CUDA context\n"
+    assert result.stdout == "1/7 measuring the CUDA context\n"
     assert result.stderr.startswith("error: calibrate measures an NVIDIA GPU, and torch ")
     assert result.stderr.count("\n") == 1
     assert list(folder.iterdir()) == []
@@ -397,6 +431,9 @@ def test_a_real_gpu_is_measured(folder):
     assert 2e9 < machine.pinned_copy_rate < 200e9
     assert 100e9 < machine.device_bandwidth < 10e12
     assert 1e9 < machine.host_bandwidth < 2e12
+    assert 10e3 < machine.layer_launch_time < 20e6
+    assert 500 < machine.graph_node_time < 50e3
+    assert 1e12 < machine.matmul_rate < 1e16
     assert machine.device
     assert machine.driver != "unknown"
     assert set(FIGURES) <= set(asdict(machine))

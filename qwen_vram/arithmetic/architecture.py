@@ -6,7 +6,7 @@ It knows names, shapes, roles, and the dtype that config.json names. It does not
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -92,6 +92,18 @@ class Architecture:
     layers_after: int = 0
     rope: Rope | None = field(default=None, repr=False)
     layer_dtypes: tuple[str, ...] = ()
+
+    def __hash__(self) -> int:
+        """The fields' hash, made once: with the tensors of a checkpoint it takes longer than what is cached by it."""
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, one.name) for one in fields(self)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields without their hash, which another process makes otherwise."""
+        return {name: value for name, value in vars(self).items() if name != "_hash"}
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data that `from_dict` takes, also by way of JSON."""

@@ -19,6 +19,16 @@ DEVICE_BANDWIDTH = 4_300_000_000_000
 PINNED_COPY_RATE = 55_200_000_000
 # measured: 3.56 and 3.85 GB/s, the disk of a virtual machine with 2 cores, tools.disk_rate, 2026-11-25; rounded down.
 DISK_READ_RATE = 3_500_000_000
+# What 32,000 tokens of Qwen2.5-7B in bf16 in chunks of 4,096 leave for products beside attention: 1.12 s.
+# measured: NVIDIA H200, torch 2.11.0+cu130, 2026-11-26, benchmarks/results/caps_chunks.jsonl.
+MATMUL_RATE = 620_000_000_000_000
+# 28 layers of Qwen2.5-7B in bf16 took 18.1 to 24.3 ms a token, launched by Python, on different hosts of an H200, and
+# 21.6 on an H100's; this is the middle.
+# measured: torch 2.11.0+cu130, 2026-11-25 to 29, benchmarks/results: decode, auto_plans and streaming_speed.
+LAYER_LAUNCH_TIME = 695_000
+# 28 layers' kernels between products, 24 in each, ran for 1.47 ms in a step.
+# measured: NVIDIA H200, torch 2.11.0+cu130, 2026-11-26, benchmarks/results/decode.jsonl ("other" of uncompiled steps).
+GRAPH_NODE_TIME = 2_200
 
 # Every figure by its field: what it is called, and its unit.
 FIGURES = {
@@ -29,11 +39,23 @@ FIGURES = {
     "host_bandwidth": ("host memory, read plus written", "bytes/s"),
     "host_product_rate": ("CPU products, 16-bit weights", "bytes/s"),
     "host_4bit_rate": ("CPU products, 4-bit weights", "bytes/s"),
+    "host_matmul_rate": ("CPU products, many rows", "FLOP/s"),
     "disk_read_rate": ("disk of the cache folder", "bytes/s"),
+    "matmul_rate": ("products of many rows", "FLOP/s"),
+    "layer_launch_time": ("launching a layer from Python", "ns"),
+    "graph_node_time": ("a small kernel in a CUDA graph", "ns"),
 }
-# Figures that files from before them lack, and that a machine may not have.
-_LATER = ("host_product_rate", "host_4bit_rate")
-_TEXTS = ("device", "torch", "driver", "date")
+# Figures that files from before them lack: they are the defaults then.
+_LATER = (
+    "host_product_rate",
+    "host_4bit_rate",
+    "host_matmul_rate",
+    "matmul_rate",
+    "layer_launch_time",
+    "graph_node_time",
+    "host",
+)
+_TEXTS = ("device", "torch", "driver", "date", "host")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +71,12 @@ class Machine:
         host_bandwidth: Bytes a second of a copy within host memory, read plus written; `None` has no stated default.
         host_product_rate: Bytes a second of 16-bit weights that the CPU multiplies with one row; `None` likewise.
         host_4bit_rate: The same of bitsandbytes' 4-bit weights; `None` too where the CPU has no kernel for it.
+        host_matmul_rate: Operations a second of a 16-bit product of many rows on the CPU; `None` likewise.
         disk_read_rate: Bytes a second of reads from a file that the system's page cache does not hold.
+        matmul_rate: Operations a second of a 16-bit product of many rows on the device.
+        layer_launch_time: Nanoseconds that Python takes to launch one decoder layer in 16 bits.
+        graph_node_time: Nanoseconds that a small kernel takes in a captured step.
+        host: The CPU's name and cores; empty in files from before it.
         torch, driver, date: What it was measured with, and when (ISO).
         source: Whether `qwen-vram calibrate` measured it, or the library states it.
         kept: Figures of a measured machine that could not be measured and are the defaults.
@@ -69,6 +96,11 @@ class Machine:
     kept: tuple[str, ...] = ()
     host_product_rate: int | None = None
     host_4bit_rate: int | None = None
+    host_matmul_rate: int | None = None
+    matmul_rate: int = MATMUL_RATE
+    layer_launch_time: int = LAYER_LAUNCH_TIME
+    graph_node_time: int = GRAPH_NODE_TIME
+    host: str = ""
 
     @property
     def key(self) -> str:
@@ -113,18 +145,19 @@ def parse_machine(data: object) -> Machine:
     names = {field.name for field in fields(Machine)}
     if not isinstance(data, dict) or data.keys() | set(_LATER) != names:
         raise ValueError(f"a machine has the fields {', '.join(sorted(names))} and no other")
-    values: dict[str, Any] = dict.fromkeys(_LATER) | data
+    values: dict[str, Any] = {name: getattr(DEFAULT, name) for name in _LATER} | data
     for name in _TEXTS:
         if not isinstance(values[name], str):
             raise ValueError(f"{name} is no text")
     for name in FIGURES:
-        if name in _LATER and values[name] is None:
+        if name in _LATER and values[name] is None and getattr(DEFAULT, name) is None:
             continue
         # The smallest GPU has kernels to load, but a driver may have loaded them with the context.
         least = 0 if name == "lazy_kernels" else 1
         if type(values[name]) is not int or not least <= values[name] < 2**63:
-            raise ValueError(f"{name} is no number of bytes")
+            raise ValueError(f"{name} is no number of {FIGURES[name][1]}")
     kept = values["kept"]
     if values["source"] != "measured" or not isinstance(kept, list) or not all(name in list(FIGURES) for name in kept):
         raise ValueError("source or kept is none that calibrate writes")
-    return Machine(**{**values, "kept": tuple(kept)})
+    missing = [name for name in FIGURES if name not in data and values[name] is not None]
+    return Machine(**{**values, "kept": (*kept, *missing)})

@@ -15,13 +15,9 @@ from qwen_vram.arithmetic.workload import Workload
 # (bf16) and 1.27 times (nf4) as long as one, eight 1.12 and 2.26 times.
 # measured: AMD EPYC, 2 cores, torch 2.13.0, bitsandbytes 0.50.2, a matrix of 18,944 x 3,584, 2026-11-25.
 HOST_ROWS = 4
-
-
-# What Python takes to launch one layer's kernels, which it does while nothing of the next token can run: 28 layers took
-# 21.6 ms a token in bf16 and 34.6 in NF4, a multiple of what their bytes do.
-# measured: NVIDIA H100 with a Xeon, torch 2.11.0+cu130, transformers 5.17.0, bitsandbytes 0.50.2, 2026-11-25.
-_LAUNCH_PLAIN = 0.00077
-_LAUNCH_QUANTIZED = 0.00124
+# Bytes of 16-bit weights a second that the CPU of a machine that was not measured multiplies with one row.
+# measured: AMD EPYC, 2 cores, torch 2.13.0, 2026-11-30, tools.product_rates, the fastest of eight processes.
+HOST_PRODUCT_RATE = 11_800_000_000
 
 
 def decode_bytes(architecture: Architecture, profile: Profile, workload: Workload) -> int:
@@ -51,61 +47,61 @@ def product_rate(profile: Profile, machine: Machine) -> int | None:
 
 def link_bytes(architecture: Architecture, profile: Profile, workload: Workload) -> int:
     """Bytes that cross from host to device for one decode step: streamed layers, and the cache where it lives there."""
-    streamed = _moving_layers(architecture, profile, workload) * block_bytes(architecture, profile)
+    streamed = moving_layers(architecture, profile, workload) * block_bytes(architecture, profile)
     if profile.kv_device == "device":
         return streamed
     layer = layer_kv_bytes(architecture, profile, tokens=workload.context_len, batch_size=workload.batch_size)
     return streamed + architecture.num_hidden_layers * layer
 
 
-def _moving_layers(architecture: Architecture, profile: Profile, workload: Workload) -> int:
+def moving_layers(architecture: Architecture, profile: Profile, workload: Workload) -> int:
     """Layers that pass through the slots in a decode step: none where the slots hold all of them together."""
     layers = min(profile.streamed_layers, architecture.num_hidden_layers)
     layers -= computing_layers(architecture, profile, workload)
     return layers if layers > streaming_slots(architecture, profile) else 0
 
 
+def streams_in_prefill(architecture: Architecture, profile: Profile) -> int:
+    """Layers that pass through the slots in each chunk of a prefill, in which none computes on the CPU."""
+    layers = min(profile.streamed_layers, architecture.num_hidden_layers)
+    return layers if layers > streaming_slots(architecture, profile) else 0
+
+
 def disk_bytes(architecture: Architecture, profile: Profile, workload: Workload) -> int:
     """Bytes that are read from the checkpoint's files for one decode step; none where the buffers hold all of them."""
-    stays = profile.disk_layers <= disk_buffers(profile) or not _moving_layers(architecture, profile, workload)
+    stays = profile.disk_layers <= disk_buffers(profile) or not moving_layers(architecture, profile, workload)
     return 0 if stays else weight_bytes(architecture, profile).disk
 
 
 def decode_floor_ms(
-    architecture: Architecture, profile: Profile, workload: Workload, machine: Machine | None = None
+    architecture: Architecture,
+    profile: Profile,
+    workload: Workload,
+    machine: Machine | None = None,
+    *,
+    on_cpu: bool = False,
 ) -> float:
     """The least milliseconds that one decode step can take: a floor, not an estimate.
 
     The largest of bytes over device bandwidth, bytes over the link and bytes over the disk's rate, which can overlap.
     What the system's page cache still holds of the disk's bytes comes faster. `machine` has the rates; `None` is the
     one measured last, or the stated default. Layers that compute on the CPU come before or after those on the device;
-    at a rate that was not measured they take as long as the link would.
+    at a rate that was not measured they take as long as the link would. With `on_cpu` the bytes come from the host's
+    memory.
     """
     machine = machine or current()
+    disk = disk_bytes(architecture, profile, workload) / machine.disk_read_rate
+    if on_cpu:
+        return 1000 * max(decode_bytes(architecture, profile, workload) / host_read_rate(machine), disk)
     device = decode_bytes(architecture, profile, workload) / machine.device_bandwidth
     link = link_bytes(architecture, profile, workload) / machine.pinned_copy_rate
-    disk = disk_bytes(architecture, profile, workload) / machine.disk_read_rate
     return 1000 * max(device + _products(architecture, profile, workload, machine), link, disk)
 
 
-def decode_ms(
-    architecture: Architecture, profile: Profile, workload: Workload, machine: Machine | None = None
-) -> float:
-    """Milliseconds of one decode step whose layers are launched one by one.
-
-    The floor, or what else binds: the time of launching, beside that of the CPU's products; or the host's memory, from
-    which these and the link take their bytes, as fast as 16-bit products do. Within 14 % of what was measured with 0 to
-    28 of 28 streamed layers of Qwen2.5-7B computing on the CPU (benchmarks/results/streaming_host.jsonl). The launch
-    time is a stated one, so that another CPU may be far from it.
-    """
-    machine = machine or current()
-    launch = _LAUNCH_PLAIN if FORMATS[profile.weights].is_dense else _LAUNCH_QUANTIZED
-    products = _products(architecture, profile, workload, machine)
-    launched = launch * architecture.num_hidden_layers + products
-    moved = computing_layers(architecture, profile, workload) * block_bytes(architecture, profile)
-    moved += link_bytes(architecture, profile, workload)
-    memory = moved / machine.host_product_rate if products and machine.host_product_rate else 0
-    return max(decode_floor_ms(architecture, profile, workload, machine), 1000 * launched, 1000 * memory)
+def host_read_rate(machine: Machine) -> int:
+    """Bytes a second at which the CPU can read weights: the quickest of its products, measured or stated."""
+    measured = [rate for rate in (machine.host_product_rate, machine.host_4bit_rate) if rate is not None]
+    return max(measured, default=HOST_PRODUCT_RATE)
 
 
 def _products(architecture: Architecture, profile: Profile, workload: Workload, machine: Machine) -> float:

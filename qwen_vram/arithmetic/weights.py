@@ -80,6 +80,7 @@ def head_bytes(architecture: Architecture, profile: Profile) -> int:
     return FORMATS[profile.head_format].nbytes(architecture.head.shape)
 
 
+@lru_cache(maxsize=256)
 def block_bytes(architecture: Architecture, profile: Profile) -> int:
     """Bytes of one decoder layer, quantization state included. Exact; of a mixed checkpoint, the largest layer's."""
     if architecture.stored:

@@ -12,6 +12,7 @@ from qwen_vram.arithmetic.estimate import Estimate, estimate, warn_of_positions
 from qwen_vram.arithmetic.model import ModelLike, Resolved, adapted, resolve
 from qwen_vram.arithmetic.profile import KNOBS, PROFILES, Profile
 from qwen_vram.arithmetic.split import split_estimate, split_of
+from qwen_vram.arithmetic.timing_generation import Times, times_of
 from qwen_vram.arithmetic.workload import Workload
 from qwen_vram.errors import ConfigError, QwenVramError, UnknownNameError
 from qwen_vram.planning.budget import Budget, VramLike
@@ -71,6 +72,11 @@ class Plan:
         return str(self.budget)
 
     @property
+    def times(self) -> Times:
+        """What a generation will take, and on which machine."""
+        return times_of(self.estimate, on_cpu=self.on_cpu)
+
+    @property
     def call(self) -> str:
         """The `load` call that builds this plan without a search."""
         model = "config" if self.model is None else repr(self.model)
@@ -97,6 +103,7 @@ class Plan:
             "call": self.call,
             "profile": asdict(self.profile),
             "estimate": self.estimate.to_dict(),
+            "times": self.times.to_dict(),
             "budget": asdict(self.budget),
             "split": split_of(self.estimate),
             "device_map": self.device_map,
@@ -152,7 +159,15 @@ class Plan:
             asked = "as num_beams and num_return_sequences in generation_config.json ask"
             lines.append(f"  {self.sequences} sequences for each prompt, {asked}")
         lines.append(f"  fits in {self.room}")
+        lines.append(f"  predicted: {self.times}")
         return "\n".join([*lines, str(self.estimate), self.call])
+
+    def _repr_html_(self) -> str:
+        """The estimate's table and the predicted times, for a notebook."""
+        from html import escape  # slow to import, and only needed here
+
+        table = self.estimate._repr_html_()
+        return f"{table}<p>predicted: {escape(str(self.times))}</p><pre>{escape(self.call)}</pre>"
 
 
 def plan(

@@ -8,7 +8,7 @@ from dataclasses import replace
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.estimate import Estimate
 from qwen_vram.arithmetic.profile import Profile
-from qwen_vram.arithmetic.timing import decode_ms
+from qwen_vram.arithmetic.timing_decode import decode_ms
 from qwen_vram.arithmetic.weights import (
     computing_copies,
     may_be_on_disk,

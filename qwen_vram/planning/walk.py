@@ -28,7 +28,7 @@ _SMALL_CACHE: dict[str, object] = {"kv_cache": "int4", "kv_device": "device"}
 class Step(NamedTuple):
     """One candidate of the search: what was changed, what it needs, what it saved, and what it costs.
 
-    `decode_floor_ms` is the least that its decode step can take, by bytes over bandwidth; no prediction.
+    `decode_floor_ms` is the least that its last decode step can take, by bytes over bandwidth; `Plan.times` predicts.
     """
 
     change: str
@@ -151,7 +151,7 @@ class Walk:
         return profile.streamed_layers > self.start.streamed_layers
 
     def _floor(self, profile: Profile) -> float:
-        return decode_floor_ms(self.architecture, profile, self.workload)
+        return decode_floor_ms(self.architecture, profile, self.workload, on_cpu=self.budget.vram is None)
 
     def estimate(self, profile: Profile, workload: Workload) -> Estimate:
         """What `profile` takes, on one device or split over the budget's several."""

@@ -19,6 +19,7 @@ from qwen_vram.planning.planner import Plan
 from qwen_vram.planning.search import Search
 from qwen_vram.runtime.asked import Asked
 from qwen_vram.runtime.beside import Beside
+from qwen_vram.runtime.clock import Clock, Timed
 from qwen_vram.runtime.decode_room import RoomCache
 from qwen_vram.runtime.decoder import Decoder
 from qwen_vram.runtime.host_cache import HostCache
@@ -50,6 +51,7 @@ class Generations:
     Attributes:
         turns: The order of the generations; one of them runs at a time.
         measured: What loading took, and the last generation where there was one, on each device.
+        timed: What the last generation took of time.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Generations:
         self.devices = tuple(loaded)
         self.device = self.devices[0]
         self.measured = {device: dict(parts) for device, parts in loaded.items()}
+        self.timed: Timed | None = None
         self._beside = Beside(before)
         self._segments = Segments(plan, self.devices, self._beside)
         self._last: Workload | None = None
@@ -162,7 +165,8 @@ class Generations:
         for meter in meters:
             meter.start()
         on_device = {name: tensor.to(self.device) for name, tensor in inputs.items()}
-        stop = StopOfTurn(turn, workload.prompt_len)
+        clock = Clock(self.device)
+        stop = StopOfTurn(turn, workload.prompt_len, clock)
         settings = {
             "max_new_tokens": workload.max_new_tokens,
             # The plan's cache replaces the file's; and a step that transformers compiles takes memory of its own.
@@ -176,7 +180,9 @@ class Generations:
         cache = settings.get("past_key_values")
         try:
             with watched(generator, settings) as arguments, stop.before_chunks(generator):
+                clock.begin()
                 output = generator.generate(**on_device, **arguments)
+                self.timed = clock.end(workload, output.sequences.shape[1] - workload.prompt_len)
             self._note(workload, output, meters)
         finally:
             if isinstance(cache, RoomCache) and "past_key_values" not in options:

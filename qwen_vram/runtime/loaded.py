@@ -29,6 +29,7 @@ from qwen_vram.runtime.job import Job
 from qwen_vram.runtime.measure import Report
 from qwen_vram.runtime.memory import give_back_memory
 from qwen_vram.runtime.prompts import Prompt, Prompts
+from qwen_vram.runtime.report_times import ReportedTimes
 from qwen_vram.runtime.save import SaveReport, save
 from qwen_vram.runtime.streaming import Streamer
 from qwen_vram.runtime.turns import CLOSED
@@ -231,8 +232,9 @@ class LoadedModel:
         return self._generations.new_cache(max_length=max_length)
 
     def report(self) -> Report:
-        """Predicted beside measured, part by part: the load, and the last generation where there was one."""
-        return Report.of(self._generations.prediction(), self._generations.measured)
+        """Predicted beside measured, part by part: the load, and the last generation and its times if there is one."""
+        made = self._generations
+        return Report.of(made.prediction(), made.measured, ReportedTimes.of(self.plan, made.timed))
 
     def save_quantized(
         self,

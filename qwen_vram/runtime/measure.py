@@ -13,6 +13,7 @@ from torch import nn
 from qwen_vram.arithmetic.estimate import Estimate
 from qwen_vram.runtime.backends.base import Backend
 from qwen_vram.runtime.host_embedding import HostEmbedding
+from qwen_vram.runtime.report_times import ReportedTimes
 from qwen_vram.units import format_bytes
 
 PARTS = (
@@ -35,25 +36,32 @@ class Report:
         estimate: The prediction for the workload that ran.
         measured: Bytes by part; a part that cannot be measured here (peaks on the CPU) is absent.
         devices: The same of each of several GPUs, by its number; the parts above are then sums.
+        times: Of the last generation; `None` before the first.
     """
 
     estimate: Estimate
     measured: dict[str, int]
     devices: Mapping[int, Report] = field(default_factory=dict)
+    times: ReportedTimes | None = None
 
     @classmethod
-    def of(cls, estimate: Estimate, measured: Mapping[torch.device, dict[str, int]]) -> Report:
+    def of(
+        cls,
+        estimate: Estimate,
+        measured: Mapping[torch.device, dict[str, int]],
+        times: ReportedTimes | None = None,
+    ) -> Report:
         """What was measured on each device beside the estimate of its part."""
         if not estimate.devices:
             (alone,) = measured.values()
-            return cls(estimate=estimate, measured=alone)
+            return cls(estimate=estimate, measured=alone, times=times)
         devices = {
             device.index: cls(estimate=estimate.devices[device.index], measured=found)
             for device, found in measured.items()
         }
         every = list(measured.values())
         sums = {part: sum(found[part] for found in every) for part in PARTS if all(part in found for found in every)}
-        return cls(estimate=estimate, measured=sums, devices=devices)
+        return cls(estimate=estimate, measured=sums, devices=devices, times=times)
 
     def lines(self) -> Iterator[tuple[str, int, int | None]]:
         """Part, predicted bytes, measured bytes or `None`."""
@@ -61,8 +69,15 @@ class Report:
             yield part, getattr(self.estimate, part), self.measured.get(part)
 
     def to_dict(self) -> dict[str, Any]:
-        """Predicted and measured bytes by part, as plain data; of several GPUs each one's under `devices` too."""
-        parts = {part: {"predicted": predicted, "measured": measured} for part, predicted, measured in self.lines()}
+        """Predicted and measured bytes by part, as plain data; of several GPUs each one's under `devices` too.
+
+        The last generation's milliseconds are under `times`.
+        """
+        parts: dict[str, Any] = {
+            part: {"predicted": predicted, "measured": measured} for part, predicted, measured in self.lines()
+        }
+        if self.times is not None:
+            parts["times"] = self.times.to_dict()
         each = {device: one.to_dict() for device, one in self.devices.items()}
         return {**parts, "devices": each} if each else parts
 
@@ -76,6 +91,8 @@ class Report:
                 continue
             error = f"{(predicted - measured) / measured:+.2%}" if measured else "-"
             rows.append(f"{part:15}{predicted:>16,}{measured:>16,}{format_bytes(measured):>12}{error:>9}")
+        if self.times is not None:
+            rows.extend(self.times.lines())
         if unmeasured:
             rows.append(f"not measured (peaks need a GPU and a generation): {', '.join(unmeasured)}")
         for device, one in self.devices.items():

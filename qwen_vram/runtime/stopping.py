@@ -9,24 +9,29 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria
 
+from qwen_vram.runtime.clock import Clock
 from qwen_vram.runtime.turns import Turn
 
 
 class StopOfTurn(StoppingCriteria):  # type: ignore[misc]
     """Ends a generation after the token that is made when its turn is stopped, or before the prompt's next chunk.
 
+    It is asked after each token, of which it tells the clock.
+
     Attributes:
         obeyed: The generation ended, or ends with this token, because of this.
     """
 
-    def __init__(self, turn: Turn, prompt_len: int) -> None:
+    def __init__(self, turn: Turn, prompt_len: int, clock: Clock) -> None:
         self.obeyed = False
+        self._clock = clock
         self._turn = turn
         self._prompt_len = prompt_len
         self._answers: torch.Tensor | None = None
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """For each of (batch, tokens) sequences whether it ends now, (batch,)."""
+        self._clock.token()
         stopped = bool(self._turn.stopped)
         if self._answers is None or stopped or len(self._answers) != len(input_ids):
             self._answers = torch.full((len(input_ids),), stopped, device=input_ids.device)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from datetime import date
 from typing import Any
 
-from qwen_vram.arithmetic.machine import DEFAULT, Machine
+from qwen_vram.arithmetic.machine import DEFAULT, FIGURES, Machine
 from qwen_vram.arithmetic.machine_file import CalibrationError, make_folder, store
 from qwen_vram.errors import BackendUnavailableError
 from qwen_vram.tools.calibrate_steps import RESULT
@@ -24,6 +24,7 @@ STEPS = {
     "kernels-bf16": "kernels that the bundled model loads in bf16",
     "kernels-nf4": "kernels that the bundled model loads in nf4",
     "rates": "copy rates",
+    "launches": "launches by Python and in a graph, and products of many rows",
     "products": "products on the CPU, of 16-bit and of 4-bit weights",
     "disk": "reads from the disk of the cache folder",
 }
@@ -75,8 +76,8 @@ def machine_of(found: dict[str, Any]) -> Machine:
     disk = found["disk_read_rate"]
     if disk is None:
         kept.append("disk_read_rate")
-    names = ("device", "torch", "driver")
-    rates = ("device_bandwidth", "pinned_copy_rate", "host_bandwidth", "host_product_rate", "host_4bit_rate")
+    names = ("device", "torch", "driver", "host")
+    rates = tuple(name for name in FIGURES if name not in ("cuda_context", "lazy_kernels", "disk_read_rate"))
     return Machine(
         **{name: found[name] for name in names + rates},
         **memory,

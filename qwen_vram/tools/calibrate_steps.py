@@ -25,6 +25,8 @@ _SMALLEST_BUFFER = 2**28
 _CACHES = 4
 _WARM_UP = 3
 _REPEATS = 15
+# Steps that measure the host alone.
+_ON_THE_HOST = ("products", "disk")
 
 
 def no_gpu() -> str | None:
@@ -168,13 +170,32 @@ def host_bandwidth(size: int) -> int:
     return int(2 * size / statistics.median(times[_WARM_UP:]))
 
 
+def measure_launches() -> dict[str, Any]:
+    """What decode steps and prefills wait for: Python, small kernels, and products of many rows."""
+    import torch
+
+    from qwen_vram.tools.launch_times import graph_node_time, layer_launch_time, matmul_rate
+
+    device = torch.device("cuda", 0)
+    return {
+        "layer_launch_time": layer_launch_time(),
+        "graph_node_time": graph_node_time(device),
+        "matmul_rate": matmul_rate(device),
+    }
+
+
 def measure_products() -> dict[str, Any]:
-    """Bytes of weights a second that the CPU multiplies with one row; `None` in 4 bits where it has no kernel."""
+    """What the CPU is called, and how fast its products are; `None` in 4 bits where it has no kernel."""
     from qwen_vram.planning.devices import available_ram
-    from qwen_vram.tools.product_rates import packed_product_rate, plain_product_rate
+    from qwen_vram.tools.product_rates import host_name, many_rows_rate, packed_product_rate, plain_product_rate
 
     size = buffer_size(available_ram(), least=_SMALLEST_BUFFER, where="of host memory")
-    return {"host_product_rate": plain_product_rate(size), "host_4bit_rate": packed_product_rate(size)}
+    return {
+        "host": host_name(),
+        "host_product_rate": plain_product_rate(size),
+        "host_4bit_rate": packed_product_rate(size),
+        "host_matmul_rate": many_rows_rate(),
+    }
 
 
 def main() -> None:
@@ -184,13 +205,14 @@ def main() -> None:
         "kernels-bf16": lambda: measure_kernels("bf16"),
         "kernels-nf4": lambda: measure_kernels("nf4"),
         "rates": measure_rates,
+        "launches": measure_launches,
         "products": measure_products,
         "disk": measure_disk,
     }
     parser = argparse.ArgumentParser(prog="python -m qwen_vram.tools.calibrate_steps", description=__doc__)
     parser.add_argument("step", choices=steps)
     chosen = parser.parse_args().step
-    missing = no_gpu()
+    missing = None if chosen in _ON_THE_HOST else no_gpu()
     found = {"no_gpu": missing} if missing else steps[chosen]()
     print(RESULT + json.dumps(found), flush=True)
 

@@ -1,12 +1,14 @@
-"""How fast this CPU multiplies weights with one row, as decode steps of layers that compute on it do."""
+"""How fast this CPU multiplies weights with one row, as decode steps do, and with many, as prefills do."""
 
 from __future__ import annotations
 
+import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
@@ -16,6 +18,8 @@ from qwen_vram.arithmetic.storage import FORMATS
 _MATRIX = (18_944, 3_584)
 _WARM_UP = 3
 _REPEATS = 15
+_MANY_ROWS = 512
+_FEW_REPEATS = 5
 
 
 def plain_product_rate(size: int) -> int:
@@ -47,6 +51,28 @@ def packed_product_rate(size: int) -> int | None:
         for _ in range(max(2, size // nbytes))
     ]
     return _product_rate([partial(multiply, x, matrix, None) for matrix in matrices], nbytes)
+
+
+def host_name() -> str:
+    """The CPU's name where the system says it, and the threads that products use."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{named[0] if named else platform.machine() or 'CPU'}, {torch.get_num_threads()} cores"
+
+
+def many_rows_rate() -> int:
+    """Operations a second, multiplications and additions, of a bf16 matrix times 512 rows."""
+    rows, columns = _MATRIX
+    x, matrix = torch.ones(_MANY_ROWS, columns, dtype=torch.bfloat16), torch.ones(rows, columns, dtype=torch.bfloat16)
+    times = []
+    for _ in range(_WARM_UP + _FEW_REPEATS):
+        start = time.perf_counter()
+        torch.nn.functional.linear(x, matrix)
+        times.append(time.perf_counter() - start)
+    return int(2 * _MANY_ROWS * rows * columns / statistics.median(times[_WARM_UP:]))
 
 
 def _product_rate(products: Sequence[Callable[[], object]], nbytes: int) -> int:
