@@ -84,6 +84,8 @@ def _kept(adapter: Adapter, base: Base, changes: Mapping[str, Change]) -> Iterat
             yield change.replacement
         if change.factors is not None:
             yield from (change.factors.a, change.factors.b)
+            if change.factors.diagonal is not None:
+                yield change.factors.diagonal
         if change.shift is not None:
             yield change.shift[0]
         if change.tokens is not None:

@@ -10,6 +10,18 @@ from qwen_vram.errors import NotSupportedError
 
 _MERGE = "merge it into the 16-bit base: qv.merge_lora_then_quantize(base, adapter, out)"
 _TABLE, _HEAD = "model.embed_tokens", "lm_head"
+# What an adapter that changes the base does to it, by the setting that says so, and what else helps.
+_BEGINS = {
+    "init_lora_weights": (
+        "begins with a decomposition of the base's 16-bit weights (PiSSA or OLoRA in init_lora_weights)",
+        "save it again with save_pretrained(..., path_initial_model_for_weight_conversion=...), which turns it into a "
+        "plain LoRA",
+    ),
+    "kasa_config": (
+        "begins with a decomposition of the base's 16-bit weights (KaSA cuts off their smallest singular values)",
+        "merge it with PEFT itself (merge_and_unload), and pass the result as the model",
+    ),
+}
 
 
 def no_adapter_beside(architecture: Architecture, profile: Profile) -> NotSupportedError | None:
@@ -52,11 +64,8 @@ def _weights(architecture: Architecture, profile: Profile) -> str:
     if FORMATS[profile.weights].is_dense:
         return ""
     if architecture.adapter_mutates_base:
-        return (
-            "begins with a decomposition of the base's 16-bit weights (PiSSA or OLoRA in init_lora_weights); use "
-            "weights='bf16', or save it again with save_pretrained(..., path_initial_model_for_weight_conversion=...), "
-            "which turns it into a plain LoRA"
-        )
+        begins, instead = _BEGINS[architecture.adapter_mutates_base]
+        return f"{begins}; use weights='bf16', or {instead}"
     matrices = {weight.name for weight in architecture.weights() if weight.is_linear and weight.role != "head"}
     replaced = [name for name in architecture.adapter_replaces if name in matrices]
     if replaced:
@@ -69,11 +78,8 @@ def _weights(architecture: Architecture, profile: Profile) -> str:
 def _streamed(architecture: Architecture, profile: Profile) -> str:
     if not profile.streamed_layers or not architecture.adapter_mutates_base:
         return ""
-    return (
-        "begins with a decomposition of the base's weights (PiSSA or OLoRA in init_lora_weights), which have to be on "
-        "the device; use streamed_layers=0, or save it again with save_pretrained(..., "
-        "path_initial_model_for_weight_conversion=...)"
-    )
+    begins, instead = _BEGINS[architecture.adapter_mutates_base]
+    return f"{begins}, which have to be on the device; use streamed_layers=0, or {instead}"
 
 
 def _head(architecture: Architecture, profile: Profile) -> str:
@@ -82,6 +88,11 @@ def _head(architecture: Architecture, profile: Profile) -> str:
             f"changes {_TABLE!r}, which is this model's head too (tie_word_embeddings), and a head of its own would "
             f"not follow; leave lm_head and embeddings out, or {_MERGE}"
         )
+    if architecture.adapter_mutates_base and _changes(architecture, _HEAD):
+        apart = architecture.tie_word_embeddings and head_is_a_copy(architecture, profile)
+        if apart or profile.head_format != profile.dtype:
+            begins, instead = _BEGINS[architecture.adapter_mutates_base]
+            return f"{begins}, the head's among them; leave lm_head and embeddings out, or {instead}"
     if profile.head_format != profile.dtype and _replaces(architecture, _HEAD):
         return (
             "brings 'lm_head.weight' or rows of it in 16 bits, which a quantized head cannot take; leave lm_head out, "
