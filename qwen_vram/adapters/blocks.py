@@ -28,6 +28,10 @@ class Blocks(NamedTuple):
         """The same for `lora_B`, which then has no bias."""
         return any(part in module for part in self.in_b)
 
+    def name(self, module: str) -> bool:
+        """Tell whether one of the two is."""
+        return self.has_a(module) or self.has_b(module)
+
     def of(self, module: str) -> tuple[int, int]:
         """The numbers of blocks of `lora_A` and `lora_B`; a plain factor is one block."""
         return self.number if self.has_a(module) else 1, self.number if self.has_b(module) else 1
@@ -36,6 +40,6 @@ class Blocks(NamedTuple):
         """Say why PEFT refuses the settings for `module`; empty if it does not."""
         if self.has_a(module) and self.has_b(module):
             return f"use_bdlora names {module} in target_modules_bd_a and in target_modules_bd_b"
-        if self.strict and not self.has_a(module) and not self.has_b(module):
+        if self.strict and not self.name(module):
             return f"use_bdlora does not name {module}, and its match_strict is true"
         return ""

@@ -44,6 +44,7 @@ def with_adapter(label: str, architecture: Architecture, adapter: AdapterPath) -
         adapter_replaces=tuple(name for name, change in changes.items() if change.replacement is not None),
         adapter_activated=settings.activated,
         adapter_mutates_base=settings.mutates_base,
+        adapter_in_blocks=settings.blocks is not None and any(map(settings.blocks.name, opened.modules)),
     )
 
 

@@ -9,6 +9,7 @@ from qwen_vram.arithmetic.weights import head_is_a_copy, table_on_host
 from qwen_vram.errors import NotSupportedError
 
 _MERGE = "merge it into the 16-bit base: qv.merge_lora_then_quantize(base, adapter, out)"
+_WITH_PEFT = "merge it with PEFT itself (merge_and_unload), and pass the result as the model"
 _TABLE, _HEAD = "model.embed_tokens", "lm_head"
 # What an adapter that changes the base does to it, by the setting that says so, and what else helps.
 _BEGINS = {
@@ -19,9 +20,10 @@ _BEGINS = {
     ),
     "kasa_config": (
         "begins with a decomposition of the base's 16-bit weights (KaSA cuts off their smallest singular values)",
-        "merge it with PEFT itself (merge_and_unload), and pass the result as the model",
+        _WITH_PEFT,
     ),
 }
+_BLOCKS = "has block-diagonal factors (BD-LoRA in use_bdlora), which PEFT puts beside matrices in 16 or 32 bits only"
 
 
 def no_adapter_beside(architecture: Architecture, profile: Profile) -> NotSupportedError | None:
@@ -66,6 +68,8 @@ def _weights(architecture: Architecture, profile: Profile) -> str:
     if architecture.adapter_mutates_base:
         begins, instead = _BEGINS[architecture.adapter_mutates_base]
         return f"{begins}; use weights='bf16', or {instead}"
+    if architecture.adapter_in_blocks:
+        return f"{_BLOCKS}; use weights='bf16', or {_WITH_PEFT}"
     matrices = {weight.name for weight in architecture.weights() if weight.is_linear and weight.role != "head"}
     replaced = [name for name in architecture.adapter_replaces if name in matrices]
     if replaced:
@@ -88,11 +92,6 @@ def _head(architecture: Architecture, profile: Profile) -> str:
             f"changes {_TABLE!r}, which is this model's head too (tie_word_embeddings), and a head of its own would "
             f"not follow; leave lm_head and embeddings out, or {_MERGE}"
         )
-    if architecture.adapter_mutates_base and _changes(architecture, _HEAD):
-        apart = architecture.tie_word_embeddings and head_is_a_copy(architecture, profile)
-        if apart or profile.head_format != profile.dtype:
-            begins, instead = _BEGINS[architecture.adapter_mutates_base]
-            return f"{begins}, the head's among them; leave lm_head and embeddings out, or {instead}"
     if profile.head_format != profile.dtype and _replaces(architecture, _HEAD):
         return (
             "brings 'lm_head.weight' or rows of it in 16 bits, which a quantized head cannot take; leave lm_head out, "
