@@ -136,10 +136,8 @@ def _config(adapter: Adapter) -> Any:
         # PEFT would take a default of its own in place of no targets, and compute a whole matrix anew in every step for
         # a weight that is named as a parameter.
         factors = {module: tensors.factors for module, tensors in adapter.modules.items() if tensors.factors}
-        weights = [module for module in factors if settings.targets.name_weight(module)]
         config.target_modules, config.target_parameters = set(factors), None
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-        ranks = {module: factors[module][0].shape[0] for module in weights}
-        config.rank_pattern = {**ranks, **config.rank_pattern}
-        config.alpha_pattern = {**{module: alpha_of(settings, module) for module in weights}, **config.alpha_pattern}
+        config.rank_pattern = {module: parts[0].shape[0] for module, parts in factors.items()}
+        config.alpha_pattern = {module: alpha_of(settings, module) for module in factors}
     return config
