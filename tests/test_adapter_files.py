@@ -154,44 +154,6 @@ def test_a_home_folder_is_expanded(base, made, monkeypatch):
     assert qv.estimate_vram(base, adapter="~/plain") == qv.estimate_vram(base, adapter=made["plain"])
 
 
-@pytest.mark.parametrize("names_itself", [True, False])
-@pytest.mark.parametrize("merged", [True, False])
-def test_an_adapter_beside_a_whole_model_is_not_applied_by_itself(base, made, tmp_path, merged, names_itself):
-    """`transformers` puts it on the model, also if the weights hold it already."""
-    folder = tmp_path / "both"
-    if merged:
-        merge(base, made["plain"], folder)
-    else:
-        shutil.copytree(base, folder)
-    alone = tmp_path / "alone"
-    shutil.copytree(folder, alone)
-    shutil.copytree(made["plain"], folder, dirs_exist_ok=True)
-    if names_itself:
-        edit_config(folder, base_model_name_or_path=str(folder))
-    text = r"holds a whole model and an adapter's adapter_config.json, .*; if it is, remove .*; if it is not, move the"
-    for call in (
-        lambda: load(folder),
-        lambda: qv.estimate_vram(folder),
-        lambda: qv.plan(folder),
-        lambda: load(folder, folder),
-    ):
-        with pytest.raises(qv.AdapterError, match=text):
-            call()
-    expected = logits(peft_model(base, made["plain"]))
-    if merged:
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            (folder / name).unlink()
-        model = load(folder)
-    else:
-        own = tmp_path / "own"
-        own.mkdir()
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            (folder / name).rename(own / name)
-        model = load(folder, own)
-    with model as llm:
-        assert torch.allclose(logits(llm.model), expected, atol=0.05)
-
-
 def test_a_base_with_its_adapter_in_one_folder_still_merges(base, made, tmp_path):
     folder = Path(shutil.copytree(base, tmp_path / "both"))
     shutil.copytree(made["plain"], folder, dirs_exist_ok=True)

@@ -6,9 +6,9 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen_vram.adapters.folder import AdapterChoice
 from qwen_vram.arithmetic import render
 from qwen_vram.arithmetic.activations import Moment, moments
 from qwen_vram.arithmetic.architecture import Architecture
@@ -254,7 +254,7 @@ def estimate_vram(
     params: float | None = None,
     logits: Logits = "last",
     padded: bool = False,
-    adapter: str | Path | None = None,
+    adapter: AdapterChoice = None,
     **knobs: object,
 ) -> Estimate:
     """What a model will take on one GPU, before anything is loaded. Pure arithmetic; the defaults are the article's.
@@ -268,7 +268,8 @@ def estimate_vram(
         params: With `model=None`: a number of parameters, for the rule of thumb parameters x bytes (weights alone).
         logits: `"last"` for generation, `"all"` for one plain forward that makes logits for the whole prompt.
         padded: The batch carries padding, so that attention needs a mask.
-        adapter: Folder or hub id of a LoRA adapter that runs beside the base.
+        adapter: Folder or hub id of a LoRA adapter that runs beside the base; `False` if the one in the model's own
+            folder is merged already.
         **knobs: Fields of `Profile` to replace, such as `weights="nf4"`.
 
     Raises:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qwen_vram.adapters.folder import check_is_no_adapter, check_no_adapter_beside
+from qwen_vram.adapters.folder import AdapterChoice, check_is_no_adapter, check_own_adapter, holds_both
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.catalog import catalog_row, row_architecture, unknown_model
 from qwen_vram.arithmetic.checkpoint import CheckpointFiles, read_checkpoint
@@ -48,25 +48,49 @@ class Resolved:
     files: CheckpointFiles | None = None
 
 
-def resolve_model(model: ModelLike, adapter: str | Path | None = None) -> tuple[str, Architecture]:
+def own_adapter(model: ModelLike, adapter: AdapterChoice) -> AdapterChoice:
+    """The caller's adapter; if there is none, the one in the model's own folder, or `False` if that is merged already.
+
+    Raises:
+        ConfigError: as `resolve`.
+    """
+    if adapter is not None or not isinstance(model, (str, Path)):
+        return adapter
+    folder = place_of(model).folder
+    if folder is None or not holds_both(folder):
+        return None
+    from qwen_vram.arithmetic.own_adapter import is_merged
+
+    merged = is_merged(folder)
+    if merged is None:
+        return None
+    word = "merged into the model already, and left out" if merged else "not merged, and runs beside the model"
+    _LOGGER.warning(
+        "%r holds an adapter beside a whole model; held against the base it names, it is %s", str(folder), word
+    )
+    return False if merged else folder
+
+
+def resolve_model(model: ModelLike, adapter: AdapterChoice = None) -> tuple[str, Architecture]:
     """A label for `model` and its architecture, with an adapter's tensors if one is given.
 
     Raises:
         UnknownNameError, ConfigError, HubError: as `resolve`.
         CheckpointError, NotSupportedError: weights or an adapter that cannot be used.
-        AdapterError: `model` is an adapter, or holds one beside a whole model.
+        AdapterError: `model` is an adapter, or holds one beside a whole model that the caller does not speak of.
     """
-    found = resolve(model)
+    adapter = own_adapter(model, adapter)
+    found = resolve(model, adapter)
     return found.label, adapted(found, adapter)
 
 
-def adapted(found: Resolved, adapter: str | Path | None) -> Architecture:
+def adapted(found: Resolved, adapter: AdapterChoice) -> Architecture:
     """The architecture of a model with an adapter's tensors, if one is given.
 
     Raises:
         AdapterError, CheckpointError, NotSupportedError, HubError: the adapter cannot be used.
     """
-    if adapter is None:
+    if adapter is None or adapter is False:
         return found.architecture
     from qwen_vram.arithmetic.adapter import with_adapter  # an estimate without an adapter starts sooner
 
@@ -114,17 +138,17 @@ def _named(knobs: Mapping[str, object], stored: str | None) -> dict[str, object]
     return named
 
 
-def resolve(model: ModelLike, *, alone: bool = True) -> Resolved:
+def resolve(model: ModelLike, adapter: AdapterChoice = None) -> Resolved:
     """What `model` is: its label, its architecture, and its files if they are here.
 
     Args:
         model: An `Architecture`, a config `dict`, a checkpoint folder, a catalog name with or without its
             organisation, or a hub id or a hub page's address, of which config.json is fetched, and the headers of its
             safetensors if it is quantized. A folder wins over a name.
-        alone: Whether a folder that holds an adapter beside the model is refused.
+        adapter: The adapter of the call, by which a folder that holds one beside the model is not refused.
 
     Raises:
-        AdapterError: a folder is an adapter, or holds one beside a whole model.
+        AdapterError: a folder is an adapter, or holds one beside a whole model that the caller does not speak of.
         UnknownNameError: a name that is none of these.
         ConfigError: a config that is missing, broken or of another architecture.
         CheckpointError: the weights in a folder, or the headers of a quantized checkpoint on the hub, are missing,
@@ -142,8 +166,7 @@ def resolve(model: ModelLike, *, alone: bool = True) -> Resolved:
     place = place_of(model)
     if place.folder is not None:
         check_is_no_adapter(place.folder)
-        if alone:
-            check_no_adapter_beside(place.folder)
+        check_own_adapter(place.folder, adapter)
         return open_folder(place, weights=False)
     row = catalog_row(place.name)
     if row is not None:
