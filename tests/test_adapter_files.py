@@ -154,44 +154,6 @@ def test_a_home_folder_is_expanded(base, made, monkeypatch):
     assert qv.estimate_vram(base, adapter="~/plain") == qv.estimate_vram(base, adapter=made["plain"])
 
 
-@pytest.mark.parametrize("names_itself", [True, False])
-@pytest.mark.parametrize("merged", [True, False])
-def test_an_adapter_beside_a_whole_model_is_not_applied_by_itself(base, made, tmp_path, merged, names_itself):
-    """`transformers` puts it on the model, also if the weights hold it already."""
-    folder = tmp_path / "both"
-    if merged:
-        merge(base, made["plain"], folder)
-    else:
-        shutil.copytree(base, folder)
-    alone = tmp_path / "alone"
-    shutil.copytree(folder, alone)
-    shutil.copytree(made["plain"], folder, dirs_exist_ok=True)
-    if names_itself:
-        edit_config(folder, base_model_name_or_path=str(folder))
-    text = r"holds a whole model and an adapter's adapter_config.json, .*; if it is, remove .*; if it is not, move the"
-    for call in (
-        lambda: load(folder),
-        lambda: qv.estimate_vram(folder),
-        lambda: qv.plan(folder),
-        lambda: load(folder, folder),
-    ):
-        with pytest.raises(qv.AdapterError, match=text):
-            call()
-    expected = logits(peft_model(base, made["plain"]))
-    if merged:
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            (folder / name).unlink()
-        model = load(folder)
-    else:
-        own = tmp_path / "own"
-        own.mkdir()
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            (folder / name).rename(own / name)
-        model = load(folder, own)
-    with model as llm:
-        assert torch.allclose(logits(llm.model), expected, atol=0.05)
-
-
 def test_a_base_with_its_adapter_in_one_folder_still_merges(base, made, tmp_path):
     folder = Path(shutil.copytree(base, tmp_path / "both"))
     shutil.copytree(made["plain"], folder, dirs_exist_ok=True)
@@ -241,10 +203,11 @@ def test_fields_about_training_have_no_effect(base, adapter, made, tmp_path, fie
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ({"use_qa_lora": True}, "use_qa_lora is set: QA-LoRA groups the inputs"),
-        ({"use_qalora": True}, "use_qalora is set"),
-        ({"use_merged_linear": True, "enable_lora": [True]}, "use_merged_linear is set: several projections share"),
-        ({"kasa_config": {"beta": 1e-4}}, "kasa_config is set: KaSA truncates the base"),
+        ({"kasa_config": {"beta": 1e-4}}, r"q_proj\.lora_diag is missing"),
+        ({"use_bdlora": {"nblocks": 2}}, "use_bdlora does not name .*q_proj, and its match_strict is true"),
+        ({"use_bdlora": True}, "use_bdlora must be an object with nblocks, got True"),
+        ({"use_bdlora": {"nblocks": 0}}, "nblocks must be a positive number, got 0"),
+        ({"target_parameters": ["embed_tokens.weight"]}, "target_parameters names 'embed_tokens.weight': PEFT would"),
         ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication is set"),
         ({"init_lora_weights": "loftq"}, "init_lora_weights is 'loftq', which changed the base before training"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4', which changed the base"),
@@ -256,7 +219,32 @@ def test_fields_about_training_have_no_effect(base, adapter, made, tmp_path, fie
 def test_fields_that_change_the_arithmetic(base, adapter, tmp_path, fields, text):
     folder = adapter()
     edit_config(folder, **fields)
-    refused(base, folder, tmp_path, text)
+    for name, call in calls(base, folder, tmp_path).items():
+        merged = name == "merge" and ("kasa_config" in fields or fields.get("use_bdlora") == {"nblocks": 2})
+        with pytest.raises(qv.AdapterError, match="so it cannot be merged exactly" if merged else text):
+            call()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Unexpected keyword arguments")
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"use_qa_lora": True}, "use_qa_lora is set: QA-LoRA groups the inputs"),
+        ({"use_qalora": True}, "use_qalora is set: QALoRA groups the inputs"),
+        ({"use_merged_linear": True, "enable_lora": [True]}, "use_merged_linear is set: several projections share"),
+        ({"enable_lora": [True, False]}, "enable_lora is set: several projections share"),
+    ],
+    ids=str,
+)
+def test_fields_that_peft_does_not_follow(base, adapter, made, tmp_path, fields, text):
+    """Tensors of a plain LoRA's shapes are one to PEFT, which `load()` runs; the merge does not guess."""
+    folder = adapter()
+    edit_config(folder, **fields)
+    with load(base, folder) as llm:
+        assert torch.equal(logits(llm.model), logits(peft_model(base, made["plain"])))
+    with pytest.raises(qv.AdapterError, match=text + ".*, so it cannot be merged exactly; merge it with PEFT itself"):
+        merge(base, folder, tmp_path / "out")
 
 
 def test_a_field_that_nobody_knows(base, adapter, tmp_path):

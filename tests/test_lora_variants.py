@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("peft")
 
+from peft import MontecloraConfig, VeloraConfig
 from peft.tuners.lora import LoraLayer
 
 from qwen_vram.lora import stored as stored_module
@@ -50,6 +51,12 @@ def merge(base, adapter, out, **options):
 
 
 VARIANTS = {
+    "VeLoRA": {"target_modules": LINEAR, "velora_config": VeloraConfig(num_groups=5, init_type="random")},
+    "MonteCLoRA": {
+        "target_modules": LINEAR,
+        "r": 4,
+        "monteclora_config": MontecloraConfig(num_samples=2, buffer_size=2),
+    },
     "all linear": {"target_modules": LINEAR, "r": 8},
     "regex": {"target_modules": r".*layers\.1\..*(q|gate)_proj"},
     "rsLoRA": {"target_modules": LINEAR, "r": 6, "lora_alpha": 11, "use_rslora": True},

@@ -32,12 +32,16 @@ class Base:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Factors:
-    """Low-rank factors of a weight: `a` `(rank, in)`, `b` `(out, rank)`, of an embedding the other way round."""
+    """Low-rank factors of a weight: `a` `(rank, in)`, `b` `(out, rank)`, of an embedding the other way round.
+
+    BD-LoRA's have a fraction of the columns. KaSA's `diagonal` `(rank)` stands between the two.
+    """
 
     a: AdapterTensor
     b: AdapterTensor
     scale: float
     magnitude: AdapterTensor | None = None
+    diagonal: AdapterTensor | None = None
     embedding: bool = False
 
 
@@ -50,7 +54,7 @@ class Change:
         kept_beside: PEFT keeps the base's tensor beside the replacement (modules_to_save).
         second_copy: Must hold the same values as `replacement`.
         factors: Their product is added to a weight.
-        shift: Added to a bias, times its scale.
+        shift: Added to a bias, times its scale; also where the base has none, which PEFT runs beside it.
         tokens: Rows that take the place of those with these numbers.
     """
 
@@ -90,6 +94,8 @@ def _instead(adapter: Adapter) -> str:
             f"its task_type is {task_type!r}, so that it belongs to another kind of model than a language model "
             "('CAUSAL_LM'): use it with transformers and PEFT"
         )
+    if adapter.settings.groups_inputs:
+        return "its factors are of groups of inputs (QALoRA), which do not run here: use it with transformers and PEFT"
     return f"pass the base that it was trained on{f' ({trained_on!r})' if trained_on else ''}"
 
 
@@ -143,8 +149,8 @@ class _Reader:
             found[f"{module}.weight"] = make(module, f"{module}.weight", tensors, weight)
         if bias is not None:
             found[f"{module}.bias"] = self.of_bias(module, tensors, bias)
-        elif tensors.b_bias is not None:
-            self.foreign.append(f"{module} has no bias that its lora_bias could be added to")
+        elif weight is not None and tensors.b_bias is not None:
+            found[f"{module}.bias"] = Change(shift=self.shift(module, tensors, weight[:1]))
         elif tensors.bias is not None:
             self.foreign.append(f"{module}.bias is not in it")
         return found
@@ -195,14 +201,18 @@ class _Reader:
         replacement = self.take(tensors.bias, shape) if trained or saved else None
         if (trained or saved) and replacement is None:
             self.is_broken(f"{module}.bias is missing", _COPY_AGAIN)
-        shift = None
-        if self.settings.lora_bias and tensors.a is not None:
-            stored = self.take(tensors.b_bias, shape)
-            if stored is None:
-                self.is_broken(f"{module}.lora_B.bias is missing", _COPY_AGAIN)
-            else:
-                shift = (stored, scale_of(self.settings, module, tensors.a.shape[0]))
-        return Change(replacement=replacement, kept_beside=saved, shift=shift)
+        return Change(replacement=replacement, kept_beside=saved, shift=self.shift(module, tensors, shape))
+
+    def shift(self, module: str, tensors: ModuleTensors, shape: tuple[int, ...]) -> tuple[AdapterTensor, float] | None:
+        """What `lora_bias` adds to a bias."""
+        blocks = self.settings.blocks
+        if not self.settings.lora_bias or tensors.a is None or (blocks is not None and blocks.has_b(module)):
+            return None
+        stored = self.take(tensors.b_bias, shape)
+        if stored is None:
+            self.is_broken(f"{module}.lora_B.bias is missing", _COPY_AGAIN)
+            return None
+        return stored, scale_of(self.settings, module, tensors.a.shape[0])
 
     def factors(self, module: str, tensors: ModuleTensors, shape: tuple[int, ...], *, linear: bool) -> Factors | None:
         """The low-rank factors of a weight of `shape`."""
@@ -231,13 +241,27 @@ class _Reader:
         if rank not in allowed:
             self.is_broken(f"{a.name} has rank {rank}, the settings say {' or '.join(map(str, allowed))}")
             return None
-        self.take(a, (rank, inputs))
-        self.take(b, (outputs, rank))
+        in_a, in_b = self.blocks(module)
+        self.take(a, (rank, inputs // in_a))
+        self.take(b, (outputs, rank // in_b))
         magnitude = self.take(tensors.magnitude, (outputs,)) if self.settings.use_dora else None
         if self.settings.use_dora and magnitude is None:
             self.is_broken(f"{module}.lora_magnitude_vector is missing", _COPY_AGAIN)
+        diagonal = self.take(tensors.diagonal, (rank,)) if self.settings.use_kasa else None
+        if self.settings.use_kasa and diagonal is None:
+            self.is_broken(f"{module}.lora_diag is missing", _COPY_AGAIN)
         scale = scale_of(self.settings, module, rank)
-        return Factors(a=a, b=b, scale=scale, magnitude=magnitude, embedding=embedding)
+        return Factors(a=a, b=b, scale=scale, magnitude=magnitude, diagonal=diagonal, embedding=embedding)
+
+    def blocks(self, module: str) -> tuple[int, int]:
+        """The numbers of blocks on the diagonal of the two factors."""
+        blocks = self.settings.blocks
+        if blocks is None:
+            return 1, 1
+        wrong = blocks.are_wrong(module)
+        if wrong:
+            self.is_broken(wrong)
+        return blocks.of(module)
 
     def is_twin_of_a_target(self, module: str) -> bool:
         """Tell whether PEFT adapts `module` because it is tied to the table that the settings name."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Literal
 
 from qwen_vram.adapters.errors import AdapterError
 from qwen_vram.files.hub import hub_snapshot
@@ -17,6 +18,8 @@ WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 
 AdapterPath = str | Path
+# What a caller says of the adapter: which one, none, or that one in the model's own folder is not to be put on it.
+AdapterChoice = AdapterPath | Literal[False] | None
 
 
 def adapter_folder(adapter: AdapterPath) -> Path:
@@ -124,22 +127,56 @@ def check_is_no_adapter(folder: Path) -> None:
         )
 
 
-def check_no_adapter_beside(folder: Path) -> None:
-    """Refuse a whole model with an adapter's files in the same folder.
+def holds_both(folder: Path) -> bool:
+    """Tell whether a folder holds a whole model and an adapter's settings."""
+    return (folder / CONFIG).is_file() and (folder / MODEL_CONFIG).is_file()
+
+
+def check_own_adapter(folder: Path, adapter: AdapterChoice) -> None:
+    """Refuse a whole model with an adapter's files in the same folder, unless the caller says what they are.
 
     `transformers` puts such an adapter on the model by itself, also if the weights are merged already.
     Source: transformers 5.23, integrations/peft.py, maybe_load_adapters.
 
+    Args:
+        adapter: What the caller says: `False` leaves it out, and the folder itself puts it on the model.
+
+    Raises:
+        AdapterError: both are there, and the caller does not say.
+    """
+    if not holds_both(folder) or adapter is False or (adapter is not None and _is_folder_of(adapter, folder)):
+        return
+    raise _both(
+        folder,
+        f"if it is, remove {CONFIG} and {WEIGHTS} from the folder, or pass adapter=False; if it is not, pass the folder"
+        f" as its own adapter: qv.load({str(folder)!r}, adapter={str(folder)!r}), or --adapter {folder}",
+    )
+
+
+def check_no_adapter_beside(folder: Path) -> None:
+    """Refuse a whole model with an adapter's files in the same folder, where no adapter can be named.
+
     Raises:
         AdapterError: both are there.
     """
-    if (folder / CONFIG).is_file() and (folder / MODEL_CONFIG).is_file():
-        raise AdapterError(
-            f"{str(folder)!r} holds a whole model and an adapter's {CONFIG}, and no file says whether the adapter is "
-            f"merged into the model; if it is, remove {CONFIG} and {WEIGHTS} from the folder; if it is not, move the "
-            "two into a folder of their own, and pass that as adapter=...",
-            path=str(folder / CONFIG),
+    if holds_both(folder):
+        raise _both(
+            folder,
+            f"if it is, remove {CONFIG} and {WEIGHTS} from the folder; if it is not, merge it first: "
+            f"qv.merge_lora_then_quantize({str(folder)!r}, {str(folder)!r}, out)",
         )
+
+
+def _is_folder_of(adapter: AdapterPath, folder: Path) -> bool:
+    return isinstance(adapter, (str, Path)) and Path(adapter).expanduser().resolve() == folder.resolve()
+
+
+def _both(folder: Path, advice: str) -> AdapterError:
+    return AdapterError(
+        f"{str(folder)!r} holds a whole model and an adapter's {CONFIG}, and no file says whether the adapter is "
+        f"merged into the model; {advice}",
+        path=str(folder / CONFIG),
+    )
 
 
 def named_base(folder: Path) -> str:

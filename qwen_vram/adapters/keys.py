@@ -26,6 +26,7 @@ _ENDINGS = {
     ".original_module.weight": "untrained",
     ".base_layer.weight": "copied_weight",
     ".base_layer.bias": "bias",
+    ".lora_diag": "diagonal",
     ".lora_embedding_A": "embedding_a",
     ".lora_embedding_B": "embedding_b",
     ".lora_A.weight": "a",
@@ -34,6 +35,9 @@ _ENDINGS = {
     ".weight": "weight",
     ".bias": "bias",
 }
+# Tensors that VeLoRA and MonteCLoRA use in training alone; a forward pass in eval mode does not read them.
+# Source: peft 0.21.2, tuners/lora/variants.py.
+_IN_TRAINING = re.compile(r"\.lora_velora_embed(\.default)?$|\.lora_monteclora_sampler\.(default\.)?\w+$")
 # What wrappers of torch add to the names of modules: torch.compile, FSDP and activation checkpointing.
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 # From a key as it is in a model in memory, which holds the adapter's name "default", to the key that PEFT saves.
@@ -62,6 +66,7 @@ class ModuleTensors:
     """The tensors of an adapter for one module; the fields are named after PEFT's keys.
 
     Attributes:
+        diagonal: KaSA's factors of the ranks, between `a` and `b`.
         weight: The whole weight, trained (modules_to_save) or saved with a resized vocabulary.
         copied_weight: The base's weight as it was in training, saved because the module is adapted.
         saved_twice: `weight` once more, as PEFT writes it if the vocabulary was resized; alone, it is `weight`.
@@ -72,6 +77,7 @@ class ModuleTensors:
     b: AdapterTensor | None = None
     b_bias: AdapterTensor | None = None
     magnitude: AdapterTensor | None = None
+    diagonal: AdapterTensor | None = None
     embedding_a: AdapterTensor | None = None
     embedding_b: AdapterTensor | None = None
     weight: AdapterTensor | None = None
@@ -90,7 +96,7 @@ class ModuleTensors:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adapter:
-    """One adapter: its folder, settings, and tensors by module path and by key."""
+    """One adapter: its folder, settings, and tensors by module path and by key, but for those of training alone."""
 
     folder: Path
     settings: LoraSettings
@@ -123,6 +129,7 @@ def open_adapter(adapter: AdapterPath) -> Adapter:
     tensors = {
         key: AdapterTensor(key, _path_of(key), tensor.dtype, tensor.shape, tensor.nbytes, tensor.offset)
         for key, tensor in read_header(folder / WEIGHTS).items()
+        if not _IN_TRAINING.search(key)
     }
     return Adapter(folder=folder, settings=settings, modules=_by_module(folder, tensors), tensors=tensors)
 

@@ -19,21 +19,26 @@ def scale_of(settings: LoraSettings, module: str, rank: int) -> float:
 
     Source: rsLoRA, arXiv:2312.03732.
     """
-    alpha = next(iter(_matches(settings.alpha_pattern, module)), settings.lora_alpha)
+    alpha = alpha_of(settings, module)
     return alpha / math.sqrt(rank) if settings.use_rslora else alpha / rank
+
+
+def alpha_of(settings: LoraSettings, module: str) -> float:
+    """Alpha of `module`: of the first pattern that matches, or the common one."""
+    return next(iter(_matches(settings.alpha_pattern, settings.key_of(module))), settings.lora_alpha)
 
 
 def ranks_of(settings: LoraSettings, module: str) -> list[float]:
     """The ranks that the settings allow `module`: of every pattern that matches, or the common one."""
-    return _matches(settings.rank_pattern, module) or [settings.r]
+    return _matches(settings.rank_pattern, settings.key_of(module)) or [settings.r]
 
 
 def alpha_is_ambiguous(settings: LoraSettings, module: str) -> bool:
     """Tell whether patterns with different alphas match, so that sorting them may have changed which one counts."""
-    return len(set(_matches(settings.alpha_pattern, module))) > 1
+    return len(set(_matches(settings.alpha_pattern, settings.key_of(module)))) > 1
 
 
-def _matches(patterns: Mapping[str, float], module: str) -> list[float]:
-    """The values of the patterns, in the file's order, that are the end of `module`'s path."""
+def _matches(patterns: Mapping[str, float], path: str) -> list[float]:
+    """The values of the patterns, in the file's order, that are the end of a module's path or of a parameter's."""
     # Source: peft 0.21.2, utils/other.py, get_pattern_key.
-    return [value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)]
+    return [value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", path)]

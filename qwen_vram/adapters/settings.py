@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+from qwen_vram.adapters.blocks import Blocks
 from qwen_vram.adapters.errors import AdapterError
 from qwen_vram.adapters.folder import CONFIG
 from qwen_vram.adapters.targets import Targets
@@ -27,19 +28,22 @@ _BASE_CHANGING_INITS = (*_REPEATABLE_INITS, "corda", "loftq", "lora_ga")
 
 # What the adapter computes is not a low-rank update of one matrix, or the base it belongs to is another one.
 _REFUSED = {
+    "arrow_config": "Arrow chooses among adapters for every token",
+    "layer_replication": "the adapter's layers are copies of the base's layers",
+    "megatron_config": "the adapter is split over Megatron's ranks",
+}
+# The same for the merge. Beside the base PEFT runs them, if their tensors have the shapes of its modules: it groups
+# inputs on GPTQ's matrices only, and does not know ms-swift's use_qa_lora, use_merged_linear and enable_lora.
+_NOT_MERGED = {
     "use_qalora": "QALoRA groups the inputs of each matrix",
     "use_qa_lora": "QA-LoRA groups the inputs of each matrix",
     "use_merged_linear": "several projections share one matrix",
     "enable_lora": "several projections share one matrix",
     "use_bdlora": "BD-LoRA has block-diagonal factors",
-    "arrow_config": "Arrow chooses among adapters for every token",
     "kasa_config": "KaSA truncates the base",
-    "velora_config": "VeLoRA is not a plain low-rank update",
-    "monteclora_config": "MonteCLoRA draws its weights at random",
-    "layer_replication": "the adapter's layers are copies of the base's layers",
     "target_parameters": "parameters inside modules (mixtures of experts) are adapted",
-    "megatron_config": "the adapter is split over Megatron's ranks",
 }
+_WITH_PEFT = "merge it with PEFT itself (merge_and_unload), and pass the result as the model"
 _READ = {
     "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias", "bias",
     "modules_to_save", "trainable_token_indices", "ensure_weight_tying", "init_lora_weights", "base_model_name_or_path",
@@ -47,11 +51,12 @@ _READ = {
 }  # fmt: skip
 # How an adapter was trained or is saved does not change what it computes. fan_in_fan_out is for GPT-2's Conv1D: PEFT
 # switches it off for nn.Linear and never reads it for nn.Embedding. The last line is what ms-swift and PEFT before 0.3
-# write besides.
+# write besides. VeLoRA and MonteCLoRA are plain LoRA outside training: the one compresses what the backward pass keeps,
+# the other draws weights at random in training mode. Source: peft 0.21.2, tuners/lora/variants.py.
 _IGNORED = {
     "lora_dropout", "fan_in_fan_out", "task_type", "inference_mode", "auto_mapping", "revision", "peft_version",
     "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",
-    "runtime_config", "_name_or_path",
+    "runtime_config", "_name_or_path", "velora_config", "monteclora_config",
     "lora_dtype", "lorap_lr_ratio", "lorap_emb_lr", "swift_type", "model_key_mapping", "merge_weights",
 }  # fmt: skip
 # The same of any other trainer, by what the field is called.
@@ -76,8 +81,11 @@ class LoraSettings:
         trained_on: The base that the adapter names.
         task_type: PEFT's name of the kind of model, such as `"CAUSAL_LM"`; empty if there is none.
         activated: The adapter acts on the tokens behind its invocation tokens only (an activated LoRA).
-        mutates_base: PEFT changes the base's weights when it loads the adapter, as it did before training (PiSSA,
-            OLoRA), which must be on the device and not quantized.
+        mutates_base: The setting by which PEFT changes the base's weights when it loads the adapter, as it did before
+            training (PiSSA, OLoRA, KaSA); they must be on the device and not quantized. Empty if it does not.
+        use_kasa: A diagonal stands between the two factors, and the base's smallest singular values are cut off.
+        groups_inputs: QALoRA's first factor is of groups of inputs.
+        blocks: BD-LoRA's blocks; `None` without them.
         unmergeable: Why the adapter cannot be merged exactly, in words; empty if it can.
     """
 
@@ -96,8 +104,15 @@ class LoraSettings:
     trained_on: str
     task_type: str
     activated: bool
-    mutates_base: bool
+    mutates_base: str
+    use_kasa: bool
+    groups_inputs: bool
+    blocks: Blocks | None
     unmergeable: str
+
+    def key_of(self, module: str) -> str:
+        """The path that PEFT looks `module` up by in its patterns: a parameter's, if the settings name that."""
+        return f"{module}.weight" if self.targets.name_weight(module) else module
 
     def saved_around(self, module: str) -> list[str]:
         """The paths that were trained whole, of `module`, a path such as `"model.norm"`, and those around it.
@@ -167,7 +182,10 @@ class _Reader:
             trained_on=str(self.config.get("base_model_name_or_path") or ""),
             task_type=str(self.config.get("task_type") or ""),
             activated=self.on("alora_invocation_tokens"),
-            mutates_base=init in _REPEATABLE_INITS,
+            mutates_base=self.mutates_base(init),
+            use_kasa=self.on("kasa_config"),
+            groups_inputs=self.on("use_qalora") or self.on("use_qa_lora"),
+            blocks=self.blocks(),
             unmergeable=self.unmergeable(init),
         )
 
@@ -187,10 +205,7 @@ class _Reader:
             )
         for key, why in _REFUSED.items():
             if self.on(key):
-                raise self.error(
-                    f"{key} is set: {why}, so it cannot be merged exactly; merge it with PEFT itself "
-                    "(merge_and_unload), and pass the result as the model"
-                )
+                raise self.error(f"{key} is set: {why}, so it cannot be merged exactly; {_WITH_PEFT}")
 
     def init(self) -> str:
         """The initialization's name in lower case, `""` for PEFT's own.
@@ -211,7 +226,29 @@ class _Reader:
     def changed_base(self, init: object) -> str:
         return (
             f"init_lora_weights is {init!r}, which changed the base before training; save the adapter again with "
-            "save_pretrained(..., path_initial_model_for_weight_conversion=...), which turns it into a plain LoRA"
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...), which turns it into a plain LoRA; "
+            "or, if the base here is the changed one that training saved, set init_lora_weights to true"
+        )
+
+    def mutates_base(self, init: str) -> str:
+        """Name the setting by which PEFT changes the base when it loads the adapter; empty if none does."""
+        if self.on("kasa_config"):
+            return "kasa_config"
+        return "init_lora_weights" if init in _REPEATABLE_INITS else ""
+
+    def blocks(self) -> Blocks | None:
+        """BD-LoRA's blocks."""
+        if not self.on("use_bdlora"):
+            return None
+        given = self.config["use_bdlora"]
+        if not isinstance(given, dict):
+            raise self.error(f"use_bdlora must be an object with nblocks, got {given!r}")
+        inside = _Reader(given, self.path)
+        return Blocks(
+            number=int(inside.number("nblocks", given.get("nblocks", 1))),
+            in_a=inside.names("target_modules_bd_a"),
+            in_b=inside.names("target_modules_bd_b"),
+            strict=bool(given.get("match_strict", True)),
         )
 
     def unmergeable(self, init: str) -> str:
@@ -223,7 +260,10 @@ class _Reader:
                 "alora_invocation_tokens is set: an activated LoRA acts on part of the text only, so it cannot be "
                 "merged; run it beside its base: qv.load(base, adapter=...)"
             )
-        known = _READ | _IGNORED | set(_REFUSED)
+        for key, why in _NOT_MERGED.items():
+            if self.on(key):
+                return f"{key} is set: {why}, so it cannot be merged exactly; {_WITH_PEFT}"
+        known = _READ | _IGNORED | set(_REFUSED) | set(_NOT_MERGED)
         unknown = [key for key in self.config if key not in known and self.on(key) and not _ABOUT_TRAINING.search(key)]
         if unknown:
             return (
@@ -278,7 +318,19 @@ class _Reader:
             saved=tuple(self.expression("modules_to_save", name) for name in self.names("modules_to_save")),
             layers=tuple(numbers),
             layers_pattern=(pattern,) if isinstance(pattern, str) else self.names("layers_pattern"),
+            weights=self.named_weights(),
         )
+
+    def named_weights(self) -> tuple[str, ...]:
+        """The modules whose weights are named as parameters."""
+        names = self.names("target_parameters")
+        tables = [name for name in names if name.endswith("embed_tokens.weight")]
+        if tables:
+            raise self.error(
+                f"target_parameters names {tables[0]!r}: PEFT would compute the whole token table anew in every step, "
+                f"which is not counted; {_WITH_PEFT}"
+            )
+        return tuple(name.removesuffix(".weight") for name in names if name.endswith(".weight"))
 
     def token_indices(self) -> dict[str, tuple[int, ...]]:
         key = "trainable_token_indices"

@@ -17,6 +17,8 @@ class Targets:
         saved: Expressions for modules that are trained whole, and so have no factors.
         layers: Numbers of the only layers with factors; empty for all. Without effect beside a regular expression.
         layers_pattern: Names of the list of layers; empty for any.
+        weights: Ends of paths of modules whose weights are named as parameters (target_parameters), whatever else is
+            set. Source: peft 0.21.2, tuners/tuners_utils.py, _inject_parameters.
     """
 
     modules: tuple[str, ...] | str | None
@@ -24,9 +26,12 @@ class Targets:
     saved: tuple[str, ...] = ()
     layers: tuple[int, ...] = ()
     layers_pattern: tuple[str, ...] = ()
+    weights: tuple[str, ...] = ()
 
     def name(self, module: str, *, linear: bool) -> bool:
         """Tell whether the settings name `module`, a path; a `linear` one is a matrix, and neither table nor head."""
+        if self.name_weight(module):
+            return True
         if self.excluded and _matches(self.excluded, module):
             return False
         if any(re.match(rf"(^|.*\.){saved}($|\..*)", module) for saved in self.saved):
@@ -37,6 +42,10 @@ class Targets:
         if isinstance(modules, str) or module in modules:
             return _matches(modules, module)
         return _matches(modules, module) and (not self.layers or self._layer_of(module) in self.layers)
+
+    def name_weight(self, module: str) -> bool:
+        """Tell whether the settings name the weight of `module` as a parameter."""
+        return _matches(self.weights, module)
 
     def _layer_of(self, module: str) -> int | None:
         for pattern in self.layers_pattern or (r"[^.]*",):

@@ -44,6 +44,7 @@ def with_adapter(label: str, architecture: Architecture, adapter: AdapterPath) -
         adapter_replaces=tuple(name for name, change in changes.items() if change.replacement is not None),
         adapter_activated=settings.activated,
         adapter_mutates_base=settings.mutates_base,
+        adapter_in_blocks=settings.blocks is not None and any(map(settings.blocks.name, opened.modules)),
     )
 
 
@@ -84,6 +85,8 @@ def _kept(adapter: Adapter, base: Base, changes: Mapping[str, Change]) -> Iterat
             yield change.replacement
         if change.factors is not None:
             yield from (change.factors.a, change.factors.b)
+            if change.factors.diagonal is not None:
+                yield change.factors.diagonal
         if change.shift is not None:
             yield change.shift[0]
         if change.tokens is not None:

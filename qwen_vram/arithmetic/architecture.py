@@ -61,7 +61,9 @@ class Architecture:
         adapter_weights: The tensors of a LoRA adapter that runs beside the base.
         adapter_replaces: Names of the base's tensors whose values the adapter replaces.
         adapter_activated: The adapter acts on the tokens behind its invocation tokens only (an activated LoRA).
-        adapter_mutates_base: PEFT changes the base's weights when it loads the adapter (PiSSA, OLoRA).
+        adapter_mutates_base: The setting by which PEFT changes the base's weights when it loads the adapter (PiSSA,
+            OLoRA, KaSA); empty if it does not.
+        adapter_in_blocks: Some of its factors hold the blocks of a diagonal (BD-LoRA).
         first_layer: How many decoder layers come before these, where this is one device's part of a model (`slices`).
         layers_after: How many come behind them.
         rope: The rotary positions of config.json; `None` without one.
@@ -87,7 +89,8 @@ class Architecture:
     adapter_weights: tuple[Weight, ...] = ()
     adapter_replaces: tuple[str, ...] = ()
     adapter_activated: bool = False
-    adapter_mutates_base: bool = False
+    adapter_mutates_base: str = ""
+    adapter_in_blocks: bool = False
     first_layer: int = 0
     layers_after: int = 0
     rope: Rope | None = field(default=None, repr=False)

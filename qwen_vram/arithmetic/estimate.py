@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_vram.arithmetic.activations import Moment, moments
@@ -33,6 +32,8 @@ from qwen_vram.units import parse_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from qwen_vram.adapters.folder import AdapterChoice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,7 +258,7 @@ def estimate_vram(
     params: float | None = None,
     logits: Logits = "last",
     padded: bool = False,
-    adapter: str | Path | None = None,
+    adapter: AdapterChoice = None,
     **knobs: object,
 ) -> Estimate:
     """What a model will take on one GPU, before anything is loaded. Pure arithmetic; the defaults are the article's.
@@ -271,7 +272,8 @@ def estimate_vram(
         params: With `model=None`: a number of parameters, for the rule of thumb parameters x bytes (weights alone).
         logits: `"last"` for generation, `"all"` for one plain forward that makes logits for the whole prompt.
         padded: The batch carries padding, so that attention needs a mask.
-        adapter: Folder or hub id of a LoRA adapter that runs beside the base.
+        adapter: Folder or hub id of a LoRA adapter that runs beside the base; `False` if the one in the model's own
+            folder is merged already.
         **knobs: Fields of `Profile` to replace, such as `weights="nf4"`.
 
     Raises:

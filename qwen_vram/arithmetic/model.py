@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.checkpoint import CheckpointFiles, read_checkpoint
@@ -15,6 +15,9 @@ from qwen_vram.errors import ConfigError, UnknownNameError
 from qwen_vram.files.header import Tensor
 from qwen_vram.files.local import ADAPTER_CONFIG, CONFIG, exists
 from qwen_vram.files.place import Place, is_hub_id, place_of
+
+if TYPE_CHECKING:
+    from qwen_vram.adapters.folder import AdapterChoice
 
 ModelLike = str | Path | Mapping[str, object] | Architecture
 
@@ -41,25 +44,51 @@ class Resolved(NamedTuple):
     files: CheckpointFiles | None = None
 
 
-def resolve_model(model: ModelLike, adapter: str | Path | None = None) -> tuple[str, Architecture]:
+def own_adapter(model: ModelLike, adapter: AdapterChoice) -> AdapterChoice:
+    """The caller's adapter; if there is none, the one in the model's own folder, or `False` if that is merged already.
+
+    Raises:
+        ConfigError: as `resolve`.
+    """
+    if adapter is not None or not isinstance(model, (str, Path)):
+        return adapter
+    folder = place_of(model).folder
+    if folder is None or not (folder / ADAPTER_CONFIG).is_file() or not (folder / CONFIG).is_file():
+        return None
+    import logging  # slow to import, and only needed here
+
+    from qwen_vram.arithmetic.own_adapter import is_merged
+
+    merged = is_merged(folder)
+    if merged is None:
+        return None
+    word = "merged into the model already, and left out" if merged else "not merged, and runs beside the model"
+    logging.getLogger(__name__).warning(
+        "%r holds an adapter beside a whole model; held against the base it names, it is %s", str(folder), word
+    )
+    return False if merged else folder
+
+
+def resolve_model(model: ModelLike, adapter: AdapterChoice = None) -> tuple[str, Architecture]:
     """A label for `model` and its architecture, with an adapter's tensors if one is given.
 
     Raises:
         UnknownNameError, ConfigError, HubError: as `resolve`.
         CheckpointError, NotSupportedError: weights or an adapter that cannot be used.
-        AdapterError: `model` is an adapter, or holds one beside a whole model.
+        AdapterError: `model` is an adapter, or holds one beside a whole model that the caller does not speak of.
     """
-    found = resolve(model)
+    adapter = own_adapter(model, adapter)
+    found = resolve(model, adapter)
     return found.label, adapted(found, adapter)
 
 
-def adapted(found: Resolved, adapter: str | Path | None) -> Architecture:
+def adapted(found: Resolved, adapter: AdapterChoice) -> Architecture:
     """The architecture of a model with an adapter's tensors, if one is given.
 
     Raises:
         AdapterError, CheckpointError, NotSupportedError, HubError: the adapter cannot be used.
     """
-    if adapter is None:
+    if adapter is None or adapter is False:
         return found.architecture
     from qwen_vram.arithmetic.adapter import with_adapter  # an estimate without an adapter starts sooner
 
@@ -109,17 +138,17 @@ def _named(knobs: Mapping[str, object], stored: str | None) -> dict[str, object]
     return named
 
 
-def resolve(model: ModelLike, *, alone: bool = True) -> Resolved:
+def resolve(model: ModelLike, adapter: AdapterChoice = None) -> Resolved:
     """What `model` is: its label, its architecture, and its files if they are here.
 
     Args:
         model: An `Architecture`, a config `dict`, a checkpoint folder, a catalog name with or without its
             organisation, or a hub id or a hub page's address, of which config.json is fetched, and the headers of its
             safetensors if it is quantized. A folder wins over a name.
-        alone: Whether a folder that holds an adapter beside the model is refused.
+        adapter: The adapter of the call, by which a folder that holds one beside the model is not refused.
 
     Raises:
-        AdapterError: a folder is an adapter, or holds one beside a whole model.
+        AdapterError: a folder is an adapter, or holds one beside a whole model that the caller does not speak of.
         UnknownNameError: a name that is none of these.
         ConfigError: a config that is missing, broken or of another architecture.
         CheckpointError: the weights in a folder, or the headers of a quantized checkpoint on the hub, are missing,
@@ -136,7 +165,7 @@ def resolve(model: ModelLike, *, alone: bool = True) -> Resolved:
         raise ConfigError(f"a model is a name, a folder, a config dict or an Architecture, got {type(model).__name__}")
     place = place_of(model)
     if place.folder is not None:
-        _check_no_adapter(place.folder, alone=alone)
+        _check_adapter(place.folder, adapter)
         return open_folder(place, weights=False)
     from qwen_vram.arithmetic.catalog import catalog_row, row_architecture, unknown_model  # a folder needs no catalog
 
@@ -153,15 +182,14 @@ def resolve(model: ModelLike, *, alone: bool = True) -> Resolved:
     return Resolved(label=name, architecture=architecture, repo_id=name, config=config, source=source)
 
 
-def _check_no_adapter(folder: Path, *, alone: bool) -> None:
-    """Refuse an adapter that is given as the model; one beside the model too if that has to be `alone`."""
+def _check_adapter(folder: Path, adapter: AdapterChoice) -> None:
+    """Refuse an adapter that is given as the model, and one beside the model that the caller does not speak of."""
     if (folder / CONFIG).is_file() and not (folder / ADAPTER_CONFIG).is_file():
         return
-    from qwen_vram.adapters.folder import check_is_no_adapter, check_no_adapter_beside
+    from qwen_vram.adapters.folder import check_is_no_adapter, check_own_adapter
 
     check_is_no_adapter(folder)
-    if alone:
-        check_no_adapter_beside(folder)
+    check_own_adapter(folder, adapter)
 
 
 def open_folder(place: Place, *, weights: bool) -> Resolved:

@@ -155,6 +155,16 @@ def _weights(repo_id: str, files: list[str], commit: str) -> list[str]:
     return [*found, *(name for name in files if name.startswith("adapter_model.") and name.endswith(".safetensors"))]
 
 
+def hub_cached(repo_id: str) -> Path | None:
+    """The folder of `repo_id` in the local cache, which may lack files; `None` if there is none. Asks no hub.
+
+    Raises:
+        BackendUnavailableError: huggingface_hub is not installed.
+    """
+    found = library().try_to_load_from_cache(repo_id, CONFIG)
+    return Path(found).parent if isinstance(found, str) else None
+
+
 def _cached_snapshot(repo_id: str, error: HubError) -> Path:
     """The snapshot in the local cache, if no file of it is missing.
 

@@ -35,6 +35,11 @@ def updates_of(one: WeightedAdapter, number: int, base: BaseTensors) -> dict[str
     """
     updates = {}
     for name, change in changes_of(one.adapter, base.shapes).items():
+        if name not in base.tensors:
+            raise one.adapter.error(
+                f"does not fit the base {base.source!r}: {name.removesuffix('.bias')} has no bias that its lora_bias "
+                "could be added to; run it beside its base: qv.load(base, adapter=...)"
+            )
         update = _update(one, number, name, change, base.tensors[name])
         if update is not None:
             updates[name] = update

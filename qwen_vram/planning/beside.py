@@ -9,7 +9,21 @@ from qwen_vram.arithmetic.weights import head_is_a_copy, table_on_host
 from qwen_vram.errors import NotSupportedError
 
 _MERGE = "merge it into the 16-bit base: qv.merge_lora_then_quantize(base, adapter, out)"
+_WITH_PEFT = "merge it with PEFT itself (merge_and_unload), and pass the result as the model"
 _TABLE, _HEAD = "model.embed_tokens", "lm_head"
+# What an adapter that changes the base does to it, by the setting that says so, and what else helps.
+_BEGINS = {
+    "init_lora_weights": (
+        "begins with a decomposition of the base's 16-bit weights (PiSSA or OLoRA in init_lora_weights)",
+        "save it again with save_pretrained(..., path_initial_model_for_weight_conversion=...), which turns it into a "
+        "plain LoRA",
+    ),
+    "kasa_config": (
+        "begins with a decomposition of the base's 16-bit weights (KaSA cuts off their smallest singular values)",
+        _WITH_PEFT,
+    ),
+}
+_BLOCKS = "has block-diagonal factors (BD-LoRA in use_bdlora), which PEFT puts beside matrices in 16 or 32 bits only"
 
 
 def no_adapter_beside(architecture: Architecture, profile: Profile) -> NotSupportedError | None:
@@ -53,11 +67,10 @@ def _weights(architecture: Architecture, profile: Profile) -> str:
     if FORMATS[profile.weights].is_dense:
         return ""
     if architecture.adapter_mutates_base:
-        return (
-            "begins with a decomposition of the base's 16-bit weights (PiSSA or OLoRA in init_lora_weights); use "
-            "weights='bf16', or save it again with save_pretrained(..., path_initial_model_for_weight_conversion=...), "
-            "which turns it into a plain LoRA"
-        )
+        begins, instead = _BEGINS[architecture.adapter_mutates_base]
+        return f"{begins}; use weights='bf16', or {instead}"
+    if architecture.adapter_in_blocks:
+        return f"{_BLOCKS}; use weights='bf16', or {_WITH_PEFT}"
     matrices = {weight.name for weight in architecture.weights() if weight.is_linear and weight.role != "head"}
     replaced = [name for name in architecture.adapter_replaces if name in matrices]
     if replaced:
@@ -70,11 +83,8 @@ def _weights(architecture: Architecture, profile: Profile) -> str:
 def _streamed(architecture: Architecture, profile: Profile) -> str:
     if not profile.streamed_layers or not architecture.adapter_mutates_base:
         return ""
-    return (
-        "begins with a decomposition of the base's weights (PiSSA or OLoRA in init_lora_weights), which have to be on "
-        "the device; use streamed_layers=0, or save it again with save_pretrained(..., "
-        "path_initial_model_for_weight_conversion=...)"
-    )
+    begins, instead = _BEGINS[architecture.adapter_mutates_base]
+    return f"{begins}, which have to be on the device; use streamed_layers=0, or {instead}"
 
 
 def _head(architecture: Architecture, profile: Profile) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
+from qwen_vram.adapters.folder import AdapterChoice
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.model import ModelLike, resolve_model
 from qwen_vram.arithmetic.profile import Profile
@@ -28,7 +28,7 @@ def max_context(
     max_new_tokens: int = 512,
     batch_size: int = 1,
     padded: bool = False,
-    adapter: str | Path | None = None,
+    adapter: AdapterChoice = None,
     **knobs: object,
 ) -> int:
     """The most tokens that one sequence can hold, `max_new_tokens` of them generated; 0 where nothing fits.
@@ -62,7 +62,7 @@ def max_batch(
     prompt_len: int = 512,
     max_new_tokens: int = 512,
     padded: bool = False,
-    adapter: str | Path | None = None,
+    adapter: AdapterChoice = None,
     **knobs: object,
 ) -> int:
     """The most sequences of `prompt_len` and `max_new_tokens` tokens at once, up to 4,096; 0 where not even one fits.
@@ -83,7 +83,7 @@ def min_vram(
     max_new_tokens: int = 512,
     batch_size: int = 1,
     padded: bool = False,
-    adapter: str | Path | None = None,
+    adapter: AdapterChoice = None,
     **knobs: object,
 ) -> int:
     """Bytes of the smallest `vram` for which `plan` says yes at this workload.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
+from qwen_vram.adapters.folder import AdapterChoice
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.estimate import Estimate
 from qwen_vram.arithmetic.model import ModelLike, resolve_model, stored_knobs
@@ -130,7 +130,7 @@ def offload_map(
     max_new_tokens: int = 512,
     batch_size: int = 1,
     padded: bool = False,
-    adapter: str | Path | None = None,
+    adapter: AdapterChoice = None,
     **knobs: object,
 ) -> dict[str, Where]:
     """A `device_map` that leaves room for cache and activations, with as little on the host as the budget allows.

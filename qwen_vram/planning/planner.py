@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from qwen_vram.adapters.folder import AdapterChoice
 from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.estimate import Estimate, estimate, warn_of_positions
-from qwen_vram.arithmetic.model import ModelLike, Resolved, adapted, resolve
+from qwen_vram.arithmetic.model import ModelLike, Resolved, adapted, own_adapter, resolve
 from qwen_vram.arithmetic.profile import KNOBS, PROFILES, Profile
 from qwen_vram.arithmetic.split import split_estimate, split_of
 from qwen_vram.arithmetic.timing_generation import Times, times_of
@@ -33,7 +34,8 @@ class Plan:
         placement: Where each module goes.
         steps: Every candidate on the way, in order.
         model: What was planned for, as the caller named it; `None` for a config or an `Architecture`.
-        adapter: The LoRA adapter beside it, as the caller named it; `None` without one.
+        adapter: The LoRA adapter beside it, as the caller named it; `None` without one, `False` if the one in the
+            model's own folder is left out.
         sequences: Sequences of each prompt, by the checkpoint's generation_config.json (beams, or several answers).
             The workload's batch counts all of them.
     """
@@ -43,7 +45,7 @@ class Plan:
     placement: Placement
     steps: tuple[Step, ...]
     model: str | None = None
-    adapter: str | None = None
+    adapter: str | Literal[False] | None = None
     sequences: int = 1
 
     @property
@@ -182,7 +184,7 @@ def plan(
     max_new_tokens: int = 512,
     batch_size: int = 1,
     padded: bool = False,
-    adapter: str | Path | None = None,
+    adapter: AdapterChoice = None,
     **knobs: object,
 ) -> Plan:
     """The least lossy way to run `model` at a workload within a budget, found by arithmetic alone.
@@ -205,7 +207,8 @@ def plan(
             moves the fewest bytes for a token among those that fit.
         batch_size: Prompts at once. Each runs as so many sequences as the checkpoint's generation_config.json asks for.
         padded: Prompts of a batch differ in length, so that attention needs a mask, and memory for it.
-        adapter: Folder or hub id of a LoRA adapter that runs beside the base.
+        adapter: Folder or hub id of a LoRA adapter that runs beside the base; `False` if the one in the model's own
+            folder is merged already.
 
     Raises:
         DoesNotFitError: nothing fits; the exception carries the bytes, the estimate and the nearest workload.
@@ -214,7 +217,8 @@ def plan(
     """
     workload = Workload(prompt_len=prompt_len, max_new_tokens=max_new_tokens, batch_size=batch_size, padded=padded)
     budget = Budget.of(vram, ram, reserve)
-    found = resolve(model)
+    adapter = own_adapter(model, adapter)
+    found = resolve(model, adapter)
     result = plan_for(model, workload, budget, found=found, profile=profile, prefer=prefer, adapter=adapter, **knobs)
     warn_of_positions(result.estimate)
     return result
@@ -228,7 +232,7 @@ def plan_for(
     found: Resolved,
     profile: str | Profile = "auto",
     prefer: Prefer = "quality",
-    adapter: str | Path | None = None,
+    adapter: AdapterChoice = None,
     **knobs: object,
 ) -> Plan:
     """Plan as `plan()` does, for a budget that is known already, without its warnings.
@@ -244,7 +248,7 @@ def plan_for(
     workload = replace(workload, batch_size=workload.batch_size * sequences)
     best = Search(found.label, architecture, workload, budget, profile, knobs).run(prefer)
     named = str(model) if isinstance(model, str | Path) else None
-    beside = None if adapter is None else str(adapter)
+    beside = str(adapter) if isinstance(adapter, Path) else adapter
     return _plan(best.estimate, budget, best.steps, model=named, adapter=beside, sequences=sequences)
 
 

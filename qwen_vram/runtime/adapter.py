@@ -16,6 +16,7 @@ from torch import nn
 from qwen_vram.adapters.errors import AdapterError
 from qwen_vram.adapters.folder import WEIGHTS
 from qwen_vram.adapters.keys import KEY_MAPPING, Adapter
+from qwen_vram.adapters.scaling import alpha_of
 from qwen_vram.adapters.tokenizer import TokenizerFiles, tokenizer_files, with_end_tokens
 from qwen_vram.errors import BackendUnavailableError, CheckpointError
 from qwen_vram.files.companions import copy_files
@@ -106,21 +107,37 @@ def add_adapter(model: nn.Module, adapter: Adapter, dtype: torch.dtype) -> nn.Mo
     PEFT keeps adapters in float32 by default, and casts every input to that; here they take the model's dtype, as the
     estimator counts them. Every factor comes from the file, so that none is initialized, unless that changes the base.
     """
-    from peft import LoraConfig, PeftModel
+    from peft import PeftModel
 
     if find_spec("gptqmodel") is not None:
         import_quietly()  # or PEFT would, for any adapter
 
-    config = LoraConfig.from_pretrained(str(adapter.folder))
-    config.inference_mode = True
-    if not adapter.settings.mutates_base:
-        config.init_lora_weights = True
-    if adapter.settings.targets.modules is None:  # PEFT would take its own default, whatever the file holds
-        config.target_modules = {module for module, tensors in adapter.modules.items() if tensors.factors}
     adapted: nn.Module = PeftModel.from_pretrained(
-        model, adapter.folder, config=config, autocast_adapter_dtype=False, key_mapping=KEY_MAPPING
+        model, adapter.folder, config=_config(adapter), autocast_adapter_dtype=False, key_mapping=KEY_MAPPING
     )
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.to(dtype)
     return adapted
+
+
+def _config(adapter: Adapter) -> Any:
+    """The adapter's `LoraConfig`, with PEFT's own layers for what is plain LoRA outside training."""
+    from peft import LoraConfig
+
+    config = LoraConfig.from_pretrained(str(adapter.folder))
+    config.inference_mode = True
+    config.velora_config = config.monteclora_config = None  # or PEFT would keep their buffers, which nothing reads
+    config.use_qalora = False  # the factors are of whole inputs, as was checked
+    settings = adapter.settings
+    if not settings.mutates_base:
+        config.init_lora_weights = True
+    if settings.targets.modules is None or settings.targets.weights:
+        # PEFT would take a default of its own in place of no targets, and compute a whole matrix anew in every step for
+        # a weight that is named as a parameter.
+        factors = {module: tensors.factors for module, tensors in adapter.modules.items() if tensors.factors}
+        config.target_modules, config.target_parameters = set(factors), None
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+        config.rank_pattern = {module: parts[0].shape[0] for module, parts in factors.items()}
+        config.alpha_pattern = {module: alpha_of(settings, module) for module in factors}
+    return config

@@ -62,7 +62,7 @@ def open_checkpoint(model: ModelLike, found: Resolved | None = None) -> Checkpoi
         raise ConfigError(
             f"load() needs weights: a checkpoint folder, a catalog name or a hub id, got a {type(model).__name__}"
         )
-    found = found or resolve(model, alone=False)
+    found = found or resolve(model, False)
     files = found.files
     if files is None or not files.tensors:
         folder = hub_snapshot(found.repo_id) if files is None else files.folder

@@ -5,16 +5,15 @@ from __future__ import annotations
 import gc
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from qwen_vram.adapters.base_name import warn_of_another_base
-from qwen_vram.adapters.folder import check_no_adapter_beside
+from qwen_vram.adapters.folder import AdapterChoice, check_own_adapter
 from qwen_vram.adapters.keys import Adapter, open_adapter
 from qwen_vram.arithmetic.estimate import warn_of_positions
-from qwen_vram.arithmetic.model import ModelLike, resolve
+from qwen_vram.arithmetic.model import ModelLike, own_adapter, resolve
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.tiles import head_by_tiles
 from qwen_vram.arithmetic.weights import disk_buffers, head_is_a_copy, streaming_slots, table_on_host
@@ -61,7 +60,7 @@ def load(
     max_new_tokens: int = 512,
     batch_size: int = 1,
     padded: bool = False,
-    adapter: str | Path | None = None,
+    adapter: AdapterChoice = None,
     device: str | None = None,
     progress: bool = True,
     verify: bool = False,
@@ -78,6 +77,7 @@ def load(
         padded: As for `plan()`. A padded batch that was not planned has to fit all the same before it runs.
         vram: As for `plan()`; needs a GPU, and every GPU that a dict names.
         adapter: Folder or hub id of a LoRA adapter, run beside the base by PEFT; the model is then a `PeftModel`.
+            `False` if the one in the model's own folder is merged already.
         device: `"cuda"` or `"cpu"`; `None` takes the GPU where there is one.
         progress: Show transformers' bars while weights load and streamed layers are packed.
         disable_mmap: Read the weights through instead of mapping them, for network drives, on which a mapped file is
@@ -92,19 +92,20 @@ def load(
         PlanNotHeldError: `verify=True`, and what was loaded takes more than was planned.
         UnknownNameError, UnitError, WorkloadError: as for `plan()`.
     """
-    opened = None if adapter is None else open_adapter(adapter)
+    adapter = own_adapter(model, adapter)
+    opened = None if adapter is None or adapter is False else open_adapter(adapter)
     devices = devices_for(device, vram)
     collect_dropped(devices)
     place = weakest(devices)
     if place.type == "cuda" and profile == "auto" and torch.cuda.get_device_capability(place) < (8, 0):
         knobs.setdefault("attention", "sdpa")  # the flash kernel begins with Ampere
-    folder = None if opened is None else opened.folder
+    chosen_adapter = adapter if opened is None else opened.folder
     workload = Workload(prompt_len=prompt_len, max_new_tokens=max_new_tokens, batch_size=batch_size, padded=padded)
     offered, reserve = budget_on(devices, vram, reserve)
     budget = Budget.of(offered, ram, reserve, held=held_beside_torch(devices))
-    found = resolve(model)
+    found = resolve(model, chosen_adapter)
     planned = partial(
-        plan_for, model, workload, budget, found=found, profile=profile, prefer=prefer, adapter=folder, **knobs
+        plan_for, model, workload, budget, found=found, profile=profile, prefer=prefer, adapter=chosen_adapter, **knobs
     )
     chosen = planned()
     warn_of_positions(chosen.estimate)
@@ -135,7 +136,7 @@ def load(
     with nothing_left_after_a_failure():
         with garbage_of_this_load(), ExitStack() as after_a_failure:
             checkpoint = open_checkpoint(model, found)
-            check_no_adapter_beside(checkpoint.folder)
+            check_own_adapter(checkpoint.folder, chosen_adapter)
             llm = _build(checkpoint, chosen, backend, devices, opened, progress, disable_mmap, after_a_failure)
             after_a_failure.pop_all()
         give_back_heap()

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from qwen_vram.adapters.folder import AdapterChoice
 from qwen_vram.adapters.keys import open_adapter
 from qwen_vram.arithmetic.catalog import catalog_row
-from qwen_vram.arithmetic.model import ModelLike, resolve_model
+from qwen_vram.arithmetic.model import ModelLike, own_adapter, resolve
 from qwen_vram.errors import WorkloadError
 from qwen_vram.files.hub import hub_companions
 from qwen_vram.files.local import is_folder
@@ -107,7 +108,7 @@ class Prompts:
         return Prompt(inputs, settings.max_new_tokens(max_new_tokens), options, settings.answers)
 
 
-def check_chat(model: ModelLike, adapter: str | Path | None, system: str | None, options: Mapping[str, Any]) -> None:
+def check_chat(model: ModelLike, adapter: AdapterChoice, system: str | None, options: Mapping[str, Any]) -> None:
     """Refuse a model that cannot be talked to with these options, before its weights are downloaded or read.
 
     Args:
@@ -118,7 +119,8 @@ def check_chat(model: ModelLike, adapter: str | Path | None, system: str | None,
         WorkloadError, UnknownNameError, CheckpointError, ConfigError: as for `LoadedModel.stream`.
         HubError: the hub does not give the tokenizer.
     """
-    _, architecture = resolve_model(model)
+    adapter = own_adapter(model, adapter)
+    architecture = resolve(model, adapter).architecture
     if not isinstance(model, (str, Path)):
         return
     folder = Path(model)
@@ -126,7 +128,7 @@ def check_chat(model: ModelLike, adapter: str | Path | None, system: str | None,
         row = catalog_row(str(model))
         folder = hub_companions(row.repo_id if row else str(model))
     file, rows = generation_config(folder), architecture.vocab_size
-    adapters = [] if adapter is None else [open_adapter(adapter).folder]
+    adapters = [] if adapter is None or adapter is False else [open_adapter(adapter).folder]
     _, tokenizer = open_adapters_tokenizer(folder, adapters, rows=rows)
     prompts = Prompts(tokenizer or open_tokenizer(folder), rows, folder)
     prompts.of_conversation(None, "hi", system, None, options, streamed=True, file=file)

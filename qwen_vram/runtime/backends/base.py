@@ -6,9 +6,13 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
+from qwen_vram.adapters.folder import holds_both
 from qwen_vram.arithmetic.checkpoint import CheckpointFiles
 from qwen_vram.files.local import INDEX, SINGLE
 from qwen_vram.runtime.from_tensors import load_with_own_head, load_without
+
+# A subfolder that is not there, in which transformers looks for an adapter to put on the model by itself.
+_NO_ADAPTER = "no adapter"
 
 if TYPE_CHECKING:
     import torch
@@ -152,6 +156,8 @@ def from_pretrained(request: Request, **options: Any) -> nn.Module:
         return load_with_own_head(files, mapped=mapped, **options)
     # transformers itself has to read a folder of which it puts modules on "disk". It reads one that is as it writes it.
     if "disk" in request.device_map.values() or _is_plain(request):
+        if holds_both(files.folder):  # or transformers would put that adapter on the model
+            options["adapter_kwargs"] = {"subfolder": _NO_ADAPTER}
         model: nn.Module = AutoModelForCausalLM.from_pretrained(files.folder, **options)
         return model
     made, narrowed = request.made, request.narrowed
