@@ -1,4 +1,4 @@
-"""Products of a few rows with quantized matrices of Qwen2.5-7B on a GPU: which division among programs is fastest.
+"""Products of a few rows with matrices of Qwen2.5-7B on a GPU: which division among programs is fastest.
 
     python benchmarks/few_rows.py OUT.jsonl                # three minutes on an H200
     python benchmarks/few_rows.py OUT.jsonl --formats nf4 --rows 1
@@ -38,6 +38,7 @@ SHAPES = {
     "k": (512, HIDDEN),
     "head": (152064, HIDDEN),
 }
+FORMATS = ("nf4", "int8-wo", "fp8", "dense")
 GROUPS = {"qkv": ("q", "k", "k"), "swiglu": ("gate", "gate")}
 
 _FOUR_BIT = [
@@ -80,7 +81,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="rows are added to it")
     parser.add_argument("--seconds", type=float, default=200, help="no figure is begun later than this")
     parser.add_argument("--each", type=float, default=0.02, help="seconds for each figure")
-    parser.add_argument("--formats", nargs="+", default=["nf4", "int8-wo", "fp8"])
+    parser.add_argument("--formats", nargs="+", default=[*FORMATS])
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 4, 8])
     parser.add_argument("--workers", type=int, default=min(14, os.cpu_count() or 1), help="processes that compile")
     options = parser.parse_args()
@@ -106,17 +107,18 @@ def main() -> None:
 
 def jobs(rows: list[int]) -> Iterator[Job]:
     """The most valuable first."""
-    formats = ("nf4", "int8-wo", "fp8")
     for m in rows:
-        for storage in formats:
+        for storage in FORMATS:
             four_bit = storage == "nf4"
+            if storage == "dense" and m > 2:
+                continue
             if m == 1:
                 yield from (Job(storage, 1, "", config) for config in (_FOUR_BIT if four_bit else _EIGHT_BIT))
             else:
                 more = _FOUR_BIT_MORE if four_bit else _EIGHT_BIT_MORE
                 yield from (Job(storage, m, "", config) for config in more.get(m, more[4]))
         if m == 1:
-            for storage in formats:
+            for storage in FORMATS:
                 for group in GROUPS:
                     configs = _FOUR_BIT_GROUPS if storage == "nf4" else _EIGHT_BIT_GROUPS
                     yield from (Job(storage, 1, group, config) for config in configs)
@@ -149,6 +151,9 @@ def launch(job: Job, x: Tensor, matrices: list[Matrix]) -> None:
 def made(storage: str, rows: int, width: int, m: int) -> Matrix:
     """A matrix of random codes."""
     out = torch.zeros(m, rows, dtype=torch.bfloat16, device="cuda")
+    if storage == "dense":
+        matrix = torch.randn(rows, width, dtype=torch.bfloat16, device="cuda")
+        return Matrix(matrix.view(-1).view(torch.int32), None, out, rows, (out,))
     count = rows * width // (2 if storage == "nf4" else 1)
     codes = torch.randint(-(2**31), 2**31 - 1, (count // 4,), dtype=torch.int32, device="cuda")
     if storage == "int8-wo":
@@ -173,6 +178,8 @@ def made(storage: str, rows: int, width: int, m: int) -> Matrix:
 
 def dequantized(storage: str, matrix: Matrix, width: int, rows: int) -> Tensor:
     """The first rows in float64."""
+    if storage == "dense":
+        return matrix.weight.view(torch.bfloat16)[: rows * width].view(rows, width).double()
     codes = matrix.weight.view(torch.uint8)
     if storage == "int8-wo":
         values = codes[: rows * width].view(torch.int8).view(rows, width).double()

@@ -16,7 +16,7 @@ from qwen_vram.errors import QwenVramError
 from qwen_vram.files.header import Tensor
 from qwen_vram.files.hub import hub_cached
 from qwen_vram.files.local import CONFIG
-from qwen_vram.files.place import HUB_ID
+from qwen_vram.files.place import is_hub_id
 from qwen_vram.files.same import same_bytes
 
 # A merge holds the whole update but for rounding: its share of the update, and what is left over beside the update.
@@ -60,7 +60,7 @@ def _base(named: str, folder: Path) -> Path | None:
     base = Path(named).expanduser()
     if named and (base / CONFIG).is_file():
         return None if base.resolve() == folder.resolve() else base
-    return hub_cached(named) if HUB_ID.fullmatch(named) else None
+    return hub_cached(named) if is_hub_id(named) else None
 
 
 class _Matrix(NamedTuple):
