@@ -8,6 +8,7 @@ from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 
 from qwen_vram.arithmetic.tiles import is_tiled
+from qwen_vram.runtime import few_rows
 from qwen_vram.runtime.tiled_product import tiled_product
 
 # From this many rows on products are made by tiles on every GPU.
@@ -25,6 +26,9 @@ class TiledLinear4bit(Linear4bit):  # type: ignore[misc]
         """`x @ weight.T + bias`: (..., in_features) to (..., out_features)."""
         state = self.weight.quant_state
         rows = x.numel() // x.shape[-1]
+        few = few_rows.multiply(self, x.reshape(rows, -1)) if x.is_cuda and not torch.compiler.is_compiling() else None
+        if few is not None:
+            return few.view(*x.shape[:-1], -1)
         if (
             not is_tiled(tuple(state.shape), rows)
             or _fused_kernel_runs(x, tuple(state.shape), state.blocksize, rows)

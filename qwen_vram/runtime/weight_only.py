@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qwen_vram.arithmetic.tiles import chunk_rows
+from qwen_vram.runtime import few_rows
 from qwen_vram.runtime.tiled_product import tiled_product
 
 
@@ -64,6 +65,9 @@ class WeightOnlyLinear(nn.Linear):
         """`x @ matrix.T + bias`: (..., in_features) to (..., out_features)."""
         rows = x.reshape(-1, self.in_features)
         trains = torch.is_grad_enabled() and x.requires_grad
+        few = few_rows.multiply(self, rows) if x.is_cuda and not torch.compiler.is_compiling() else None
+        if few is not None:
+            return few.view(*x.shape[:-1], self.out_features)
         product = None if trains else self.multiply(rows)
         if product is not None:
             if self.bias is not None:
