@@ -168,6 +168,8 @@ def _division(storage: str, rows: int, out: int, width: int, *, alone: bool) -> 
         out: Rows of the matrices together.
         alone: There is one matrix, and nothing else is made of its product.
     """
+    if storage == "dense":
+        return (2, 128, 4)
     if rows > 4:
         return (2, 32, 1)
     if width > _DEEP:
