@@ -181,5 +181,5 @@ def test_on_a_gpu(tied, tmp_path, weights, embeddings):
         llm.generate("hello", max_new_tokens=4, do_sample=False)
         llm.save_quantized(tmp_path / "out", progress=False)
         expected = logits(llm.model)
-    with qv.load(tmp_path / "out", attention="sdpa", progress=False) as again:
+    with qv.load(tmp_path / "out", profile="default", embeddings=embeddings, progress=False) as again:
         assert torch.equal(logits(again.model), expected)

@@ -53,6 +53,9 @@ ROWS = [
     ("Qwen3-8B", "compact", {"weights": "gptq-int8", "lm_head": None}, (3_000, 64, 2, True)),
     ("Qwen2.5-1.5B", "default", {"weights": "fp32"}, (1_500, 16, 1, False)),
     ("Qwen2.5-7B", "int4-flash", {"dequantization": "whole"}, (2_000, 64, 1, False)),
+    ("Qwen2.5-7B", "int4-flash", {"dequantization": "whole", "captured": True}, (2_048, 256, 1, False)),
+    ("Qwen2.5-7B", "compact", {"captured": True}, (8_000, 64, 1, False)),
+    ("Qwen3-4B", "int4-flash", {"weights": "int8-wo", "captured": True}, (1_500, 64, 4, True)),
 ]
 FORMATS = {
     "fp32",

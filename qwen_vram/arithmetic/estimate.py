@@ -117,8 +117,13 @@ class Estimate:
             return self.sum("process_total")
         if self.architecture is None:
             return self.peak_allocated
-        most = max(one.peak_reserved for one in (self, *self.covered))
-        return self._process(max(most, self._session_least if self.covered else 0))
+        if not self.covered:
+            return self._process(self.peak_reserved)
+        from qwen_vram.arithmetic.session import smaller_step_bytes  # a plan's, and not an estimate's
+
+        beside = smaller_step_bytes(self.architecture, self.profile, self.workload)
+        most = beside + max(one.peak_reserved for one in (self, *self.covered))
+        return self._process(max(most, self._session_least))
 
     @property
     def beside_torch(self) -> int:

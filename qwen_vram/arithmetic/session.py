@@ -61,17 +61,26 @@ def critical_workloads(profile: Profile, workload: Workload) -> list[Workload]:
     return [one for one in dict.fromkeys(others) if one != workload]
 
 
+def smaller_step_bytes(architecture: Architecture, profile: Profile, workload: Workload) -> int:
+    """Return the bytes of a captured step of a smaller batch, which stays beside the planned one; 0 if there is none.
+
+    Its logits are in float32, and it has segments in the pool of graphs.
+    """
+    if not profile.captures or workload.batch_size == 1 or workload.logits == "all":
+        return 0
+    return (workload.batch_size - 1) * architecture.vocab_size * _FP32 + _GRAPH_SEGMENTS
+
+
 def fragment_bytes(architecture: Architecture, profile: Profile, workload: Workload) -> int:
     """Return the bytes that torch may have reserved in a session beyond what a single workload needs.
 
     One result of `gate_proj` in a prefill step, (batch_size x chunk, intermediate_size), finds no free block of its
     size. A quantized cache makes all keys and values of a layer whole in every step, in two tensors that grow with the
-    context: each leaves a block that the next one does not fit. A captured step of a smaller batch has its logits in
-    float32, and segments in the pool of graphs.
+    context: each leaves a block that the next one does not fit. There may be a captured step of a smaller batch.
     """
     activation = _prefill_rows(profile, workload) * architecture.intermediate_size * profile.element_bytes
     if profile.captures and workload.batch_size > 1:
-        return activation + (workload.batch_size - 1) * architecture.vocab_size * _FP32 + _GRAPH_SEGMENTS
+        return activation + smaller_step_bytes(architecture, profile, workload)
     if profile.kv_cache == "bf16":
         return activation
     tokens = workload.batch_size * workload.context_len

@@ -9,10 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from qwen_vram.arithmetic.profile import Profile
+from qwen_vram.arithmetic.storage import FORMATS, FormatName
 from qwen_vram.planning.moves import Move
-
-# Formats whose products never wait for the GPU, so that a decode step can be captured.
-_CAPTURED_FORMATS = ("bf16", "fp16", "nf4", "fp4", "int4", "int8-wo", "fp8")
 
 _CAPTURE = Move({"captured": True}, "nothing lost: decode steps are replayed as one CUDA graph")
 _TABLE = Move({"embeddings": "device"}, "nothing lost: the token table is on the GPU")
@@ -42,7 +40,14 @@ def _can_be_captured(found: Profile) -> bool:
     formats = (found.weights, found.head_format)
     needs_host = found.streamed_layers or found.kv_device == "host" or found.kv_cache != "bf16"
     fixed = found.cache != "dynamic" and found.attention == "fused"
-    return fixed and not needs_host and not found.captures and all(one in _CAPTURED_FORMATS for one in formats)
+    return fixed and not needs_host and not found.captures and all(_never_waits(one) for one in formats)
+
+
+def _never_waits(name: FormatName) -> bool:
+    """Tell if a format's products never wait for the GPU, and run on it as this library or bitsandbytes makes them."""
+    storage = FORMATS[name]
+    sixteen_bit = storage.is_dense and storage.bits == 16
+    return sixteen_bit or storage.library == "torch" or (storage.library == "bitsandbytes" and storage.bits == 4)
 
 
 def _is_larger(chunk: int | None, other: int | None) -> bool:

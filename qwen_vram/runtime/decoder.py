@@ -26,6 +26,7 @@ from qwen_vram.runtime.elementwise import missing_compiler
 from qwen_vram.runtime.fused_layers import FusedLayer
 from qwen_vram.runtime.job import Job
 from qwen_vram.runtime.turns import Turns
+from qwen_vram.runtime.workspaces import take_workspace
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -128,7 +129,7 @@ class Decoder:
         try:
             with _on(self._stream):
                 if self._stream is not None:
-                    _take_workspaces(self.model)
+                    take_workspace(self._stream.device, of_sums=True)
                 step.rehearse()
                 step.rehearse()
         except _compiler_errors() as error:
@@ -183,17 +184,6 @@ def compiler_for(device: torch.device) -> str | None:
         missing,
     )
     return None
-
-
-def _take_workspaces(model: Any) -> None:
-    """Have cuBLAS take its workspaces on the current stream now.
-
-    They stay for good. Later they would be cut from the buffers of a compiler's measurements, 256 MiB each, which could
-    then not be returned to the device.
-    """
-    square = torch.zeros(16, 16, dtype=model.dtype, device=model.device)
-    torch.mm(square, square)
-    torch.addmm(square[0], square, square)
 
 
 def _take_stream(device: torch.device) -> torch.cuda.Stream:

@@ -46,6 +46,7 @@ from qwen_vram.runtime.sampling import generation_config
 from qwen_vram.runtime.streaming import Streamer
 from qwen_vram.runtime.verify import verify as check_plan
 from qwen_vram.runtime.vocabulary import check_vocabulary
+from qwen_vram.runtime.workspaces import reused_bytes
 
 
 def load(
@@ -192,6 +193,11 @@ def _build(
     meters = [PeakMeter(one) for one in devices]
     for meter in meters:
         meter.start()
+    before = {
+        meter.device: meter.before - reused_bytes(meter.device, captured=profile.captures)
+        for meter in meters
+        if meter.cuda
+    }
     streamer = None
     with transformers_bars(progress) as bar:
         model = undispatched(backend, request)
@@ -233,7 +239,7 @@ def _build(
         tokenizer=tokenizer,
         plan=chosen,
         measured=measured,
-        before={meter.device: meter.before for meter in meters},
+        before=before,
         folder=checkpoint.folder,
         streamer=streamer,
         decoder=decoder,

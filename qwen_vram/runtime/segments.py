@@ -2,8 +2,7 @@
 
 torch keeps the segments of a generation for the next one. Tensors of another length may not fit into them, and then it
 takes new ones beside the old. A plan counts each workload in a process that reserves nothing else, so unused segments
-are returned to the device before a generation of another shape. While a generation runs, torch may reserve no more than
-what was promised: near that limit it returns unused segments, as it does on a full card.
+are returned to the device before a generation of another shape.
 """
 
 from __future__ import annotations
@@ -26,13 +25,14 @@ class _Promise(NamedTuple):
 
     Attributes:
         resting: What the model has allocated between generations.
-        reserved: The most that torch reserves for workloads that the plan covers.
-        budget: The most that it may reserve for others, which were held against the budget.
+        reserved: The most that torch reserves for it.
+        limited: Torch must be told. A plan may count on segments that torch returns before it is out of memory. A card
+            of the budget's size makes torch do so; on a larger card a limit does.
     """
 
     resting: int
     reserved: int
-    budget: int
+    limited: bool
 
 
 class Segments:
@@ -56,27 +56,24 @@ class Segments:
 
     @contextmanager
     def within(self, shape: Hashable, *, promised: bool) -> Iterator[None]:
-        """Run a generation within the promise, or within the budget. In the thread that computes it.
+        """Run a generation within the promise, in the thread that computes it.
 
         Args:
             shape: Two generations of equal shapes take tensors of the same sizes in the same order.
-            promised: The plan covers the generation.
+            promised: The plan covers the generation. Any other one was held against the budget, and leaves nothing.
         """
         self._beside.begin()
         if self._promises and shape != self._last:
             torch.cuda.empty_cache()
         self._last = None  # an interrupted generation leaves segments of any size
-        limits = {
-            device: (promise.reserved if promised else promise.budget) + self._headroom(device)
-            for device, promise in self._promises.items()
-        }
-        try:
-            with _limited(limits):
-                yield
-        finally:
-            if self._promises and not promised:
-                torch.cuda.empty_cache()
-        self._last = shape if promised else None
+        limits = {device: promise.reserved + self._headroom(device) for device, promise in self._promises.items()}
+        limited = [device for device, promise in self._promises.items() if promised and promise.limited]
+        with _limited({device: limits[device] for device in limited}):
+            yield
+        self._last = shape
+        if any(torch.cuda.memory_reserved(device) > limit for device, limit in limits.items()):
+            torch.cuda.empty_cache()
+            self._last = None
         self._beside.end()
 
     def _headroom(self, device: torch.device) -> int:
@@ -92,13 +89,9 @@ def _promise(plan: Plan, device: torch.device) -> _Promise:
     part = plan.estimate.devices.get(device.index, plan.estimate)
     assert plan.budget.vram is not None
     offered = plan.budget.devices.get(device.index, plan.budget.vram)
-    budget = max(offered, part.needed_bytes)
+    most = min(part.process_total, max(offered, part.needed_bytes))
     room = part.kv_cache if part.profile.captures else 0
-    return _Promise(
-        part.weights + part.workspace + room,
-        min(part.process_total, budget) - part.beside_torch,
-        budget - part.beside_torch,
-    )
+    return _Promise(part.weights + part.workspace + room, most - part.beside_torch, most < part.process_total)
 
 
 # The limits of generations that run now, and what the caller had set before the first of them.
