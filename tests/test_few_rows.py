@@ -107,9 +107,11 @@ def test_groups_are_what_their_matrices_are_alone(weights, device):
     for some in (layers, layers[:2]):
         for product, layer in zip(few_rows.multiply_each(some, x), some):
             assert torch.equal(product, few_rows.multiply(layer, x))
+            assert torch.equal(few_rows.multiply_each(some, x[:1])[0], few_rows.multiply(some[0], x[:1]))
     gate, up = (made(weights, 7, 576, dtype, device, seed=seed)[0] for seed in (1, 2))
-    expected = functional.silu(few_rows.multiply(gate, x)) * few_rows.multiply(up, x)
-    torch.testing.assert_close(few_rows.swiglu(gate, up, x), expected)
+    expected = functional.silu(few_rows.multiply(gate, x[:1])) * few_rows.multiply(up, x[:1])
+    torch.testing.assert_close(few_rows.swiglu(gate, up, x[:1]), expected)
+    assert few_rows.swiglu(gate, up, x) is None
 
 
 @pytest.mark.parametrize("device", DEVICES)

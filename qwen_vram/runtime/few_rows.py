@@ -51,10 +51,14 @@ def multiply(linear: nn.Module, x: Tensor) -> Tensor | None:
 
 
 def multiply_each(linears: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...] | None:
-    """The products of up to three matrices of one format with the same rows, in one launch."""
+    """The products of up to three matrices of one format with the same rows: for one row in one launch."""
     read = _read(linears, x)
     if read is None:
         return None
+    if len(x) > 1 and len(linears) > 1:  # such launches have not been measured
+        each = [multiply(linear, x) for linear in linears]
+        found = tuple(one for one in each if one is not None)
+        return found if len(found) == len(each) else None
     kernels, matrices, storage = read
     rows = sum(one.rows for one in matrices)
     config = kernels.Config(*_division(storage, len(x), rows, x.shape[1], alone=len(matrices) == 1), _LOOKUP)
@@ -63,8 +67,8 @@ def multiply_each(linears: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...]
 
 
 def swiglu(gate: nn.Module, up: nn.Module, x: Tensor) -> Tensor | None:
-    """`silu(x @ gate.T) * (x @ up.T)` of two matrices of one shape without biases, in one launch."""
-    if getattr(gate, "bias", None) is not None or gate.out_features != up.out_features:
+    """`silu(x @ gate.T) * (x @ up.T)` of one row and two matrices of one shape without biases, in one launch."""
+    if len(x) > 1 or getattr(gate, "bias", None) is not None or gate.out_features != up.out_features:
         return None
     read = _read((gate, up), x)
     if read is None:
