@@ -21,8 +21,7 @@ TRITON = ("qwen_vram.runtime.kernels", "qwen_vram.runtime.few_rows_kernels")
 MODULES = sorted(
     module.name
     for module in pkgutil.walk_packages(qwen_vram.__path__, "qwen_vram.")
-    if not module.name.endswith("__main__")
-    and (module.name not in TRITON or find_spec("triton"))
+    if not module.name.endswith("__main__") and (module.name not in TRITON or find_spec("triton"))
 )
 
 
