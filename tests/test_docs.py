@@ -16,11 +16,12 @@ from qwen_vram.arithmetic.profile import CHOICES, CHOICES_OR_NONE, KNOBS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# Written in Triton, which torch for the CPU does not bring.
+TRITON = ("qwen_vram.runtime.kernels", "qwen_vram.runtime.few_rows_kernels")
 MODULES = sorted(
     module.name
     for module in pkgutil.walk_packages(qwen_vram.__path__, "qwen_vram.")
-    if not module.name.endswith("__main__")
-    and (module.name != "qwen_vram.runtime.kernels" or find_spec("triton"))  # torch for the CPU brings none
+    if not module.name.endswith("__main__") and (module.name not in TRITON or find_spec("triton"))
 )
 
 
