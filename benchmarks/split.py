@@ -109,8 +109,8 @@ def hold(folder: str, cell: dict[str, Any]) -> dict[str, Any]:
             loaded = time.monotonic()
             report = llm.probe()
             times = {"loading_s": loaded - began, "running_s": time.monotonic() - loaded}
-            split = llm.plan.to_dict()["split"]
-            return {"said": "yes", "ran": True, **times, "split": split, "devices": report.to_dict()["devices"]}
+            made = {name: llm.plan.to_dict()[name] for name in ("split", "profile")}
+            return {"said": "yes", "ran": True, **times, **made, "devices": report.to_dict()["devices"]}
     except qv.DoesNotFitError as error:
         return {"said": "no", "ran": False, "needs": error.devices}
     except torch.cuda.OutOfMemoryError as error:

@@ -146,3 +146,23 @@ def test_compiled_plans_count_no_second_cache(demo):
             ):
                 Asked(llm.model, options).profile(profile)
         assert Asked(llm.model, {"past_key_values": llm.new_cache(max_length=9)}).profile(profile) == profile
+
+
+def test_a_callers_cache_takes_the_place_of_captured_steps(demo):
+    with load(demo, **ROOM) as llm:
+        decode_by_steps(llm.model)
+        decoder = llm._generations.decoder = Decoder(llm.model, batch_size=1, max_length=68, backend=None)
+        expected = llm.chat(QUESTION, **GREEDY)
+        assert decoder._home is not None
+        profile = llm.plan.profile.replace(captured=True)
+        for kind, options in (
+            ("dynamic", {"past_key_values": DynamicCache()}),
+            ("static", {"cache_implementation": "static"}),
+        ):
+            found = Asked(llm.model, options).profile(profile)
+            assert (found.captured, found.cache) == (False, kind)
+            assert llm.chat(QUESTION, **options, **GREEDY) == expected
+            assert decoder._home is None
+            assert llm.chat(QUESTION, **GREEDY) == expected
+            assert decoder._home is not None
+        assert Asked(llm.model, {"past_key_values": llm.new_cache(max_length=9)}).profile(profile) == profile

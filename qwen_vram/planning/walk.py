@@ -88,8 +88,8 @@ class Walk:
     def _has_room(self, move: Move) -> bool:
         """Tell if a move can be made on these devices: some on one GPU alone, and the table only where the host is.
 
-        Of the formats of 8 bits each is offered where it is the faster one: bitsandbytes' on a CPU, weights alone on a
-        GPU.
+        Of the formats of 8 bits bitsandbytes' is offered on a CPU, and weights alone on a GPU. There they take a tenth
+        of the time for a token, and are closer to bf16 (benchmarks/results/real_formats.jsonl).
         """
         if move.knobs.get("weights") == ("int8-wo" if self.budget.vram is None else "int8"):
             return False

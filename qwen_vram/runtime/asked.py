@@ -104,6 +104,8 @@ class Asked:
                 knob="past_key_values" if cache is not None else "cache_implementation",
                 value=name or type(cache).__name__,
             )
+        if "cache" in changes:  # captured steps run over the plan's own cache, which makes way
+            changes["captured"] = False
         return planned.replace(**changes) if any(getattr(planned, k) != v for k, v in changes.items()) else planned
 
     def cache_length(self) -> int:

@@ -77,6 +77,11 @@ class Decoder:
         if self._home is not None and self._home.size != self._planned and self._holder() is None:
             self._home = None
 
+    def drop_room(self) -> None:
+        """Drop the room if no cache has it: the caller's own cache takes its place in the budget."""
+        if self._holder() is None:
+            self._home = None
+
     def claim(self, holder: Claim, batch_size: int) -> Room:
         """The room for a cache: the one that is kept, or one of its own while another cache has that."""
         free = self._holder() is None

@@ -25,8 +25,10 @@ _MOST_DENSE_ROWS = 1
 _BLOCK = 64  # of bitsandbytes' 4-bit matrices, for its kernel and for these
 _OUTER_BLOCK = 256  # of the maxima of blocks. Source: bitsandbytes 0.50.2, functional.quantize_blockwise
 
-# How 16 values are looked up, and how products are divided (`_division`): the fastest, or within 7 % of it, of those in
-# benchmarks/results/few_rows.jsonl. measured: NVIDIA H200, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-30.
+# How 16 values are looked up, and how products are divided (`_division`): of the divisions that
+# benchmarks/few_rows.py tried, few that serve all shapes. With one row of Qwen2.5-7B they are within 10 % of the
+# fastest but for matrices of 512 rows, which are multiplied together with others.
+# measured: NVIDIA H200, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-30.
 _LOOKUP = "shuffle"
 _DEEP = 8_192  # columns: from here on a program's warps share a row
 _SHORT = 8_192  # rows, up to which programs are few

@@ -150,6 +150,8 @@ class Generations:
     ) -> torch.Tensor:
         """The work of a job: `length` is as for `_cache_settings`, and `None` if the options bring a cache."""
         with self._segments.within((workload, length), promised=promised):
+            if length is None and self.decoder is not None:
+                self.decoder.drop_room()
             return self._generate(model(), inputs, workload, length, options, turn)
 
     def _generate(
