@@ -13,7 +13,7 @@ from qwen_vram.demo.tasks import examples
 from qwen_vram.runtime.decode_layer import fused_decode_layer
 from qwen_vram.runtime.decode_loop import decode_by_steps
 from qwen_vram.runtime.decode_room import RoomCache
-from qwen_vram.runtime.decoder import Decoder, compiler_for
+from qwen_vram.runtime.decoder import Decoder, compiler_for, decoder_where_it_runs
 from qwen_vram.runtime.host_embedding import move_embedding_to_host
 from qwen_vram.tools.accuracy import make_checkpoint
 
@@ -393,6 +393,26 @@ def test_a_missing_compiler_is_said(monkeypatch, caplog):
     monkeypatch.setattr("qwen_vram.runtime.elementwise.which", lambda name: None)
     assert compiler_for(torch.device("cuda")) is None
     assert "compiled=True without a C compiler" in caplog.text
+
+
+@pytest.mark.parametrize("error", [RuntimeError("operation not permitted when stream is capturing"), None])
+def test_a_machine_that_captures_nothing_launches_steps_one_by_one(untied, monkeypatch, caplog, error):
+    def prepare(self, batch_size, max_length):
+        raise error or torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Decoder, "prepare", prepare)
+    with load(untied, "fp32", steps=False) as llm:
+        expected = llm.chat("hello", max_new_tokens=8, do_sample=False)
+        work = (llm.model, llm.plan.workload, lambda steps, desc: steps)
+        if error is None:
+            with pytest.raises(torch.OutOfMemoryError):
+                decoder_where_it_runs(*work, compiled=False)
+            return
+        assert decoder_where_it_runs(*work, compiled=False) is None
+        assert "launched one by one, which is slower, for they cannot be captured here: operation not" in caplog.text
+        with pytest.raises(RuntimeError, match="not permitted"):
+            decoder_where_it_runs(*work, compiled=True)
+        assert llm.chat("hello", max_new_tokens=8, do_sample=False) == expected
 
 
 # on a GPU

@@ -47,6 +47,8 @@ class CompiledDecoding:
 
 def decode_by_steps(model: Any) -> None:
     """Let `model.generate` run compiled steps wherever its cache is a `RoomCache`."""
+    if isinstance(model, CompiledDecoding):
+        return
     kind = type(model)
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     model.__class__ = type(kind.__name__, (CompiledDecoding, kind), names)

@@ -178,6 +178,24 @@ def decoder_for(model: Any, workload: Workload, progress: Callable[..., Iterable
     return decoder
 
 
+def decoder_where_it_runs(
+    model: Any, workload: Workload, progress: Callable[..., Iterable[int]], *, compiled: bool
+) -> Decoder | None:
+    """As `decoder_for`; `None`, with a warning, where steps cannot be captured and nobody asked for compiled ones."""
+    try:
+        return decoder_for(model, workload, progress, compiled=compiled)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # of a driver or a torch that captures less than those that were tried
+        if compiled:
+            raise
+        _LOGGER.warning(
+            "decode steps are launched one by one, which is slower, for they cannot be captured here: %s",
+            str(error).strip()[:500],
+        )
+        return None
+
+
 def compiler_for(device: torch.device) -> str | None:
     """The compiler of torch, where it can make code for `device` here; says once what is missing."""
     missing = missing_compiler()

@@ -31,7 +31,7 @@ from qwen_vram.runtime.backends.bnb_notes import check_notes
 from qwen_vram.runtime.blob import HostMemory
 from qwen_vram.runtime.check import check, check_files, check_host, dtype_for
 from qwen_vram.runtime.checkpoint import Checkpoint, model_config, open_checkpoint, open_tokenizer, warn_of_files
-from qwen_vram.runtime.decoder import decoder_for
+from qwen_vram.runtime.decoder import decoder_where_it_runs
 from qwen_vram.runtime.device_map import away_of, connect, device_map, left_out, undispatched
 from qwen_vram.runtime.devices import budget_on, check_free, devices_for, held_beside_torch, weakest
 from qwen_vram.runtime.fused_layers import fuse_layers
@@ -232,8 +232,9 @@ def _build(
     decoder = None
     if profile.captures:
         with transformers_bars(progress) as bar:
-            decoder = decoder_for(model, chosen.workload, bar, compiled=profile.compiled)
-            after_a_failure.callback(decoder.close)
+            decoder = decoder_where_it_runs(model, chosen.workload, bar, compiled=profile.compiled)
+    if decoder is not None:
+        after_a_failure.callback(decoder.close)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
