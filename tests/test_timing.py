@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 import qwen_vram as qv
+from qwen_vram.arithmetic import timing_few_rows
 from qwen_vram.arithmetic.catalog import find
 from qwen_vram.arithmetic.machine import DEFAULT
 from qwen_vram.arithmetic.storage import FORMAT_NAMES, FORMATS
@@ -19,6 +20,7 @@ from qwen_vram.arithmetic.timing_prefill import first_token_ms
 from qwen_vram.arithmetic.workload import Workload
 from qwen_vram.cli import app
 from qwen_vram.demo import CHECKPOINT
+from qwen_vram.runtime import few_rows
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 FUSED = {"attention": "fused", "kernels": "fused", "cache": "preallocated"}
@@ -226,6 +228,13 @@ def test_a_captured_step_takes_longer_with_more_rows(weights, ms):
     assert times == sorted(times)
     if ms:  # 28 layers' products, four launches each, and all else as of one row
         assert (times[0], times[-1]) == (pytest.approx(ms[0], rel=0.05), pytest.approx(ms[1], rel=0.05))
+
+
+def test_times_are_of_as_many_rows_as_the_kernels_take():
+    assert (timing_few_rows.MOST_ROWS, few_rows._MOST_DENSE_ROWS) == (few_rows.MOST_ROWS, 1)
+    captured = profile(captured=True)
+    assert [timing_few_rows.by_few_rows(captured, "bf16", rows) for rows in (1, 2)] == [True, False]
+    assert [timing_few_rows.by_few_rows(captured, "nf4", rows) for rows in (8, 9)] == [True, False]
 
 
 def test_a_table_on_the_host_is_waited_for_in_captured_steps_alone():
