@@ -1,18 +1,23 @@
 """Plans and placements, by arithmetic alone."""
 
+import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
 import qwen_vram as qv
+from qwen_vram.arithmetic.machine import DEFAULT
 from qwen_vram.arithmetic.profile import COMPILED
+from qwen_vram.arithmetic.timing_generation import generation_ms
 from qwen_vram.planning import budget as budget_module
 from qwen_vram.planning import devices
 from qwen_vram.planning.away import spread
 from qwen_vram.planning.devices import DeviceMemory, available_ram
 from qwen_vram.planning.placement import place
+from qwen_vram.planning.search import Search
 
 SEVEN = "Qwen/Qwen2.5-7B-Instruct"
 RAM = {"ram": "64GiB"}
@@ -162,6 +167,73 @@ def test_preferences_pick_among_what_fits():
     assert small.profile.lm_head == "nf4"
     assert small.estimate.needed_bytes < plan("80GiB").estimate.needed_bytes
     assert fast.profile.weights == "nf4"
+
+
+def took(chosen):
+    """Predicted milliseconds of a plan's generation."""
+    return generation_ms(chosen.estimate.architecture, chosen.profile, chosen.workload)
+
+
+@pytest.mark.parametrize("vram", ["24GiB", "16GiB", "12GiB", "8GiB", "6GiB", "5GiB"])
+def test_for_speed_no_plan_that_fits_is_predicted_to_be_quicker(vram):
+    asked = {"prompt_len": 2_048, "max_new_tokens": 256}
+    fast, least_lossy = plan(vram, prefer="speed", **asked), plan(vram, **asked)
+    assert fast.estimate.fits(vram)
+    assert took(fast) <= took(least_lossy)
+    assert fast.profile.captured
+    search = Search("", fast.estimate.architecture, fast.workload, fast.budget, "auto", {})
+    quickened = [search._quickened(candidate) for candidate in search.find("speed")]
+    assert took(fast) == min(took(plan(vram, profile=one.estimate.profile, **asked)) for one in quickened)
+
+
+def test_for_speed_a_cpu_takes_the_quickest_by_its_rates():
+    asked = {"vram": {}, "ram": "16GiB", "prompt_len": 64}
+    chosen = {prefer: qv.plan("Qwen2.5-0.5B", prefer=prefer, **asked) for prefer in ("quality", "speed")}
+    quality, fast = (chosen[prefer].times for prefer in ("quality", "speed"))
+    assert fast.first_token_ms + 511 * fast.ms_per_token < quality.first_token_ms + 511 * quality.ms_per_token
+
+
+def test_a_move_that_is_slower_by_the_rates_is_not_taken(monkeypatch):
+    # A host that launches in no time leaves steps to the kernels, which are faster where matrices are tiled.
+    quick = dataclasses.replace(DEFAULT, layer_launch_time=1_000)
+    given_back = {}
+    for machine in (DEFAULT, quick):
+        monkeypatch.setattr("qwen_vram.arithmetic.timing_generation.current", lambda machine=machine: machine)
+        chosen = plan("8GiB", prompt_len=2_048, max_new_tokens=256, captured=False)
+        given_back[machine] = [step.change for step in chosen.steps[len(searched(chosen)) :]]
+    assert given_back[DEFAULT] == ["embeddings='device'", "dequantization=None", "prefill_chunk_size=None"]
+    assert given_back[quick] == ["embeddings='device'", "prefill_chunk_size=None"]
+
+
+@pytest.mark.parametrize(
+    ("knobs", "reason"),
+    [
+        ({"vram": "4GiB"}, "7 layers stream"),
+        ({"streamed_layers": 4}, "4 layers stream"),
+        ({"kv_cache": "int4"}, "keys and values are in int4"),
+        ({"kv_device": "host"}, "keys and values are on the host"),
+        ({"vram": {0: "20GiB", 1: "20GiB"}}, "layers are on 2 GPUs"),
+        ({"weights": "int8"}, "products with int8 matrices are not captured"),
+        ({"cache": "dynamic"}, "cache='dynamic', attention='fused'"),
+        ({"captured": False}, "captured=False, or no room for the graph"),
+        ({"vram": "5.23GiB"}, "captured=False, or no room for the graph"),
+    ],
+    ids=str,
+)
+def test_a_plan_says_why_steps_are_not_captured_and_what_that_costs(knobs, reason):
+    chosen = qv.plan(SEVEN, **{"vram": "80GiB", **RAM, "prompt_len": 2_048, "max_new_tokens": 256, **knobs})
+    assert chosen.not_captured == json.loads(json.dumps(chosen.to_dict()))["not_captured"] == reason
+    said = re.search(r"\n  decode steps are launched one by one \((.*)\): (\d+) ms a token, not (\d+)\n", str(chosen))
+    assert said[1] == reason
+    assert int(said[2]) == round(chosen.times.ms_per_token) > 4 * int(said[3])
+    assert qv.Plan.from_dict(chosen.to_dict()).not_captured == reason
+
+
+@pytest.mark.parametrize("knobs", [{}, {"profile": "speed"}, {"vram": {}}], ids=str)
+def test_a_plan_says_nothing_of_steps_that_are_captured_or_on_a_cpu(knobs):
+    chosen = qv.plan(SEVEN, **{"vram": "80GiB", **RAM, **knobs})
+    assert chosen.not_captured is chosen.to_dict()["not_captured"] is None
+    assert "one by one" not in str(chosen)
 
 
 def test_a_tied_model_keeps_its_table_until_its_head_is_a_copy():

@@ -18,6 +18,9 @@ _READ_SHARE = 0.8
 # 0.43 ms. A step has some ten beside its layers, and picks a token. measured: as above.
 _NODES = {"plain": 24, "fused": 9}
 _COMPILED_NODES = 7
+# Of a captured step with fused kernels, beside its products and attention: a norm, the rotation, two writes into the
+# cache, a sum, a norm and a sum; with gate and up in one launch, nothing between them. Source: runtime/decode_layer.py.
+_CAPTURED_NODES = 7
 _STEP_NODES = 10
 _STEP_SECONDS = 0.15e-3
 # Operations a second as shares of `matmul_rate`: cuDNN over a past without a mask, 694 TFLOP/s with 4,096 rows; cuDNN
@@ -48,6 +51,8 @@ def decode_attention_seconds(
 def decode_nodes_seconds(architecture: Architecture, profile: Profile, machine: Machine) -> float:
     """Seconds of a decode step's small kernels, and of picking the token."""
     each = _COMPILED_NODES if profile.compiled else _NODES[profile.kernels]
+    if profile.captured and profile.kernels == "fused":
+        each = _CAPTURED_NODES
     nodes = architecture.num_hidden_layers * each + _STEP_NODES
     return nodes * machine.graph_node_time / 1e9 + _STEP_SECONDS
 

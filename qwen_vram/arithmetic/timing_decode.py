@@ -9,14 +9,20 @@ from qwen_vram.arithmetic.machine_file import current
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.timing import computing_layers, disk_bytes, moving_layers, product_rate
 from qwen_vram.arithmetic.timing_attention import decode_attention_seconds, decode_nodes_seconds
+from qwen_vram.arithmetic.timing_few_rows import step_seconds
 from qwen_vram.arithmetic.timing_host import host_decode_seconds
 from qwen_vram.arithmetic.timing_launches import kv_read_seconds, launch_seconds
-from qwen_vram.arithmetic.timing_products import head_matrix, layer_matrices, product_seconds
+from qwen_vram.arithmetic.timing_products import head_matrix, layer_matrices
+from qwen_vram.arithmetic.weights import table_on_host
 from qwen_vram.arithmetic.workload import Workload
 
 # Share of the rate of pinned copies at which layers and caches cross: 64.2 ms a token where the link needs 61.1, 249
 # where it needs 239. measured: NVIDIA H100, 2026-11-25, benchmarks/results/streaming_speed.jsonl, streaming_host.jsonl.
 LINK_SHARE = 0.96
+# A captured step's row of a table on the host: the host waits for the token, gathers, and copies. 7B in NF4 took 3.35
+# ms a token, and 3.25 with the table on the GPU.
+# measured: NVIDIA H200, torch 2.11.0+cu130, 2026-11-30, benchmarks/results/default_plans.jsonl (6 and 8 GiB).
+_TABLE_ROW = 0.1e-3
 
 
 def decode_ms(
@@ -49,9 +55,8 @@ def decode_ms(
     computing = computing_layers(architecture, profile, workload)
     moving = moving_layers(architecture, profile, workload)
     resident = architecture.num_hidden_layers - computing
-    compiled = profile.compiled
-    busy = resident * product_seconds(layer, batch, machine, compiled=compiled)
-    busy += product_seconds(head_matrix(architecture, profile), batch, machine, compiled=compiled)
+    busy = resident * step_seconds(profile, profile.weights, layer, batch, machine)
+    busy += step_seconds(profile, profile.head_format, head_matrix(architecture, profile), batch, machine)
     busy += decode_attention_seconds(architecture, profile, machine, tokens, batch)
     busy += decode_nodes_seconds(architecture, profile, machine)
     host = computing * layer.nbytes / (product_rate(profile, machine) or machine.pinned_copy_rate)
@@ -61,8 +66,12 @@ def decode_ms(
         crossing += architecture.num_hidden_layers * held
     link = crossing / (LINK_SHARE * machine.pinned_copy_rate)
     launching = 0.0
-    if not profile.captures:
-        launching = launch_seconds(architecture, profile, batch, machine, moving=moving, prefill=False)
+    if profile.captures:
+        busy += _TABLE_ROW if table_on_host(architecture, profile) else 0.0
+    else:
+        launching = launch_seconds(
+            architecture, profile, batch, machine, batch_size=batch, moving=moving, prefill=False
+        )
         if profile.kv_cache != "bf16":
             launching += architecture.num_hidden_layers * kv_read_seconds(machine)
     memory = 0.0

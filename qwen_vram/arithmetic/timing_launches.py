@@ -13,6 +13,7 @@ from qwen_vram.arithmetic.machine import LAYER_LAUNCH_TIME, Machine
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.storage import FORMATS, FormatName
 from qwen_vram.arithmetic.tiles import int8_rows, is_tiled, tile_rows, unpacks
+from qwen_vram.arithmetic.timing_few_rows import by_few_rows
 from qwen_vram.arithmetic.timing_products import Kind, kind_of, linear_shapes
 
 # What `generate` does beside the layers for every token, in layers.
@@ -32,6 +33,9 @@ _PRODUCTS: dict[Kind, float] = {
 # ms a token with 19 tiles in a layer (H200, 2026-11-29, auto_plans.jsonl; H100, 2026-11-25, streaming_caps.jsonl); int4
 # 1.1 ms for 5 tiles (H100, 2026-11-25, unpack_rows.jsonl).
 _TILES: dict[Kind, float] = {"bnb4": 150e-6, "wide": 59e-6, "int4": 200e-6}
+# A product of few rows by this library's kernel, beside a 16-bit one: 35.3 ms a token with 196 of them and 7 streamed
+# layers. measured: H200, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-30, default_plans.jsonl (4 GiB).
+_FEW_ROWS = 70e-6
 # A layer's attention by sdpa, and its dynamic cache: plain transformers took 8.0 ms (H100) and 11.0 ms (H200) more in
 # bf16 (2026-11-26, decode.jsonl).
 _SDPA = 150e-6
@@ -54,20 +58,28 @@ def host_share(machine: Machine) -> float:
 
 
 def launch_seconds(
-    architecture: Architecture, profile: Profile, rows: int, machine: Machine, *, moving: int, prefill: bool
+    architecture: Architecture,
+    profile: Profile,
+    rows: int,
+    machine: Machine,
+    *,
+    batch_size: int,
+    moving: int,
+    prefill: bool,
 ) -> float:
     """Seconds that Python takes for one step of `rows` rows: a decode step, or a chunk of the prompt with the head.
 
     Args:
+        batch_size: Rows of the head's product.
         moving: Layers that pass through slots.
     """
     layers = architecture.num_hidden_layers
     plain = LAYER_LAUNCH_TIME / 1e9
-    each = plain + _products(architecture, profile.weights, profile.tiles, rows) + _attention(profile)
+    few = by_few_rows(profile, profile.weights, rows)
+    each = plain + _products(architecture, profile.weights, profile.tiles, rows, few) + _attention(profile)
     if prefill and profile.kv_cache != "bf16":
         each += _KV_WRITE
-    head = kind_of(profile.head_format)
-    beside = STEP_LAYERS * plain + _PRODUCTS[head] + _head_tiles(architecture, profile) * _TILES.get(head, 0.0)
+    beside = STEP_LAYERS * plain + _head(architecture, profile, batch_size)
     return host_share(machine) * (layers * each + beside + moving * _STREAMED)
 
 
@@ -94,9 +106,11 @@ def _attention(profile: Profile) -> float:
 
 
 @lru_cache(maxsize=256)
-def _products(architecture: Architecture, weights: FormatName, tiles: bool, rows: int) -> float:
+def _products(architecture: Architecture, weights: FormatName, tiles: bool, rows: int, few: bool) -> float:
     """Seconds of a layer's products beside those in 16 bits."""
     kind, storage = kind_of(weights), FORMATS[weights]
+    if few:
+        return len(linear_shapes(architecture)) * _FEW_ROWS
     if kind in ("dense", "other"):
         return 0.0
     seconds = 0.0
@@ -110,7 +124,11 @@ def _products(architecture: Architecture, weights: FormatName, tiles: bool, rows
     return seconds
 
 
-def _head_tiles(architecture: Architecture, profile: Profile) -> int:
-    """Tiles of the head, which multiplies one row of each sequence."""
-    storage, shape = FORMATS[profile.head_format], architecture.head.shape
-    return -(-shape[0] // tile_rows(shape[0], shape[1])) if unpacks(storage, 1) else 0
+def _head(architecture: Architecture, profile: Profile, batch_size: int) -> float:
+    """Seconds of the head, which multiplies one row of each sequence."""
+    name = profile.head_format
+    kind, storage, (rows, columns) = kind_of(name), FORMATS[name], architecture.head.shape
+    if by_few_rows(profile, name, batch_size):
+        return _FEW_ROWS
+    tiles = -(-rows // tile_rows(rows, columns)) if unpacks(storage, batch_size) else 0
+    return _PRODUCTS[kind] + tiles * _TILES.get(kind, 0.0)

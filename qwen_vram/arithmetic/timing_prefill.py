@@ -11,6 +11,7 @@ from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.timing import disk_bytes, streams_in_prefill
 from qwen_vram.arithmetic.timing_attention import chunk_of, prefill_attention_seconds, prefill_elementwise_seconds
 from qwen_vram.arithmetic.timing_decode import LINK_SHARE
+from qwen_vram.arithmetic.timing_few_rows import step_seconds
 from qwen_vram.arithmetic.timing_host import host_prefill_seconds
 from qwen_vram.arithmetic.timing_launches import joined_seconds, kv_read_seconds, launch_seconds
 from qwen_vram.arithmetic.timing_products import head_matrix, layer_matrices, product_seconds
@@ -43,7 +44,9 @@ def first_token_ms(
     busy += prefill_attention_seconds(architecture, profile, workload, machine)
     busy += prefill_elementwise_seconds(architecture, profile, workload, machine)
     moving = streams_in_prefill(architecture, profile)
-    launching = chunks * launch_seconds(architecture, profile, rows, machine, moving=moving, prefill=True)
+    launching = chunks * launch_seconds(
+        architecture, profile, rows, machine, batch_size=batch, moving=moving, prefill=True
+    )
     past = workload.prompt_len - chunk
     if profile.kv_cache != "bf16":
         launching += (chunks - 1) * layers * kv_read_seconds(machine)
@@ -54,5 +57,5 @@ def first_token_ms(
         half = layer_kv_bytes(architecture, profile, tokens=(past + 1) // 2, batch_size=batch)
         crossing += chunks * layers * half
     link = crossing / (LINK_SHARE * machine.pinned_copy_rate)
-    head = product_seconds(head_matrix(architecture, profile), batch, machine)
+    head = step_seconds(profile, profile.head_format, head_matrix(architecture, profile), batch, machine)
     return 1000 * (max(busy, launching, link, disk) + head)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from qwen_vram.arithmetic.profile import Profile
-from qwen_vram.arithmetic.storage import FORMATS, FormatName
+from qwen_vram.planning.capturing import in_the_way
 from qwen_vram.planning.moves import Move
 
 _CAPTURE = Move({"captured": True}, "nothing lost: decode steps are replayed as one CUDA graph")
@@ -25,7 +25,7 @@ def given_back(start: Profile, found: Profile, knobs: dict[str, object]) -> Iter
         start: Where the search began.
         knobs: What the caller set; it stays.
     """
-    if "captured" not in knobs and "compiled" not in knobs and _can_be_captured(found):
+    if "captured" not in knobs and "compiled" not in knobs and not found.captures and in_the_way(found) is None:
         yield _CAPTURE
     if found.embeddings != start.embeddings:
         yield _TABLE
@@ -34,20 +34,6 @@ def given_back(start: Profile, found: Profile, knobs: dict[str, object]) -> Iter
     for chunk in _CHUNKS:
         if _is_larger(chunk, found.prefill_chunk_size) and not _is_larger(chunk, start.prefill_chunk_size):
             yield Move({"prefill_chunk_size": chunk}, "nothing lost: the prompt is fed in fewer chunks")
-
-
-def _can_be_captured(found: Profile) -> bool:
-    formats = (found.weights, found.head_format)
-    needs_host = found.streamed_layers or found.kv_device == "host" or found.kv_cache != "bf16"
-    fixed = found.cache != "dynamic" and found.attention == "fused"
-    return fixed and not needs_host and not found.captures and all(_never_waits(one) for one in formats)
-
-
-def _never_waits(name: FormatName) -> bool:
-    """Tell if a format's products never wait for the GPU, and run on it as this library or bitsandbytes makes them."""
-    storage = FORMATS[name]
-    sixteen_bit = storage.is_dense and storage.bits == 16
-    return sixteen_bit or storage.library == "torch" or (storage.library == "bitsandbytes" and storage.bits == 4)
 
 
 def _is_larger(chunk: int | None, other: int | None) -> bool:

@@ -17,6 +17,7 @@ from qwen_vram.arithmetic.timing_generation import Times, times_of
 from qwen_vram.arithmetic.workload import Workload
 from qwen_vram.errors import ConfigError, QwenVramError, UnknownNameError
 from qwen_vram.planning.budget import Budget, VramLike
+from qwen_vram.planning.capturing import not_captured, said_of
 from qwen_vram.planning.placement import Placement, Where, place_on
 from qwen_vram.planning.search import Prefer, Search
 from qwen_vram.planning.sequences import sequences_per_prompt
@@ -79,6 +80,11 @@ class Plan:
         return times_of(self.estimate, on_cpu=self.on_cpu)
 
     @property
+    def not_captured(self) -> str | None:
+        """Why decode steps on GPUs are launched one by one; `None` where they are captured, and on a CPU."""
+        return None if self.on_cpu else not_captured(self.estimate)
+
+    @property
     def call(self) -> str:
         """The `load` call that builds this plan without a search."""
         model = "config" if self.model is None else repr(self.model)
@@ -106,6 +112,7 @@ class Plan:
             "profile": asdict(self.profile),
             "estimate": self.estimate.to_dict(),
             "times": self.times.to_dict(),
+            "not_captured": self.not_captured,
             "budget": asdict(self.budget),
             "split": split_of(self.estimate),
             "device_map": self.device_map,
@@ -162,6 +169,9 @@ class Plan:
             lines.append(f"  {self.sequences} sequences for each prompt, {asked}")
         lines.append(f"  fits in {self.room}")
         lines.append(f"  predicted: {self.times}")
+        launched = None if self.on_cpu else said_of(self.estimate)
+        if launched:
+            lines.append(f"  {launched}")
         return "\n".join([*lines, str(self.estimate), self.call])
 
     def _repr_html_(self) -> str:
@@ -203,8 +213,8 @@ def plan(
         ram: Likewise for the host.
         reserve: Kept free of each GPU, or of the host where there is no GPU: a size, or 0. `None` is 256 MiB where
             `vram` is read from the machine, and 0 where it is given.
-        prefer: `"quality"` takes the first profile that fits, `"memory"` the smallest one, `"speed"` the one that
-            moves the fewest bytes for a token among those that fit.
+        prefer: `"quality"` takes the first profile that fits, `"memory"` the smallest one, `"speed"` the one
+            whose generation is predicted to be the quickest among those that fit.
         batch_size: Prompts at once. Each runs as so many sequences as the checkpoint's generation_config.json asks for.
         padded: Prompts of a batch differ in length, so that attention needs a mask, and memory for it.
         adapter: Folder or hub id of a LoRA adapter that runs beside the base; `False` if the one in the model's own

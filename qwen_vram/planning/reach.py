@@ -24,7 +24,7 @@ def reach(search: Search, limit: int, workload: Callable[[int], Workload]) -> in
     """
 
     def is_planned(number: int) -> bool:
-        return fits(search.at(workload(number)).find("quality").estimate, search.budget)
+        return fits(search.at(workload(number)).find("quality")[-1].estimate, search.budget)
 
     best, asked, profiles = 0, set(), search.profiles()
     while profiles:

@@ -12,6 +12,7 @@ from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.split import ONE_DEVICE
 from qwen_vram.arithmetic.storage import FORMATS
 from qwen_vram.arithmetic.timing import product_rate
+from qwen_vram.arithmetic.timing_generation import generation_ms
 from qwen_vram.arithmetic.workload import Workload
 from qwen_vram.planning.fit import fits, needed, on_device
 from qwen_vram.planning.giving_back import given_back
@@ -37,21 +38,61 @@ class Search(Walk):
             DoesNotFitError: none fits.
         """
         found = self.find(prefer)
-        if not fits(found.estimate, self.budget):
-            raise refusal(found.estimate, self.budget, nearest(self))
-        return found if prefer == "memory" else self._quickened(found)
+        if not fits(found[-1].estimate, self.budget):
+            raise refusal(found[-1].estimate, self.budget, nearest(self))
+        return found[-1] if prefer == "memory" else self._fastest(found)
+
+    def _fastest(self, fitting: Sequence[Candidate]) -> Candidate:
+        """Of candidates, each with what makes it faster, the one whose generation is predicted to be the quickest.
+
+        Of two that are equally quick, the less lossy one. One that could not win if it had room for everything that
+        makes it faster is not estimated.
+        """
+        least = [self._generation_ms(self._at_best(one.estimate.profile)) for one in fitting]
+        best, quickest = fitting[0], float("inf")
+        for bound, candidate in sorted(zip(least, fitting, strict=True), key=lambda pair: pair[0]):
+            if bound >= quickest:
+                break
+            found = self._quickened(candidate)
+            took = self._generation_ms(found.estimate.profile)
+            if took < quickest:
+                best, quickest = found, took
+        return best
+
+    def _at_best(self, profile: Profile) -> Profile:
+        """`profile` with everything that makes it faster, whether or not that fits."""
+        turned: set[str] = set()
+        for move in self._given_back(profile):
+            quicker = None if turned & move.knobs.keys() else self._quicker(profile, move)
+            if quicker:
+                turned |= move.knobs.keys()
+                profile = quicker
+        return profile
+
+    def _given_back(self, profile: Profile) -> Iterator[Move]:
+        """Moves that may make a profile faster. On GPUs, and where the search chose."""
+        if self.profile == "auto" and self.budget.vram is not None:
+            for move in given_back(self.start, profile, self.knobs):
+                if not (self.several and ONE_DEVICE.keys() & move.knobs.keys()):
+                    yield move
+
+    def _quicker(self, before: Profile, move: Move) -> Profile | None:
+        """`before` with a move made, if that loads and is predicted to be no slower."""
+        profile = replace(before.replace(**move.knobs), name=before.name)
+        if not_loadable(self.architecture, profile) or self._generation_ms(profile) > self._generation_ms(before):
+            return None
+        return profile
+
+    def _generation_ms(self, profile: Profile) -> float:
+        return generation_ms(self.architecture, profile, self.workload, on_cpu=self.budget.vram is None)
 
     def _quickened(self, found: Candidate) -> Candidate:
-        """`found` with what makes it faster, as far as that fits. On GPUs, and where the search chose."""
-        if self.profile != "auto" or self.budget.vram is None:
-            return found
+        """`found` with what makes it faster, as far as that fits."""
         turned: set[str] = set()
-        for move in given_back(self.start, found.estimate.profile, self.knobs):
+        for move in self._given_back(found.estimate.profile):
             before = found.estimate.profile
-            if turned & move.knobs.keys() or (self.several and ONE_DEVICE.keys() & move.knobs.keys()):
-                continue
-            profile = replace(before.replace(**move.knobs), name=before.name)
-            if not_loadable(self.architecture, profile):
+            profile = None if turned & move.knobs.keys() else self._quicker(before, move)
+            if profile is None:
                 continue
             result = self.estimate(profile, self.workload)
             if fits(result, self.budget):
@@ -62,8 +103,8 @@ class Search(Walk):
                 found = Candidate(result, (*steps, step), before)
         return found
 
-    def find(self, prefer: Prefer) -> Candidate:
-        """The candidate that `prefer` asks for; where none fits, the last one.
+    def find(self, prefer: Prefer) -> list[Candidate]:
+        """The candidates that fit, for `"quality"` the first of them alone; where none fits, the last one.
 
         Layers are streamed only where nothing else fits, and on one GPU; they stay on the disk only where the host does
         not hold them either.
@@ -83,10 +124,8 @@ class Search(Walk):
         if not fitting:
             last = found if streams else self._from_disk(found)
             tried = (last, *(self._tiered(candidate, prefer) for candidate in self._from_files(seen)))
-            return next((one for one in tried if fits(one.estimate, self.budget)), last)
-        if prefer == "memory":
-            return fitting[-1]
-        return min(fitting, key=lambda found: found.steps[-1].decode_floor_ms)
+            return [next((one for one in tried if fits(one.estimate, self.budget)), last)]
+        return fitting
 
     def _fewest_streamed(self, everything: Candidate, prefer: Prefer) -> Candidate:
         """A candidate that streams all layers, with as few of them as fit, and of these as few on the disk.
