@@ -431,3 +431,16 @@ def test_weights_follow_a_head_that_was_asked_for():
         assert chosen.steps[0].change == "nf4 weights, fused attention, preallocated cache"
     with pytest.raises(qv.NotSupportedError, match="lm_head='nf4' with weights='int4': .* use lm_head='int4'"):
         plan("80GiB", weights="int4", lm_head="nf4")
+
+
+def test_a_plan_says_everywhere_why_its_steps_are_not_captured(capsys):
+    from qwen_vram.cli.plans import plan as command
+
+    chosen = plan("4GiB", prompt_len=2_048, max_new_tokens=256)
+    line = chosen.predicted_lines[1]
+    assert line.startswith(f"decode steps are launched one by one ({chosen.profile.streamed_layers} layers stream): ")
+    assert line in str(chosen)
+    assert line in chosen._repr_html_()
+    command(SEVEN, vram="4GiB", ram="64GiB", prompt_len=2_048, max_new_tokens=256)
+    assert line in capsys.readouterr().out
+    assert len(plan("8GiB", prompt_len=2_048, max_new_tokens=256).predicted_lines) == 1

@@ -85,6 +85,12 @@ class Plan:
         return None if self.on_cpu else not_captured(self.estimate)
 
     @property
+    def predicted_lines(self) -> tuple[str, ...]:
+        """The predicted times in words, and why decode steps are not captured and what that costs, if they are not."""
+        launched = None if self.on_cpu else said_of(self.estimate)
+        return (f"predicted: {self.times}", *([launched] if launched else []))
+
+    @property
     def call(self) -> str:
         """The `load` call that builds this plan without a search."""
         model = "config" if self.model is None else repr(self.model)
@@ -168,18 +174,15 @@ class Plan:
             asked = "as num_beams and num_return_sequences in generation_config.json ask"
             lines.append(f"  {self.sequences} sequences for each prompt, {asked}")
         lines.append(f"  fits in {self.room}")
-        lines.append(f"  predicted: {self.times}")
-        launched = None if self.on_cpu else said_of(self.estimate)
-        if launched:
-            lines.append(f"  {launched}")
+        lines += [f"  {line}" for line in self.predicted_lines]
         return "\n".join([*lines, str(self.estimate), self.call])
 
     def _repr_html_(self) -> str:
         """The estimate's table and the predicted times, for a notebook."""
         from html import escape  # slow to import, and only needed here
 
-        table = self.estimate._repr_html_()
-        return f"{table}<p>predicted: {escape(str(self.times))}</p><pre>{escape(self.call)}</pre>"
+        lines = "<br>".join(escape(line) for line in self.predicted_lines)
+        return f"{self.estimate._repr_html_()}<p>{lines}</p><pre>{escape(self.call)}</pre>"
 
 
 def plan(
