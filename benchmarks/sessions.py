@@ -146,7 +146,14 @@ def run_session(folder: str, end: float, cell: dict[str, Any]) -> dict[str, Any]
     row: dict[str, Any] = {"cell": cell, "device": torch.cuda.get_device_name(), "torch": torch.__version__}
     row["date"] = date.today().isoformat()
     plan = None
-    for cap in [cell["cap"], *(size * GIB for size in CAPS if size * GIB > cell["cap"])]:
+    caps = [cell["cap"], *(size * GIB for size in CAPS if size * GIB > cell["cap"])]
+    if cell["profile"] != "auto":  # nothing is searched: the plan for the largest card needs as much as the others
+        try:
+            need = qv.plan(base, vram=caps[-1], **asked).estimate.needed_bytes
+        except qv.QwenVramError as error:
+            return {**row, "refused": str(error)}
+        caps = [size for size in caps if size >= need]
+    for cap in caps:
         try:
             plan = qv.plan(base, vram=cap, **asked)
             break
