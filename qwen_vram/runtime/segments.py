@@ -78,8 +78,8 @@ class Segments:
 
     def _headroom(self, device: torch.device) -> int:
         """Return the bytes for what is not the model's, with what other models may still take."""
-        others = (one._promises[device] for one in set(_OPEN) if one is not self and device in one._promises)
-        return self._beside.nbytes(device) + sum(other.reserved - other.resting for other in others)
+        others = (one._promises.get(device) for one in set(_OPEN) if one is not self)
+        return self._beside.nbytes(device) + sum(other.reserved - other.resting for other in others if other)
 
 
 _OPEN: WeakSet[Segments] = WeakSet()
