@@ -208,7 +208,7 @@ def test_fields_about_training_have_no_effect(base, adapter, made, tmp_path, fie
         ({"use_bdlora": True}, "use_bdlora must be an object with nblocks, got True"),
         ({"use_bdlora": {"nblocks": 0}}, "nblocks must be a positive number, got 0"),
         ({"target_parameters": ["embed_tokens.weight"]}, r"embed_tokens\.lora_A\.weight is missing"),
-        ({"layer_replication": [[0, 2], [1, 2]]}, r"layers\.2\.self_attn\.q_proj\.lora_A\.weight is missing"),
+        ({"layer_replication": [[0, 9]]}, r"layer_replication is \[\[0, 9\]\], and the base .* has . layers"),
         ({"init_lora_weights": "loftq"}, "init_lora_weights is 'loftq', which changed the base before training"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4', which changed the base"),
         ({"init_lora_weights": "corda"}, "path_initial_model_for_weight_conversion"),
