@@ -523,6 +523,32 @@ def test_other_layers_that_are_refused(of_three, tmp_path):
     assert not qv.plan(base, vram=least, ram="8GiB", adapter=folder).profile.streamed_layers
 
 
+def test_other_layers_than_those_of_a_quantized_base(of_three, tmp_path):
+    base, stored = of_three["untied"], tmp_path / "stored"
+    with load(base, weights="nf4") as llm:
+        llm.save_quantized(stored)
+    folder = trained(base, tmp_path / "adapter", layer_replication=LAYERS["the base"], target_modules=["q_proj"])
+    with load(base, folder, weights="nf4") as llm:
+        expected = logits(llm.model)
+    with load(stored, folder, weights="nf4") as llm:
+        assert torch.equal(logits(llm.model), expected)
+        assert llm.report().measured["weights"] == llm.plan.estimate.weights
+    edit_config(folder, layer_replication=LAYERS["another order"])
+    load(base, folder, weights="nf4").close()
+    text = r"layer_replication is .*, and the base 'stored' is stored as 'nf4', .*; pass the 16-bit base"
+    for call in (load, qv.plan):
+        with pytest.raises(qv.AdapterError, match=text):
+            call(stored, adapter=folder, weights="nf4")
+
+
+def test_a_table_as_a_parameter_stays_on_the_device(bases, tmp_path):
+    base = bases["untied"]
+    folder = trained(base, tmp_path / "adapter", **TABLE_PARAMETERS["alone"])
+    for call in (load, qv.plan):
+        with pytest.raises(qv.NotSupportedError, match="embeddings='host': the adapter changes 'model.embed_tokens'"):
+            call(base, adapter=folder, weights="bf16", embeddings="host", profile="default")
+
+
 # merges
 
 
