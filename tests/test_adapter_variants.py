@@ -303,20 +303,250 @@ def test_parameters_that_are_named_run_as_their_modules(bases, tmp_path, kind, b
         qv.merge_lora_then_quantize(bases[base], folder, tmp_path / "out")
 
 
-def test_a_table_that_is_named_as_a_parameter(bases, tmp_path):
+TABLE_PARAMETERS: dict[str, dict[str, Any]] = {
+    "with modules": {"target_modules": ["q_proj"], "target_parameters": ["embed_tokens.weight"]},
+    "alone": {"target_modules": [], "target_parameters": ["model.embed_tokens.weight"]},
+    "kept tied": {
+        "target_modules": ["q_proj"],
+        "target_parameters": ["embed_tokens.weight"],
+        "ensure_weight_tying": True,
+    },
+    "by patterns": {
+        "target_modules": ["v_proj"],
+        "target_parameters": ["embed_tokens.weight", "up_proj.weight"],
+        "rank_pattern": {"embed_tokens.weight": 3},
+        "alpha_pattern": {"model.embed_tokens.weight": 40},
+        "use_rslora": True,
+    },
+    "with the head": {"target_modules": [], "target_parameters": ["embed_tokens.weight", "lm_head.weight"]},
+    "with a whole head": {
+        "target_modules": ["q_proj"],
+        "target_parameters": ["embed_tokens.weight"],
+        "modules_to_save": ["lm_head"],
+    },
+}
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.filterwarnings("ignore:You passed `ensure_weight_tying=True`")
+@pytest.mark.parametrize("base", ["untied", "tied"])
+@pytest.mark.parametrize("kind", TABLE_PARAMETERS)
+def test_a_table_that_is_named_as_a_parameter(bases, tmp_path, kind, base):
+    """PEFT adds the product to the whole table in every step; here it is added to the rows that are looked up."""
+    folder = trained(bases[base], tmp_path / "adapter", **TABLE_PARAMETERS[kind])
+    with load(bases[base], folder) as llm:
+        expected = logits(peft_model(bases[base], folder))
+        assert torch.allclose(logits(llm.model), expected, atol=1e-5)
+        assert (expected - logits(plain(bases[base]))).abs().max() > 0.01
+        assert kept_bytes(llm.model) == llm.plan.estimate.weights == llm.report().measured["weights"]
+        largest = largest_tensor(llm.model)
+    assert largest < load_file(bases[base] / "model.safetensors")["model.embed_tokens.weight"].numel()
+    with pytest.raises(qv.AdapterError, match=f"target_parameters is set: .*; {WITH_PEFT}"):
+        qv.merge_lora_then_quantize(bases[base], folder, tmp_path / "out")
+
+
+def largest_tensor(model: torch.nn.Module) -> int:
+    """Elements of the largest tensor that a forward pass makes."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            inputs = {one.untyped_storage().data_ptr() for one in args if isinstance(one, torch.Tensor)}
+            if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in inputs:
+                self.largest = max(self.largest, result.numel())
+            return result
+
+    with Watch() as watch:
+        logits(model)
+    return watch.largest
+
+
+@pytest.mark.parametrize("weights", ["bf16", "nf4"])
+def test_a_table_as_a_parameter_beside_other_weights(bases, tmp_path, weights):
+    """As the same factors do in an adapter of the embedding itself."""
     base = bases["untied"]
-    folder = trained(base, tmp_path / "adapter", target_modules=["q_proj"], target_parameters=["embed_tokens.weight"])
-    text = "target_parameters names 'embed_tokens.weight': PEFT would compute the whole token table anew in every step"
+    folder = trained(base, tmp_path / "adapter", **TABLE_PARAMETERS["with modules"])
+    with load(base, folder, weights=weights) as llm:
+        found = logits(llm.model)
+        assert llm.report().measured["weights"] == llm.plan.estimate.weights
+
+    def of_the_embedding(tensors: dict[str, torch.Tensor]) -> None:
+        table = "base_model.model.model.embed_tokens"
+        tensors[f"{table}.lora_embedding_A"] = tensors.pop(f"{table}.lora_B.weight").T.contiguous()
+        tensors[f"{table}.lora_embedding_B"] = tensors.pop(f"{table}.lora_A.weight").T.contiguous()
+
+    edit_tensors(folder, of_the_embedding)
+    edit_config(folder, target_parameters=None, target_modules=["q_proj", "embed_tokens"])
+    with load(base, folder, weights=weights) as llm:
+        assert torch.equal(found, logits(llm.model))
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("base", ["untied", "tied"])
+def test_a_table_as_a_parameter_that_training_changed_before(bases, tmp_path, init, base):
+    folder = trained(bases[base], tmp_path / "adapter", init_lora_weights=init, **TABLE_PARAMETERS["with modules"])
+    text = f"target_parameters names 'embed_tokens.weight', and init_lora_weights is '{init}', which changed the token"
     for call in (load, qv.plan):
         with pytest.raises(qv.AdapterError, match=f"{text}.*; {WITH_PEFT}"):
-            call(base, adapter=folder)
-    model = peft_model(base, folder)
-    expected = logits(model)
-    peft_merged(model).save_pretrained(tmp_path / "merged")
+            call(bases[base], adapter=folder)
+
+
+# layers that are the base's in another order or number
+
+
+LAYERS: dict[str, list[list[int]]] = {
+    "the base": [[0, 3]],
+    "the base in parts": [[0, 1], [1, 1], [1, 3]],
+    "the first": [[0, 2]],
+    "some": [[0, 1], [2, 3]],
+    "another order": [[2, 3], [0, 2]],
+    "one twice": [[0, 2], [1, 2]],
+}
+TARGETS: dict[str, dict[str, Any]] = {
+    "one matrix": {"target_modules": ["q_proj"]},
+    "all": {"target_modules": "all-linear", "rank_pattern": {"layers.1.self_attn.q_proj": 3}, "use_rslora": True},
+    "of one layer": {"target_modules": ["down_proj"], "layers_to_transform": [1], "modules_to_save": ["norm"]},
+}
+
+
+@pytest.fixture(scope="module")
+def of_three(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("of_three")
+    shape = {**SHAPE, "num_hidden_layers": 3}
+    return {
+        "untied": make_checkpoint(root / "untied", **shape),
+        "tied": make_checkpoint(root / "tied", tied=True, **shape),
+        "qwen3": make_checkpoint(root / "qwen3", kind="qwen3", **shape),
+    }
+
+
+@pytest.mark.parametrize(
+    ("base", "targets"), [*(("untied", targets) for targets in TARGETS), ("tied", "all"), ("qwen3", "all")]
+)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_other_layers_than_the_bases(of_three, tmp_path, kind, targets, base):
+    """Under PEFT copies of a layer share its weights; here each has its own, and all are counted."""
+    folder = trained(of_three[base], tmp_path / "adapter", layer_replication=LAYERS[kind], **TARGETS[targets])
+    theirs = peft_model(of_three[base], folder)
+    expected = logits(theirs)
+    assert (expected - logits(plain(of_three[base]))).abs().max() > 0.01
+    with load(of_three[base], folder) as llm:
+        assert torch.equal(logits(llm.model), expected)
+        steps = {"input_ids": IDS, "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+        assert torch.equal(llm.model.generate(**steps), theirs.generate(**steps))
+        assert kept_bytes(llm.model) == llm.plan.estimate.weights == llm.report().measured["weights"]
+        layers = sum(end - first for first, end in LAYERS[kind])
+        assert llm.model.config.num_hidden_layers == layers == len(llm.model.base_model.model.model.layers)
+        alone = qv.estimate_vram(of_three[base], weights="fp32")
+        assert llm.plan.estimate.kv_cache * 3 == alone.kv_cache * layers
+    assert qv.estimate_vram(of_three[base], weights="fp32", adapter=folder).weights == llm.plan.estimate.weights
+    again = qv.Architecture.from_dict(json.loads(json.dumps(llm.plan.estimate.architecture.to_dict())))
+    assert again == llm.plan.estimate.architecture
+    out = tmp_path / "out"
+    if kind.startswith("the base"):
+        qv.merge_lora_then_quantize(of_three[base], folder, out, quantize=None, device="cpu", progress=False)
+        with load(out) as llm:
+            assert torch.allclose(logits(llm.model), expected, atol=0.05)
+    else:
+        text = r"layer_replication is set: .* so it cannot be merged exactly; run it beside its base: qv\.load\(base"
+        with pytest.raises(qv.AdapterError, match=text):
+            qv.merge_lora_then_quantize(of_three[base], folder, out)
+
+
+@pytest.mark.parametrize("weights", ["bf16", "nf4", "int8-wo"])
+def test_other_layers_in_other_formats(of_three, tmp_path, weights):
+    """As a base that holds these layers as its own."""
+    base, settings = of_three["untied"], {"target_modules": ["q_proj", "up_proj"]}
+    folder = trained(base, tmp_path / "adapter", layer_replication=LAYERS["one twice"], **settings)
+    with load(base, folder, weights=weights) as llm:
+        found = logits(llm.model)
+        assert llm.report().measured["weights"] == llm.plan.estimate.weights
+    own = tmp_path / "own"
+    model = plain(base, dtype=torch.bfloat16)
+    layers = model.model.layers
+    model.model.layers = torch.nn.ModuleList(copy.deepcopy(layers[number]) for number in (0, 1, 1))
+    model.save_pretrained(own)
     for file in base.glob("token*"):
-        (tmp_path / "merged" / file.name).write_bytes(file.read_bytes())
-    with load(tmp_path / "merged") as llm:
-        assert torch.allclose(logits(llm.model), expected, atol=1e-5)
+        (own / file.name).write_bytes(file.read_bytes())
+    edit_config(folder, layer_replication=None)
+    with load(own, folder, weights=weights) as llm:
+        assert torch.equal(found, logits(llm.model))
+
+
+@pytest.mark.parametrize("replication", [[[0, 2], [1, 2]], [[0, 2], [0, 2]], [[1, 2], [0, 2], [1, 2]]], ids=str)
+def test_more_layers_than_the_bases(bases, tmp_path, monkeypatch, replication):
+    """transformers fails on such a model of PEFT for want of the kinds of its layers, unless it is told them."""
+    base, layers, untold = bases["untied"], sum(end - first for first, end in replication), plain
+
+    def told(folder: Path, **options: Any) -> Any:
+        model = untold(folder, **options)
+        model.config.layer_types = ["full_attention"] * layers
+        return model
+
+    monkeypatch.setitem(globals(), "plain", told)
+    monkeypatch.setattr("tests.lora_models.load", told)
+    folder = trained(base, tmp_path / "adapter", layer_replication=replication, target_modules=["q_proj", "down_proj"])
+    with load(base, folder) as llm:
+        assert torch.equal(logits(llm.model), logits(peft_model(base, folder)))
+        assert kept_bytes(llm.model) == llm.plan.estimate.weights == llm.report().measured["weights"]
+
+
+def test_other_layers_that_are_refused(of_three, tmp_path):
+    base = of_three["untied"]
+    folder = trained(base, tmp_path / "adapter", layer_replication=LAYERS["one twice"], target_modules=["q_proj"])
+    refusals = {
+        r"layer_replication is \[\[0, 4\]\], and the base 'untied' has 3 layers, 0 to 2; pass the base": [[0, 4]],
+        r"layer_replication is \[\[-1, 2\]\], and the base 'untied' has 3 layers": [[-1, 2]],
+        r"layer_replication must name at least one layer, got \[\[1, 1\]\]": [[1, 1]],
+        r"layer_replication must be a list of pairs of layer numbers, got \[0, 3\]": [0, 3],
+        r"layer_replication must be a list of pairs of layer numbers, got 'all'": "all",
+        r"layers\.2\.self_attn\.q_proj is not in it": [[0, 2]],
+        r"layers\.3\.self_attn\.q_proj\.lora_A\.weight is missing": [[0, 3], [1, 2]],
+    }
+    for text, replication in refusals.items():
+        edit_config(folder, layer_replication=replication)
+        for call in (load, qv.plan, qv.estimate_vram):
+            with pytest.raises(qv.AdapterError, match=text):
+                call(base, adapter=folder)
+    edit_config(folder, layer_replication=LAYERS["one twice"], init_lora_weights="pissa")
+    with pytest.raises(qv.AdapterError, match="init_lora_weights changes weights that PEFT's copies of a layer share"):
+        load(base, folder)
+    edit_config(folder, init_lora_weights=True)
+    text = "streamed_layers=1: the adapter is of a model of other layers than the base .*; use streamed_layers=0"
+    for call in (load, qv.plan):
+        with pytest.raises(qv.NotSupportedError, match=text):
+            call(base, adapter=folder, weights="bf16", streamed_layers=1, profile="default")
+    least = qv.min_vram(base, adapter=folder)
+    assert not qv.plan(base, vram=least, ram="8GiB", adapter=folder).profile.streamed_layers
+
+
+def test_other_layers_than_those_of_a_quantized_base(of_three, tmp_path):
+    base, stored = of_three["untied"], tmp_path / "stored"
+    with load(base, weights="nf4") as llm:
+        llm.save_quantized(stored)
+    folder = trained(base, tmp_path / "adapter", layer_replication=LAYERS["the base"], target_modules=["q_proj"])
+    with load(base, folder, weights="nf4") as llm:
+        expected = logits(llm.model)
+    with load(stored, folder, weights="nf4") as llm:
+        assert torch.equal(logits(llm.model), expected)
+        assert llm.report().measured["weights"] == llm.plan.estimate.weights
+    edit_config(folder, layer_replication=LAYERS["another order"])
+    load(base, folder, weights="nf4").close()
+    text = r"layer_replication is .*, and the base 'stored' is stored as 'nf4', .*; pass the 16-bit base"
+    for call in (load, qv.plan):
+        with pytest.raises(qv.AdapterError, match=text):
+            call(stored, adapter=folder, weights="nf4")
+
+
+def test_a_table_as_a_parameter_stays_on_the_device(bases, tmp_path):
+    base = bases["untied"]
+    folder = trained(base, tmp_path / "adapter", **TABLE_PARAMETERS["alone"])
+    for call in (load, qv.plan):
+        with pytest.raises(qv.NotSupportedError, match="embeddings='host': the adapter changes 'model.embed_tokens'"):
+            call(base, adapter=folder, weights="bf16", embeddings="host", profile="default")
 
 
 # merges

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from qwen_vram.adapters.errors import AdapterError
+from qwen_vram.adapters.folder import CONFIG
 from qwen_vram.adapters.keys import Adapter, AdapterTensor, ModuleTensors, shortened
 from qwen_vram.adapters.scaling import ranks_of, scale_of
 from qwen_vram.adapters.tables import EMBEDDING, HEAD, TABLES, TableParts, table_parts
@@ -84,6 +86,24 @@ def changes_of(adapter: Adapter, base: Base) -> dict[str, Change]:
     for advice, problems in reader.broken.items():
         raise adapter.error(f"is not what its adapter_config.json says: {shortened(problems)}; {advice}")
     return changes
+
+
+def check_layers(adapter: Adapter, base: Base) -> None:
+    """Refuse an adapter whose model is made of the base's layers in another order or number.
+
+    Raises:
+        AdapterError: it is.
+    """
+    replication = adapter.settings.replication
+    layers = len({name.split(".")[2] for name in base.shapes if name.startswith("model.layers.")})
+    if replication is not None and not replication.is_the_base(layers):
+        path = str(adapter.folder / CONFIG)
+        raise AdapterError(
+            f"{path!r}: layer_replication is set: the adapter's layers are copies of the base's layers "
+            f"({replication} of {layers}), so it cannot be merged exactly; run it beside its base: "
+            "qv.load(base, adapter=...)",
+            path=path,
+        )
 
 
 def _instead(adapter: Adapter) -> str:
@@ -216,9 +236,9 @@ class _Reader:
 
     def factors(self, module: str, tensors: ModuleTensors, shape: tuple[int, ...], *, linear: bool) -> Factors | None:
         """The low-rank factors of a weight of `shape`."""
-        embedding = module == EMBEDDING
-        a, b = (tensors.embedding_a, tensors.embedding_b) if embedding else (tensors.a, tensors.b)
         targets = self.settings.targets
+        embedding = module == EMBEDDING and not targets.name_weight(module)
+        a, b = (tensors.embedding_a, tensors.embedding_b) if embedding else (tensors.a, tensors.b)
         named = bool(tensors.factors) if targets.modules is None else targets.name(module, linear=linear)
         if not tensors.factors:
             if named:

@@ -15,6 +15,7 @@ from typing import cast
 from qwen_vram.adapters.blocks import Blocks
 from qwen_vram.adapters.errors import AdapterError
 from qwen_vram.adapters.folder import CONFIG
+from qwen_vram.adapters.replication import Replication
 from qwen_vram.adapters.targets import Targets
 from qwen_vram.errors import ConfigError
 from qwen_vram.files.local import parse_config
@@ -29,7 +30,6 @@ _BASE_CHANGING_INITS = (*_REPEATABLE_INITS, "corda", "loftq", "lora_ga")
 # What the adapter computes is not a low-rank update of one matrix, or the base it belongs to is another one.
 _REFUSED = {
     "arrow_config": "Arrow chooses among adapters for every token",
-    "layer_replication": "the adapter's layers are copies of the base's layers",
     "megatron_config": "the adapter is split over Megatron's ranks",
 }
 # The same for the merge. Beside the base PEFT runs them, if their tensors have the shapes of its modules: it groups
@@ -48,6 +48,7 @@ _READ = {
     "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias", "bias",
     "modules_to_save", "trainable_token_indices", "ensure_weight_tying", "init_lora_weights", "base_model_name_or_path",
     "alora_invocation_tokens", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "layer_replication",
 }  # fmt: skip
 # How an adapter was trained or is saved does not change what it computes. fan_in_fan_out is for GPT-2's Conv1D: PEFT
 # switches it off for nn.Linear and never reads it for nn.Embedding. The last line is what ms-swift and PEFT before 0.3
@@ -86,6 +87,7 @@ class LoraSettings:
         use_kasa: A diagonal stands between the two factors, and the base's smallest singular values are cut off.
         groups_inputs: QALoRA's first factor is of groups of inputs.
         blocks: BD-LoRA's blocks; `None` without them.
+        replication: The base's layers that the adapter's model is made of; `None` if the settings do not say it.
         unmergeable: Why the adapter cannot be merged exactly, in words; empty if it can.
     """
 
@@ -108,6 +110,7 @@ class LoraSettings:
     use_kasa: bool
     groups_inputs: bool
     blocks: Blocks | None
+    replication: Replication | None
     unmergeable: str
 
     def key_of(self, module: str) -> str:
@@ -186,6 +189,7 @@ class _Reader:
             use_kasa=self.on("kasa_config"),
             groups_inputs=self.on("use_qalora") or self.on("use_qa_lora"),
             blocks=self.blocks(),
+            replication=self.replication(),
             unmergeable=self.unmergeable(init),
         )
 
@@ -250,6 +254,20 @@ class _Reader:
             in_b=inside.names("target_modules_bd_b"),
             strict=bool(given.get("match_strict", True)),
         )
+
+    def replication(self) -> Replication | None:
+        """The layers that the adapter's model is made of."""
+        if not self.on("layer_replication"):
+            return None
+        given = self.config["layer_replication"]
+        pairs = []
+        for pair in given if isinstance(given, list) else [given]:
+            if not isinstance(pair, list) or [type(end) for end in pair] != [int, int]:
+                raise self.error(f"layer_replication must be a list of pairs of layer numbers, got {given!r}")
+            pairs.append((pair[0], pair[1]))
+        if not any(first < following for first, following in pairs):
+            raise self.error(f"layer_replication must name at least one layer, got {given!r}")
+        return Replication(tuple(pairs))
 
     def unmergeable(self, init: str) -> str:
         """Say why the adapter cannot be merged exactly; empty if it can."""
@@ -325,10 +343,10 @@ class _Reader:
         """The modules whose weights are named as parameters."""
         names = self.names("target_parameters")
         tables = [name for name in names if name.endswith("embed_tokens.weight")]
-        if tables:
+        if tables and self.init() in _REPEATABLE_INITS:
             raise self.error(
-                f"target_parameters names {tables[0]!r}: PEFT would compute the whole token table anew in every step, "
-                f"which is not counted; {_WITH_PEFT}"
+                f"target_parameters names {tables[0]!r}, and init_lora_weights is {self.config['init_lora_weights']!r},"
+                f" which changed the token table before training; {_WITH_PEFT}"
             )
         return tuple(name.removesuffix(".weight") for name in names if name.endswith(".weight"))
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from qwen_vram.adapters.changes import Base, Change, changes_of
-from qwen_vram.adapters.folder import AdapterPath
+from qwen_vram.adapters.errors import AdapterError
+from qwen_vram.adapters.folder import CONFIG, AdapterPath
 from qwen_vram.adapters.keys import Adapter, AdapterTensor, open_adapter
 from qwen_vram.adapters.tables import HEAD, TABLES
 from qwen_vram.arithmetic.architecture import Architecture, Weight
@@ -26,6 +27,7 @@ def with_adapter(label: str, architecture: Architecture, adapter: AdapterPath) -
     """
     opened = open_adapter(adapter)
     settings = opened.settings
+    architecture = _of_layers(label, architecture, opened)
     base = base_of(label, architecture)
     changes = changes_of(opened, base)
     if settings.use_dora:
@@ -46,6 +48,38 @@ def with_adapter(label: str, architecture: Architecture, adapter: AdapterPath) -
         adapter_mutates_base=settings.mutates_base,
         adapter_in_blocks=settings.blocks is not None and any(map(settings.blocks.name, opened.modules)),
     )
+
+
+def _of_layers(label: str, base: Architecture, adapter: Adapter) -> Architecture:
+    """The architecture with the layers that the adapter's model is made of, each with weights of its own.
+
+    PEFT's copies of a layer share its weights. Here each is loaded, so that all formats and devices take them.
+    """
+    replication, layers = adapter.settings.replication, base.num_hidden_layers
+    if replication is None or replication.is_the_base(layers):
+        return base
+    path = str(adapter.folder / CONFIG)
+    said = f"{path!r}: layer_replication is {replication}"
+    if not replication.fits(layers):
+        raise AdapterError(
+            f"{said}, and the base {label!r} has {layers} layers, 0 to {layers - 1}; pass the base that the adapter "
+            "was trained on",
+            path=path,
+        )
+    if base.stored_format is not None:
+        raise AdapterError(
+            f"{said}, and the base {label!r} is stored as {base.stored_format!r}, whose layers are taken as they are; "
+            "pass the 16-bit base, and the format as weights=...",
+            path=path,
+        )
+    order = replication.order()
+    if adapter.settings.mutates_base and len(set(order)) < len(order):
+        raise AdapterError(
+            f"{said}, and {adapter.settings.mutates_base} changes weights that PEFT's copies of a layer share; train "
+            "it on a base that holds these layers as its own",
+            path=path,
+        )
+    return replace(base, num_hidden_layers=len(order), adapter_layers=order)
 
 
 def base_of(source: str, architecture: Architecture) -> Base:

@@ -64,6 +64,8 @@ class Architecture:
         adapter_mutates_base: The setting by which PEFT changes the base's weights when it loads the adapter (PiSSA,
             OLoRA, KaSA); empty if it does not.
         adapter_in_blocks: Some of its factors hold the blocks of a diagonal (BD-LoRA).
+        adapter_layers: The number of the base's layer for each of these, if the adapter's model is made of other layers
+            than the base.
         first_layer: How many decoder layers come before these, where this is one device's part of a model (`slices`).
         layers_after: How many come behind them.
         rope: The rotary positions of config.json; `None` without one.
@@ -91,6 +93,7 @@ class Architecture:
     adapter_activated: bool = False
     adapter_mutates_base: str = ""
     adapter_in_blocks: bool = False
+    adapter_layers: tuple[int, ...] = ()
     first_layer: int = 0
     layers_after: int = 0
     rope: Rope | None = field(default=None, repr=False)
@@ -131,7 +134,8 @@ class Architecture:
         if rope is not None:
             rope = rope._replace(rest=tuple((key, value) for key, value in rope.rest), notes=tuple(rope.notes))
         read = {"stored": stored, "adapter_weights": weights, "adapter_replaces": replaced, "rope": rope}
-        return cls(**{**data, **read, "layer_dtypes": tuple(data.get("layer_dtypes", ()))})
+        read |= {name: tuple(data.get(name, ())) for name in ("layer_dtypes", "adapter_layers")}
+        return cls(**{**data, **read})
 
     @classmethod
     def from_config(cls, config: Mapping[str, object], *, source: str = "config") -> Architecture:

@@ -23,6 +23,8 @@ from qwen_vram.files.header import Tensor
 from qwen_vram.files.local import CONFIG, has_weights, read_config, read_generation, read_tensors
 from qwen_vram.files.state import State, settled_state
 
+_LAYERS = "model.layers."
+
 
 class CheckpointFiles(NamedTuple):
     """A folder as it was read.
@@ -32,6 +34,7 @@ class CheckpointFiles(NamedTuple):
         generation: What generation_config.json says; empty if there is none.
         tensors: Every tensor, by the model's names; empty if the folder has no weights.
         notes: What is worth a warning when the model is loaded.
+        of_layers: The numbers in the folder of the layers; empty if they are the folder's own.
     """
 
     folder: Path
@@ -40,6 +43,26 @@ class CheckpointFiles(NamedTuple):
     tensors: Mapping[str, Tensor]
     architecture: Architecture
     notes: tuple[str, ...] = ()
+    of_layers: tuple[int, ...] = ()
+
+    def with_layers(self, order: tuple[int, ...]) -> CheckpointFiles:
+        """The files of a model whose layers are those of these numbers, each with tensors of its own."""
+        by_layer: dict[int, dict[str, Tensor]] = {}
+        tensors = {}
+        for name, tensor in self.tensors.items():
+            if name.startswith(_LAYERS):
+                layer, _, rest = name.removeprefix(_LAYERS).partition(".")
+                by_layer.setdefault(int(layer), {})[rest] = tensor
+            else:
+                tensors[name] = tensor
+        for place, number in enumerate(order):
+            tensors |= {f"{_LAYERS}{place}.{rest}": tensor for rest, tensor in by_layer[number].items()}
+        config = {**self.config, "num_hidden_layers": len(order)}
+        kinds = config.get("layer_types")
+        if isinstance(kinds, list):
+            config["layer_types"] = [kinds[number] for number in order]
+        architecture = replace(self.architecture, num_hidden_layers=len(order))
+        return self._replace(config=config, tensors=tensors, architecture=architecture, of_layers=order)
 
     @property
     def renamed(self) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from qwen_vram.adapters.changes import Change, Factors, changes_of
+from qwen_vram.adapters.changes import Change, Factors, changes_of, check_layers
 from qwen_vram.adapters.folder import WEIGHTS
 from qwen_vram.adapters.keys import AdapterTensor, open_adapter
 from qwen_vram.arithmetic.adapter import base_of
@@ -41,7 +41,9 @@ def is_merged(folder: Path) -> bool | None:
         if base is None:
             return None
         here, there = read_checkpoint(folder, weights=True), read_checkpoint(base, weights=True)
-        changes = changes_of(adapter, base_of(folder.name, here.architecture))
+        shapes = base_of(folder.name, here.architecture)
+        check_layers(adapter, shapes)
+        changes = changes_of(adapter, shapes)
     except QwenVramError:
         return None
     matrices = _matrices(changes, here, there)

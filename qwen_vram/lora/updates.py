@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from qwen_vram.adapters.changes import Base, Change, Factors, changes_of
+from qwen_vram.adapters.changes import Base, Change, Factors, changes_of, check_layers
 from qwen_vram.adapters.tables import TABLES
 from qwen_vram.lora.delta import LowRank, TokenRows, Update
 from qwen_vram.lora.stored import StoredTensor, same_bytes, same_values
@@ -33,6 +33,7 @@ def updates_of(one: WeightedAdapter, number: int, base: BaseTensors) -> dict[str
     Raises:
         AdapterError: it belongs to another base, lacks a tensor, or holds one that has no place.
     """
+    check_layers(one.adapter, base.shapes)
     updates = {}
     for name, change in changes_of(one.adapter, base.shapes).items():
         if name not in base.tensors:

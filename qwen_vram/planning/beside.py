@@ -81,7 +81,14 @@ def _weights(architecture: Architecture, profile: Profile) -> str:
 
 
 def _streamed(architecture: Architecture, profile: Profile) -> str:
-    if not profile.streamed_layers or not architecture.adapter_mutates_base:
+    if not profile.streamed_layers:
+        return ""
+    if architecture.adapter_layers:
+        return (
+            "is of a model of other layers than the base (layer_replication), which do not stream; use "
+            "streamed_layers=0"
+        )
+    if not architecture.adapter_mutates_base:
         return ""
     begins, instead = _BEGINS[architecture.adapter_mutates_base]
     return f"{begins}, which have to be on the device; use streamed_layers=0, or {instead}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +18,7 @@ from qwen_vram.adapters.errors import AdapterError
 from qwen_vram.adapters.folder import WEIGHTS
 from qwen_vram.adapters.keys import KEY_MAPPING, Adapter
 from qwen_vram.adapters.scaling import alpha_of
+from qwen_vram.adapters.tables import EMBEDDING
 from qwen_vram.adapters.tokenizer import TokenizerFiles, tokenizer_files, with_end_tokens
 from qwen_vram.errors import BackendUnavailableError, CheckpointError
 from qwen_vram.files.companions import copy_files
@@ -112,13 +114,32 @@ def add_adapter(model: nn.Module, adapter: Adapter, dtype: torch.dtype) -> nn.Mo
     if find_spec("gptqmodel") is not None:
         import_quietly()  # or PEFT would, for any adapter
 
-    adapted: nn.Module = PeftModel.from_pretrained(
-        model, adapter.folder, config=_config(adapter), autocast_adapter_dtype=False, key_mapping=KEY_MAPPING
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Found missing adapter keys")  # the table's, as the others were checked
+        adapted: nn.Module = PeftModel.from_pretrained(
+            model, adapter.folder, config=_config(adapter), autocast_adapter_dtype=False, key_mapping=KEY_MAPPING
+        )
+    _fill_table(adapted, adapter)
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.to(dtype)
     return adapted
+
+
+def _fill_table(adapted: nn.Module, adapter: Adapter) -> None:
+    """Give the token table its factors where its weight is named as a parameter.
+
+    PEFT saves those of a matrix, and an embedding looks up the columns of its first factor.
+    """
+    from safetensors import safe_open
+
+    tensors = adapter.modules.get(EMBEDDING)
+    if tensors is None or tensors.a is None or tensors.b is None:
+        return
+    table: Any = adapted.get_submodule(f"base_model.model.{EMBEDDING}")
+    with safe_open(adapter.file, "pt") as file:
+        for factors, stored in ((table.lora_embedding_A, tensors.b), (table.lora_embedding_B, tensors.a)):
+            factors["default"].data.copy_(file.get_tensor(stored.name).T)
 
 
 def _config(adapter: Adapter) -> Any:
@@ -129,14 +150,17 @@ def _config(adapter: Adapter) -> Any:
     config.inference_mode = True
     config.velora_config = config.monteclora_config = None  # or PEFT would keep their buffers, which nothing reads
     config.use_qalora = False  # the factors are of whole inputs, as was checked
+    config.layer_replication = None  # the layers are the base's own, as was checked, and PEFT would copy their modules
     settings = adapter.settings
     if not settings.mutates_base:
         config.init_lora_weights = True
     if settings.targets.modules is None or settings.targets.weights:
         # PEFT would take a default of its own in place of no targets, and compute a whole matrix anew in every step for
-        # a weight that is named as a parameter.
+        # a weight that is named as a parameter. Of such a table it leaves the tied head alone, of an embedding not.
         factors = {module: tensors.factors for module, tensors in adapter.modules.items() if tensors.factors}
         config.target_modules, config.target_parameters = set(factors), None
+        if settings.targets.name_weight(EMBEDDING):
+            config.ensure_weight_tying = False
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
         config.rank_pattern = {module: parts[0].shape[0] for module, parts in factors.items()}
         config.alpha_pattern = {module: alpha_of(settings, module) for module in factors}

@@ -63,20 +63,37 @@ def load_without(
         return _from_tensors(files.folder, shown, **options)
 
 
-class _Narrowed:
-    """A tensor of a file that is cast when it is sliced. It stands where safetensors' slice would."""
+class _Copied:
+    """A tensor of a file that is copied when it is sliced. It stands where safetensors' slice would."""
 
-    def __init__(self, tensor: Any, dtype: torch.dtype) -> None:
-        self._tensor, self._dtype = tensor, dtype
+    def __init__(self, tensor: Any) -> None:
+        self._tensor = tensor
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         part: torch.Tensor = self._tensor[index]
-        return part.to(self._dtype)
+        return part.clone()
 
     def get_shape(self) -> list[int]:
         """Its shape."""
         shape: list[int] = self._tensor.get_shape()
         return shape
+
+    def get_dtype(self) -> str:
+        """Its dtype, as safetensors spells it."""
+        dtype: str = self._tensor.get_dtype()
+        return dtype
+
+
+class _Narrowed(_Copied):
+    """The same for one that is cast."""
+
+    def __init__(self, tensor: Any, dtype: torch.dtype) -> None:
+        super().__init__(tensor)
+        self._dtype = dtype
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        part: torch.Tensor = self._tensor[index]
+        return part.to(self._dtype)
 
     def get_dtype(self) -> str:
         """The dtype that it is cast to, as safetensors spells it."""
@@ -85,11 +102,20 @@ class _Narrowed:
 
 @contextmanager
 def _slices(files: CheckpointFiles, mapped: bool) -> Iterator[dict[str, Any]]:
-    """Every tensor of a checkpoint by the model's name, to be read when it is sliced."""
+    """Every tensor of a checkpoint by the model's name, to be read when it is sliced.
+
+    One that the model has twice is copied the second time, or both would be the same mapped memory on the CPU.
+    """
     with ExitStack() as stack:
         names = {tensor.file for tensor in files.tensors.values()}
         opened = {name: stack.enter_context(open_weights(files.folder / name, mapped=mapped)) for name in names}
-        yield {name: opened[tensor.file].get_slice(tensor.name) for name, tensor in files.tensors.items()}
+        shown: dict[str, Any] = {}
+        seen: set[str] = set()
+        for name, tensor in files.tensors.items():
+            part = opened[tensor.file].get_slice(tensor.name)
+            shown[name] = _Copied(part) if tensor.name in seen else part
+            seen.add(tensor.name)
+        yield shown
 
 
 def _from_tensors(folder: Path, tensors: Mapping[str, Any], *, config: Any, **options: Any) -> nn.Module:

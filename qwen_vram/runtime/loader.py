@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -138,6 +139,10 @@ def load(
         with garbage_of_this_load(), ExitStack() as after_a_failure:
             checkpoint = open_checkpoint(model, found)
             check_own_adapter(checkpoint.folder, chosen_adapter)
+            assert chosen.estimate.architecture is not None
+            order = chosen.estimate.architecture.adapter_layers
+            if order:
+                checkpoint = replace(checkpoint, files=checkpoint.files.with_layers(order))
             llm = _build(checkpoint, chosen, backend, devices, opened, progress, disable_mmap, after_a_failure)
             after_a_failure.pop_all()
         give_back_heap()

@@ -132,9 +132,12 @@ def stored_config(request: Request) -> Any:
 
 def _is_plain(request: Request) -> bool:
     """Tell if `transformers` loads the folder itself as it was read: each tensor, under its name, from mapped files."""
-    changed = request.left_out or request.made or request.narrowed or request.disable_mmap or request.files.renamed
-    names = {tensor.file for tensor in request.files.tensors.values()}
-    return not changed and (names == {SINGLE} or (SINGLE not in names and (request.files.folder / INDEX).is_file()))
+    files = request.files
+    changed = request.left_out or request.made or request.narrowed or request.disable_mmap
+    renamed = files.renamed or files.of_layers
+    names = {tensor.file for tensor in files.tensors.values()}
+    as_saved = names == {SINGLE} or (SINGLE not in names and (files.folder / INDEX).is_file())
+    return as_saved and not changed and not renamed
 
 
 def from_pretrained(request: Request, **options: Any) -> nn.Module:
