@@ -266,7 +266,7 @@ def test_padding_that_was_not_planned_has_to_fit():
     unpadded, padded = (plan.estimate.needed_bytes for plan in plans)
     assert padded > unpadded + 10**9  # the mask, its bias, and keys and values for every head
     for vram, in_full in ((padded, 25_600), (unpadded, None)):
-        runs = Generations(qv.plan(SEVEN, **knobs, **work, vram=vram), {torch.device("cpu"): {}}, None)
+        runs = Generations(qv.plan(SEVEN, **knobs, **work, vram=vram), {torch.device("cpu"): {}}, {}, None)
         workload = runs.plan.workload
         assert runs._cache_length(workload) == 25_600
         assert runs._cache_length(replace(workload, prompt_len=400, padded=True)) == 25_600
