@@ -26,7 +26,7 @@ def predicted(row):
     if "profile" in row:
         return split_estimate(label, architecture, Profile(**row["profile"]), workload, split).devices
     # A row from before a row had its profile, when the search gave back no speed.
-    found = Search(label, architecture, workload, budget, knobs.pop("profile", "auto"), knobs).find("quality")
+    found = Search(label, architecture, workload, budget, knobs.pop("profile", "auto"), knobs).find("quality")[0]
     return split_estimate(label, architecture, found.estimate.profile, workload, split).devices
 
 
