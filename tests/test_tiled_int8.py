@@ -101,7 +101,7 @@ def test_pieces_and_tiles_are_counted():
         for one in ("whole", "tiled")
     )
     assert tiled.activations < 0.4 * whole.activations
-    plan = qv.plan("Qwen2.5-7B", vram="12GiB", prompt_len=8_000)
+    plan = qv.plan("Qwen2.5-7B", vram="12GiB", prompt_len=8_000, weights="int8")
     assert (plan.profile.weights, plan.profile.tiles) == ("int8", True)
 
 
