@@ -1,4 +1,4 @@
-"""What `load(folder, vram=...)` chooses by itself: its speed and memory, budget by budget.
+"""Measure the plans that `load(folder, vram=...)` chooses by itself: their speed and memory, budget by budget.
 
     python benchmarks/default_plans.py OUT.jsonl                       # Qwen2.5-7B's shape
     python benchmarks/default_plans.py OUT.jsonl --model Qwen2.5-0.5B  # a quick look

@@ -68,7 +68,7 @@ _EIGHT_BIT_GROUPS = [Config(*one) for one in [(4, 32, 1), (2, 128, 4), (16, 32, 
 
 
 class Job(NamedTuple):
-    """What is compiled and measured: a format, a number of rows, a group of matrices or one, and a division."""
+    """One kernel to compile and measure: a format, a number of rows, a group of matrices or one, and a division."""
 
     storage: str
     m: int
@@ -218,7 +218,7 @@ class Cell:
             self.bounds.append((torchs - product).abs().max().item() + product.abs().max().item() * 2**-8)
 
     def wrong(self, job: Job) -> str:
-        """Whether and by how much a kernel errs on the first matrices."""
+        """Return by how much a kernel errs on the first matrices; empty if it is right."""
         matrices = self.sets[0]
         for one in matrices:
             one.out.zero_()

@@ -1,4 +1,4 @@
-"""How far storage formats are from bf16 on a real checkpoint: KL divergence and top-1 agreement, on the CPU or a GPU.
+"""Measure how far storage formats are from bf16 on a real checkpoint, on the CPU or a GPU.
 
     python benchmarks/real_formats.py CHECKPOINT OUT.jsonl [--formats int8 int8-wo fp8]
 

@@ -224,7 +224,7 @@ class _Reader:
         return Change(replacement=replacement, kept_beside=saved, shift=self.shift(module, tensors, shape))
 
     def shift(self, module: str, tensors: ModuleTensors, shape: tuple[int, ...]) -> tuple[AdapterTensor, float] | None:
-        """What `lora_bias` adds to a bias."""
+        """The sum that `lora_bias` adds to a bias."""
         blocks = self.settings.blocks
         if not self.settings.lora_bias or tensors.a is None or (blocks is not None and blocks.has_b(module)):
             return None

@@ -183,7 +183,7 @@ def resolve(model: ModelLike, adapter: AdapterChoice = None) -> Resolved:
 
 
 def _check_adapter(folder: Path, adapter: AdapterChoice) -> None:
-    """Refuse an adapter that is given as the model, and one beside the model that the caller does not speak of."""
+    """Refuse an adapter given as the model, and one beside the model that the call does not name."""
     if (folder / CONFIG).is_file() and not (folder / ADAPTER_CONFIG).is_file():
         return
     from qwen_vram.adapters.folder import check_is_no_adapter, check_own_adapter

@@ -1,4 +1,4 @@
-"""How long attention and what is done element by element take on a GPU."""
+"""Times of attention and of element-by-element kernels on a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a generation takes: to the first token, for each one after it, and in all; and whose rates say so."""
+"""Times of a generation: to the first token, for each one after it, and in all; and whose rates say so."""
 
 from __future__ import annotations
 

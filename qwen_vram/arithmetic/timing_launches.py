@@ -1,4 +1,4 @@
-"""How long Python takes to launch a step's kernels on a GPU, which waits for it where they are launched one by one.
+"""Times of launching a step's kernels on a GPU from Python, which waits for it where they are launched one by one.
 
 Every constant is a time on the host whose `layer_launch_time` is the stated one; another host's are in proportion. They
 are differences between rows of the same run where there are such, and hosts of one kind of GPU differ by a third.
@@ -53,7 +53,7 @@ _JOINED = {"fused": 120e-6, "plain": 200e-6}
 
 
 def host_share(machine: Machine) -> float:
-    """How many times as long as on the stated host launching takes."""
+    """Return how many times as long launching takes as on the stated host."""
     return machine.layer_launch_time / LAYER_LAUNCH_TIME
 
 

@@ -1,4 +1,4 @@
-"""How long products with matrices take on a GPU, by the format of the matrices and the rows of the input.
+"""Times of products with matrices on a GPU, by the format of the matrices and the rows of the input.
 
 A kernel reads the stored bytes at its share of the memory's rate, or at a rate of its own that no faster memory lifts.
 """
@@ -62,7 +62,7 @@ class Matrices(NamedTuple):
 
 
 def kind_of(name: str) -> Kind:
-    """How a storage format is multiplied."""
+    """Return how a storage format is multiplied."""
     storage = FORMATS[name]
     if storage.is_dense:
         return "dense"

@@ -19,7 +19,7 @@ _WRAPPERS = {
 
 
 class Wrapper:
-    """What stands in the names of a checkpoint and not in the model's.
+    """Return what stands in the names of a checkpoint and not in the model's.
 
     Attributes:
         text: The characters, with the dot behind them.
@@ -48,7 +48,7 @@ class Wrapper:
 
 
 def wrapper_of(names: Collection[str], wanted: Collection[str]) -> Wrapper | None:
-    """What stands in `names` beside the model's own, if without it they hold every wanted one; `None` otherwise."""
+    """Return what stands in `names` beside the model's own, if they then hold every wanted one; `None` if not."""
     for wrapper in _candidates(names):
         if wrapper.text and {model_name(wrapper.without(name)) for name in names} >= set(wanted):
             return wrapper

@@ -11,7 +11,7 @@ from qwen_vram.arithmetic.timing_decode import decode_ms
 
 
 def in_the_way(profile: Profile, gpus: int = 1) -> str | None:
-    """What keeps decode steps from being captured, in words; `None` where they can be."""
+    """Return what keeps decode steps from being captured, in words; `None` where they can be."""
     if gpus > 1:
         return f"layers are on {gpus} GPUs"
     if profile.streamed_layers:

@@ -76,7 +76,7 @@ class Plan:
 
     @property
     def times(self) -> Times:
-        """What a generation will take, and on which machine."""
+        """The predicted times of a generation, and the machine that they are for."""
         return times_of(self.estimate, on_cpu=self.on_cpu)
 
     @property

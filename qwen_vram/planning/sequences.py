@@ -21,7 +21,7 @@ def sequences_per_prompt(found: Resolved) -> int:
 
 
 def _of_repository(repo_id: str) -> Mapping[str, object]:
-    """What the file of a repository says; nothing for one of the catalog, and for a file that is none."""
+    """Return what the file of a repository says; nothing for one of the catalog, and for a file that is none."""
     if not repo_id or catalog_row(repo_id) is not None:
         return {}
     from qwen_vram.files.hub import hub_generation_config

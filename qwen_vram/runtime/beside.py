@@ -1,4 +1,4 @@
-"""What torch has allocated on a model's devices that is not the model's: the caller's tensors, and other models'.
+"""Memory of torch on a model's devices that is not the model's: the caller's tensors, and other models'.
 
 torch tells one number for a process. Not the model's is what was there before it was loaded, and what comes and goes
 between its generations.

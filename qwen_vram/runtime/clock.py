@@ -12,7 +12,7 @@ from qwen_vram.arithmetic.workload import Workload
 
 
 class Timed(NamedTuple):
-    """What a generation took in milliseconds.
+    """Measured milliseconds of a generation.
 
     Attributes:
         workload: What ran: as many new tokens as were made.

@@ -38,7 +38,7 @@ _BROKEN: set[str] = set()
 
 
 class _Codes(NamedTuple):
-    """What a kernel reads of a matrix, and the format that it is in."""
+    """The tensors that a kernel reads of a matrix, and the format that it is in."""
 
     storage: str
     nested: bool
@@ -122,7 +122,7 @@ def _read(linears: Sequence[nn.Module], x: Tensor) -> tuple[Any, tuple[Any, ...]
 
 
 def _codes(linear: Any, x: Tensor) -> _Codes | None:
-    """What is read of a layer's matrix, if the kernels know it, and nothing else is done when the layer is called."""
+    """Return what is read of a layer's matrix, if the kernels know it and a call does nothing else."""
     if not isinstance(linear, nn.Linear) or linear._forward_hooks or linear._forward_pre_hooks:
         return None
     weight = linear.weight

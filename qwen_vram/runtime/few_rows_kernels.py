@@ -292,7 +292,7 @@ class Matrix(NamedTuple):
 
 
 class Config(NamedTuple):
-    """How a product is divided: rows of the matrix for a program, blocks or chunks a step, warps, and the look-up."""
+    """The division of a product: rows of the matrix for a program, blocks or chunks a step, warps, and the look-up."""
 
     rows: int
     step: int

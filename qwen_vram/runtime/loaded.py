@@ -95,7 +95,7 @@ class LoadedModel:
 
     @property
     def compile_seconds(self) -> float:
-        """What capturing and compiling decode steps took so far; 0 if the plan captures none."""
+        """Seconds that capturing and compiling decode steps took so far; 0 if the plan captures none."""
         decoder = self._generations.decoder
         return 0.0 if decoder is None else decoder.seconds
 

@@ -11,7 +11,7 @@ from qwen_vram.runtime.clock import Timed
 
 
 class ReportedTimes(NamedTuple):
-    """What was predicted for the generation that ran, and what it took."""
+    """The times that were predicted for the generation that ran, and those measured."""
 
     predicted: Times
     measured: Timed

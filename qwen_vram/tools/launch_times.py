@@ -1,4 +1,4 @@
-"""What decode steps wait for on a GPU: how long Python takes to launch a layer, and a small kernel in a CUDA graph."""
+"""Measure what decode steps wait for on a GPU: the launch of a layer by Python, and a small kernel in a CUDA graph."""
 
 from __future__ import annotations
 

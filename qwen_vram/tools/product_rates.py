@@ -1,4 +1,4 @@
-"""How fast this CPU multiplies weights with one row, as decode steps do, and with many, as prefills do."""
+"""Measure how fast this CPU multiplies weights with one row, as decode steps do, and with many, as prefills do."""
 
 from __future__ import annotations
 
