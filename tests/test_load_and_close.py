@@ -154,7 +154,7 @@ def test_ctrl_c_after_layers_were_packed_ends_their_thread_too(demo, monkeypatch
     expected = answer(demo, knobs)
 
     def interrupt(*_):
-        assert held()[1] == ["qwen-vram disk reader"]
+        assert "qwen-vram disk reader" in held()[1]
         raise KeyboardInterrupt
 
     def fail():
