@@ -29,9 +29,9 @@ import transformers
 from cells import ms_per_token
 
 import qwen_vram as qv
-from qwen_vram.arithmetic.storage import FORMATS
 from qwen_vram.demo import CHECKPOINT
 from qwen_vram.demo.tasks import CATEGORIES, Example, examples
+from qwen_vram.spec.formats import FORMATS
 
 LOADED = ("bf16", "int8", "nf4", "nf4-plain", "fp4", "int4", "int8-wo", "fp8")
 SEED = 2026

@@ -26,7 +26,7 @@ from cells import ms_per_token, run_missing
 from streaming import GIB
 
 import qwen_vram as qv
-from qwen_vram.arithmetic.timing import decode_bytes
+from qwen_vram.arithmetic.timing.bytes_moved import decode_bytes
 
 PROMPT, SHORT, LONG = 512, 16, 144
 FUSED = {"attention": "fused", "cache": "preallocated"}

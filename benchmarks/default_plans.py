@@ -25,7 +25,7 @@ from cells import ms_per_token, run_missing
 from decode import device_rate
 
 import qwen_vram as qv
-from qwen_vram.arithmetic.timing import decode_bytes
+from qwen_vram.arithmetic.timing.bytes_moved import decode_bytes
 
 PLANNED = {"prompt_len": 2_048, "max_new_tokens": 256}
 PROMPT, SHORT, LONG = 512, 16, 144

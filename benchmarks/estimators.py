@@ -22,10 +22,10 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import qwen_vram as qv  # noqa: E402
-from qwen_vram.arithmetic.catalog import catalog_row, find  # noqa: E402
-from qwen_vram.arithmetic.profile import resolve_profile  # noqa: E402
-from qwen_vram.arithmetic.storage import FORMATS  # noqa: E402
 from qwen_vram.arithmetic.weights import stored_weights  # noqa: E402
+from qwen_vram.spec.catalog import catalog_row, find  # noqa: E402
+from qwen_vram.spec.formats import FORMATS  # noqa: E402
+from qwen_vram.spec.profile import resolve_profile  # noqa: E402
 from qwen_vram.tools.accuracy import read_rows  # noqa: E402
 from qwen_vram.tools.accuracy_report import KEPT_FROM  # noqa: E402
 from tests import hub_server  # noqa: E402

@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qwen_vram.runtime import few_rows_kernels as kernels
-from qwen_vram.runtime.few_rows_kernels import LOAD, PERMUTE, SHUFFLE, Config, Matrix
+from qwen_vram.runtime.linear import few_rows_kernels as kernels
+from qwen_vram.runtime.linear.few_rows_kernels import LOAD, PERMUTE, SHUFFLE, Config, Matrix
 
 RATE = 4.8e12  # bytes a second. Source: NVIDIA H200 datasheet
 BEYOND_L2 = 200 * 2**20

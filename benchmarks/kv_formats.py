@@ -27,8 +27,8 @@ from torch import Tensor
 from transformers import Cache
 
 import qwen_vram as qv
-from qwen_vram.runtime.kv_cache import PreallocatedCache
-from qwen_vram.runtime.loaded import LoadedModel
+from qwen_vram.runtime.kv_cache.preallocated import PreallocatedCache
+from qwen_vram.runtime.loaded_model import LoadedModel
 
 CACHES: tuple[dict[str, str], ...] = (
     {"kv_cache": "bf16"},

@@ -10,7 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import qwen_vram as qv
-from qwen_vram.arithmetic.replay_products import CUBLAS_WORKSPACE, workspaces
+from qwen_vram.arithmetic.replay.linear import CUBLAS_WORKSPACE, workspaces
 
 ROWS = Path(__file__).parent.parent / "tests" / "data" / "h200.jsonl"
 WEIGHTS = {"bf16": "bf16", "nf4-dq": "nf4", "nf4": "nf4-plain", "int8": "int8"}

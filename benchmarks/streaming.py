@@ -32,7 +32,7 @@ from caps import limit, load_kernels
 from cells import ms_per_token, run_missing
 
 import qwen_vram as qv
-from qwen_vram.arithmetic.timing import decode_floor_ms, link_bytes
+from qwen_vram.arithmetic.timing.bytes_moved import decode_floor_ms, link_bytes
 from qwen_vram.tools.disk_rate import disk_read_rate
 from qwen_vram.tools.product_rates import packed_product_rate, plain_product_rate
 
@@ -111,7 +111,7 @@ def by_us(folder: str, cell: dict[str, Any]) -> dict[str, Any]:
         measured = llm.report().measured
         return {
             "ms_per_token": ms,
-            "floor_ms": decode_floor_ms(estimate.architecture, estimate.profile, estimate.workload),
+            "floor_ms": decode_floor_ms(estimate.architecture, estimate.profile, estimate.workload, estimate.machine),
             "link_bytes": link_bytes(estimate.architecture, estimate.profile, estimate.workload),
             "loading_s": loading,
             "predicted_peak": estimate.peak_allocated,
@@ -146,7 +146,9 @@ def from_disk(folder: Path, cell: dict[str, Any]) -> dict[str, Any]:
         hook.remove()
         row["ms_per_token"] = 1_000 * statistics.median(steps[1:])  # the first is the prefill
         row |= {"disk_bytes": estimate.disk, "host": estimate.host}
-        row |= {"floor_ms": decode_floor_ms(estimate.architecture, estimate.profile, estimate.workload)}
+        row |= {
+            "floor_ms": decode_floor_ms(estimate.architecture, estimate.profile, estimate.workload, estimate.machine)
+        }
         return {**row, "predicted_peak": estimate.peak_allocated, **measured}
 
 

@@ -4,7 +4,7 @@
     python benchmarks/unpack_rows.py --shapes 2048x2048
 
 Milliseconds of one product each way, and of the plain bf16 product. `UNPACK_FROM_ROWS` in
-`qwen_vram/arithmetic/tiles.py` is chosen by it.
+`qwen_vram/arithmetic/tiling.py` is chosen by it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from qwen_vram.runtime.int4_linear import Int4Linear
-from qwen_vram.runtime.tiled_product import tiled_product
+from qwen_vram.runtime.linear.int4 import Int4Linear
+from qwen_vram.runtime.linear.tiled import tiled_product
 
 ROWS = (1, 4, 16, 32, 64, 96, 128, 192, 256, 512, 2048)
 

@@ -8,18 +8,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from qwen_vram.adapters.errors import AdapterError
-    from qwen_vram.arithmetic.architecture import Architecture
-    from qwen_vram.arithmetic.catalog import CATALOG
-    from qwen_vram.arithmetic.estimate import Estimate, estimate_vram
-    from qwen_vram.arithmetic.profile import PROFILES, Profile
-    from qwen_vram.arithmetic.storage import FORMATS
-    from qwen_vram.arithmetic.workload import FULL_CARD_WORKLOAD, Workload
+    from qwen_vram.arithmetic.estimate import Estimate
+    from qwen_vram.checkpoints.adapters.errors import AdapterError
     from qwen_vram.errors import (
         BackendUnavailableError,
         CheckpointError,
         ConfigError,
-        DoesNotFitError,
         GenerationStoppedError,
         HubError,
         NotFiniteError,
@@ -31,31 +25,38 @@ if TYPE_CHECKING:
         UnknownNameError,
         WorkloadError,
     )
+    from qwen_vram.estimator import estimate_vram
     from qwen_vram.lora.merge import merge_lora_then_quantize
     from qwen_vram.lora.report import MergeReport
-    from qwen_vram.planning.budget import Budget
+    from qwen_vram.planning.capacity.budget import Budget
+    from qwen_vram.planning.errors import DoesNotFitError
     from qwen_vram.planning.limits import max_batch, max_context, min_vram
     from qwen_vram.planning.placement import offload_map
     from qwen_vram.planning.planner import Plan, plan
-    from qwen_vram.runtime.loaded import LoadedModel
-    from qwen_vram.runtime.loader import load
-    from qwen_vram.runtime.quantize_gptq import quantize_gptq
+    from qwen_vram.runtime.gptq.quantize import quantize_gptq
+    from qwen_vram.runtime.loaded_model import LoadedModel
+    from qwen_vram.runtime.loading.load import load
+    from qwen_vram.spec.architecture import Architecture
+    from qwen_vram.spec.catalog import CATALOG
+    from qwen_vram.spec.formats import FORMATS
+    from qwen_vram.spec.profile import PROFILES, Profile
+    from qwen_vram.spec.workload import FULL_CARD_WORKLOAD, Workload
 
 __version__ = "0.1.0"
 
 # Every public name by the module that has it, imported on first use; a test holds it against the imports above.
 _MODULES = {
-    "arithmetic.architecture": ("Architecture",),
-    "arithmetic.catalog": ("CATALOG",),
-    "arithmetic.estimate": ("Estimate", "estimate_vram"),
-    "arithmetic.profile": ("PROFILES", "Profile"),
-    "arithmetic.storage": ("FORMATS",),
-    "arithmetic.workload": ("FULL_CARD_WORKLOAD", "Workload"),
+    "spec.architecture": ("Architecture",),
+    "spec.catalog": ("CATALOG",),
+    "arithmetic.estimate": ("Estimate",),
+    "estimator": ("estimate_vram",),
+    "spec.profile": ("PROFILES", "Profile"),
+    "spec.formats": ("FORMATS",),
+    "spec.workload": ("FULL_CARD_WORKLOAD", "Workload"),
     "errors": (
         "BackendUnavailableError",
         "CheckpointError",
         "ConfigError",
-        "DoesNotFitError",
         "GenerationStoppedError",
         "HubError",
         "NotFiniteError",
@@ -67,16 +68,17 @@ _MODULES = {
         "UnknownNameError",
         "WorkloadError",
     ),
-    "adapters.errors": ("AdapterError",),
+    "checkpoints.adapters.errors": ("AdapterError",),
     "lora.merge": ("merge_lora_then_quantize",),
     "lora.report": ("MergeReport",),
-    "planning.budget": ("Budget",),
+    "planning.errors": ("DoesNotFitError",),
+    "planning.capacity.budget": ("Budget",),
     "planning.limits": ("max_batch", "max_context", "min_vram"),
     "planning.placement": ("offload_map",),
     "planning.planner": ("Plan", "plan"),
-    "runtime.loaded": ("LoadedModel",),
-    "runtime.loader": ("load",),
-    "runtime.quantize_gptq": ("quantize_gptq",),
+    "runtime.loaded_model": ("LoadedModel",),
+    "runtime.loading.load": ("load",),
+    "runtime.gptq.quantize": ("quantize_gptq",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

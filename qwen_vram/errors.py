@@ -1,4 +1,4 @@
-"""Everything the library raises on purpose.
+"""The errors that the library raises on purpose.
 
 QwenVramError
 ├── UnitError (ValueError)                 a size without a unit, or not a size
@@ -10,7 +10,7 @@ QwenVramError
 ├── NotFiniteError                         a model that computes NaN or infinities
 ├── NotSupportedError                      a knob or combination that is counted but cannot be run
 ├── BackendUnavailableError (ImportError)  a library or device that is not on this machine
-├── DoesNotFitError                        a budget that nothing fits
+├── DoesNotFitError                        a budget that nothing fits (`planning.errors`)
 ├── QuantizationFailedError                another library's process that was to quantize, and failed
 ├── GenerationStoppedError                 a generation that somebody else stopped
 └── PlanNotHeldError                       a loaded model that takes more than was promised
@@ -20,12 +20,6 @@ no program has to read the text.
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from qwen_vram.arithmetic.estimate import Estimate
-    from qwen_vram.arithmetic.workload import Workload
 
 
 class QwenVramError(Exception):
@@ -114,35 +108,6 @@ class BackendUnavailableError(QwenVramError, ImportError):
         super().__init__(message)
         self.backend = backend
         self.install = install
-
-
-class DoesNotFitError(QwenVramError):
-    """No plan, or not the plan asked for, fits the budget.
-
-    Attributes:
-        needed_bytes: What the smallest plan tried needs on the device that is short.
-        budget_bytes: What that device offers.
-        estimate: The estimate of that plan.
-        nearest: A workload that would fit, or `None` where even one token does not.
-        devices: What it needs of each GPU by its number, and what that offers, where the budget names several.
-    """
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        needed_bytes: int,
-        budget_bytes: int,
-        estimate: Estimate,
-        nearest: Workload | None,
-        devices: dict[int, tuple[int, int]] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.needed_bytes = needed_bytes
-        self.budget_bytes = budget_bytes
-        self.estimate = estimate
-        self.nearest = nearest
-        self.devices = devices or {}
 
 
 class QuantizationFailedError(QwenVramError):

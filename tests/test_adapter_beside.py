@@ -14,8 +14,8 @@ import torch
 pytest.importorskip("peft")
 
 import qwen_vram as qv
-from qwen_vram.adapters.base_name import same_model
-from qwen_vram.planning.loadable import not_loadable
+from qwen_vram.checkpoints.adapters.base_name import same_model
+from qwen_vram.planning.support import not_loadable
 from tests.conftest import make_checkpoint
 from tests.lora_models import edit_config, edit_tensors, logits, make_adapter, peft_model
 

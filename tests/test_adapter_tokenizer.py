@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("peft")
 
 import qwen_vram as qv
-from qwen_vram.adapters.tokenizer import with_end_tokens
+from qwen_vram.checkpoints.adapters.tokenizer import with_end_tokens
 from qwen_vram.demo import ADAPTER, CHECKPOINT
 
 QUESTION = "What is the perimeter of a rectangle of 24 by 38?"

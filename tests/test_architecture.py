@@ -5,9 +5,9 @@ import functools
 
 import pytest
 
-from qwen_vram.arithmetic.catalog import CATALOG, find, row_architecture
 from qwen_vram.arithmetic.kv_cache import kv_bytes_per_token
-from qwen_vram.arithmetic.profile import Profile
+from qwen_vram.spec.catalog import CATALOG, find, row_architecture
+from qwen_vram.spec.profile import Profile
 
 # Parameters and KV bytes per token in bf16. Source: the published checkpoints' safetensors headers.
 GOLDEN = [

@@ -4,9 +4,9 @@ import pytest
 from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, StaticCache
 
 import qwen_vram as qv
-from qwen_vram.runtime.asked import Asked
-from qwen_vram.runtime.decode_loop import decode_by_steps
-from qwen_vram.runtime.decoder import Decoder
+from qwen_vram.runtime.decoding.generate_loop import decode_by_steps
+from qwen_vram.runtime.decoding.graph_decoder import Decoder
+from qwen_vram.runtime.generation.asked import Asked
 
 QUESTION = "What is 12 + 30?"
 GREEDY = {"do_sample": False, "max_new_tokens": 8}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import qwen_vram as qv
-from qwen_vram.arithmetic.catalog import CATALOG
+from qwen_vram.spec.catalog import CATALOG
 
 SEVEN = "Qwen/Qwen2.5-7B-Instruct"
 CONFIG = {**CATALOG[SEVEN].shape._asdict(), "max_position_embeddings": 32_768}
@@ -596,7 +596,7 @@ def test_sizes_are_in_plain_digits(size):
 
 
 def test_a_format_that_nobody_saves(untied, tmp_path):
-    from qwen_vram.runtime.save import check_output
+    from qwen_vram.runtime.saving.save import check_output
 
     text = "unknown format to save 'nope'; choose from int8, nf4, nf4-plain, fp4, fp4-plain, int4, int8-wo, fp8"
     with pytest.raises(qv.UnknownNameError, match=f"{text}$"):

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 import qwen_vram as qv
-from qwen_vram.arithmetic import machine_file
-from qwen_vram.arithmetic.machine import DEFAULT, FIGURES, Machine, parse_machine
-from qwen_vram.arithmetic.machine_file import CalibrationError, cache_file, current, read, reset, store
-from qwen_vram.arithmetic.timing import decode_floor_ms
+from qwen_vram.arithmetic.timing.bytes_moved import decode_floor_ms
+from qwen_vram.checkpoints import machine_file
+from qwen_vram.checkpoints.machine_file import CalibrationError, cache_file, current, read, reset, store
+from qwen_vram.spec.machine import DEFAULT, FIGURES, Machine, parse_machine
 from qwen_vram.tools import calibrate, calibrate_steps, disk_rate
 
 SEVEN = "Qwen2.5-7B-Instruct"
@@ -219,12 +219,12 @@ def test_a_context_that_could_not_be_measured_is_not_said_to_be():
 def test_the_floor_of_a_token_changes_with_the_bandwidth():
     estimate = qv.estimate_vram(SEVEN)
     what = (estimate.architecture, estimate.profile, estimate.workload)
-    before = decode_floor_ms(*what)
+    before = decode_floor_ms(*what, current())
     assert decode_floor_ms(*what, MEASURED) / before == pytest.approx(
         DEFAULT.device_bandwidth / MEASURED.device_bandwidth
     )
     store(MEASURED)
-    assert decode_floor_ms(*what) == decode_floor_ms(*what, MEASURED)
+    assert decode_floor_ms(*what, current()) == decode_floor_ms(*what, MEASURED)
 
 
 def test_a_plan_counts_the_measured_context():

@@ -11,8 +11,8 @@ from transformers import Cache, LogitsProcessor, LogitsProcessorList
 
 import qwen_vram as qv
 from qwen_vram.demo import ADAPTER
-from qwen_vram.runtime.decode_loop import decode_by_steps
-from qwen_vram.runtime.decoder import Decoder
+from qwen_vram.runtime.decoding.generate_loop import decode_by_steps
+from qwen_vram.runtime.decoding.graph_decoder import Decoder
 
 ROOM = {"attention": "fused", "kernels": "fused", "cache": "preallocated"}
 SAVERS = {

@@ -15,8 +15,8 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 import qwen_vram as qv
-from qwen_vram.runtime.decode_loop import decode_by_steps
-from qwen_vram.runtime.decoder import Decoder
+from qwen_vram.runtime.decoding.generate_loop import decode_by_steps
+from qwen_vram.runtime.decoding.graph_decoder import Decoder
 
 ASK = "What is 96 * 9?"
 WORK = {"prompt_len": 200, "max_new_tokens": 60, "progress": False}

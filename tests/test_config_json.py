@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import qwen_vram as qv
-from qwen_vram.arithmetic.config_keys import KEYS, wrong_key
+from qwen_vram.spec.config_keys import KEYS, wrong_key
 from tests.odd_folders import GONE, Base, config, make_base
 
 ASKED = {"prompt_len": 64, "max_new_tokens": 16, "progress": False}

@@ -242,7 +242,7 @@ def test_a_model_without_generation_config_ends_too(demo, told, tmp_path):
     ],
 )
 def test_the_end_of_a_turn_is_a_token_after_an_answer(llm, tail, end):
-    from qwen_vram.runtime.template import chosen_template, end_of_turn
+    from qwen_vram.runtime.requests.template import chosen_template, end_of_turn
 
     template = (
         "{% for m in messages %}{{ m.content }}" + tail.replace("\n", "\\n").join(["{{ '", "' }}"]) + "{% endfor %}"

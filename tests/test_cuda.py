@@ -7,7 +7,7 @@ import torch
 
 import qwen_vram as qv
 from qwen_vram.demo.tasks import examples
-from qwen_vram.runtime.attention import fused_attention
+from qwen_vram.runtime.attention.fused import fused_attention
 
 pytestmark = pytest.mark.gpu
 

@@ -10,11 +10,11 @@ from transformers.generation.streamers import BaseStreamer
 
 import qwen_vram as qv
 from qwen_vram.demo.tasks import examples
-from qwen_vram.runtime.decode_layer import fused_decode_layer
-from qwen_vram.runtime.decode_loop import decode_by_steps
-from qwen_vram.runtime.decode_room import RoomCache
-from qwen_vram.runtime.decoder import Decoder, compiler_for, decoder_where_it_runs
-from qwen_vram.runtime.host_embedding import move_embedding_to_host
+from qwen_vram.runtime.decoding.generate_loop import decode_by_steps
+from qwen_vram.runtime.decoding.graph_cache import GraphCache
+from qwen_vram.runtime.decoding.graph_decoder import Decoder, compiler_for, decoder_where_it_runs
+from qwen_vram.runtime.decoding.layer import fused_decode_layer
+from qwen_vram.runtime.offload.host_embedding import move_embedding_to_host
 from qwen_vram.tools.accuracy import make_checkpoint
 
 # torch's own, as it imports its compiler.
@@ -347,7 +347,7 @@ def test_all_layers_share_one_compiled_function_whatever_the_length(demo):
         ids = llm.tokenizer(chats(llm, 1), return_tensors="pt")["input_ids"]
         for one in (keep, cache):
             llm.model.generate(ids, past_key_values=one, max_new_tokens=4, do_sample=False)
-        assert cache.claim.room is not llm._generations.decoder._home
+        assert cache.lease.buffers is not llm._generations.decoder._home
         assert len(graphs) == 2
         sequences(llm, 4, do_sample=False)
         assert len(graphs) == 4
@@ -384,13 +384,13 @@ def test_inductor_compiles_a_step(demo):
 
 
 def test_a_missing_compiler_is_said(monkeypatch, caplog):
-    monkeypatch.setattr("qwen_vram.runtime.elementwise.find_spec", lambda name: None)
-    monkeypatch.setattr("qwen_vram.runtime.elementwise.which", lambda name: "/usr/bin/cc")
+    monkeypatch.setattr("qwen_vram.runtime.kernels.fused_ops.find_spec", lambda name: None)
+    monkeypatch.setattr("qwen_vram.runtime.kernels.fused_ops.which", lambda name: "/usr/bin/cc")
     assert compiler_for(torch.device("cuda")) is None
     assert "compiled=True without Triton: decode steps are captured as a CUDA graph, but not compiled" in caplog.text
-    monkeypatch.setattr("qwen_vram.runtime.elementwise.find_spec", lambda name: object())
+    monkeypatch.setattr("qwen_vram.runtime.kernels.fused_ops.find_spec", lambda name: object())
     assert compiler_for(torch.device("cuda")) == "inductor"
-    monkeypatch.setattr("qwen_vram.runtime.elementwise.which", lambda name: None)
+    monkeypatch.setattr("qwen_vram.runtime.kernels.fused_ops.which", lambda name: None)
     assert compiler_for(torch.device("cuda")) is None
     assert "compiled=True without a C compiler" in caplog.text
 
@@ -464,7 +464,7 @@ def test_on_a_gpu_tokens_are_the_ordinary_paths_up_to_ties(published, weights, p
             inputs = {"input_ids": ids[rows], "attention_mask": mask[rows]}
             plain = llm.model.generate(**inputs, **options)
             ours = llm.model.generate(**inputs, **options, past_key_values=llm.new_cache(max_length=724))
-            assert isinstance(ours.past_key_values, RoomCache)
+            assert isinstance(ours.past_key_values, GraphCache)
             expected, logits = plain.sequences[:, 700:], torch.stack(plain.logits, dim=1)
             found = ours.sequences[:, 700:]
             steps = 2**-7 * logits.abs().amax(-1)  # of bf16, at the largest logit

@@ -6,17 +6,17 @@ import pytest
 import torch
 
 import qwen_vram as qv
-from qwen_vram.arithmetic.model import resolve_model
-from qwen_vram.arithmetic.profile import Profile
-from qwen_vram.arithmetic.replay_generation import _Generation
-from qwen_vram.arithmetic.slices import slices
-from qwen_vram.arithmetic.workload import Workload
-from qwen_vram.runtime.device_map import device_map
-from qwen_vram.runtime.devices import check_free
-from qwen_vram.runtime.host_cache import HostCache
-from qwen_vram.runtime.kv_cache import PreallocatedCache, cache_bytes
+from qwen_vram.arithmetic.pipeline import slices
+from qwen_vram.arithmetic.replay.generation import _Generation
+from qwen_vram.checkpoints.resolve import resolve_model
+from qwen_vram.runtime.kv_cache.host import HostCache
+from qwen_vram.runtime.kv_cache.preallocated import PreallocatedCache, cache_bytes
+from qwen_vram.runtime.loading.device_map import device_map
+from qwen_vram.runtime.loading.devices import check_free
+from qwen_vram.runtime.loading.verify import verify
 from qwen_vram.runtime.measure import Report
-from qwen_vram.runtime.verify import verify
+from qwen_vram.spec.profile import Profile
+from qwen_vram.spec.workload import Workload
 
 GIB = 2**30
 PLACES = [torch.device("cuda", 0), torch.device("cuda", 1)]

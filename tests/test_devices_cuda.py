@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import qwen_vram as qv
-from qwen_vram.arithmetic.split import split_of
+from qwen_vram.arithmetic.gpu_split import split_of
 from qwen_vram.demo.tasks import examples
-from qwen_vram.runtime.host_embedding import HostEmbedding
 from qwen_vram.runtime.measure import process_bytes
+from qwen_vram.runtime.offload.host_embedding import HostEmbedding
 from tests.conftest import make_checkpoint
 
 pytestmark = [

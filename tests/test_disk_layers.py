@@ -18,15 +18,15 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import qwen_vram as qv
-from qwen_vram.arithmetic.catalog import find
-from qwen_vram.arithmetic.machine import DEFAULT
-from qwen_vram.arithmetic.timing import decode_floor_ms, disk_bytes, link_bytes
+from qwen_vram.arithmetic.timing.bytes_moved import decode_floor_ms, disk_bytes, link_bytes
 from qwen_vram.arithmetic.weights import SMALLEST_READ, block_bytes, streaming_slots
-from qwen_vram.arithmetic.workload import Workload
-from qwen_vram.runtime import image
-from qwen_vram.runtime.blocks import DiskBlock
-from qwen_vram.runtime.disk import Buffer, DiskReader
-from qwen_vram.runtime.image import Image, Piece, WeightsFile
+from qwen_vram.runtime.offload.blocks import DiskBlock
+from qwen_vram.runtime.offload.disk_reader import Buffer, DiskReader
+from qwen_vram.runtime.tensors import file_extents as image
+from qwen_vram.runtime.tensors.file_extents import Extent, FileExtents, WeightsFile
+from qwen_vram.spec.catalog import find
+from qwen_vram.spec.machine import DEFAULT
+from qwen_vram.spec.workload import Workload
 from tests.conftest import make_checkpoint
 from tests.test_streaming import GREEDY, PROMPTS, check_after_broken_forwards, load, logits, tokens
 from tests.test_streaming_stored import ON_TOP
@@ -92,7 +92,7 @@ def test_logits_tokens_and_bytes_are_those_of_the_resident_model(saved, demo, we
         assert (len(away), len(buffers)) == (on_disk, min(on_disk, 2))
         assert {buffer.memory.nbytes for buffer in buffers} == {block}
         kept = [len(part) for one in away for part in one._parts.values() if isinstance(part, bytes)]
-        read = [part.nbytes for one in away for part in one._parts.values() if isinstance(part, Piece)]
+        read = [part.nbytes for one in away for part in one._parts.values() if isinstance(part, Extent)]
         assert max(kept) < SMALLEST_READ <= min(read)
         assert estimate.disk == sum(read)
         assert estimate.host == (streamed - on_disk + len(buffers)) * block + sum(kept)
@@ -129,7 +129,7 @@ def test_tensors_may_begin_at_any_byte(demo, tmp_path):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     with load(folder, streamed_layers=5, disk_layers=5) as llm:
         assert any(
-            part.offset % 2 for one in llm._streamer.blocks for part in one._parts.values() if type(part) is Piece
+            part.offset % 2 for one in llm._streamer.blocks for part in one._parts.values() if type(part) is Extent
         )
         for _ in range(2):
             assert torch.equal(logits(llm), resident(demo)[0])
@@ -151,7 +151,7 @@ def test_modules_that_were_left_in_16_bits_are_read_as_they_are(untied, tmp_path
         for _ in range(2):
             assert torch.equal(logits(llm), resident(tmp_path)[0])
         parts = [part for one in llm._streamer.blocks for part in one._parts.values()]
-        read = sum(part.nbytes for part in parts if isinstance(part, Piece))
+        read = sum(part.nbytes for part in parts if isinstance(part, Extent))
         taken = sum(len(part) for part in parts if isinstance(part, bytes))
         taken += sum(buffer.memory.nbytes for buffer in llm._streamer._reader._ring.buffers)
         estimate = llm.plan.estimate
@@ -168,7 +168,7 @@ def test_a_token_reads_a_disk_layer_once_and_loading_only_reads_ahead(saved, dem
             read.append(len(room))
             super().read_into(room, offset)
 
-    monkeypatch.setattr("qwen_vram.runtime.mapped.WeightsFile", Counting)
+    monkeypatch.setattr("qwen_vram.runtime.tensors.mapped_checkpoint.WeightsFile", Counting)
     with load(folder, streamed_layers=4, disk_layers=4) as llm:
         one = llm.plan.estimate.disk // 4
         settle(llm)
@@ -291,8 +291,8 @@ def test_an_interrupt_while_the_disk_is_waited_for_leaves_the_ring_usable(demo, 
     with load(demo, streamed_layers=5, disk_layers=5) as llm:
         expected = logits(llm)
         settle(llm)
-        slow, go = Image.read_into, threading.Event()
-        monkeypatch.setattr(Image, "read_into", lambda self, room: go.wait(10) and slow(self, room))
+        slow, go = FileExtents.read_into, threading.Event()
+        monkeypatch.setattr(FileExtents, "read_into", lambda self, room: go.wait(10) and slow(self, room))
         main = threading.main_thread().ident
         timer = threading.Timer(1.0, lambda: signal.pthread_kill(main, signal.SIGINT))
         timer.start()
@@ -417,7 +417,7 @@ def test_a_model_that_is_dropped_unclosed_ends_its_thread(demo):
 
 def test_a_thread_that_is_gone_is_said_and_not_waited_for(tmp_path):
     (tmp_path / "file").write_bytes(bytes(64))
-    whole = Image({0: Piece(WeightsFile(tmp_path / "file"), 0, 64)})
+    whole = FileExtents({0: Extent(WeightsFile(tmp_path / "file"), 0, 64)})
     reader = DiskReader([whole], [Buffer(torch.empty(64, dtype=torch.uint8), None)])
     reader.take(0)
     reader.close()

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 import qwen_vram
-from qwen_vram.arithmetic.profile import CHOICES, CHOICES_OR_NONE, KNOBS
+from qwen_vram.spec.profile import CHOICES, CHOICES_OR_NONE, KNOBS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Written in Triton, which torch for the CPU does not bring.
-TRITON = ("qwen_vram.runtime.kernels", "qwen_vram.runtime.few_rows_kernels")
+TRITON = ("qwen_vram.runtime.kernels.triton_kernels", "qwen_vram.runtime.linear.few_rows_kernels")
 MODULES = sorted(
     module.name
     for module in pkgutil.walk_packages(qwen_vram.__path__, "qwen_vram.")

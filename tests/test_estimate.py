@@ -119,7 +119,7 @@ def test_an_estimate_can_be_drawn():
 
 
 def test_a_config_dict_a_folder_and_an_architecture_are_models_too(untied):
-    from qwen_vram.files.local import read_config
+    from qwen_vram.checkpoints.files.local import read_config
 
     config = read_config(untied)
     expected = qv.estimate_vram(untied).parts()

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from qwen_vram.runtime import few_rows
-from qwen_vram.runtime.row_linear import Fp8Linear, Int8Linear
+from qwen_vram.runtime.linear import few_rows
+from qwen_vram.runtime.linear.int8_fp8 import Fp8Linear, Int8Linear
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -31,7 +31,7 @@ DTYPES = {"cpu": (torch.float16,), "cuda": (torch.float16, torch.bfloat16)}
 @pytest.fixture(autouse=True)
 def _kernels(monkeypatch):
     if INTERPRETED:
-        from qwen_vram.runtime import few_rows_kernels
+        from qwen_vram.runtime.linear import few_rows_kernels
 
         monkeypatch.setattr(few_rows, "kernels_for", lambda device: few_rows_kernels)
         monkeypatch.setattr(few_rows, "_LOOKUP", "load")  # the others are PTX

@@ -7,9 +7,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import qwen_vram as qv
-from qwen_vram.lora.fourbit import FourBit
+from qwen_vram.lora.codecs.bnb_4bit import FourBit
 from qwen_vram.runtime.backends.bnb_rows import four_bit
-from qwen_vram.runtime.flat_linear import FlatLinear4bit
+from qwen_vram.runtime.linear.flat_4bit import FlatLinear4bit
 from tests.conftest import make_checkpoint
 
 IDS = torch.arange(3, 40)[None]

@@ -9,12 +9,12 @@ from torch import nn
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
 import qwen_vram as qv
-from qwen_vram.arithmetic import allocator as allocator_module
-from qwen_vram.arithmetic.catalog import catalog_row
-from qwen_vram.arithmetic.replay_generation import replay_generation
-from qwen_vram.arithmetic.replay_load import replay_load
-from qwen_vram.runtime import elementwise
-from qwen_vram.runtime.fused_layers import FusedAttention, FusedLayer, FusedMlp, FusedNorm, fuse_layers
+from qwen_vram.arithmetic.replay import allocator as allocator_module
+from qwen_vram.arithmetic.replay.generation import replay_generation
+from qwen_vram.arithmetic.replay.load import replay_load
+from qwen_vram.runtime.kernels import fused_ops as elementwise
+from qwen_vram.runtime.kernels.fused_layers import FusedAttention, FusedLayer, FusedMlp, FusedNorm, fuse_layers
+from qwen_vram.spec.catalog import catalog_row
 
 PLAIN = {"profile": "default", "attention": "sdpa", "device": "cpu", "progress": False}
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -15,13 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qwen_vram as qv
-from qwen_vram.arithmetic.model import resolve_model
+from qwen_vram.checkpoints.resolve import resolve_model
 from qwen_vram.demo import ADAPTER
 from qwen_vram.demo.tasks import SKILL, examples
 from qwen_vram.lora.gptq import dequantized
-from qwen_vram.runtime import gptq_process
 from qwen_vram.runtime.backends import get_backend
 from qwen_vram.runtime.backends.gptq import KERNEL
+from qwen_vram.runtime.gptq import process as gptq_process
 from qwen_vram.runtime.measure import weight_storages
 from tests.gptq_files import as_auto_gptq, as_awq, change_config
 
@@ -335,7 +335,7 @@ def test_calibration_that_is_none(untied, tmp_path, calibration, text):
 
 
 def test_samples_are_read_line_by_line(tmp_path):
-    from qwen_vram.runtime.calibration import calibration_texts
+    from qwen_vram.runtime.gptq.sample_texts import calibration_texts
 
     assert calibration_texts(write(tmp_path / "a.txt", "一\n\ntwo three\n".encode())) == ["一", "two three"]
     assert calibration_texts(str(write(tmp_path / "a.jsonl", b'"a\\nb"\n\n{"text": "c"}\n'))) == ["a\nb", "c"]

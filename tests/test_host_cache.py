@@ -9,12 +9,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qwen_vram as qv
-from qwen_vram.arithmetic.allocator import CachingAllocator
 from qwen_vram.arithmetic.kv_cache import host_kv_bytes
-from qwen_vram.arithmetic.replay_generation import replay_generation
+from qwen_vram.arithmetic.replay.allocator import CachingAllocator
+from qwen_vram.arithmetic.replay.generation import replay_generation
 from qwen_vram.demo.tasks import examples
-from qwen_vram.runtime.host_cache import HostCache
-from qwen_vram.runtime.kv_cache import PreallocatedCache, cache_bytes
+from qwen_vram.runtime.kv_cache.host import HostCache
+from qwen_vram.runtime.kv_cache.preallocated import PreallocatedCache, cache_bytes
 
 PROMPTS = [one.prompt for name in ("math", "recall", "table") for one in examples(name, "held_out", seed=3, count=1)]
 HOST = {"profile": "default", "attention": "sdpa", "cache": "preallocated", "progress": False}

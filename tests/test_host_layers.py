@@ -10,16 +10,16 @@ import torch
 from bitsandbytes import functional
 
 import qwen_vram as qv
-from qwen_vram.arithmetic import machine_file
-from qwen_vram.arithmetic.catalog import find
-from qwen_vram.arithmetic.machine import DEFAULT
-from qwen_vram.arithmetic.timing import HOST_ROWS, decode_floor_ms
-from qwen_vram.arithmetic.timing_decode import decode_ms
+from qwen_vram.arithmetic.timing.bytes_moved import HOST_ROWS, decode_floor_ms
+from qwen_vram.arithmetic.timing.decode import decode_ms
 from qwen_vram.arithmetic.weights import computing_copies
-from qwen_vram.arithmetic.workload import Workload
+from qwen_vram.checkpoints import machine_file
 from qwen_vram.planning.planner import plan_for
-from qwen_vram.runtime import cpu_product
-from qwen_vram.runtime.cpu_product import kernel_library, multiply, pack
+from qwen_vram.runtime.linear import cpu_4bit as cpu_product
+from qwen_vram.runtime.linear.cpu_4bit import kernel_library, multiply, pack
+from qwen_vram.spec.catalog import find
+from qwen_vram.spec.machine import DEFAULT
+from qwen_vram.spec.workload import Workload
 from tests.test_planning import searched
 from tests.test_streaming import GREEDY, PROMPTS, check_after_broken_forwards, load, logits, resident, tokens
 
@@ -33,7 +33,7 @@ needs_kernel = pytest.mark.skipif(kernel_library() is None, reason="this CPU has
 def measured(monkeypatch):
     """Plans as on a machine whose CPU was measured."""
     machine = replace(DEFAULT, source="measured", pinned_copy_rate=25_000_000_000, **RATES)
-    monkeypatch.setattr("qwen_vram.planning.search.current", lambda: machine)
+    monkeypatch.setattr("qwen_vram.planning.search.search.current", lambda: machine)
     for module in ("timing", "timing_decode", "timing_generation"):
         monkeypatch.setattr(f"qwen_vram.arithmetic.{module}.current", lambda: machine)
     return machine
@@ -288,7 +288,7 @@ def test_an_auto_plan_streams_where_the_backend_cannot_compute(demo, monkeypatch
         asked.append(knobs.get("host_layers"))
         return plan_for(*asked_for, **{"host_layers": 2, **knobs, "profile": "default", "streamed_layers": 3})
 
-    monkeypatch.setattr("qwen_vram.runtime.loader.plan_for", planned)
+    monkeypatch.setattr("qwen_vram.runtime.loading.load.plan_for", planned)
     monkeypatch.setattr("qwen_vram.runtime.backends.bnb.kernel_library", lambda: None)
     with qv.load(demo, weights="nf4", progress=False) as llm:
         assert asked == [None, 0]

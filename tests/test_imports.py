@@ -15,9 +15,10 @@ ROOT = Path(qwen_vram.__file__).parent
 FLOORS = (
     {"errors"},
     {"units"},
-    {"files"},
-    {"adapters"},
+    {"spec"},
     {"arithmetic"},
+    {"checkpoints"},
+    {"estimator"},
     {"planning"},
     {"runtime"},
     {"lora"},
@@ -34,7 +35,7 @@ def modules() -> list[Path]:
 
 
 def floor_of(module: str) -> str:
-    """`qwen_vram.arithmetic.storage` -> `arithmetic`; the package itself -> `__init__`."""
+    """`qwen_vram.spec.formats` -> `arithmetic`; the package itself -> `__init__`."""
     parts = module.split(".")
     return parts[1] if len(parts) > 1 else "__init__"
 

@@ -6,8 +6,8 @@ from math import exp, sqrt
 import pytest
 
 import qwen_vram as qv
-from qwen_vram.arithmetic.catalog import find
 from qwen_vram.arithmetic.int8_outliers import outlier_columns
+from qwen_vram.spec.catalog import find
 
 LINEARS = {weight.module: weight for weight in find("Qwen2.5-7B").block if weight.is_linear}
 

@@ -5,10 +5,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import qwen_vram as qv
-from qwen_vram.arithmetic.attention_kernels import attention_parts, joined_rows
-from qwen_vram.runtime import joined_attention
-from qwen_vram.runtime.attention import fused_attention
-from qwen_vram.runtime.joined_attention import join, joins
+from qwen_vram.arithmetic.attention import attention_parts, joined_rows
+from qwen_vram.runtime.attention import split_kv as joined_attention
+from qwen_vram.runtime.attention.fused import fused_attention
+from qwen_vram.runtime.attention.split_kv import join, joins
 
 
 def states(queries, keys, *, heads=4, kv_heads=4, head_dim=32, device="cpu"):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 import qwen_vram as qv
-from qwen_vram.planning.tiers import most
+from qwen_vram.planning.search.offload_tiers import most
 
 SEVEN = "Qwen2.5-7B-Instruct"
 RAM = {"ram": "64GiB"}

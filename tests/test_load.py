@@ -8,10 +8,10 @@ import torch
 
 import qwen_vram as qv
 from qwen_vram.arithmetic.weights import stored_weights
-from qwen_vram.runtime import garbage
 from qwen_vram.runtime.backends import get_backend
-from qwen_vram.runtime.generations import Generations
+from qwen_vram.runtime.generation.generations import Generations
 from qwen_vram.runtime.measure import weight_storages
+from qwen_vram.runtime.tensors import gc_scope as garbage
 
 SEVEN = "Qwen/Qwen2.5-7B-Instruct"
 QUANTIZED = ("nf4", "nf4-plain", "fp4", "fp4-plain", "int8", "int4", "int8-wo", "fp8")

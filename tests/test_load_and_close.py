@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 import qwen_vram as qv
 from qwen_vram.demo import ADAPTER
-from qwen_vram.runtime import loader
+from qwen_vram.runtime.loading import load as loader
 from qwen_vram.runtime.measure import process_bytes
 
 MIB = 2**20

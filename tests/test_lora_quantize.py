@@ -14,11 +14,11 @@ from bitsandbytes.functional import quantize_4bit
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import qwen_vram as qv
-from qwen_vram.lora import stored as stored_module
-from qwen_vram.lora.fourbit import FourBit
+from qwen_vram.lora import tensor_file as stored_module
+from qwen_vram.lora.codecs.bnb_4bit import FourBit
+from qwen_vram.lora.codecs.registry import QUANTIZATIONS, codec_for
 from qwen_vram.lora.merge import merge_lora_then_quantize
-from qwen_vram.lora.quantize import QUANTIZATIONS, codec_for
-from qwen_vram.lora.stored import pieces
+from qwen_vram.lora.tensor_file import pieces
 from tests.lora_models import (
     assert_same,
     load,
@@ -255,7 +255,7 @@ def test_what_is_no_format_is_refused(merged, tmp_path):
 
 
 def test_bitsandbytes_missing(monkeypatch):
-    monkeypatch.setattr("qwen_vram.lora.quantize.find_spec", lambda name: None)
+    monkeypatch.setattr("qwen_vram.lora.codecs.registry.find_spec", lambda name: None)
     with pytest.raises(
         qv.BackendUnavailableError, match="quantize='int8' needs bitsandbytes, which is not installed; run"
     ):

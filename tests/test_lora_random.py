@@ -13,7 +13,7 @@ pytest.importorskip("peft")
 
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from qwen_vram.lora import stored as stored_module
+from qwen_vram.lora import tensor_file as stored_module
 from qwen_vram.lora.merge import merge_lora_then_quantize
 from tests.lora_models import (
     SHAPE,

@@ -550,7 +550,7 @@ def test_two_runs_for_one_output(base, adapter, tmp_path):
 
 def test_an_output_that_appears_meanwhile(base, adapter, tmp_path):
     """The rename finds it, and leaves it alone."""
-    from qwen_vram.files.output import OutputFolder
+    from qwen_vram.checkpoints.output.folder import OutputFolder
 
     with OutputFolder(tmp_path / "out", needed_bytes=1, sources=[], overwrite=False) as output:
         (tmp_path / "out").mkdir()
@@ -562,7 +562,7 @@ def test_an_output_that_appears_meanwhile(base, adapter, tmp_path):
 
 
 def test_a_disk_that_cannot_swap_folders(base, adapter, tmp_path, monkeypatch):
-    import qwen_vram.files.output as output
+    import qwen_vram.checkpoints.output.folder as output
 
     folder = adapter("plain")
     merge_lora_then_quantize(base, folder, tmp_path / "out", quantize=None, device="cpu", progress=False)

@@ -12,7 +12,7 @@ pytest.importorskip("peft")
 from peft import MontecloraConfig, VeloraConfig
 from peft.tuners.lora import LoraLayer
 
-from qwen_vram.lora import stored as stored_module
+from qwen_vram.lora import tensor_file as stored_module
 from qwen_vram.lora.merge import merge_lora_then_quantize
 from tests.lora_models import (
     assert_same,

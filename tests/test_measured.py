@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 import qwen_vram as qv
-from qwen_vram.arithmetic import replay_load
-from qwen_vram.arithmetic.allocator import CachingAllocator
-from qwen_vram.arithmetic.replay_generation import _Generation
-from qwen_vram.arithmetic.replay_products import CUBLAS_WORKSPACE, workspaces
+from qwen_vram.arithmetic.replay import load as replay_load
+from qwen_vram.arithmetic.replay.allocator import CachingAllocator
+from qwen_vram.arithmetic.replay.generation import _Generation
+from qwen_vram.arithmetic.replay.linear import CUBLAS_WORKSPACE, workspaces
 
 ROWS = [json.loads(line) for line in (Path(__file__).parent / "data" / "h200.jsonl").read_text().splitlines()]
 WEIGHTS = {"bf16": "bf16", "nf4-dq": "nf4", "nf4": "nf4-plain", "int8": "int8"}

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from qwen_vram.arithmetic.model import resolve_model
-from qwen_vram.arithmetic.profile import Profile
-from qwen_vram.arithmetic.split import split_estimate
-from qwen_vram.arithmetic.workload import Workload
-from qwen_vram.planning.budget import Budget
-from qwen_vram.planning.search import Search
+from qwen_vram.arithmetic.gpu_split import split_estimate
+from qwen_vram.checkpoints.resolve import resolve_model
+from qwen_vram.planning.capacity.budget import Budget
+from qwen_vram.planning.search.search import Search
+from qwen_vram.spec.machine import DEFAULT
+from qwen_vram.spec.profile import Profile
+from qwen_vram.spec.workload import Workload
 
 FILE = Path(__file__).parent.parent / "benchmarks" / "results" / "split.jsonl"
 ROWS = [json.loads(line) for line in FILE.read_text().splitlines()]
@@ -24,10 +25,12 @@ def predicted(row):
     split = {int(device): layers for device, layers in row["split"].items()}
     budget = Budget(vram=sum(cell["caps"]), ram=2**40, devices=dict(enumerate(cell["caps"])))
     if "profile" in row:
-        return split_estimate(label, architecture, Profile(**row["profile"]), workload, split).devices
+        return split_estimate(label, architecture, Profile(**row["profile"]), workload, split, machine=DEFAULT).devices
     # A row from before a row had its profile, when the search gave back no speed.
-    found = Search(label, architecture, workload, budget, knobs.pop("profile", "auto"), knobs).find("quality")[0]
-    return split_estimate(label, architecture, found.estimate.profile, workload, split).devices
+    found = Search(label, architecture, workload, budget, knobs.pop("profile", "auto"), knobs, machine=DEFAULT).find(
+        "quality"
+    )[0]
+    return split_estimate(label, architecture, found.estimate.profile, workload, split, machine=DEFAULT).devices
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: json.dumps(row["cell"]))

@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import qwen_vram as qv
-from qwen_vram.runtime.decode_loop import decode_by_steps
-from qwen_vram.runtime.decoder import Decoder
-from qwen_vram.runtime.finite import FiniteLogits, NotFinite
+from qwen_vram.runtime.decoding.generate_loop import decode_by_steps
+from qwen_vram.runtime.decoding.graph_decoder import Decoder
+from qwen_vram.runtime.generation.finite import FiniteLogits, NotFinite
 
 NAN, INF = float("nan"), float("inf")
 LATE = "model.layers.1.mlp.down_proj"

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import qwen_vram as qv
-from qwen_vram.arithmetic.own_adapter import is_merged
+from qwen_vram.checkpoints.own_adapter import is_merged
 from qwen_vram.cli import app
 from tests.conftest import make_checkpoint
 from tests.lora_models import edit_config, edit_tensors, logits, make_adapter, peft_merged, peft_model
@@ -230,7 +230,7 @@ def test_a_part_of_the_merge_is_not_guessed(base, both):
 
 
 def test_quantize_gptq_names_what_it_can_do(both, tmp_path):
-    from qwen_vram.adapters.folder import check_no_adapter_beside
+    from qwen_vram.checkpoints.adapters.folder import check_no_adapter_beside
 
     folder = both(False)
     with pytest.raises(qv.AdapterError, match=BOTH + ".*; if it is not, merge it first: ") as caught:

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 import qwen_vram as qv
 from qwen_vram.arithmetic.weights import stored_weights
 from qwen_vram.runtime.backends import get_backend
-from qwen_vram.runtime.host_embedding import HostEmbedding
 from qwen_vram.runtime.measure import host_bytes, weight_storages
+from qwen_vram.runtime.offload.host_embedding import HostEmbedding
 from tests.lora_models import make_adapter, make_base, untied_twin
 
 QUANTIZED = ("nf4", "nf4-plain", "fp4", "fp4-plain", "int8")

@@ -15,7 +15,7 @@ from tests.test_hub import run
 
 ESTIMATE = "qv.estimate_vram({repo!r}, prompt_len=64, max_new_tokens=8).weights"
 LOAD = "qv.load({repo!r}, profile='default', prompt_len=64, max_new_tokens=8, progress=False).plan.estimate.weights"
-SNAPSHOT = "str(__import__('qwen_vram.files.hub', fromlist=['hub_snapshot']).hub_snapshot({repo!r}))"
+SNAPSHOT = "str(__import__('qwen_vram.checkpoints.hub.files', fromlist=['hub_snapshot']).hub_snapshot({repo!r}))"
 
 
 @pytest.fixture(scope="module")

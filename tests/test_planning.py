@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 import qwen_vram as qv
-from qwen_vram.arithmetic.machine import DEFAULT
-from qwen_vram.arithmetic.profile import COMPILED
-from qwen_vram.arithmetic.timing_generation import generation_ms
-from qwen_vram.planning import budget as budget_module
-from qwen_vram.planning import devices
-from qwen_vram.planning.away import spread
-from qwen_vram.planning.devices import DeviceMemory, available_ram
+from qwen_vram.arithmetic.timing.generation import generation_ms
+from qwen_vram.planning.capacity import available_memory as devices
+from qwen_vram.planning.capacity import budget as budget_module
+from qwen_vram.planning.capacity.available_memory import DeviceMemory, available_ram
+from qwen_vram.planning.offloaded_layers import spread
 from qwen_vram.planning.placement import place
-from qwen_vram.planning.search import Search
+from qwen_vram.planning.search.search import Search
+from qwen_vram.spec.machine import DEFAULT
+from qwen_vram.spec.profile import COMPILED
 
 SEVEN = "Qwen/Qwen2.5-7B-Instruct"
 RAM = {"ram": "64GiB"}
@@ -171,7 +171,7 @@ def test_preferences_pick_among_what_fits():
 
 def took(chosen):
     """Predicted milliseconds of a plan's generation."""
-    return generation_ms(chosen.estimate.architecture, chosen.profile, chosen.workload)
+    return generation_ms(chosen.estimate.architecture, chosen.profile, chosen.workload, chosen.estimate.machine)
 
 
 @pytest.mark.parametrize("vram", ["24GiB", "16GiB", "12GiB", "8GiB", "6GiB", "5GiB"])
@@ -181,7 +181,9 @@ def test_for_speed_no_plan_that_fits_is_predicted_to_be_quicker(vram):
     assert fast.estimate.fits(vram)
     assert took(fast) <= took(least_lossy)
     assert fast.profile.captured
-    search = Search("", fast.estimate.architecture, fast.workload, fast.budget, "auto", {})
+    search = Search(
+        "", fast.estimate.architecture, fast.workload, fast.budget, "auto", {}, machine=fast.estimate.machine
+    )
     quickened = [search._quickened(candidate) for candidate in search.find("speed")]
     assert took(fast) == min(took(plan(vram, profile=one.estimate.profile, **asked)) for one in quickened)
 
@@ -198,7 +200,7 @@ def test_a_move_that_is_slower_by_the_rates_is_not_taken(monkeypatch):
     quick = dataclasses.replace(DEFAULT, layer_launch_time=1_000)
     given_back = {}
     for machine in (DEFAULT, quick):
-        monkeypatch.setattr("qwen_vram.arithmetic.timing_generation.current", lambda machine=machine: machine)
+        monkeypatch.setattr("qwen_vram.planning.planner.current", lambda machine=machine: machine)
         chosen = plan("8GiB", prompt_len=2_048, max_new_tokens=256, captured=False)
         given_back[machine] = [step.change for step in chosen.steps[len(searched(chosen)) :]]
     assert given_back[DEFAULT] == ["embeddings='device'", "dequantization=None", "prefill_chunk_size=None"]

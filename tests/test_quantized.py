@@ -5,7 +5,7 @@ import json
 import pytest
 
 import qwen_vram as qv
-from qwen_vram.arithmetic.stored import size
+from qwen_vram.spec.prequantized import size
 from tests.hub_server import serving
 from tests.quantized_files import INT8, KINDS, NF4, SHAPE, as_auto_gptq, entries, int8, nf4, total, write, write_file
 from tests.test_hub import ESTIMATE, LOAD, run
@@ -297,7 +297,7 @@ def test_a_format_asked_for_is_refused_before_anything_is_fetched(hub, tmp_path)
 
 
 def test_catalog_names_and_plain_configs_ask_no_one(monkeypatch):
-    import qwen_vram.files.hub as module
+    import qwen_vram.checkpoints.hub.files as module
 
     monkeypatch.setattr(module, "library", lambda: pytest.fail("asked the hub"))
     assert qv.estimate_vram("Qwen/Qwen2.5-7B-Instruct").weights == 15_231_233_024

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import qwen_vram as qv
 from qwen_vram.arithmetic.kv_cache import KEY_GROUP, RESIDUAL_TOKENS, quantized_tokens
 from qwen_vram.demo.tasks import examples
-from qwen_vram.runtime.kv_cache import PreallocatedCache, cache_bytes
-from qwen_vram.runtime.quantized_cache import QuantizedLayer
+from qwen_vram.runtime.kv_cache.preallocated import PreallocatedCache, cache_bytes
+from qwen_vram.runtime.kv_cache.quantized import QuantizedLayer
 
 KINDS = ("int8", "int4")
 # Half a step of the scale, and the rounding of the scale and the least value to float16.

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import qwen_vram as qv
-from qwen_vram.files.state import settled_state
+from qwen_vram.checkpoints.files.state import settled_state
 
 ROOT = str(Path(qv.__file__).parent)
 # These open weights, and no headers.
@@ -292,4 +292,4 @@ def test_the_probe_above_would_notice_what_words_an_error(tmp_path, untied):
         "    except qwen_vram.AdapterError: pass\n"
     )  # fmt: skip
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "qwen_vram.adapters.folder" in json.loads(found)
+    assert "qwen_vram.checkpoints.adapters.folder" in json.loads(found)

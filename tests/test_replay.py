@@ -5,11 +5,11 @@ import itertools
 import pytest
 
 import qwen_vram as qv
-from qwen_vram.arithmetic import allocator as allocator_module
-from qwen_vram.arithmetic.allocator import CachingAllocator, OutOfRoomError
-from qwen_vram.arithmetic.replay_generation import replay_generation
-from qwen_vram.arithmetic.replay_load import replay_load
-from qwen_vram.arithmetic.replay_products import workspaces
+from qwen_vram.arithmetic.replay import allocator as allocator_module
+from qwen_vram.arithmetic.replay.allocator import CachingAllocator, OutOfRoomError
+from qwen_vram.arithmetic.replay.generation import replay_generation
+from qwen_vram.arithmetic.replay.linear import workspaces
+from qwen_vram.arithmetic.replay.load import replay_load
 
 KIB, MIB = 2**10, 2**20
 

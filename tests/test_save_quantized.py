@@ -245,7 +245,7 @@ def test_an_adapter_on_top_is_refused(untied, adapter, tmp_path):
 
 
 def test_a_backend_that_cannot_save_is_refused():
-    from qwen_vram.runtime import save
+    from qwen_vram.runtime.saving import save
 
     class Plugged:
         name = "plugged"
@@ -313,7 +313,7 @@ def test_a_disk_that_fails_in_the_middle_leaves_an_earlier_copy(demo, tmp_path):
 INTERRUPTED = """
 import sys, time
 import qwen_vram as qv
-from qwen_vram.runtime.writer import CheckpointWriter
+from qwen_vram.runtime.saving.writer import CheckpointWriter
 write = CheckpointWriter.write
 def slowly(self, name, tensor, at=0):
     print("writing", flush=True)

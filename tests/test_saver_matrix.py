@@ -10,19 +10,19 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DynamicCache, StaticCache
 
 import qwen_vram as qv
-from qwen_vram.arithmetic.storage import FORMATS
 from qwen_vram.arithmetic.weights import head_bytes, table_on_host
 from qwen_vram.demo.tasks import examples
-from qwen_vram.runtime import attention
+from qwen_vram.runtime.attention import fused as attention
 from qwen_vram.runtime.backends import TARGETS, get_backend
 from qwen_vram.runtime.backends.base import StreamingBackend
-from qwen_vram.runtime.cpu_product import kernel_library
-from qwen_vram.runtime.fused_layers import FusedLayer
-from qwen_vram.runtime.host_cache import HostCache
-from qwen_vram.runtime.host_embedding import HostEmbedding
-from qwen_vram.runtime.kv_cache import PreallocatedCache, PreallocatedLayer
+from qwen_vram.runtime.kernels.fused_layers import FusedLayer
+from qwen_vram.runtime.kv_cache.host import HostCache
+from qwen_vram.runtime.kv_cache.preallocated import PreallocatedCache, PreallocatedLayer
+from qwen_vram.runtime.kv_cache.quantized import QuantizedLayer
+from qwen_vram.runtime.linear.cpu_4bit import kernel_library
 from qwen_vram.runtime.measure import host_bytes, weight_storages
-from qwen_vram.runtime.quantized_cache import QuantizedLayer
+from qwen_vram.runtime.offload.host_embedding import HostEmbedding
+from qwen_vram.spec.formats import FORMATS
 from qwen_vram.tools.accuracy import make_checkpoint
 from tests.gptq_files import as_awq, tied
 

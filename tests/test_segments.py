@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import qwen_vram as qv
-from qwen_vram.runtime.beside import Beside
-from qwen_vram.runtime.segments import Segments
+from qwen_vram.runtime.memory.beside import Beside
+from qwen_vram.runtime.memory.segments import Segments
 
 CARD = 16 * 2**30
 DEVICE = torch.device("cuda", 0)
@@ -42,7 +42,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Card:
     }
     for name, call in calls.items():
         monkeypatch.setattr(torch.cuda, name, call, raising=False)
-    monkeypatch.setattr("qwen_vram.runtime.beside.take_workspace", lambda device: None)
+    monkeypatch.setattr("qwen_vram.runtime.memory.beside.take_workspace", lambda device: None)
     return card
 
 

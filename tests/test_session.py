@@ -7,11 +7,12 @@ import pytest
 
 import qwen_vram as qv
 from qwen_vram.arithmetic.estimate import estimate
-from qwen_vram.arithmetic.model import resolve_model
-from qwen_vram.arithmetic.profile import resolve_profile
 from qwen_vram.arithmetic.session import outlier_bytes
-from qwen_vram.arithmetic.workload import Workload
-from qwen_vram.planning.budget import Budget
+from qwen_vram.checkpoints.resolve import resolve_model
+from qwen_vram.planning.capacity.budget import Budget
+from qwen_vram.spec.machine import DEFAULT
+from qwen_vram.spec.profile import resolve_profile
+from qwen_vram.spec.workload import Workload
 
 MIB = 2**20
 # Model, profile, knobs, and the planned (prompt_len, max_new_tokens, batch_size, padded).
@@ -99,9 +100,9 @@ def test_no_smaller_workload_needs_more_than_the_session(model, name, knobs, wor
     label, architecture = resolve_model(model)
     profile = resolve_profile(name, **knobs)
     planned = Workload(**dict(zip(("prompt_len", "max_new_tokens", "batch_size", "padded"), work)))
-    promised = estimate(label, architecture, profile, planned, session=True)
+    promised = estimate(label, architecture, profile, planned, machine=DEFAULT, session=True)
     for workload in smaller(planned, model + name, grows=profile.cache == "dynamic"):
-        alone = estimate(label, architecture, profile, workload)
+        alone = estimate(label, architecture, profile, workload, machine=DEFAULT)
         assert alone.needs_at_most(promised.needed_bytes), workload
 
 
@@ -117,8 +118,8 @@ def test_int8_counts_what_its_data_can_take():
     assert outlier_bytes(architecture, whole, planned) == 28 * columns * 8
     assert outlier_bytes(architecture, resolve_profile("compact"), planned) == 0
     for profile in (tiled, whole):
-        alone = estimate(label, architecture, profile, planned)
-        promised = estimate(label, architecture, profile, planned, session=True)
+        alone = estimate(label, architecture, profile, planned, machine=DEFAULT)
+        promised = estimate(label, architecture, profile, planned, machine=DEFAULT, session=True)
         assert promised.needed_bytes > alone.needed_bytes + outlier_bytes(architecture, profile, planned)
 
 
@@ -139,7 +140,10 @@ def test_what_the_process_holds_already_is_counted_once():
     """Kernels and streams of closed models stay in a process; a new model shares its CUDA context."""
     label, architecture = resolve_model("Qwen2.5-7B")
     profile, work = resolve_profile("compact"), Workload()
-    fresh, held = (estimate(label, architecture, profile, work, held=size) for size in (0, 900 * MIB))
+    fresh, held = (estimate(label, architecture, profile, work, machine=DEFAULT, held=size) for size in (0, 900 * MIB))
     assert held.process_total - fresh.process_total == 900 * MIB - fresh.beside_torch > 0
-    assert estimate(label, architecture, profile, work, held=100 * MIB).process_total == fresh.process_total
+    assert (
+        estimate(label, architecture, profile, work, machine=DEFAULT, held=100 * MIB).process_total
+        == fresh.process_total
+    )
     assert Budget.from_dict(asdict(Budget(vram=2**33, ram=0, held={0: 5}))).held == {0: 5}

@@ -7,20 +7,21 @@ import pytest
 import torch
 
 import qwen_vram as qv
-from qwen_vram.arithmetic import allocator as allocator_module
-from qwen_vram.arithmetic.model import resolve_model
-from qwen_vram.arithmetic.overhead import _runs_within
-from qwen_vram.arithmetic.profile import Profile
-from qwen_vram.arithmetic.replay_generation import replay_generation
-from qwen_vram.arithmetic.replay_load import replay_load
-from qwen_vram.arithmetic.replay_products import workspaces
-from qwen_vram.arithmetic.slices import slices
-from qwen_vram.arithmetic.split import split_estimate, split_of
-from qwen_vram.arithmetic.workload import Workload
-from qwen_vram.planning.budget import Budget
-from qwen_vram.planning.fit import fits
-from qwen_vram.planning.search import Search
-from qwen_vram.planning.split import _at_least
+from qwen_vram.arithmetic.gpu_split import split_estimate, split_of
+from qwen_vram.arithmetic.pipeline import slices
+from qwen_vram.arithmetic.process import _runs_within
+from qwen_vram.arithmetic.replay import allocator as allocator_module
+from qwen_vram.arithmetic.replay.generation import replay_generation
+from qwen_vram.arithmetic.replay.linear import workspaces
+from qwen_vram.arithmetic.replay.load import replay_load
+from qwen_vram.checkpoints.resolve import resolve_model
+from qwen_vram.planning.capacity.budget import Budget
+from qwen_vram.planning.capacity.fit import fits
+from qwen_vram.planning.capacity.gpu_split import _at_least
+from qwen_vram.planning.search.search import Search
+from qwen_vram.spec.machine import DEFAULT
+from qwen_vram.spec.profile import Profile
+from qwen_vram.spec.workload import Workload
 from tests.test_planning import searched
 
 GIB = 2**30
@@ -40,7 +41,7 @@ MODELS = ["Qwen2.5-0.5B", "Qwen2.5-7B", "Qwen3-1.7B", "Qwen3-8B"]
 def split(model, layers, work=None, **knobs):
     label, architecture = resolve_model(model)
     workload = Workload(**{"prompt_len": 700, "max_new_tokens": 8, **(work or {})})
-    return split_estimate(label, architecture, Profile(**knobs), workload, layers)
+    return split_estimate(label, architecture, Profile(**knobs), workload, layers, machine=DEFAULT)
 
 
 def rest(model, count):
@@ -182,7 +183,7 @@ def test_golden_rows(row, sizes):
 def test_a_plan_fits_every_device_and_takes_the_first_step_that_does(vram):
     chosen = qv.plan("Qwen2.5-32B", vram=vram, **RAM, prompt_len=4_000)
     assert list(chosen.budget.devices) == list(chosen.estimate.devices) == list(vram)
-    search = Search("", chosen.estimate.architecture, chosen.workload, chosen.budget, "auto", {})
+    search = Search("", chosen.estimate.architecture, chosen.workload, chosen.budget, "auto", {}, machine=DEFAULT)
     candidates = list(search.candidates())
     fitting = [number for number, candidate in enumerate(candidates) if fits(candidate.estimate, chosen.budget)]
     assert chosen.steps[: len(searched(chosen))] == candidates[fitting[0]].steps
@@ -290,7 +291,7 @@ def test_the_inverse_questions_take_several_devices():
 def test_a_settled_split_is_kept_for_another_workload():
     chosen = qv.plan("Qwen2.5-7B", vram={0: "24GiB", 1: "9GiB"}, **RAM)
     work, profile = chosen.workload, chosen.profile
-    search = Search("", chosen.estimate.architecture, work, chosen.budget, profile, {}, {0: 10, 1: 18})
+    search = Search("", chosen.estimate.architecture, work, chosen.budget, profile, {}, {0: 10, 1: 18}, machine=DEFAULT)
     assert split_of(search.estimate(profile, work)) == {0: 10, 1: 18} != split_of(chosen.estimate)
 
 

@@ -104,7 +104,7 @@ def test_an_adapter_that_is_none_is_refused(untied, tmp_path, adapter):
 
 
 def test_peft_missing(untied, adapter, monkeypatch):
-    import qwen_vram.runtime.adapter as module
+    import qwen_vram.runtime.peft_adapter as module
 
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     text = r'adapter=... needs peft, which is not installed; run: pip install "qwen-vram\[lora\]"'

@@ -12,8 +12,8 @@ import torch
 import qwen_vram as qv
 from qwen_vram.arithmetic.weights import block_bytes, stored_weights
 from qwen_vram.runtime.backends import get_backend
-from qwen_vram.runtime.blob import HostMemory, Layout
 from qwen_vram.runtime.measure import weight_storages
+from qwen_vram.runtime.tensors.packed_layout import HostMemory, Layout
 from tests.conftest import make_checkpoint
 
 PROMPTS = [
@@ -431,7 +431,7 @@ def test_a_backend_that_cannot_swap_tensors_is_refused_by_name(demo, monkeypatch
 
         def storages(self, module): ...
 
-    import qwen_vram.runtime.loader as loader
+    import qwen_vram.runtime.loading.load as loader
 
     monkeypatch.setattr(loader, "get_backend", lambda name: Foreign())
     with pytest.raises(

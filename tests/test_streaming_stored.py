@@ -11,7 +11,7 @@ from transformers import core_model_loading
 
 import qwen_vram as qv
 from qwen_vram.arithmetic.weights import block_bytes
-from qwen_vram.runtime import loader
+from qwen_vram.runtime.loading import load as loader
 from tests.conftest import make_checkpoint
 from tests.test_streaming import GREEDY, PROMPTS, load, logits, tokens
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import qwen_vram as qv
-from qwen_vram.arithmetic.tiles import int8_rows, int8_tile_elements
+from qwen_vram.arithmetic.tiling import int8_rows, int8_tile_elements
 from qwen_vram.demo import CHECKPOINT
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -13,7 +13,7 @@ OUT, IN = 320, 192
 
 
 def int8(device="cpu", *, bias=False, out=OUT, inner=IN, threshold=6.0):
-    from qwen_vram.runtime.tiled_int8 import multiply_int8_in_pieces
+    from qwen_vram.runtime.linear.tiled_int8 import multiply_int8_in_pieces
 
     torch.manual_seed(0)
     linear = bnb.nn.Linear8bitLt(inner, out, bias=bias, has_fp16_weights=False, threshold=threshold)
@@ -32,8 +32,8 @@ def inputs(rows, outliers, device="cpu", inner=IN):
 @pytest.fixture
 def small(monkeypatch):
     """Pieces of 100 rows, and tiles of less than all outlier columns."""
-    monkeypatch.setattr("qwen_vram.runtime.tiled_int8.int8_rows", lambda *shape: 100)
-    monkeypatch.setattr("qwen_vram.runtime.tiled_int8.int8_tile_elements", lambda *shape: 4 * IN)
+    monkeypatch.setattr("qwen_vram.runtime.linear.tiled_int8.int8_rows", lambda *shape: 100)
+    monkeypatch.setattr("qwen_vram.runtime.linear.tiled_int8.int8_tile_elements", lambda *shape: 4 * IN)
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import qwen_vram as qv
-from qwen_vram.arithmetic.tiles import tile_rows
+from qwen_vram.arithmetic.tiling import tile_rows
 from qwen_vram.demo import CHECKPOINT
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -14,7 +14,7 @@ FORMATS = {"nf4": ("nf4", True), "nf4-plain": ("nf4", False), "fp4": ("fp4", Tru
 
 
 def tiled(weights, device, *, bias=False):
-    from qwen_vram.runtime.tiled_linear import dequantize_in_tiles
+    from qwen_vram.runtime.linear.tiled_4bit import dequantize_in_tiles
 
     kind, nested = FORMATS[weights]
     torch.manual_seed(0)

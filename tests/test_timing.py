@@ -10,17 +10,17 @@ import pytest
 from typer.testing import CliRunner
 
 import qwen_vram as qv
-from qwen_vram.arithmetic import timing_few_rows
-from qwen_vram.arithmetic.catalog import find
-from qwen_vram.arithmetic.machine import DEFAULT
-from qwen_vram.arithmetic.storage import FORMAT_NAMES, FORMATS
-from qwen_vram.arithmetic.timing_decode import decode_ms
-from qwen_vram.arithmetic.timing_generation import generation_ms, predict_times
-from qwen_vram.arithmetic.timing_prefill import first_token_ms
-from qwen_vram.arithmetic.workload import Workload
+from qwen_vram.arithmetic.timing import few_rows as timing_few_rows
+from qwen_vram.arithmetic.timing.decode import decode_ms
+from qwen_vram.arithmetic.timing.generation import generation_ms, predict_times
+from qwen_vram.arithmetic.timing.prefill import first_token_ms
 from qwen_vram.cli import app
 from qwen_vram.demo import CHECKPOINT
-from qwen_vram.runtime import few_rows
+from qwen_vram.runtime.linear import few_rows
+from qwen_vram.spec.catalog import find
+from qwen_vram.spec.formats import FORMAT_NAMES, FORMATS
+from qwen_vram.spec.machine import DEFAULT
+from qwen_vram.spec.workload import Workload
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 FUSED = {"attention": "fused", "kernels": "fused", "cache": "preallocated"}
@@ -164,12 +164,12 @@ PREFILL_MISSES = {
 
 def error(label):
     _, what, on_cpu, decode, _ = DECODE[label]
-    return decode_ms(*what, on_cpu=on_cpu) / decode - 1
+    return decode_ms(*what, DEFAULT, on_cpu=on_cpu) / decode - 1
 
 
 def prefill_error(label):
     _, what, on_cpu, _, prefill = PREFILL[label]
-    return first_token_ms(*what, on_cpu=on_cpu) / prefill - 1
+    return first_token_ms(*what, DEFAULT, on_cpu=on_cpu) / prefill - 1
 
 
 def test_there_are_rows():
@@ -239,9 +239,11 @@ def test_times_are_of_as_many_rows_as_the_kernels_take():
 
 def test_a_table_on_the_host_is_waited_for_in_captured_steps_alone():
     one, other = (profile(weights="nf4", captured=True, embeddings=place) for place in ("device", "host"))
-    assert decode_ms(SEVEN, other, WORK) - decode_ms(SEVEN, one, WORK) == pytest.approx(3.35 - 3.25, abs=0.02)
+    assert decode_ms(SEVEN, other, WORK, DEFAULT) - decode_ms(SEVEN, one, WORK, DEFAULT) == pytest.approx(
+        3.35 - 3.25, abs=0.02
+    )
     one, other = (profile(weights="nf4", embeddings=place) for place in ("device", "host"))
-    assert decode_ms(SEVEN, other, WORK) == decode_ms(SEVEN, one, WORK)
+    assert decode_ms(SEVEN, other, WORK, DEFAULT) == decode_ms(SEVEN, one, WORK, DEFAULT)
 
 
 def test_eager_steps_in_8_bits_dequantize_only_for_more_than_eight_rows():
@@ -286,8 +288,10 @@ def test_a_cpu_that_has_no_kernel_for_4_bits_is_slower_with_them():
 
 def test_a_generation_is_its_first_token_and_the_others():
     what = (SEVEN, profile(weights="int4"), WORK, DEFAULT)
-    assert generation_ms(*what) == pytest.approx(first_token_ms(*what) + 255 * decode_ms(*what))
-    assert generation_ms(*what, on_cpu=True) > generation_ms(*what)
+    assert generation_ms(*what, DEFAULT) == pytest.approx(
+        first_token_ms(*what, DEFAULT) + 255 * decode_ms(*what, DEFAULT)
+    )
+    assert generation_ms(*what, DEFAULT, on_cpu=True) > generation_ms(*what, DEFAULT)
 
 
 @pytest.mark.parametrize("weights", [name for name in FORMAT_NAMES if FORMATS[name].parts])

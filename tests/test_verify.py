@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 import qwen_vram as qv
-from qwen_vram.runtime import loader
-from qwen_vram.runtime.verify import verify
+from qwen_vram.runtime.loading import load as loader
+from qwen_vram.runtime.loading.verify import verify
 
 
 @pytest.mark.parametrize(

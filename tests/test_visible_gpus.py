@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import qwen_vram as qv
-from qwen_vram.planning import devices
-from qwen_vram.planning.devices import free_vram, visible_gpus
-from qwen_vram.runtime.devices import budget_on, check_free
+from qwen_vram.planning.capacity import available_memory as devices
+from qwen_vram.planning.capacity.available_memory import free_vram, visible_gpus
+from qwen_vram.runtime.loading.devices import budget_on, check_free
 
 GIB = 2**30
 SEVEN = "Qwen2.5-7B-Instruct"

@@ -11,15 +11,15 @@ from torch import nn
 from torch.nn import functional
 
 import qwen_vram as qv
-from qwen_vram.arithmetic import tiles
-from qwen_vram.arithmetic.catalog import CATALOG
+from qwen_vram.arithmetic import tiling as tiles
 from qwen_vram.demo.tasks import examples
 from qwen_vram.runtime.backends import get_backend
-from qwen_vram.runtime.int4_groups import codes, fit
-from qwen_vram.runtime.int4_layout import arrange, pair, unpack, unpack_tiles
-from qwen_vram.runtime.int4_linear import Int4Linear
+from qwen_vram.runtime.linear.int4 import Int4Linear
+from qwen_vram.runtime.linear.int4_levels import codes, fit
+from qwen_vram.runtime.linear.int4_packing import arrange, pair, unpack, unpack_tiles
+from qwen_vram.runtime.linear.int8_fp8 import Fp8Linear, Int8Linear
 from qwen_vram.runtime.measure import weight_storages
-from qwen_vram.runtime.row_linear import Fp8Linear, Int8Linear
+from qwen_vram.spec.catalog import CATALOG
 
 LINEARS = {cls.format: cls for cls in (Int4Linear, Int8Linear, Fp8Linear)}
 WEIGHTS = tuple(LINEARS)
@@ -135,7 +135,7 @@ def unpacked(packed, like, unpack=unpack):
 
 @pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_codes_come_back_on_other_cpus(capability):
-    program = "from qwen_vram.runtime.int4_layout import order_is_known; print(order_is_known())"
+    program = "from qwen_vram.runtime.linear.int4_packing import order_is_known; print(order_is_known())"
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
     found = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120

@@ -370,7 +370,7 @@ def test_a_plan_puts_no_layers_on_the_disk_that_the_files_hold_otherwise(new, dt
     ids=str,
 )
 def test_each_header_is_read_once_in_a_load(new, monkeypatch, knobs):
-    import qwen_vram.files.local as local
+    import qwen_vram.checkpoints.files.local as local
 
     folder = new(Base(tied=True, shards=True))
     read: Counter[str] = Counter()
@@ -382,7 +382,7 @@ def test_each_header_is_read_once_in_a_load(new, monkeypatch, knobs):
 
 
 def test_each_header_of_a_base_is_read_once_in_a_merge(new, adapter, untied, tmp_path, monkeypatch):
-    import qwen_vram.files.local as local
+    import qwen_vram.checkpoints.files.local as local
 
     read: Counter[str] = Counter()
     header = local.read_header
@@ -393,7 +393,7 @@ def test_each_header_of_a_base_is_read_once_in_a_merge(new, adapter, untied, tmp
 
 
 def test_a_network_drive_is_read_through(new, monkeypatch):
-    import qwen_vram.runtime.mapped as mapped
+    import qwen_vram.runtime.tensors.mapped_checkpoint as mapped
 
     folder = new()
     want = logits(folder)
@@ -404,7 +404,7 @@ def test_a_network_drive_is_read_through(new, monkeypatch):
         opened.append(mapped)
         return real(path, mapped=mapped)
 
-    monkeypatch.setattr("qwen_vram.runtime.from_tensors.open_weights", noted)
+    monkeypatch.setattr("qwen_vram.runtime.tensors.partial_checkpoint.open_weights", noted)
     assert torch.equal(logits(folder, disable_mmap=True), want)
     assert opened == [False]
     with pytest.raises(qv.NotSupportedError, match="disable_mmap=True does not go with streamed_layers=2") as caught:

@@ -28,8 +28,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from qwen_vram.demo import CHECKPOINT
 from qwen_vram.demo.tasks import CATEGORIES, SKILL, examples
+from qwen_vram.lora.fidelity import Proof
 from qwen_vram.lora.merge import merge_lora_then_quantize
-from qwen_vram.lora.proof import Proof
 from training.evaluate import COUNT, SEED, answer, share
 from training.lora import relative_sizes, updates
 

@@ -1,1 +1,1 @@
-"""FLOOR 1: what a model costs. Standard library only; integers of bytes in and out."""
+"""What a model costs: integers of bytes, and predicted times. Opens no file, imports no torch."""

@@ -16,13 +16,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
-from qwen_vram.arithmetic.architecture import Architecture
-from qwen_vram.arithmetic.attention_kernels import attention_parts, bias_columns, joined_rows
+from qwen_vram.arithmetic.attention import attention_parts, bias_columns, joined_rows
 from qwen_vram.arithmetic.kv_cache import kv_cache_bytes, quantized_tokens
-from qwen_vram.arithmetic.products import linear_bytes
-from qwen_vram.arithmetic.profile import Profile
-from qwen_vram.arithmetic.storage import ALLOCATION_STEP
-from qwen_vram.arithmetic.workload import Workload
+from qwen_vram.arithmetic.linear import linear_bytes
+from qwen_vram.spec.architecture import Architecture
+from qwen_vram.spec.formats import ALLOCATION_STEP
+from qwen_vram.spec.profile import Profile
+from qwen_vram.spec.workload import Workload
 
 Phase = Literal["prefill", "decode"]
 

@@ -1,4 +1,4 @@
-"""Estimate: the predicted peak, part by part, and `estimate_vram()`, which makes it."""
+"""Estimate: the predicted peak memory of a model, part by part."""
 
 from __future__ import annotations
 
@@ -7,13 +7,10 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from qwen_vram.arithmetic import render
 from qwen_vram.arithmetic.activations import Moment, moments
-from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.kv_cache import host_kv_bytes, kv_cache_bytes
-from qwen_vram.arithmetic.machine import Machine
-from qwen_vram.arithmetic.machine_file import current
-from qwen_vram.arithmetic.model import ModelLike, resolve_model, stored_knobs
-from qwen_vram.arithmetic.overhead import (
+from qwen_vram.arithmetic.process import (
     Replayed,
     least_reserved,
     least_reserved_is_at_most,
@@ -23,17 +20,16 @@ from qwen_vram.arithmetic.overhead import (
     replay,
     workspace_bytes,
 )
-from qwen_vram.arithmetic.profile import Profile, resolve_profile
-from qwen_vram.arithmetic.storage import FORMATS
 from qwen_vram.arithmetic.weights import weight_bytes
-from qwen_vram.arithmetic.workload import Logits, Workload
 from qwen_vram.errors import WorkloadError
+from qwen_vram.spec.architecture import Architecture
+from qwen_vram.spec.machine import Machine
+from qwen_vram.spec.profile import Profile
+from qwen_vram.spec.workload import Workload
 from qwen_vram.units import parse_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from qwen_vram.adapters.folder import AdapterChoice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +75,7 @@ class Estimate:
     host: int
     disk: int
     moments: tuple[Moment, ...]
-    machine: Machine = field(default_factory=current)
+    machine: Machine
     devices: Mapping[int, Estimate] = field(default_factory=dict, hash=False)
     held: int = 0
     covered: tuple[Estimate, ...] = ()
@@ -231,16 +227,37 @@ class Estimate:
             **several,
         }
 
+    def shown(self) -> render.Shown:
+        """Return what is shown of it: as text, in a notebook and as a picture."""
+        parts = [(device, part, part.architecture) for device, part in self.devices.items()]
+        devices = tuple((device, _span(shape), part._sizes()) for device, part, shape in parts if shape)
+        return render.Shown(self._subject, self._headline, self._sizes(), self.shares(), devices)
+
+    def _sizes(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in render.SHOWN}
+
+    @property
+    def _headline(self) -> str:
+        if self.architecture is None or not self.machine.is_measured("cuda_context"):
+            return self._subject
+        return f"{self._subject} | CUDA context measured on {self.machine.device}, {self.machine.date}"
+
+    @property
+    def _subject(self) -> str:
+        profile, workload = self.profile, self.workload
+        compiled = ", compiled" if profile.compiled else ", captured" if profile.captured else ""
+        return (
+            f"{self.model} | {profile.name}: {profile.weights} weights, {profile.attention} attention, "
+            f"{profile.cache} cache{compiled} | {workload.prompt_len:,} + {workload.max_new_tokens:,} tokens, "
+            f"batch {workload.batch_size}{', padded' if workload.padded else ''}"
+        )
+
     def __str__(self) -> str:
         """A table of the parts."""
-        from qwen_vram.arithmetic.render import text
-
-        return text(self)
+        return render.text(self.shown())
 
     def _repr_html_(self) -> str:
-        from qwen_vram.arithmetic.render import html
-
-        return html(self)
+        return render.html(self.shown())
 
     def plot(self) -> Axes:
         """One bar of the four parts, as a matplotlib `Axes`.
@@ -248,76 +265,7 @@ class Estimate:
         Raises:
             BackendUnavailableError: matplotlib is not installed.
         """
-        from qwen_vram.arithmetic.render import plot
-
-        return plot(self)
-
-
-def estimate_vram(
-    model: ModelLike | None,
-    profile: str | Profile = "default",
-    *,
-    prompt_len: int = 512,
-    max_new_tokens: int = 512,
-    batch_size: int = 1,
-    params: float | None = None,
-    logits: Logits = "last",
-    padded: bool = False,
-    adapter: AdapterChoice = None,
-    **knobs: object,
-) -> Estimate:
-    """What a model will take on one GPU, before anything is loaded. Pure arithmetic; the defaults are the article's.
-
-    Weights and cache are exact; docs/accuracy.md holds the rest against measurements.
-
-    Args:
-        model: A catalog name, checkpoint folder, hub id (config.json, and headers where quantized), config `dict` or
-            `Architecture`; or `None` with `params`.
-        profile: A name from `PROFILES`, or a `Profile`.
-        params: With `model=None`: a number of parameters, for the rule of thumb parameters x bytes (weights alone).
-        logits: `"last"` for generation, `"all"` for one plain forward that makes logits for the whole prompt.
-        padded: The batch carries padding, so that attention needs a mask.
-        adapter: Folder or hub id of a LoRA adapter that runs beside the base; `False` if the one in the model's own
-            folder is merged already.
-        **knobs: Fields of `Profile` to replace, such as `weights="nf4"`.
-
-    Raises:
-        UnknownNameError: a model, profile, format or knob that nobody has heard of.
-        WorkloadError: a length that is not positive, or a context past the model's positions.
-        ConfigError: a configuration that cannot be counted.
-        CheckpointError, NotSupportedError: an adapter that cannot be used.
-        HubError: the hub does not give the config.json.
-
-    Example:
-        >>> estimate_vram("Qwen2.5-7B-Instruct").weights
-        15231233024
-        >>> estimate_vram(None, params=7.62e9).weights
-        15240000000
-    """
-    workload = Workload(
-        prompt_len=prompt_len, max_new_tokens=max_new_tokens, batch_size=batch_size, logits=logits, padded=padded
-    )
-    if model is None:
-        return _rule_of_thumb(params, resolve_profile(profile, **knobs), workload)
-    if params is not None:
-        raise WorkloadError("params is for model=None only, got both; drop one", name="params", got=params)
-    label, architecture = resolve_model(model, adapter)
-    chosen = resolve_profile(profile, **stored_knobs(architecture, knobs))
-    result = estimate(label, architecture, chosen, workload)
-    warn_of_positions(result)
-    return result
-
-
-def warn_of_positions(result: Estimate) -> None:
-    """Log one line for each thing worth knowing of the rotary positions: a stretch, or one without effect."""
-    rope = result.architecture.rope if result.architecture else None
-    lines = rope.warnings(result.workload.context_len) if rope else []
-    if not lines:
-        return
-    import logging  # slow to import, and only needed here
-
-    for line in lines:
-        logging.getLogger(__name__).warning("%s: %s", result.model, line)
+        return render.plot(self.shown())
 
 
 def estimate(
@@ -326,12 +274,14 @@ def estimate(
     profile: Profile,
     workload: Workload,
     *,
+    machine: Machine,
     session: bool = False,
     held: int = 0,
 ) -> Estimate:
-    """`estimate_vram` for what is resolved already.
+    """Return the estimate of an architecture, a profile and a workload that are resolved already.
 
     Args:
+        machine: The machine whose CUDA context and kernels the process counts.
         session: Count a session, of workloads up to this one, as a plan does: `Estimate.covered`.
         held: As for `Estimate`.
 
@@ -374,9 +324,15 @@ def estimate(
         host=stored.host + host_kv_bytes(architecture, profile, batch_size=batch, context_len=context),
         disk=stored.disk,
         moments=every,
+        machine=machine,
         held=held,
-        covered=tuple(estimate(label, architecture, profile, one) for one in smaller),
+        covered=tuple(estimate(label, architecture, profile, one, machine=machine) for one in smaller),
     )
+
+
+def _span(part: Architecture) -> str:
+    """Return the first and the last of a part's layers, such as `0-13`."""
+    return f"{part.first_layer}-{part.first_layer + part.num_hidden_layers - 1}"
 
 
 def _of_device(part: Estimate) -> dict[str, Any]:
@@ -390,28 +346,3 @@ def _of_device(part: Estimate) -> dict[str, Any]:
         **{name: getattr(part, name) for name in totals},
         "moments": [moment._asdict() for moment in part.moments],
     }
-
-
-def _rule_of_thumb(params: float | None, profile: Profile, workload: Workload) -> Estimate:
-    """Parameters times bytes: the weights alone, as articles count them."""
-    if params is None or isinstance(params, bool) or not isinstance(params, (int, float)) or not 0 < params < 1e15:
-        raise WorkloadError(
-            f"model=None needs params, a positive number of parameters such as 7.62e9, got {params!r}",
-            name="params",
-            got=params,
-        )
-    weights = FORMATS[profile.weights].nbytes((int(params),))
-    return Estimate(
-        model=f"{params:,.0f} parameters (rule of thumb: weights alone)",
-        architecture=None,
-        profile=profile,
-        workload=workload,
-        weights=weights,
-        kv_cache=0,
-        tensors=0,
-        workspace=0,
-        load_peak=weights,
-        host=0,
-        disk=0,
-        moments=(),
-    )

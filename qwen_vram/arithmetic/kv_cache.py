@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from qwen_vram.arithmetic.architecture import Architecture
-from qwen_vram.arithmetic.profile import Profile
+from qwen_vram.spec.architecture import Architecture
+from qwen_vram.spec.profile import Profile
 
 # Quantized caches: keys share a scale and a least value per channel over 32 tokens, values per token and head; the
 # newest 128 tokens, and those of an unfinished group, stay in the model's own dtype.
@@ -23,7 +23,7 @@ def kv_bytes_per_token(architecture: Architecture, profile: Profile) -> int:
 
     Exact.
 
-    >>> from qwen_vram.arithmetic.catalog import find
+    >>> from qwen_vram.spec.catalog import find
     >>> kv_bytes_per_token(find("Qwen2.5-7B-Instruct"), Profile())
     57344
     """

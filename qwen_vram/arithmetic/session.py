@@ -11,11 +11,11 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
-from qwen_vram.arithmetic.architecture import Architecture
-from qwen_vram.arithmetic.overhead import REPLAY_MISS, SEARCHED_TO
-from qwen_vram.arithmetic.profile import Profile
-from qwen_vram.arithmetic.tiles import int8_rows
-from qwen_vram.arithmetic.workload import Workload
+from qwen_vram.arithmetic.process import REPLAY_MISS, SEARCHED_TO
+from qwen_vram.arithmetic.tiling import int8_rows
+from qwen_vram.spec.architecture import Architecture
+from qwen_vram.spec.profile import Profile
+from qwen_vram.spec.workload import Workload
 
 # Two segments of torch's small pool: with some lengths it takes one more for keys, and one more for values.
 _SMALL_SEGMENTS = 2 * 2 * 2**20

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
-from qwen_vram.arithmetic.architecture import Architecture, Weight
-from qwen_vram.arithmetic.profile import Profile
-from qwen_vram.arithmetic.storage import FORMATS, FormatName
-from qwen_vram.arithmetic.stored import Stored, size
+from qwen_vram.spec.architecture import Architecture, Weight
+from qwen_vram.spec.formats import FORMATS, FormatName
+from qwen_vram.spec.prequantized import Stored, size
+from qwen_vram.spec.profile import Profile
 
 # Layers below this cross the link faster than one token follows another: with two slots 28 NF4 layers of Qwen2.5-7B
 # (120 MB) took 65.8 ms a token, with three 64.2, where the link needs 61.1; 28 in bf16 (466 MB) keep it

@@ -49,7 +49,7 @@ def chat(
     settings: Settings = None,
 ) -> None:
     """Talk to a model; Ctrl-C stops an answer, Ctrl-D leaves, /help lists commands."""
-    from qwen_vram.runtime.prompts import check_chat
+    from qwen_vram.runtime.requests.prompts import check_chat
 
     knobs, options = parsed_settings(settings)
     options |= _given(

@@ -18,7 +18,7 @@ def calibrate(
     as_json: AsJson = False,
 ) -> None:
     """Measure this GPU's context size, copy rate and bandwidth once; estimates and plans use them from then on."""
-    from qwen_vram.arithmetic import machine_file
+    from qwen_vram.checkpoints import machine_file
     from qwen_vram.tools.calibrate import calibrate as measure
 
     if show and reset:
@@ -35,8 +35,8 @@ def calibrate(
 
 def _show_machines(as_json: bool) -> None:
     """What estimates use, where it is stored, and what else is."""
-    from qwen_vram.arithmetic.machine import DEFAULT
-    from qwen_vram.arithmetic.machine_file import cache_file, read
+    from qwen_vram.checkpoints.machine_file import cache_file, read
+    from qwen_vram.spec.machine import DEFAULT
 
     stored = read()
     used = stored.machines[stored.current] if stored else DEFAULT

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 import qwen_vram as qv
-from qwen_vram.arithmetic.profile import KNOBS
+from qwen_vram.spec.profile import KNOBS
 
 Model = Annotated[str, typer.Argument(help="Catalog name, checkpoint folder or hub id.")]
 PromptLen = Annotated[int, typer.Option(help="Prompt tokens of one sequence.")]

@@ -11,19 +11,19 @@ from qwen_vram.cli.consoles import console
 
 def show_estimate(result: qv.Estimate) -> None:
     """Print an estimate as a table."""
-    table = Table()
+    shown, table = result.shown(), Table()
     table.add_column("")
     for name in ("bytes", "GB (10^9)", "GiB (2^30)", "share"):
         table.add_column(name, justify="right")
-    for label, size, share in render.rows(result):
+    for label, size, share in render.rows(shown):
         percent = "" if share is None else f"{share:.1%}"
         table.add_row(label, f"{size:,}", f"{size / 10**9:.2f}", f"{size / 2**30:.2f}", percent)
         if label == "workspace":
             table.add_section()
-    console.print(render.headline(result), style="bold", soft_wrap=True, highlight=False)
+    console.print(shown.headline, style="bold", soft_wrap=True, highlight=False)
     console.print(table)
     if result.devices:
-        (corner, names), *rows = render.by_device(result)
+        (corner, names), *rows = render.by_device(shown)
         each = Table(corner, *names)
         for column in each.columns[1:]:
             column.justify = "right"

@@ -98,7 +98,7 @@ def quantize(
             name="calibration",
             got=calibration,
         )
-    from qwen_vram.runtime.save import check_output
+    from qwen_vram.runtime.saving.save import check_output
 
     check_output(Path(out), model, weights=weights, max_shard_size=max_shard_size, overwrite=overwrite)
     with qv.load(

@@ -11,8 +11,8 @@ from itertools import pairwise
 
 import torch
 
-from qwen_vram.lora.scratch import scratch
-from qwen_vram.lora.stored import SMALLEST_PIECE_ROWS, StoredTensor, pieces
+from qwen_vram.lora.codecs.scratch import scratch
+from qwen_vram.lora.tensor_file import SMALLEST_PIECE_ROWS, StoredTensor, pieces
 
 # Elements of the column block that a DoRA embedding's norms are taken over: 256 MiB in float32.
 _NORM_BLOCK = 2**26

@@ -11,17 +11,17 @@ from pathlib import Path
 
 import torch
 
+from qwen_vram.checkpoints.files.local import read_tensors
 from qwen_vram.errors import WorkloadError
-from qwen_vram.files.local import read_tensors
+from qwen_vram.lora.codecs.registry import GPTQ
 from qwen_vram.lora.delta import LoadedUpdate
+from qwen_vram.lora.fidelity import Proof
+from qwen_vram.lora.pipeline import merged_rows
 from qwen_vram.lora.plan import MergePlan, matrices
-from qwen_vram.lora.proof import Proof
-from qwen_vram.lora.quantize import GPTQ
-from qwen_vram.lora.stored import pieces
-from qwen_vram.lora.stream import merged_rows
-from qwen_vram.runtime.calibration import Calibration
-from qwen_vram.runtime.checkpoint import open_checkpoint
-from qwen_vram.runtime.gptq_job import GptqJob, gptq_job
+from qwen_vram.lora.tensor_file import pieces
+from qwen_vram.runtime.gptq.job import GptqJob, gptq_job
+from qwen_vram.runtime.gptq.sample_texts import Calibration
+from qwen_vram.runtime.tensors.checkpoint import open_checkpoint
 
 _WORD = 32
 

@@ -10,27 +10,27 @@ from typing import Literal
 
 import torch
 
-from qwen_vram.adapters.base_name import warn_of_another_base
-from qwen_vram.adapters.errors import AdapterError
-from qwen_vram.adapters.folder import check_is_no_adapter
-from qwen_vram.adapters.keys import shortened
-from qwen_vram.adapters.scaling import alpha_is_ambiguous
+from qwen_vram.checkpoints.adapters.base_name import warn_of_another_base
+from qwen_vram.checkpoints.adapters.errors import AdapterError
+from qwen_vram.checkpoints.adapters.folder import check_is_no_adapter
+from qwen_vram.checkpoints.adapters.keys import shortened
+from qwen_vram.checkpoints.adapters.scaling import alpha_is_ambiguous
+from qwen_vram.checkpoints.files.local import read_tensors
+from qwen_vram.checkpoints.files.sidecars import REPORT
+from qwen_vram.checkpoints.output.folder import OutputFolder
 from qwen_vram.errors import CheckpointError
-from qwen_vram.files.companions import REPORT
-from qwen_vram.files.local import read_tensors
-from qwen_vram.files.output import OutputFolder
+from qwen_vram.lora.codecs.registry import codec_for
+from qwen_vram.lora.fidelity import Proof
 from qwen_vram.lora.gptq import merge_job, write_gptq
+from qwen_vram.lora.pipeline import Streamer
 from qwen_vram.lora.plan import MergePlan, matrices, plan_merge
-from qwen_vram.lora.proof import Proof
-from qwen_vram.lora.quantize import codec_for
 from qwen_vram.lora.report import ENOUGH, MergeReport, ModuleReport
-from qwen_vram.lora.stream import Streamer
 from qwen_vram.lora.weighted import AdapterLike, open_adapters
-from qwen_vram.runtime.calibration import Calibration
-from qwen_vram.runtime.checkpoint import Checkpoint, open_checkpoint
-from qwen_vram.runtime.devices import working_device
+from qwen_vram.runtime.gptq.sample_texts import Calibration
+from qwen_vram.runtime.loading.devices import working_device
 from qwen_vram.runtime.progress import progress_bar
-from qwen_vram.runtime.writer import CheckpointWriter
+from qwen_vram.runtime.saving.writer import CheckpointWriter
+from qwen_vram.runtime.tensors.checkpoint import Checkpoint, open_checkpoint
 from qwen_vram.units import parse_bytes
 
 Quantization = Literal["nf4", "nf4-plain", "fp4", "int8", "int4", "int8-wo", "fp8", "gptq-int4", "gptq-int8"]

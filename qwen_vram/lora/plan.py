@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwen_vram.files.layout import Shard, disk_bytes, lay_out
-from qwen_vram.lora.codec import Codec
-from qwen_vram.lora.companions import Companions, companions
-from qwen_vram.lora.layout import Weight, weight_of
-from qwen_vram.lora.stored import stored_tensors
+from qwen_vram.checkpoints.output.safetensors_layout import Shard, disk_bytes, lay_out
+from qwen_vram.lora.codecs.base import Codec
+from qwen_vram.lora.output_files import Companions, companions
+from qwen_vram.lora.slots import Weight, weight_of
 from qwen_vram.lora.targets import Targets, merge_targets
+from qwen_vram.lora.tensor_file import stored_tensors
 from qwen_vram.lora.weighted import WeightedAdapter, check_finite
-from qwen_vram.runtime.checkpoint import Checkpoint
+from qwen_vram.runtime.tensors.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +45,7 @@ class MergePlan:
 def plan_merge(
     checkpoint: Checkpoint, adapters: Sequence[WeightedAdapter], codec: Codec | None, max_shard_bytes: int
 ) -> MergePlan:
-    """The plan of merging `adapters` into `checkpoint` in the format of `codec`.
+    """The plan of merging `checkpoints.adapters` into `checkpoint` in the format of `codec`.
 
     Raises:
         AdapterError: an adapter does not fit, or holds a NaN.

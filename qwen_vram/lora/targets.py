@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from qwen_vram.adapters.tables import EMBEDDING, HEAD
-from qwen_vram.arithmetic.architecture import Architecture
+from qwen_vram.checkpoints.adapters.tables import EMBEDDING, HEAD
 from qwen_vram.lora.delta import LowRank, TokenRows, Update
-from qwen_vram.lora.stored import StoredTensor, same_bytes
+from qwen_vram.lora.tensor_file import StoredTensor, same_bytes
 from qwen_vram.lora.updates import BaseTensors, updates_of
 from qwen_vram.lora.weighted import WeightedAdapter
+from qwen_vram.spec.architecture import Architecture
 
 _EMBEDDING_WEIGHT = f"{EMBEDDING}.weight"
 _HEAD_WEIGHT = f"{HEAD}.weight"

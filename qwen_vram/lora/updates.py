@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from qwen_vram.adapters.changes import Base, Change, Factors, changes_of, check_layers
-from qwen_vram.adapters.tables import TABLES
+from qwen_vram.checkpoints.adapters.changes import Base, Change, Factors, changes_of, check_layers
+from qwen_vram.checkpoints.adapters.tables import TABLES
 from qwen_vram.lora.delta import LowRank, TokenRows, Update
-from qwen_vram.lora.stored import StoredTensor, same_bytes, same_values
+from qwen_vram.lora.tensor_file import StoredTensor, same_bytes, same_values
 from qwen_vram.lora.weighted import WeightedAdapter
 
 

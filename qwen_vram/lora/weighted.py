@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from qwen_vram.adapters.errors import AdapterError
-from qwen_vram.adapters.folder import AdapterPath
-from qwen_vram.adapters.keys import Adapter, AdapterTensor, open_adapter
-from qwen_vram.lora.stored import StoredTensor, pieces
+from qwen_vram.checkpoints.adapters.errors import AdapterError
+from qwen_vram.checkpoints.adapters.folder import AdapterPath
+from qwen_vram.checkpoints.adapters.keys import Adapter, AdapterTensor, open_adapter
+from qwen_vram.lora.tensor_file import StoredTensor, pieces
 
 AdapterLike = AdapterPath | Sequence[AdapterPath | tuple[AdapterPath, float]] | Mapping[AdapterPath, float]
 

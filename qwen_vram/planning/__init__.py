@@ -1,1 +1,1 @@
-"""FLOOR 2: what to do about it. Arithmetic, and what the driver says is free; no torch."""
+"""Which profile fits a budget, and where each layer lies. Arithmetic, and what the driver says is free; no torch."""

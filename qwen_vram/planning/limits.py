@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from qwen_vram.adapters.folder import AdapterChoice
-from qwen_vram.arithmetic.architecture import Architecture
-from qwen_vram.arithmetic.model import ModelLike, resolve_model
-from qwen_vram.arithmetic.profile import Profile
-from qwen_vram.arithmetic.workload import Workload
-from qwen_vram.planning.budget import Budget, VramLike
-from qwen_vram.planning.reach import longest_prompt, reach
-from qwen_vram.planning.search import Search
+from qwen_vram.checkpoints.adapters.folder import AdapterChoice
+from qwen_vram.checkpoints.machine_file import current
+from qwen_vram.checkpoints.resolve import ModelLike, resolve_model
+from qwen_vram.planning.capacity.budget import Budget, VramLike
+from qwen_vram.planning.search.largest_workload import largest_workload, longest_prompt
+from qwen_vram.planning.search.search import Search
+from qwen_vram.spec.architecture import Architecture
+from qwen_vram.spec.profile import Profile
+from qwen_vram.spec.workload import Workload
 
 # More than any host has.
 _ANY_HOST = 2**62
@@ -48,7 +49,7 @@ def max_context(
     """
     label, architecture = resolve_model(model, adapter)
     longest = _workload(architecture, max_new_tokens, batch_size, padded)
-    search = Search(label, architecture, longest, Budget.of(vram, ram), profile, knobs)
+    search = Search(label, architecture, longest, Budget.of(vram, ram), profile, knobs, machine=current())
     prompt = longest_prompt(search, max_new_tokens, batch_size)
     return prompt + max_new_tokens if prompt else 0
 
@@ -71,8 +72,8 @@ def max_batch(
     """
     label, architecture = resolve_model(model, adapter)
     workload = Workload(prompt_len=prompt_len, max_new_tokens=max_new_tokens, padded=padded)
-    search = Search(label, architecture, workload, Budget.of(vram, ram), profile, knobs)
-    return reach(search, _MOST_SEQUENCES, lambda number: replace(workload, batch_size=number))
+    search = Search(label, architecture, workload, Budget.of(vram, ram), profile, knobs, machine=current())
+    return largest_workload(search, _MOST_SEQUENCES, lambda number: replace(workload, batch_size=number))
 
 
 def min_vram(
@@ -96,7 +97,7 @@ def min_vram(
     """
     label, architecture = resolve_model(model, adapter)
     workload = Workload(prompt_len=prompt_len, max_new_tokens=max_new_tokens, batch_size=batch_size, padded=padded)
-    search = Search(label, architecture, workload, Budget(vram=0, ram=_ANY_HOST), profile, knobs)
+    search = Search(label, architecture, workload, Budget(vram=0, ram=_ANY_HOST), profile, knobs, machine=current())
     return min(candidate.estimate.needed_bytes for candidate in search.candidates())
 
 

@@ -6,20 +6,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from qwen_vram.adapters.folder import AdapterChoice
-from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.estimate import Estimate
-from qwen_vram.arithmetic.model import ModelLike, resolve_model, stored_knobs
-from qwen_vram.arithmetic.profile import Profile, resolve_profile
-from qwen_vram.arithmetic.split import split_of
+from qwen_vram.arithmetic.gpu_split import split_of
 from qwen_vram.arithmetic.weights import table_on_host
-from qwen_vram.arithmetic.workload import Workload
-from qwen_vram.errors import DoesNotFitError, WorkloadError
-from qwen_vram.planning.away import layers_away
-from qwen_vram.planning.budget import Budget, VramLike
-from qwen_vram.planning.fit import fits, on_device
-from qwen_vram.planning.refusal import shortage
-from qwen_vram.planning.search import Search
+from qwen_vram.checkpoints.adapters.folder import AdapterChoice
+from qwen_vram.checkpoints.machine_file import current
+from qwen_vram.checkpoints.resolve import ModelLike, resolve_model, stored_knobs
+from qwen_vram.errors import WorkloadError
+from qwen_vram.planning.capacity.budget import Budget, VramLike
+from qwen_vram.planning.capacity.fit import fits, on_device
+from qwen_vram.planning.capacity.refusal import shortage
+from qwen_vram.planning.errors import DoesNotFitError
+from qwen_vram.planning.offloaded_layers import offloaded_layers
+from qwen_vram.planning.search.search import Search
+from qwen_vram.spec.architecture import Architecture
+from qwen_vram.spec.profile import Profile, resolve_profile
+from qwen_vram.spec.workload import Workload
 
 Where = int | Literal["cpu", "disk"]
 Tier = Literal["device", "stream", "host", "disk"]
@@ -74,7 +76,7 @@ class Placement:
 def place(architecture: Architecture, profile: Profile, *, device: Where = 0) -> Placement:
     """Where `profile` puts each module: on `device`, on the host or on the disk."""
     layers = [device] * architecture.num_hidden_layers
-    away = layers_away(architecture, profile)
+    away = offloaded_layers(architecture, profile)
     for index in away.streamed:
         layers[index] = "disk" if index in away.disk else "cpu"
     table: Where = "cpu" if table_on_host(architecture, profile) else device
@@ -181,7 +183,7 @@ def offload_map(
     budget = Budget.of(vram, ram, reserve)
     if budget.vram is None:
         return place(architecture, chosen, device="cpu").device_map
-    search = Search(label, architecture, workload, budget, chosen, {})
+    search = Search(label, architecture, workload, budget, chosen, {}, machine=current())
     search.tiers.may_read = "disk_layers" not in knobs
     if search.several and layers_on_cpu is None:
         tried = tried[:2]

@@ -7,21 +7,23 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from qwen_vram.adapters.folder import AdapterChoice
-from qwen_vram.arithmetic.architecture import Architecture
-from qwen_vram.arithmetic.estimate import Estimate, estimate, warn_of_positions
-from qwen_vram.arithmetic.model import ModelLike, Resolved, adapted, own_adapter, resolve
-from qwen_vram.arithmetic.profile import KNOBS, PROFILES, Profile
-from qwen_vram.arithmetic.split import split_estimate, split_of
-from qwen_vram.arithmetic.timing_generation import Times, times_of
-from qwen_vram.arithmetic.workload import Workload
+from qwen_vram.arithmetic.estimate import Estimate, estimate
+from qwen_vram.arithmetic.gpu_split import split_estimate, split_of
+from qwen_vram.arithmetic.timing.generation import Times, times_of
+from qwen_vram.checkpoints.adapters.folder import AdapterChoice
+from qwen_vram.checkpoints.machine_file import current
+from qwen_vram.checkpoints.resolve import ModelLike, Resolved, adapted, own_adapter, resolve
 from qwen_vram.errors import ConfigError, QwenVramError, UnknownNameError
-from qwen_vram.planning.budget import Budget, VramLike
-from qwen_vram.planning.capturing import not_captured, said_of
+from qwen_vram.estimator import warn_of_positions
+from qwen_vram.planning.capacity.budget import Budget, VramLike
 from qwen_vram.planning.placement import Placement, Where, place_on
-from qwen_vram.planning.search import Prefer, Search
+from qwen_vram.planning.search.candidates import Step
+from qwen_vram.planning.search.decode_graph import not_captured, said_of
+from qwen_vram.planning.search.search import Prefer, Search
 from qwen_vram.planning.sequences import sequences_per_prompt
-from qwen_vram.planning.walk import Step
+from qwen_vram.spec.architecture import Architecture
+from qwen_vram.spec.profile import KNOBS, PROFILES, Profile
+from qwen_vram.spec.workload import Workload
 from qwen_vram.units import format_bytes, format_gib
 
 
@@ -150,8 +152,9 @@ class Plan:
                 f"this is no plan ({type(error).__name__}: {error}); pass what Plan.to_dict() gave, or "
                 "qwen-vram plan --json"
             ) from error
+        what = (label, architecture, profile, workload)
         if not split and len(budget.devices) < 2:
-            alone = estimate(label, architecture, profile, workload, session=True, held=budget.held_on_one)
+            alone = estimate(*what, machine=current(), session=True, held=budget.held_on_one)
             return _plan(alone, budget, steps, model=model, adapter=adapter, sequences=sequences)
         layers = architecture.num_hidden_layers
         counted = all(type(count) is int and count > 0 for count in split.values())
@@ -160,7 +163,7 @@ class Plan:
                 f"this is no plan (split {split} of {layers} layers over the GPUs {list(budget.devices)}); pass what "
                 "Plan.to_dict() gave, or qwen-vram plan --json"
             )
-        result = split_estimate(label, architecture, profile, workload, split, session=True, held=budget.held)
+        result = split_estimate(*what, split, machine=current(), session=True, held=budget.held)
         return _plan(result, budget, steps, model=model, adapter=adapter, sequences=sequences)
 
     def __str__(self) -> str:
@@ -259,7 +262,8 @@ def plan_for(
     workload.check(architecture)
     sequences = sequences_per_prompt(found)
     workload = replace(workload, batch_size=workload.batch_size * sequences)
-    best = Search(found.label, architecture, workload, budget, profile, knobs).run(prefer)
+    search = Search(found.label, architecture, workload, budget, profile, knobs, machine=current())
+    best = search.run(prefer)
     named = str(model) if isinstance(model, str | Path) else None
     beside = str(adapter) if isinstance(adapter, Path) else adapter
     return _plan(best.estimate, budget, best.steps, model=named, adapter=beside, sequences=sequences)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from qwen_vram.arithmetic.catalog import catalog_row
-from qwen_vram.arithmetic.model import Resolved
+from qwen_vram.checkpoints.resolve import Resolved
 from qwen_vram.errors import HubError
+from qwen_vram.spec.catalog import catalog_row
 
 
 def sequences_per_prompt(found: Resolved) -> int:
@@ -24,7 +24,7 @@ def _of_repository(repo_id: str) -> Mapping[str, object]:
     """Return what the file of a repository says; nothing for one of the catalog, and for a file that is none."""
     if not repo_id or catalog_row(repo_id) is not None:
         return {}
-    from qwen_vram.files.hub import hub_generation_config
+    from qwen_vram.checkpoints.hub.files import hub_generation_config
 
     try:
         path = hub_generation_config(repo_id)

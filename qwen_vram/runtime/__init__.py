@@ -1,1 +1,1 @@
-"""FLOOR 3: doing it. The only floor that may import torch."""
+"""Load and run what a plan says. The first floor that imports torch."""

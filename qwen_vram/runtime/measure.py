@@ -12,7 +12,7 @@ from torch import nn
 
 from qwen_vram.arithmetic.estimate import Estimate
 from qwen_vram.runtime.backends.base import Backend
-from qwen_vram.runtime.host_embedding import HostEmbedding
+from qwen_vram.runtime.offload.host_embedding import HostEmbedding
 from qwen_vram.runtime.report_times import ReportedTimes
 from qwen_vram.units import format_bytes
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from qwen_vram.arithmetic.timing_generation import Times, predict_times
+from qwen_vram.arithmetic.timing.generation import Times, predict_times
 from qwen_vram.planning.planner import Plan
-from qwen_vram.runtime.clock import Timed
+from qwen_vram.runtime.scheduling.clock import Timed
 
 
 class ReportedTimes(NamedTuple):

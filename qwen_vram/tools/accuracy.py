@@ -65,8 +65,8 @@ def make_checkpoint(model: str, folder: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from qwen_vram.arithmetic.catalog import catalog_row
     from qwen_vram.demo import CHECKPOINT
+    from qwen_vram.spec.catalog import catalog_row
 
     row = catalog_row(model)
     assert row is not None
@@ -199,8 +199,8 @@ def main() -> None:
 def _check(options: argparse.Namespace) -> None:
     import torch
 
-    from qwen_vram.arithmetic.catalog import find
-    from qwen_vram.arithmetic.storage import storage_format
+    from qwen_vram.spec.catalog import find
+    from qwen_vram.spec.formats import storage_format
 
     for model in options.models:
         find(model)

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
-from qwen_vram.arithmetic.estimate import Estimate, estimate_vram
+from qwen_vram.arithmetic.estimate import Estimate
+from qwen_vram.estimator import estimate_vram
 
 PARTS = ("weights", "load_peak", "peak_allocated", "peak_reserved", "process_total")
 # What no formula was derived on.

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from datetime import date
 from typing import Any
 
-from qwen_vram.arithmetic.machine import DEFAULT, FIGURES, Machine
-from qwen_vram.arithmetic.machine_file import CalibrationError, make_folder, store
+from qwen_vram.checkpoints.machine_file import CalibrationError, make_folder, store
 from qwen_vram.errors import BackendUnavailableError
+from qwen_vram.spec.machine import DEFAULT, FIGURES, Machine
 from qwen_vram.tools.calibrate_steps import RESULT
 
 # Each step's name, and the line that announces it.

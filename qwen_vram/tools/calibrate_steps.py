@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from qwen_vram.arithmetic.machine_file import CalibrationError, make_folder
+from qwen_vram.checkpoints.machine_file import CalibrationError, make_folder
 
 if TYPE_CHECKING:
     import torch
@@ -91,7 +91,7 @@ def measure_rates() -> dict[str, Any]:
     """Bytes a second within the device, from pinned host memory to it, and within host memory."""
     import torch
 
-    from qwen_vram.planning.devices import available_ram
+    from qwen_vram.planning.capacity.available_memory import available_ram
 
     device = torch.device("cuda", 0)
     free, _ = torch.cuda.mem_get_info(device)
@@ -186,7 +186,7 @@ def measure_launches() -> dict[str, Any]:
 
 def measure_products() -> dict[str, Any]:
     """What the CPU is called, and how fast its products are; `None` in 4 bits where it has no kernel."""
-    from qwen_vram.planning.devices import available_ram
+    from qwen_vram.planning.capacity.available_memory import available_ram
     from qwen_vram.tools.product_rates import host_name, many_rows_rate, packed_product_rate, plain_product_rate
 
     size = buffer_size(available_ram(), least=_SMALLEST_BUFFER, where="of host memory")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from qwen_vram.arithmetic.machine_file import CalibrationError
-from qwen_vram.runtime.image import WeightsFile
+from qwen_vram.checkpoints.machine_file import CalibrationError
+from qwen_vram.runtime.tensors.file_extents import WeightsFile
 
 # As large as the matrices of disk layers.
 _CHUNK = 2**26

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 _METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-_PRELOADED = ["qwen_vram.runtime.loader", "transformers.models.qwen2.modeling_qwen2"]
+_PRELOADED = ["qwen_vram.runtime.loading.load", "transformers.models.qwen2.modeling_qwen2"]
 
 
 class Ended(NamedTuple):

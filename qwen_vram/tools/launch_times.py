@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from qwen_vram.arithmetic.timing_launches import STEP_LAYERS
+from qwen_vram.arithmetic.timing.launches import STEP_LAYERS
 
 # The bundled model's kernels are so small that a step waits for Python alone.
 _WORK: dict[str, Any] = {"prompt_len": 64, "max_new_tokens": 128}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from qwen_vram.arithmetic.storage import FORMATS
+from qwen_vram.spec.formats import FORMATS
 
 # The largest matrix of a layer of Qwen2.5-7B.
 _MATRIX = (18_944, 3_584)
@@ -34,7 +34,7 @@ def packed_product_rate(size: int) -> int | None:
     """Stored bytes a second of NF4 matrices, `size` bytes of them in turn, by bitsandbytes' fused kernel."""
     if find_spec("bitsandbytes") is None:
         return None
-    from qwen_vram.runtime.cpu_product import PackedMatrix, kernel_library, multiply
+    from qwen_vram.runtime.linear.cpu_4bit import PackedMatrix, kernel_library, multiply
 
     if kernel_library() is None:
         return None

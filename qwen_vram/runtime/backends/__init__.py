@@ -5,10 +5,10 @@ from __future__ import annotations
 from importlib import import_module
 from importlib.metadata import entry_points
 
-from qwen_vram.arithmetic.quantizers import QUANTIZERS
-from qwen_vram.arithmetic.storage import FORMAT_NAMES
 from qwen_vram.errors import BackendUnavailableError, UnknownNameError
 from qwen_vram.runtime.backends.base import Backend
+from qwen_vram.spec.formats import FORMAT_NAMES
+from qwen_vram.spec.quantizers import QUANTIZERS
 
 _DENSE = "qwen_vram.runtime.backends.dense:DenseBackend"
 _BNB = "qwen_vram.runtime.backends.bnb:BnbBackend"

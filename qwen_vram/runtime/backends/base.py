@@ -1,4 +1,4 @@
-"""The strategy interface: what a quantization backend must do. Bytes are not its business; see `arithmetic.storage`."""
+"""The strategy interface: what a quantization backend must do. Bytes are not its business; see `spec.formats`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
-from qwen_vram.adapters.folder import holds_both
-from qwen_vram.arithmetic.checkpoint import CheckpointFiles
-from qwen_vram.files.local import INDEX, SINGLE
-from qwen_vram.runtime.from_tensors import load_with_own_head, load_without
+from qwen_vram.checkpoints.adapters.folder import holds_both
+from qwen_vram.checkpoints.checkpoint import CheckpointFiles
+from qwen_vram.checkpoints.files.names import INDEX, SINGLE
+from qwen_vram.runtime.tensors.partial_checkpoint import load_with_own_head, load_without
 
 # A subfolder that is not there, in which transformers looks for an adapter to put on the model by itself.
 _NO_ADAPTER = "no adapter"
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from qwen_vram.arithmetic.architecture import Architecture
-    from qwen_vram.arithmetic.profile import Profile
+    from qwen_vram.spec.architecture import Architecture
+    from qwen_vram.spec.profile import Profile
 
 
 class Request(NamedTuple):

@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from qwen_vram.arithmetic.architecture import Architecture
-from qwen_vram.arithmetic.profile import Profile
-from qwen_vram.arithmetic.quantization import skips
-from qwen_vram.arithmetic.storage import FORMATS
+from qwen_vram.checkpoints.files.safetensors_header import Tensor
 from qwen_vram.errors import BackendUnavailableError
-from qwen_vram.files.header import Tensor
 from qwen_vram.runtime.backends.base import Request, from_pretrained, stored_config
 from qwen_vram.runtime.backends.bnb_cpu import check_scales, keep_scales
 from qwen_vram.runtime.backends.bnb_state import copied, itself, quantization_tensors, with_tensors
 from qwen_vram.runtime.backends.dense import DenseBackend, filled, parameters, twin_binding
-from qwen_vram.runtime.cpu_product import import_quietly, kernel_library, multiply, pack
+from qwen_vram.runtime.linear.cpu_4bit import import_quietly, kernel_library, multiply, pack
+from qwen_vram.spec.architecture import Architecture
+from qwen_vram.spec.formats import FORMATS
+from qwen_vram.spec.profile import Profile
+from qwen_vram.spec.quantization import skips
 
 _INSTALL = 'pip install "bitsandbytes>=0.50"'
 

@@ -9,9 +9,9 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from qwen_vram.arithmetic.architecture import Architecture
+from qwen_vram.checkpoints.files.safetensors_header import Tensor
 from qwen_vram.errors import CheckpointError
-from qwen_vram.files.header import Tensor
+from qwen_vram.spec.architecture import Architecture
 
 _STATE = ".quant_state.bitsandbytes__"
 # Layouts of int8 codes by the number in `weight_format`; the others were for GPUs alone, and nothing reads them now.

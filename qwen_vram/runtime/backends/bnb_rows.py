@@ -11,7 +11,7 @@ import torch
 from bitsandbytes import functional
 from torch import Tensor
 
-from qwen_vram.arithmetic.tiles import tile_rows
+from qwen_vram.arithmetic.tiling import tile_rows
 
 # Source: bitsandbytes 0.50.2, nn/modules.py (Params4bit, blocksize 64) and functional.py (nested blocks of 256).
 _BLOCK = 64

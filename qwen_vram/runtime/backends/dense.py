@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
-from qwen_vram.arithmetic.architecture import Architecture
-from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.runtime.backends.base import Request, from_pretrained
+from qwen_vram.spec.architecture import Architecture
+from qwen_vram.spec.profile import Profile
 
 
 class DenseBackend:

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from qwen_vram.arithmetic.profile import Profile
-from qwen_vram.arithmetic.quantization import quantization_of, settings_of
 from qwen_vram.errors import UnknownNameError
 from qwen_vram.runtime.backends.base import Request, from_pretrained, stored_config
 from qwen_vram.runtime.backends.gptq_library import check_installed, import_quietly, quietly
+from qwen_vram.spec.profile import Profile
+from qwen_vram.spec.quantization import quantization_of, settings_of
 
 # What a module keeps of its checkpoint. It has no parameters: all of it are buffers.
 _STORED = ("qweight", "qzeros", "scales", "g_idx", "bias")

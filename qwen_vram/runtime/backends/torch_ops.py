@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.errors import BackendUnavailableError
 from qwen_vram.runtime.backends.base import Request, from_pretrained, stored_config
-from qwen_vram.runtime.int4_layout import order_is_known
-from qwen_vram.runtime.weight_only import WeightOnlyLinear
+from qwen_vram.runtime.linear.int4_packing import order_is_known
+from qwen_vram.runtime.linear.weight_only import WeightOnlyLinear
+from qwen_vram.spec.profile import Profile
 
 # tinygemm multiplies by bf16 tensor cores. Source: torch 2.11, int4mm.cu.
 _OLDEST_INT4 = (8, 0)
@@ -49,7 +49,7 @@ class TorchBackend:
 
 
 def _config(profile: Profile) -> Any:
-    from qwen_vram.runtime.quantize_on_load import WeightOnlyConfig
+    from qwen_vram.runtime.tensors.quantize_on_load import WeightOnlyConfig
 
     return WeightOnlyConfig(profile.weights, [] if profile.head_format == profile.weights else ["lm_head"])
 

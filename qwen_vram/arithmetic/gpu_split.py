@@ -1,0 +1,92 @@
+"""Splitting: the estimate of a model whose layers lie on several GPUs, part by part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from qwen_vram.arithmetic.estimate import Estimate, estimate
+from qwen_vram.arithmetic.pipeline import slices
+from qwen_vram.errors import NotSupportedError
+from qwen_vram.spec.architecture import Architecture
+from qwen_vram.spec.machine import Machine
+from qwen_vram.spec.profile import Profile
+from qwen_vram.spec.workload import Workload
+
+# Knobs that work on one device alone, and what turns them off.
+ONE_DEVICE: dict[str, object] = {"streamed_layers": 0, "captured": False, "compiled": False}
+
+
+def split_estimate(
+    label: str,
+    architecture: Architecture,
+    profile: Profile,
+    workload: Workload,
+    layers: Mapping[int, int],
+    *,
+    machine: Machine,
+    session: bool = False,
+    held: Mapping[int, int] | None = None,
+) -> Estimate:
+    """Estimate a model with `layers` on each GPU (number -> how many, in the order in which they follow).
+
+    Bytes that cross from one GPU to the next are counted on the second. `machine` and `session` are as for `estimate`,
+    and so is `held`, for each GPU.
+
+    Raises:
+        NotSupportedError: a knob that works on one GPU alone.
+        WorkloadError: a context past the model's positions.
+    """
+    check_split(profile, len(layers))
+    parts = zip(layers, slices(architecture, tuple(layers.values())), strict=True)
+    before = held or {}
+    devices = {
+        device: estimate(label, part, profile, workload, machine=machine, session=session, held=before.get(device, 0))
+        for device, part in parts
+    }
+    names = ("weights", "kv_cache", "tensors", "workspace", "load_peak", "host", "disk")
+    sums = {name: sum(getattr(one, name) for one in devices.values()) for name in names}
+    return Estimate(
+        model=label,
+        architecture=architecture,
+        profile=profile,
+        workload=workload,
+        **sums,
+        moments=(),
+        machine=machine,
+        devices=devices,
+    )
+
+
+def check_split(profile: Profile, devices: int) -> None:
+    """Refuse a knob that works on one GPU alone.
+
+    Raises:
+        NotSupportedError: there is one.
+    """
+    for knob, off in ONE_DEVICE.items():
+        value = getattr(profile, knob)
+        if value != off:
+            raise NotSupportedError(
+                f"{knob}={value!r} over {devices} GPUs cannot be loaded yet; use {knob}={off!r}, or one GPU",
+                knob=knob,
+                value=value,
+            )
+
+
+def split_of(known: Estimate) -> dict[int, int]:
+    """How many layers each GPU has, by its number; empty for one."""
+    return {device: part.architecture.num_hidden_layers for device, part in known.devices.items() if part.architecture}
+
+
+def at_workload(known: Estimate, workload: Workload) -> Estimate:
+    """The same model, profile and split at another workload.
+
+    Raises:
+        WorkloadError: a context past the model's positions.
+    """
+    assert known.architecture is not None
+    what = (known.model, known.architecture, known.profile, workload)
+    if known.devices:
+        held = {device: part.held for device, part in known.devices.items()}
+        return split_estimate(*what, split_of(known), machine=known.machine, held=held)
+    return estimate(*what, machine=known.machine, held=known.held)

@@ -1,0 +1,1 @@
+"""A run's allocations in order, and torch's caching allocator, which they are replayed through."""

@@ -1,0 +1,179 @@
+"""torch's caching allocator, replayed: what is reserved is more than what is asked for, by rules that can be followed.
+
+Knows sizes and order, not tensors. The rules are those of c10/cuda/CUDACachingAllocator.cpp in torch 2.6 to 2.13, by
+default: sizes are rounded up to 512 bytes; requests up to 1 MiB are cut from segments of 2 MiB, those below
+10 MiB from segments of 20 MiB, larger ones get segments of their own rounded up to 2 MiB; the smallest free block that
+is large enough is taken, and its rest is split off where it is at least 512 bytes (small) or more than 1 MiB (large);
+freed neighbours of a segment join. Where the device has no room for a new segment, those without a block in use go back
+to it first, and only then is it out of memory.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+
+from qwen_vram.spec.formats import ALLOCATION_STEP
+
+# The largest request that comes from the small pool.
+SMALL = 2**20
+# The most that stays with a large block rather than being split off.
+_UNSPLIT = 2**20
+_SMALL_SEGMENT = 2 * 2**20
+_LARGE_SEGMENT = 20 * 2**20
+_OWN_SEGMENT = 10 * 2**20
+_SEGMENT_STEP = 2 * 2**20
+# Segments lie far apart here, so that blocks of different ones never look like neighbours; and each below the one
+# before it, which decides among free blocks of one size: the driver mostly maps new ones lower.
+# Recorded: NVIDIA H100, driver 580, torch 2.11.0+cu130, 2026-11-24.
+_TOP, _GAP = 2**80, 2**50
+# The driver maps segments from so much on in steps of as much, and after a load the first of them above all that is
+# there, so many bytes together. Recorded: addresses of Qwen2.5-7B and Qwen3-4B in int8, NVIDIA H200, driver 580,
+# torch 2.11.0+cu130, 2026-11-26: 112, 32 and 56 MiB lay above, 64 below; 40, 40, 64 and 64 above, 76 below.
+_MAPPED = 32 * 2**20
+_ROOM_ABOVE = 8 * _MAPPED
+
+
+class OutOfRoomError(Exception):
+    """A request that the limit has no room for, segments that could be given back included."""
+
+
+class CachingAllocator:
+    """Counts, in bytes, what torch would have allocated and reserved after the same requests in the same order.
+
+    Attributes:
+        limit: The most that may be reserved; `None` is no limit.
+        allocated: Bytes of blocks in use, what could not be split off included (`torch.cuda.memory_allocated`).
+        peak: The most that was allocated at once.
+        reserved: Bytes of all segments (`torch.cuda.memory_reserved`).
+        peak_reserved: The most that was reserved at once.
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit = limit
+        self.allocated = 0
+        self.peak = 0
+        self.reserved = 0
+        self.peak_reserved = 0
+        self._segments = 0
+        self._room_above = 0
+        # Free blocks by pool (small, large), sorted by size and address; and where each begins and ends.
+        self._free: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
+        self._size_at: dict[int, int] = {}
+        self._start_before: dict[int, int] = {}
+        # Blocks in use: address -> size and pool.
+        self._used: dict[int, tuple[int, int]] = {}
+        self._segment_sizes: dict[int, int] = {}
+
+    def copy(self, limit: int | None = None) -> CachingAllocator:
+        """An allocator in the same state that goes its own way, under a limit of its own."""
+        twin = CachingAllocator(limit)
+        twin.allocated, twin.peak = self.allocated, self.peak
+        twin.reserved, twin.peak_reserved = self.reserved, self.peak_reserved
+        twin._segments, twin._room_above = self._segments, self._room_above
+        twin._free = (list(self._free[0]), list(self._free[1]))
+        twin._size_at, twin._start_before = dict(self._size_at), dict(self._start_before)
+        twin._used, twin._segment_sizes = dict(self._used), dict(self._segment_sizes)
+        return twin
+
+    def state(self) -> object:
+        """What decides where the next blocks come from, to be compared with that of another moment."""
+        return (tuple(self._free[0]), tuple(self._free[1]), self.reserved, self._room_above)
+
+    def take(self, nbytes: int) -> int:
+        """Allocate `nbytes` and return the block's address.
+
+        Raises:
+            OutOfRoomError: more than `limit` would have to be reserved.
+        """
+        size = -(-nbytes // ALLOCATION_STEP) * ALLOCATION_STEP or ALLOCATION_STEP
+        pool = 0 if size <= SMALL else 1
+        free = self._free[pool]
+        index = bisect_left(free, (size, 0))
+        if index < len(free):
+            found, address = free.pop(index)
+            del self._size_at[address], self._start_before[address + found]
+        else:
+            found, address = self._new_segment(size, pool)
+        rest = found - size
+        if rest >= ALLOCATION_STEP if pool == 0 else rest > _UNSPLIT:
+            self._remember(rest, address + size, pool)
+            found = size
+        self._used[address] = (found, pool)
+        self.allocated += found
+        if self.allocated > self.peak:
+            self.peak = self.allocated
+        return address
+
+    def give(self, *addresses: int) -> None:
+        """Free blocks; neighbours that are free already join them."""
+        size_at, start_before = self._size_at, self._start_before
+        for address in addresses:
+            size, pool = self._used.pop(address)
+            free = self._free[pool]
+            self.allocated -= size
+            start, end = address, address + size
+            after = size_at.pop(end, None)
+            if after is not None:
+                free.pop(bisect_left(free, (after, end)))
+                end += after
+                del start_before[end]
+            before = start_before.pop(address, None)
+            if before is not None:
+                free.pop(bisect_left(free, (size_at[before], before)))
+                start = before
+            size = end - start
+            insort(free, (size, start))
+            size_at[start] = size
+            start_before[end] = start
+
+    def loaded(self) -> None:
+        """Return unused segments; of the next ones the first are mapped above all that is there."""
+        self.release_unused()
+        self._room_above = _ROOM_ABOVE
+
+    def release_unused(self) -> None:
+        """Return segments without a block in use to the device, as `torch.cuda.empty_cache` does."""
+        for pool in (0, 1):
+            for size, address in list(self._free[pool]):
+                if self._segment_sizes.get(address) == size:
+                    self._drop(size, address, pool)
+                    del self._segment_sizes[address]
+                    self.reserved -= size
+                    if address > _TOP:
+                        self._room_above += _mapped(size)
+
+    def _new_segment(self, size: int, pool: int) -> tuple[int, int]:
+        if pool == 0:
+            segment = _SMALL_SEGMENT
+        elif size < _OWN_SEGMENT:
+            segment = _LARGE_SEGMENT
+        else:
+            segment = -(-size // _SEGMENT_STEP) * _SEGMENT_STEP
+        if self.limit is not None and self.reserved + segment > self.limit:
+            self.release_unused()
+            if self.reserved + segment > self.limit:
+                raise OutOfRoomError
+        self._segments += 1
+        address = _TOP - self._segments * _GAP
+        if segment >= _MAPPED and _mapped(segment) <= self._room_above:
+            self._room_above -= _mapped(segment)
+            address += 2 * _TOP
+        self._segment_sizes[address] = segment
+        self.reserved += segment
+        self.peak_reserved = max(self.peak_reserved, self.reserved)
+        return segment, address
+
+    def _remember(self, size: int, address: int, pool: int) -> None:
+        insort(self._free[pool], (size, address))
+        self._size_at[address] = size
+        self._start_before[address + size] = address
+
+    def _drop(self, size: int, address: int, pool: int) -> None:
+        free = self._free[pool]
+        free.pop(bisect_left(free, (size, address)))
+        del self._size_at[address], self._start_before[address + size]
+
+
+def _mapped(segment: int) -> int:
+    """Bytes of addresses that a segment takes."""
+    return -(-segment // _MAPPED) * _MAPPED

@@ -1,0 +1,243 @@
+"""Attention and its cache as sequences of allocations, for `replay.generation`.
+
+Source of the order: transformers 5.17 and 5.23 (modeling_qwen2.py, masking_utils.py, cache_utils.py), and this
+library's own caches.
+"""
+
+from __future__ import annotations
+
+from qwen_vram.arithmetic.attention import attention_parts, bias_columns, joined_rows
+from qwen_vram.arithmetic.kv_cache import HOST_CACHE_LAYERS, layer_kv_bytes, quantized_tokens
+from qwen_vram.arithmetic.replay.allocator import CachingAllocator
+from qwen_vram.arithmetic.replay.linear import Products
+from qwen_vram.spec.architecture import Architecture
+from qwen_vram.spec.profile import Profile
+from qwen_vram.spec.workload import Workload
+
+_FP32 = 4
+
+
+class Attention(Products):
+    """What attention takes and gives in a step of `queries` new tokens after `past` ones, and what its cache holds."""
+
+    def __init__(
+        self, allocator: CachingAllocator, architecture: Architecture, profile: Profile, workload: Workload
+    ) -> None:
+        super().__init__(allocator, architecture, profile)
+        self.workload = workload
+        self.batch = workload.batch_size
+        self.normed_heads = any("q_norm" in weight.name for weight in architecture.block)
+        # The float32 copy of a step's logits, for as long as `generate` has it.
+        self.scores: list[int] = []
+        # Keys and values of each layer, once there are some.
+        self.cache: list[list[int]] = [[] for _ in range(architecture.num_hidden_layers)]
+
+    def masked(self, queries: int, past: int) -> bool:
+        """Tell if attention gets an explicit mask; the rules are `activations`'."""
+        kind = self.profile.attention
+        if kind == "flash_attention_2":
+            return False
+        if kind == "eager" or self.workload.padded:
+            return True
+        if self.profile.attends_whole:
+            return past > 0 or kind == "fused"
+        return kind == "sdpa" and queries > 1 and past > 0
+
+    def seen(self, queries: int, past: int) -> int:
+        """Keys that attention reads for each sequence."""
+        return self.workload.context_len if self.profile.attends_whole else past + queries
+
+    def mask(self, queries: int, past: int) -> list[int]:
+        """The mask that all layers share, where there is one."""
+        if not self.masked(queries, past):
+            return []
+        one, every = queries * self.seen(queries, past), self.batch * queries * self.seen(queries, past)
+        causal = self.take(one)
+        causal = self.replace(causal, self.take(one))
+        mask = self.replace(causal, self.take(every))
+        if self.profile.attention == "eager":
+            mask = self.replace(mask, self.take(every * self.element))
+        return [mask]
+
+    def attention(self, layer: int, queries: int, past: int) -> tuple[int, list[int]]:
+        """The attended block, and eager attention's softmax, which the layer's caller keeps to its end."""
+        rows = self.batch * queries
+        wide = rows * self.architecture.attention_width * self.element
+        narrow = rows * self.architecture.key_value_width * self.element
+        query = self.linear("q_proj", rows)
+        if self.normed_heads:
+            query = self.replace(query, self.norm(rows, self.architecture.attention_width))
+        key = self.linear("k_proj", rows)
+        if self.normed_heads:
+            key = self.replace(key, self.norm(rows, self.architecture.key_value_width))
+        value = self.linear("v_proj", rows)
+        rotated, rotated_key = query, key
+        if self.profile.kernels == "plain":
+            rotated, rotated_key = self.rotate(wide), self.rotate(narrow)
+            self.give(query, key)
+        stored = self.update(layer, rotated_key, value, queries, past)
+        result, scores = self.kernel(queries, past)
+        self.give(*stored)
+        out = self.linear("o_proj", rows)
+        self.give(result, rotated)
+        return out, scores
+
+    def rotate(self, size: int) -> int:
+        """Rotary embedding of a tensor: x * cos + rotate_half(x) * sin."""
+        take, give = self.take, self.give
+        straight = take(size)
+        negated = take(size // 2)
+        turned = take(size)
+        give(negated)
+        scaled = take(size)
+        give(turned)
+        result = take(size)
+        give(straight, scaled)
+        return result
+
+    def update(self, layer: int, key: int, value: int, queries: int, past: int) -> list[int]:
+        """Put a step's keys and values into the cache; returns what attention still holds of them."""
+        if self.workload.logits == "all":
+            return [key, value]
+        held = self.cache[layer]
+        if self.profile.kv_cache != "bf16":
+            return self.update_quantized(key, value, queries, past)
+        if self.profile.cache != "dynamic":
+            whole = layer_kv_bytes(
+                self.architecture, self.profile, tokens=self.workload.context_len, batch_size=self.batch
+            )
+            if self.profile.kv_device == "host":
+                # The first layer takes the slots, keys and values in one block, and all share them.
+                if not self.cache[0]:
+                    slots = min(self.architecture.num_hidden_layers, HOST_CACHE_LAYERS)
+                    self.cache[0].extend(self.take(whole) for _ in range(slots))
+            elif self.profile.cache == "preallocated":
+                self.take_for_all_layers(whole)
+            elif not held:
+                held.extend(self.take(whole // 2) for _ in range(2))
+            self.give(key, value)
+            return []
+        self.lengthen(held, self.batch * (past + queries) * self.architecture.key_value_width * self.element)
+        self.give(key, value)
+        return []
+
+    def lengthen(self, held: list[int], size: int) -> None:
+        """A growing cache's keys, then its values, are made anew in `size` bytes each before the old ones go."""
+        for index in range(2):
+            longer = self.take(size)
+            if len(held) > index:
+                self.give(held[index])
+                held[index] = longer
+            else:
+                held.append(longer)
+
+    def take_for_all_layers(self, nbytes: int) -> None:
+        """A preallocated cache's block, which the first layer takes: `nbytes` for each layer."""
+        if not self.cache[0]:
+            self.cache[0].append(self.take(self.architecture.num_hidden_layers * nbytes))
+
+    def update_quantized(self, key: int, value: int, queries: int, past: int) -> list[int]:
+        """Every token in the model's dtype for attention, and those that grow old quantized through float32."""
+        take, give = self.take, self.give
+        width = self.architecture.key_value_width
+        self.take_for_all_layers(
+            layer_kv_bytes(self.architecture, self.profile, tokens=self.workload.context_len, batch_size=self.batch)
+        )
+        every = [key, value]
+        if past:
+            half = take(self.batch * quantized_tokens(past) * width // 2) if self.profile.kv_cache == "int4" else None
+            every = [take(self.batch * (past + queries) * width * self.element) for _ in range(2)]
+            give(*([] if half is None else [half]))
+        tokens = self.batch * (quantized_tokens(past + queries) - quantized_tokens(past)) * width
+        for _ in range(2 if tokens else 0):
+            give(*(take(tokens * size) for size in (_FP32, 1)))
+        if past:
+            give(key, value)
+        return every
+
+    def kernel(self, queries: int, past: int) -> tuple[int, list[int]]:
+        """Attention itself; returns its result, and what eager attention returns beside it."""
+        take, give = self.take, self.give
+        rows, seen = self.batch * queries, self.seen(queries, past)
+        wide = self.architecture.attention_width * self.element
+        heads = self.architecture.num_attention_heads
+        masked = self.masked(queries, past)
+        grouped = heads > self.architecture.num_key_value_heads
+        fused = masked and self.profile.attention == "fused"
+        expands = masked and grouped and not (fused and queries == 1)
+        expanded = [take(self.batch * seen * wide) for _ in range(2)] if expands else []
+        scores = []
+        if self.profile.attention == "eager":
+            result, softmax = self.eager(rows, seen, heads)
+            scores = [softmax]
+        elif fused:
+            bias = take(rows * bias_columns(seen) * self.element)
+            result = take(rows * wide)
+            give(bias)
+        elif self.profile.attention == "fused" and self.parts(queries, past):
+            join = self.joined if self.profile.kernels == "plain" else self.joined_in_place
+            result = join(queries, self.parts(queries, past))
+        else:
+            biases = [take(rows * seen * self.element)] if masked else []
+            result = take(rows * wide)
+            give(take(rows * heads * _FP32), *biases)
+        give(*expanded)
+        return result, scores
+
+    def parts(self, queries: int, past: int) -> int:
+        """Parts of fused attention before the last one; 0 where it is not made in parts."""
+        return len(attention_parts(queries, past, padded=self.profile.kernels == "fused"))
+
+    def joined_in_place(self, queries: int, others: int) -> int:
+        """Attention in parts, one more than `others`, each joined to those before it by one kernel."""
+        take, give = self.take, self.give
+        rows, filled = self.batch * queries, self.batch * joined_rows(queries, padded=True)
+        wide, heads = self.architecture.attention_width, self.architecture.num_attention_heads
+        padded = [take(filled * wide * self.element)] if filled > rows else []
+        total, sums = take(filled * wide * self.element), take(filled * heads * _FP32)
+        if others > 1:
+            total = self.replace(total, take(rows * wide * _FP32))
+        for _ in range(others - 1):
+            give(*(take(filled * size) for size in (wide * self.element, heads * _FP32)))
+        give(*padded)
+        result, some = take(rows * wide * self.element), take(rows * heads * _FP32)
+        give(some, sums, total)
+        return result
+
+    def joined(self, queries: int, others: int) -> int:
+        """Attention in parts, one more than `others`, summed up in float32."""
+        take, give = self.take, self.give
+        rows = self.batch * queries
+        width, heads = self.architecture.attention_width, self.architecture.num_attention_heads
+        result, sums = take(rows * width * self.element), take(rows * heads * _FP32)
+        total = take(rows * width * _FP32)
+        for _ in range(others):
+            give(result)
+            result, some = take(rows * width * self.element), take(rows * heads * _FP32)
+            sums = self.replace(sums, take(rows * heads * _FP32))
+            give(some)
+        give(result, sums)
+        return self.replace(total, take(rows * width * self.element))
+
+    def eager(self, rows: int, seen: int, heads: int) -> tuple[int, int]:
+        """Scores, scaled, masked, softmax in float32, cast back, times values."""
+        take, give = self.take, self.give
+        scores = heads * rows * seen
+        raw = take(scores * self.element)
+        scaled = take(scores * self.element)
+        give(raw)
+        masked = take(scores * self.element)
+        give(scaled)
+        if self.element == _FP32:
+            weights = take(scores * _FP32)
+            give(masked)
+        else:
+            wide = take(scores * _FP32)
+            softmax = take(scores * _FP32)
+            give(wide)
+            weights = take(scores * self.element)
+            give(softmax, masked)
+        out = take(rows * self.architecture.attention_width * self.element)
+        result = take(rows * self.architecture.attention_width * self.element)
+        give(out)
+        return result, weights

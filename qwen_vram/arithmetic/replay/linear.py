@@ -1,0 +1,211 @@
+"""Norms and matrix products as sequences of allocations, for `replay.generation`.
+
+Source of the order: transformers 5.17 and 5.23 (modeling_qwen2.py, modeling_qwen3.py), bitsandbytes 0.50.2 (ops.py of
+backends/cuda and default).
+"""
+
+from __future__ import annotations
+
+from qwen_vram.arithmetic.int8_outliers import outlier_columns
+from qwen_vram.arithmetic.replay.allocator import CachingAllocator
+from qwen_vram.arithmetic.tiling import FUSED_ROWS, counts_tiles, int8_rows, int8_tile_elements, tile_rows, unpacks
+from qwen_vram.arithmetic.weights import format_of
+from qwen_vram.spec.architecture import Architecture, Weight
+from qwen_vram.spec.formats import FORMATS, StorageFormat
+from qwen_vram.spec.profile import Profile
+
+# cuBLAS's workspace (32 MiB) and cuBLASLt's (1 MiB), which torch keeps from the first product on that needs them.
+# measured: NVIDIA H200, torch 2.11.0+cu130, 2026-11-22.
+CUBLAS_WORKSPACE = (32 * 2**20, 2**20)
+
+_FP32 = 4
+_FP16 = 2
+
+
+def needs_lt(weight: Weight, architecture: Architecture, profile: Profile) -> bool:
+    """Tell if a product goes through cuBLASLt: torch's own with a bias does, and adds it in the same kernel.
+
+    bitsandbytes' int8 adds a bias afterwards. Source: torch 2.11, aten/src/ATen/native/cuda/Blas.cpp; bitsandbytes
+    0.50.2, backends/cuda/ops.py. Measured: without it all rows of tests/data/accuracy.jsonl without outlier columns of
+    Qwen3, and of int8 by tiles, allocate 1 MiB less, to 8 KiB (chunked prefill to 64 KiB).
+    """
+    bias = weight.name.removesuffix("weight") + "bias"
+    storage = FORMATS[format_of(weight, profile)]
+    apart = storage.library == "bitsandbytes" and storage.name == "int8"
+    return not apart and any(one.name == bias for one in architecture.block)
+
+
+def workspaces(architecture: Architecture, profile: Profile) -> tuple[int, ...]:
+    """What cuBLAS and cuBLASLt keep on a device that runs these layers."""
+    lt = any(needs_lt(weight, architecture, profile) for weight in architecture.block if weight.is_linear)
+    return CUBLAS_WORKSPACE if lt else CUBLAS_WORKSPACE[:1]
+
+
+class Products:
+    """What norms and linear layers take and give. Every method returns the block of its result; sizes are bytes."""
+
+    def __init__(self, allocator: CachingAllocator, architecture: Architecture, profile: Profile) -> None:
+        self.allocator = allocator
+        self.take, self.give = allocator.take, allocator.give
+        self.architecture = architecture
+        self.profile = profile
+        self.element = profile.element_bytes
+        self.linears = {weight.module: weight for weight in architecture.block if weight.is_linear}
+        products = [*self.linears.values(), architecture.head]
+        # Facts of each matrix, asked for in every layer of every step.
+        self.lt = {weight.module: needs_lt(weight, architecture, profile) for weight in products}
+        self.storages = {weight.module: FORMATS[format_of(weight, profile)] for weight in products}
+        self.warm = False
+        self.warm_lt = False
+
+    def warm_up(self, lt: bool = False) -> None:
+        """The first matrix product on a device takes a workspace that stays, and the first through cuBLASLt its own."""
+        if not self.warm:
+            self.warm = True
+            self.take(CUBLAS_WORKSPACE[0])
+        if lt and not self.warm_lt:
+            self.warm_lt = True
+            self.take(CUBLAS_WORKSPACE[1])
+
+    def replace(self, old: int, new: int) -> int:
+        """Let go of `old` for `new`."""
+        self.give(old)
+        return new
+
+    def norm(self, rows: int, width: int) -> int:
+        """RMSNorm: in float32 on the way, for rows of `width`; the heads' norms see the same bytes."""
+        take, give = self.take, self.give
+        if self.profile.kernels == "fused":
+            return take(rows * width * self.element)
+        wide = rows * width * _FP32
+        upcast = take(wide)
+        squares = take(wide)
+        mean = take(rows * _FP32)
+        give(squares)
+        shifted = take(rows * _FP32)
+        root = take(rows * _FP32)
+        give(shifted)
+        scaled = take(wide)
+        give(root, upcast)
+        rounded = take(rows * width * self.element)
+        result = take(rows * width * self.element)
+        give(rounded, scaled, mean)
+        return result
+
+    def linear(self, name: str, rows: int) -> int:
+        """The product of one of the block's matrices, by the name of its module."""
+        return self.product(self.linears[name], rows)
+
+    def product(self, weight: Weight, rows: int) -> int:
+        """A matrix product in the weight's format, and an adapter's update on top; returns the result."""
+        module = weight.module
+        self.warm_up(self.lt[module])
+        result = self.base_product(weight, self.storages[module], rows)
+        if module not in self.architecture.adapted:
+            return result
+        size = rows * weight.shape[0] * self.element
+        update = self.take(size)
+        scaled = self.take(size)
+        self.give(update)
+        total = self.take(size)
+        self.give(result, scaled)
+        return total
+
+    def base_product(self, weight: Weight, storage: StorageFormat, rows: int) -> int:
+        """Replay a matrix product in the weight's format."""
+        take, give = self.take, self.give
+        out = weight.shape[0]
+        result_size = rows * out * self.element
+        fused = storage.library == "bitsandbytes" and storage.bits == 4 and rows <= FUSED_ROWS
+        if unpacks(storage, rows):
+            return self.unpacked_product(weight, result_size, storage.bits)
+        if storage.is_dense or storage.library == "torch" or fused:
+            return take(result_size)
+        if storage.name == "int8":
+            return self.int8_in_pieces(weight, rows) if self.profile.tiles else self.int8_product(weight, rows)
+        maxima = []
+        if counts_tiles(storage, self.profile, weight.shape, rows):
+            if storage.is_double:
+                maxima = [take(-(-weight.numel // 64) * _FP32)]
+            result, tile = take(result_size), take(tile_rows(*weight.shape) * weight.shape[1] * self.element)
+            give(tile, *maxima)
+            return result
+        if storage.is_double:
+            maxima = [take(-(-weight.numel // 64) * _FP32) for _ in range(2)]
+        dequantized = take(weight.numel * self.element)
+        result = take(result_size)
+        give(*maxima, dequantized)
+        return result
+
+    def unpacked_product(self, weight: Weight, result_size: int, bits: int) -> int:
+        """The result, and the first and largest tile, which int4 fills from two halves of its codes."""
+        take, give = self.take, self.give
+        elements = tile_rows(*weight.shape) * weight.shape[1]
+        result, tile = take(result_size), take(elements * self.element)
+        for _ in range(2 if bits == 4 else 0):
+            give(take(elements // 2))
+        give(tile)
+        return result
+
+    def int8_in_pieces(self, weight: Weight, rows: int) -> int:
+        """The same for a piece of the rows after the other, outliers by tiles of the matrix."""
+        step = int8_rows(*weight.shape)
+        if rows <= step:
+            return self.int8_piece(weight, rows)
+        result = self.take(rows * weight.shape[0] * self.element)
+        last = rows % step or step
+        # The second piece takes the blocks that the first one gave, and so would all that are as large.
+        for size in (*[step] * min(-(-rows // step) - 1, 2), last):
+            self.give(self.int8_piece(weight, size))
+        return result
+
+    def int8_piece(self, weight: Weight, rows: int) -> int:
+        """One piece; the buffers for outliers are taken whether there are any or not."""
+        take, give = self.take, self.give
+        scales, codes = self.int8_quantized(rows, weight.shape[1])
+        result = self.int8_multiplied(rows, weight.shape[0])
+        give(codes)
+        elements = int8_tile_elements(*weight.shape)
+        inputs = take(rows * weight.shape[1] * self.element)
+        tile = [take(elements * size) for size in (1, _FP32, self.element)]
+        give(inputs, *tile, scales)
+        return result
+
+    def int8_quantized(self, rows: int, inner: int) -> tuple[int, int]:
+        """Scales and codes of an input."""
+        take, give = self.take, self.give
+        half = take(rows * inner * _FP16)
+        scales, codes = take(rows * _FP32), take(rows * inner)
+        magnitudes = take(rows * inner * _FP16)
+        flags = take(rows * inner)
+        give(magnitudes)
+        give(flags, half)
+        return scales, codes
+
+    def int8_multiplied(self, rows: int, out: int) -> int:
+        """A product of codes in the model's dtype."""
+        product = self.take(rows * out * _FP32)
+        rounded = self.take(rows * out * _FP16)
+        result = self.take(rows * out * self.element)
+        self.give(rounded, product)
+        return result
+
+    def int8_product(self, weight: Weight, rows: int) -> int:
+        """LLM.int8(): quantize the input, take outlier columns out, multiply, put them back."""
+        take, give = self.take, self.give
+        out, inner = weight.shape
+        outliers = outlier_columns(weight, rows)
+        scales, codes = self.int8_quantized(rows, inner)
+        apart = []
+        if outliers:
+            columns = outliers * out
+            apart.append(take(rows * outliers * _FP16))
+            stored, raw, scaled = take(columns), take(columns * _FP32), take(columns * _FP32)
+            give(raw, stored)
+            apart.append(take(columns * _FP16))
+            give(scaled)
+        result = self.int8_multiplied(rows, out)
+        if outliers:
+            result = self.replace(result, take(rows * out * self.element))
+        give(*apart, codes, scales)
+        return result

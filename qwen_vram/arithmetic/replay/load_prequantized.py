@@ -1,0 +1,35 @@
+"""Loading a checkpoint that is quantized already, as a sequence of allocations for `allocator` to follow.
+
+Source of the order: transformers 5.23 (core_model_loading.py, `caching_allocator_warmup`); tensors come over as they
+are stored. What a kernel library does afterwards depends on the kernel that it picks (GPTQModel's Marlin and ExLlama
+repack codes, one matrix at a time): one tensor beside all others is counted, the largest of layers and quantized head.
+Not measured.
+"""
+
+from __future__ import annotations
+
+from qwen_vram.arithmetic.replay.allocator import CachingAllocator
+from qwen_vram.arithmetic.weights import streaming_slots, table_on_host
+from qwen_vram.spec.architecture import Architecture
+from qwen_vram.spec.prequantized import Stored
+from qwen_vram.spec.profile import Profile
+
+_FP32 = 4
+
+
+def replay_stored(allocator: CachingAllocator, architecture: Architecture, stored: Stored, profile: Profile) -> None:
+    """Load through `allocator`: its `allocated` is then the weights', its `peak` the load peak. An upper bound."""
+    streamed = min(profile.streamed_layers, architecture.num_hidden_layers)
+    table = () if table_on_host(architecture, profile) else stored.embedding
+    layers = [
+        tensor for layer in stored.on_device(streamed, streaming_slots(architecture, profile)) for tensor in layer
+    ]
+    sizes = [tensor.nbytes for tensor in (*stored.head, *table, *layers, *stored.norm)]
+    sizes += [weight.numel * profile.element_bytes for weight in architecture.adapter_weights]
+    allocator.give(allocator.take(sum(sizes)))
+    for nbytes in sizes:
+        allocator.take(nbytes)
+    packed = (*layers, *(stored.head if architecture.stored_head else ()))
+    allocator.give(allocator.take(max(tensor.nbytes for tensor in packed)))
+    for _ in range(2 if architecture.starts else 0):  # the rotary embedding's float32 buffers
+        allocator.take(architecture.head_dim // 2 * _FP32)

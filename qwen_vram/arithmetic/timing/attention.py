@@ -1,0 +1,96 @@
+"""Times of attention and of element-by-element kernels on a GPU."""
+
+from __future__ import annotations
+
+from qwen_vram.arithmetic.attention import attention_parts
+from qwen_vram.arithmetic.kv_cache import layer_kv_bytes
+from qwen_vram.spec.architecture import Architecture
+from qwen_vram.spec.machine import Machine
+from qwen_vram.spec.profile import Profile
+from qwen_vram.spec.workload import Workload
+
+# A layer's attention of one new token over 512: 10.4 us in 24 layers of 0.5B and in 28 of 7B.
+# measured: NVIDIA H200 and H100, torch 2.11.0+cu130, 2026-11-26, benchmarks/results/decode.jsonl.
+_DECODE_START = 10.4e-6
+# Share of a copy's rate at which keys and values are read, and at which small kernels move bytes.
+_READ_SHARE = 0.8
+# Small kernels of a layer: plain 24, 1.47 ms of them in 28 layers at 2.2 us each; fused ones by the code; compiled 7,
+# 0.43 ms. A step has some ten beside its layers, and picks a token. measured: as above.
+_NODES = {"plain": 24, "fused": 9}
+_COMPILED_NODES = 7
+# Of a captured step with fused kernels, beside its products and attention: a norm, the rotation, two writes into the
+# cache, a sum, a norm and a sum; with gate and up in one launch, nothing between them.
+# Source: runtime/decoding/layer.py.
+_CAPTURED_NODES = 7
+_STEP_NODES = 10
+_STEP_SECONDS = 0.15e-3
+# Operations a second as shares of `matmul_rate`: cuDNN over a past without a mask, 694 TFLOP/s with 4,096 rows; cuDNN
+# causal from the start, 512; flash, 317; and sdpa with a mask, that computes what it masks.
+# measured: NVIDIA H100, torch 2.11.0+cu130, 2026-11-26, benchmarks/results/attention_parts.jsonl; sdpa: H200,
+# 2026-11-26, caps_chunks.jsonl.
+_JOINED, _CAUSAL, _FLASH, _MASKED = 1.05, 0.82, 0.5, 0.48
+# Elements that sdpa with a mask moves for each one of the keys of all queries' heads: it copies them for each chunk.
+# measured: 32,000 tokens in chunks of 512 to 4,096, H200, 2026-11-26, caps_chunks.jsonl.
+_COPIED = 14
+# A chunk after a long past takes so much beside what is in proportion to its tokens, for a reason that is not known.
+# measured: chunks of 2,048 and of 4,096, the same rows.
+_CHUNK = 10e-3
+# Times that a token's activations are read or written in a layer, in elements: of the hidden states, and of the MLP's.
+_MOVED = {"plain": (32, 4), "fused": (16, 3)}
+
+
+def decode_attention_seconds(
+    architecture: Architecture, profile: Profile, machine: Machine, tokens: int, batch_size: int
+) -> float:
+    """Seconds of attention over `tokens` tokens of each sequence in all layers, for one new token."""
+    held = layer_kv_bytes(architecture, profile, tokens=tokens, batch_size=batch_size)
+    if profile.kv_cache != "bf16":  # made whole: written, and read
+        held += 4 * architecture.key_value_width * tokens * batch_size * profile.element_bytes
+    return architecture.num_hidden_layers * (_DECODE_START + held / (_READ_SHARE * machine.device_bandwidth))
+
+
+def decode_nodes_seconds(architecture: Architecture, profile: Profile, machine: Machine) -> float:
+    """Seconds of a decode step's small kernels, and of picking the token."""
+    each = _COMPILED_NODES if profile.compiled else _NODES[profile.kernels]
+    if profile.captured and profile.kernels == "fused":
+        each = _CAPTURED_NODES
+    nodes = architecture.num_hidden_layers * each + _STEP_NODES
+    return nodes * machine.graph_node_time / 1e9 + _STEP_SECONDS
+
+
+def prefill_attention_seconds(
+    architecture: Architecture, profile: Profile, workload: Workload, machine: Machine
+) -> float:
+    """Seconds of attention of the whole prompt in all layers."""
+    prompt, chunk = workload.prompt_len, chunk_of(profile, workload)
+    past = prompt - chunk
+    element = 4 * architecture.num_hidden_layers * architecture.attention_width * workload.batch_size
+    newest = element * prompt * chunk / 2  # causal
+    older = element * prompt * past / 2
+    if profile.attention in ("sdpa", "eager") or workload.padded:
+        if not past and not workload.padded and profile.attention == "sdpa":
+            return newest / (_CAUSAL * machine.matmul_rate)
+        # Keys and values are copied for every query's head, written and read, for each chunk.
+        copies = _COPIED * architecture.num_hidden_layers * architecture.attention_width * profile.element_bytes
+        copied = copies * workload.batch_size * (prompt / chunk) * (prompt + chunk) / 2
+        return (2 * newest + older) / (_MASKED * machine.matmul_rate) + copied / (
+            _READ_SHARE * machine.device_bandwidth
+        )
+    joined = attention_parts(chunk, past, padded=profile.kernels == "fused")
+    seconds = (newest / _CAUSAL + older / (_JOINED if joined else _FLASH)) / machine.matmul_rate
+    return seconds + past / chunk * _CHUNK if joined else seconds
+
+
+def prefill_elementwise_seconds(
+    architecture: Architecture, profile: Profile, workload: Workload, machine: Machine
+) -> float:
+    """Seconds of what is done element by element to the whole prompt in all layers."""
+    hidden, inner = _MOVED[profile.kernels]
+    elements = hidden * architecture.hidden_size + inner * architecture.intermediate_size
+    moved = elements * profile.element_bytes * workload.prompt_len * workload.batch_size
+    return architecture.num_hidden_layers * moved / (_READ_SHARE * machine.device_bandwidth)
+
+
+def chunk_of(profile: Profile, workload: Workload) -> int:
+    """Tokens of a sequence that are fed at once."""
+    return min(profile.prefill_chunk_size or workload.prompt_len, workload.prompt_len)

@@ -1,0 +1,54 @@
+"""Times of products of one to eight rows by this library's kernels, and where those make them."""
+
+from __future__ import annotations
+
+from qwen_vram.arithmetic.timing.linear import Kernel, Matrices, kind_of, product_seconds
+from qwen_vram.spec.machine import Machine
+from qwen_vram.spec.profile import Profile
+
+# Rows up to which the kernels multiply; of a 16-bit matrix, one. Source: runtime/linear/few_rows.py.
+MOST_ROWS = 8
+# Launches of a layer: q, k and v in one, o, gate and up in one, and down. Source: runtime/decoding/layer.py.
+_LAYER_LAUNCHES = 4
+# Times a copy's rate at which a matrix is only read: the head of 7B in bf16, 4.62 TB/s.
+_READ_SHARE = 1.08
+_MEMORY = float("inf")
+# By the format, then by rows: two equations for each, of a layer's launches and of the head. Rows between are on a
+# line. Of fp4, as nf4. No matrix in 16 bits has more rows than one.
+# measured: NVIDIA H200, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-30, benchmarks/results/few_rows.jsonl, by the
+# divisions of `few_rows._division`; gate and up of four and eight rows from products with one of them.
+_NF4 = {1: Kernel(3.8e-6, 2.07e12), 4: Kernel(5.2e-6, 0.99e12), MOST_ROWS: Kernel(8.6e-6, 0.42e12)}
+_INT8_WO = {1: Kernel(6.5e-6, _MEMORY), 4: Kernel(6.6e-6, 2.93e12), MOST_ROWS: Kernel(6.1e-6, 0.94e12)}
+_FP8 = {1: Kernel(5.4e-6, _MEMORY), 4: Kernel(6.3e-6, 2.50e12), MOST_ROWS: Kernel(5.9e-6, 0.95e12)}
+_DENSE = {1: Kernel(4.2e-6, _MEMORY)}
+_EIGHT_BIT = {"int8-wo": _INT8_WO, "fp8": _FP8}
+
+
+def by_few_rows(profile: Profile, name: str, rows: int) -> bool:
+    """Tell if a product of `rows` rows with a matrix in the storage format `name` is made by these kernels on a GPU.
+
+    Captured steps make all of theirs so where kernels are fused. Others, those of formats with an own module.
+    """
+    if profile.compiled or rows > MOST_ROWS:
+        return False
+    kind, fused = kind_of(name), profile.captured and profile.kernels == "fused"
+    if kind == "dense":
+        return fused and rows == 1
+    return kind == "wide" or (kind == "bnb4" and (fused or profile.tiles))
+
+
+def step_seconds(profile: Profile, name: str, of: Matrices, rows: int, machine: Machine) -> float:
+    """Seconds of products of so few rows with matrices in the storage format `name`, a layer's or the head."""
+    if not by_few_rows(profile, name, rows):
+        return product_seconds(of, rows, machine, compiled=profile.compiled)
+    joined = profile.captured and profile.kernels == "fused" and of.number > 1
+    launches = _LAYER_LAUNCHES if joined else of.number
+    kernels = _DENSE if of.kind == "dense" else _EIGHT_BIT.get(name, _NF4)
+    below = max(known for known in kernels if known <= rows)
+    above = min(known for known in kernels if known >= rows)
+    least, most = (_seconds(kernels[known], launches, of.nbytes, machine) for known in (below, above))
+    return least if below == above else least + (most - least) * (rows - below) / (above - below)
+
+
+def _seconds(kernel: Kernel, launches: int, nbytes: int, machine: Machine) -> float:
+    return launches * kernel.start + nbytes / min(_READ_SHARE * machine.device_bandwidth, kernel.most)

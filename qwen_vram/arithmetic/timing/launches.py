@@ -1,0 +1,134 @@
+"""Times of launching a step's kernels on a GPU from Python, which waits for it where they are launched one by one.
+
+Every constant is a time on the host whose `layer_launch_time` is the stated one; another host's are in proportion. They
+are differences between rows of the same run where there are such, and hosts of one kind of GPU differ by a third.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from qwen_vram.arithmetic.tiling import int8_rows, is_tiled, tile_rows, unpacks
+from qwen_vram.arithmetic.timing.few_rows import by_few_rows
+from qwen_vram.arithmetic.timing.linear import Kind, kind_of, linear_shapes
+from qwen_vram.spec.architecture import Architecture
+from qwen_vram.spec.formats import FORMATS, FormatName
+from qwen_vram.spec.machine import LAYER_LAUNCH_TIME, Machine
+from qwen_vram.spec.profile import Profile
+
+# What `generate` does beside the layers for every token, in layers.
+STEP_LAYERS = 1.5
+# Beside a 16-bit product, by the kind of the matrix. measured: NF4, H200 and H100, 34.6 and 35.8 ms a token with 196 of
+# them, bf16 21.6 and 18.1; int4 16.7 on the H200 (benchmarks/results/decode.jsonl, streaming_speed.jsonl, 2026-11-26).
+_PRODUCTS: dict[Kind, float] = {
+    "dense": 0.0,
+    "bnb4": 66e-6,
+    "int4": -7e-6,
+    "wide": 0.0,
+    "other": 0.0,
+    # No row holds one: bitsandbytes launches some ten kernels, and waits for a count of outliers.
+    "bnb8": 150e-6,
+}
+# A tile, by the kind of the matrix. measured: NF4, prompts in chunks of 512, 100 to 205 us on six hosts; int8-wo, 51.9
+# ms a token with 19 tiles in a layer (H200, 2026-11-29, auto_plans.jsonl; H100, 2026-11-25, streaming_caps.jsonl); int4
+# 1.1 ms for 5 tiles (H100, 2026-11-25, unpack_rows.jsonl).
+_TILES: dict[Kind, float] = {"bnb4": 150e-6, "wide": 59e-6, "int4": 200e-6}
+# A product of few rows by this library's kernel, beside a 16-bit one: 35.3 ms a token with 196 of them and 7 streamed
+# layers. measured: H200, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-30, default_plans.jsonl (4 GiB).
+_FEW_ROWS = 70e-6
+# A layer's attention by sdpa, and its dynamic cache: plain transformers took 8.0 ms (H100) and 11.0 ms (H200) more in
+# bf16 (2026-11-26, decode.jsonl).
+_SDPA = 150e-6
+_DYNAMIC = 150e-6
+# A layer's quantized cache, made whole: 7.6 ms a token more (H100, kv_formats.jsonl) and 12.1 (H200, auto_plans.jsonl);
+# quantizing what has become old in a prefill: 87 ms more for 4 chunks, reading included.
+KV_READ = 350e-6
+_KV_WRITE = 400e-6
+# A layer's cache on the host: 3.2 ms a token more (H100, kv_formats.jsonl).
+_HOST_KV = 116e-6
+# A streamed layer: events, and its tensors bound to another slot.
+_STREAMED = 60e-6
+# Attention of a chunk in parts, joined by Triton, and by torch's own operators.
+_JOINED = {"fused": 120e-6, "plain": 200e-6}
+
+
+def host_share(machine: Machine) -> float:
+    """Return how many times as long launching takes as on the stated host."""
+    return machine.layer_launch_time / LAYER_LAUNCH_TIME
+
+
+def launch_seconds(
+    architecture: Architecture,
+    profile: Profile,
+    rows: int,
+    machine: Machine,
+    *,
+    batch_size: int,
+    moving: int,
+    prefill: bool,
+) -> float:
+    """Seconds that Python takes for one step of `rows` rows: a decode step, or a chunk of the prompt with the head.
+
+    Args:
+        batch_size: Rows of the head's product.
+        moving: Layers that pass through slots.
+    """
+    layers = architecture.num_hidden_layers
+    plain = LAYER_LAUNCH_TIME / 1e9
+    few = by_few_rows(profile, profile.weights, rows)
+    each = plain + _products(architecture, profile.weights, profile.tiles, rows, few) + _attention(profile)
+    if prefill and profile.kv_cache != "bf16":
+        each += _KV_WRITE
+    beside = STEP_LAYERS * plain + _head(architecture, profile, batch_size)
+    return host_share(machine) * (layers * each + beside + moving * _STREAMED)
+
+
+def joined_seconds(profile: Profile, machine: Machine) -> float:
+    """Seconds for a layer's attention over a long past, which goes in parts."""
+    return host_share(machine) * _JOINED[profile.kernels]
+
+
+def kv_read_seconds(machine: Machine) -> float:
+    """Seconds for making a layer's quantized cache whole."""
+    return host_share(machine) * KV_READ
+
+
+def _attention(profile: Profile) -> float:
+    """Seconds of a layer's attention and cache beside the fused one over a preallocated cache."""
+    seconds = 0.0
+    if profile.attention in ("sdpa", "eager"):
+        seconds += _SDPA
+    if profile.cache == "dynamic":
+        seconds += _DYNAMIC
+    if profile.kv_device == "host":
+        seconds += _HOST_KV
+    return seconds
+
+
+@lru_cache(maxsize=256)
+def _products(architecture: Architecture, weights: FormatName, tiles: bool, rows: int, few: bool) -> float:
+    """Seconds of a layer's products beside those in 16 bits."""
+    kind, storage = kind_of(weights), FORMATS[weights]
+    if few:
+        return len(linear_shapes(architecture)) * _FEW_ROWS
+    if kind in ("dense", "other"):
+        return 0.0
+    seconds = 0.0
+    for shape in linear_shapes(architecture):
+        if unpacks(storage, rows) or (kind == "bnb4" and tiles and is_tiled(shape, rows)):
+            seconds += -(-shape[0] // tile_rows(*shape)) * _TILES[kind]
+        elif kind == "bnb8" and tiles:
+            seconds += -(-rows // int8_rows(*shape)) * _PRODUCTS[kind]
+        else:
+            seconds += _PRODUCTS[kind]
+    return seconds
+
+
+def _head(architecture: Architecture, profile: Profile, batch_size: int) -> float:
+    """Seconds of the head, which multiplies one row of each sequence."""
+    name = profile.head_format
+    kind, storage, (rows, columns) = kind_of(name), FORMATS[name], architecture.head.shape
+    if by_few_rows(profile, name, batch_size):
+        return _FEW_ROWS
+    tiles = -(-rows // tile_rows(rows, columns)) if unpacks(storage, batch_size) else 0
+    return _PRODUCTS[kind] + tiles * _TILES.get(kind, 0.0)

@@ -1,0 +1,161 @@
+"""The reader of checkpoint folders: config.json, the set of weights, names and shapes, read once and held together.
+
+Estimates, plans, loading, streaming, merging and saving read a folder through it alone, so that all say the same of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+from qwen_vram.arithmetic.weights import SMALLEST_READ
+from qwen_vram.checkpoints.files.local import has_weights, read_config, read_generation, read_tensors
+from qwen_vram.checkpoints.files.names import CONFIG
+from qwen_vram.checkpoints.files.safetensors_header import Tensor
+from qwen_vram.checkpoints.files.state import State, settled_state
+from qwen_vram.checkpoints.prequantized import checkpoint_architecture, needs_headers
+from qwen_vram.checkpoints.tensors.check import check_tensors
+from qwen_vram.checkpoints.tensors.names import HEAD, TABLE, by_model_name
+from qwen_vram.checkpoints.tensors.quantized_names import head_is_quantized
+from qwen_vram.errors import CheckpointError
+from qwen_vram.spec.architecture import Architecture
+from qwen_vram.spec.config_reader import ConfigReader
+
+_LAYERS = "model.layers."
+
+
+class CheckpointFiles(NamedTuple):
+    """A folder as it was read.
+
+    Attributes:
+        config: What config.json says, `tie_word_embeddings` as `transformers` ends up with.
+        generation: What generation_config.json says; empty if there is none.
+        tensors: Every tensor, by the model's names; empty if the folder has no weights.
+        notes: What is worth a warning when the model is loaded.
+        of_layers: The numbers in the folder of the layers; empty if they are the folder's own.
+    """
+
+    folder: Path
+    config: Mapping[str, object]
+    generation: Mapping[str, object]
+    tensors: Mapping[str, Tensor]
+    architecture: Architecture
+    notes: tuple[str, ...] = ()
+    of_layers: tuple[int, ...] = ()
+
+    def with_layers(self, order: tuple[int, ...]) -> CheckpointFiles:
+        """The files of a model whose layers are those of these numbers, each with tensors of its own."""
+        by_layer: dict[int, dict[str, Tensor]] = {}
+        tensors = {}
+        for name, tensor in self.tensors.items():
+            if name.startswith(_LAYERS):
+                layer, _, rest = name.removeprefix(_LAYERS).partition(".")
+                by_layer.setdefault(int(layer), {})[rest] = tensor
+            else:
+                tensors[name] = tensor
+        for place, number in enumerate(order):
+            tensors |= {f"{_LAYERS}{place}.{rest}": tensor for rest, tensor in by_layer[number].items()}
+        config = {**self.config, "num_hidden_layers": len(order)}
+        kinds = config.get("layer_types")
+        if isinstance(kinds, list):
+            config["layer_types"] = [kinds[number] for number in order]
+        architecture = replace(self.architecture, num_hidden_layers=len(order))
+        return self._replace(config=config, tensors=tensors, architecture=architecture, of_layers=order)
+
+    @property
+    def renamed(self) -> bool:
+        """Tell if a tensor has another name in its file than in the model."""
+        return any(name != tensor.name for name, tensor in self.tensors.items())
+
+
+def read_checkpoint(folder: Path, *, weights: bool) -> CheckpointFiles:
+    """The checkpoint in `folder`, its tensors held against its config.json.
+
+    It is read again only if an entry of the folder is another than at the last call, or changed just before it.
+
+    Args:
+        weights: Whether there have to be weights; otherwise a folder that has config.json alone is read too.
+
+    Raises:
+        ConfigError: config.json, or generation_config.json, is missing, broken or of another architecture.
+        CheckpointError: the weights are missing, broken, or not those of the model that config.json describes.
+    """
+    state = settled_state(folder)
+    return _read(folder, weights) if state is None else _read_once(folder, weights, state)
+
+
+# As many folders as a comparison of models goes back and forth between; the largest takes some MB.
+@lru_cache(maxsize=8)
+def _read_once(folder: Path, weights: bool, state: State) -> CheckpointFiles:
+    """`_read` of a folder that is in `state`."""
+    return _read(folder, weights)
+
+
+def _read(folder: Path, weights: bool) -> CheckpointFiles:
+    config = read_config(folder)
+    generation = read_generation(folder)
+    source = str(folder / CONFIG)
+    if not (weights or has_weights(folder, config)):
+        read = (lambda: read_tensors(folder, config)) if needs_headers(config) else None
+        architecture = checkpoint_architecture(config, read, source=source)
+        return CheckpointFiles(
+            folder=folder, config=config, generation=generation, tensors={}, architecture=architecture
+        )
+    ConfigReader(config, source)  # what config.json alone refuses comes before the weights
+    tensors = _named(folder, config)
+    config = _settle_head(folder, config, tensors)
+    architecture = checkpoint_architecture(config, lambda: tensors, source=source, headers_here=True)
+    # Those of a quantized checkpoint were held against config.json just now.
+    notes = check_tensors(architecture, tensors, folder) if architecture.stored_format is None else ()
+    return CheckpointFiles(
+        folder=folder,
+        config=config,
+        generation=generation,
+        tensors=tensors,
+        architecture=replace(architecture, layer_dtypes=_layer_dtypes(tensors)),
+        notes=notes,
+    )
+
+
+def _named(folder: Path, config: Mapping[str, object]) -> dict[str, Tensor]:
+    tensors, twice = by_model_name(read_tensors(folder, config))
+    if twice:
+        from qwen_vram.checkpoints.files.absent import shown
+
+        raise CheckpointError(
+            f"the weights in {str(folder)!r} hold {shown(twice)} twice, with and without 'model.' before the name; "
+            "keep one of the two",
+            path=str(folder),
+        )
+    return tensors
+
+
+def _settle_head(folder: Path, config: dict[str, object], tensors: dict[str, Tensor]) -> dict[str, object]:
+    """What `transformers` makes of tied embeddings whose files hold the head: one table, or two that differ."""
+    head, table = tensors.get(HEAD), tensors.get(TABLE)
+    if config.get("tie_word_embeddings") is not True or head is None or head_is_quantized(tensors):
+        return config
+    if table is None:
+        tensors[TABLE] = tensors.pop(HEAD)
+        return config
+    if (head.dtype, head.shape) != (table.dtype, table.shape):
+        raise CheckpointError(
+            f"config.json says tie_word_embeddings true, and {str(folder)!r} holds {HEAD} as {head.dtype} "
+            f"{list(head.shape)} beside {TABLE} as {table.dtype} {list(table.shape)}; set tie_word_embeddings to "
+            "false if the head is the model's own, or take it out of the file",
+            path=str(folder / head.file),
+        )
+    from qwen_vram.checkpoints.files.same_bytes import same_bytes
+
+    if same_bytes(folder / head.file, head.offset, folder / table.file, table.offset, head.nbytes):
+        del tensors[HEAD]
+        return config
+    return {**config, "tie_word_embeddings": False}
+
+
+def _layer_dtypes(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
+    large = (one for name, one in tensors.items() if ".layers." in name and one.nbytes >= SMALLEST_READ)
+    return tuple(sorted({tensor.dtype for tensor in large}))

@@ -1,0 +1,1 @@
+"""Checkpoints on the hub, and its errors in this library's words."""

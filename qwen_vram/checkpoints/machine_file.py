@@ -1,0 +1,158 @@
+"""The file that keeps measured machines in the user's cache folder, and `current()`, which the estimator reads.
+
+Standard library alone, and the driver is never asked: an estimate must not need a GPU. So the machine that was
+measured last is the current one, and what an estimate used stands in it (`Estimate.machine`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from qwen_vram.errors import QwenVramError
+from qwen_vram.spec.machine import DEFAULT, Machine, parse_machine
+
+_FORMAT = 1
+_ADVICE = "`qwen-vram calibrate` writes it anew, `qwen-vram calibrate --reset` deletes it"
+
+
+class CalibrationError(QwenVramError):
+    """A machine cannot be measured, stored, or read back. `what` is the step or the file at fault."""
+
+    def __init__(self, message: str, *, what: str) -> None:
+        super().__init__(message)
+        self.what = what
+
+
+class Stored(NamedTuple):
+    """What the file holds: every machine by its key, and the key of the one measured last."""
+
+    current: str
+    machines: dict[str, Machine]
+
+
+def cache_file() -> Path:
+    """Where machines are kept: in `QWEN_VRAM_CACHE`, or beside the hub's models, whose cache has the same rule.
+
+    That is `qwen_vram/` in `XDG_CACHE_HOME`, which is `~/.cache` where it is not set.
+    """
+    folder = os.environ.get("QWEN_VRAM_CACHE")
+    if not folder:
+        folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache"), "qwen_vram")
+    return Path(os.path.expanduser(folder)) / "machines.json"
+
+
+def read() -> Stored | None:
+    """What is stored; `None` where there is no file.
+
+    Raises:
+        CalibrationError: the file cannot be read, or is none that `store` writes.
+    """
+    path = cache_file()
+    try:
+        data = json.loads(path.read_bytes())
+        if data["format"] != _FORMAT:
+            raise ValueError(f"format {data['format']!r} is not {_FORMAT}")
+        stored = Stored(data["current"], {key: parse_machine(entry) for key, entry in data["machines"].items()})
+        if stored.current not in stored.machines:
+            raise ValueError(f"it holds no machine {stored.current!r}")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CalibrationError(
+            f"cannot use the stored machines in {str(path)!r} ({type(error).__name__}: {error}); {_ADVICE}",
+            what=str(path),
+        ) from error
+    return stored
+
+
+@cache
+def current() -> Machine:
+    """The machine measured last, or the stated defaults; read once a process.
+
+    A file that cannot be used is a warning, and the defaults are taken: no estimate fails for it.
+    """
+    try:
+        stored = read()
+    except CalibrationError as error:
+        warnings.warn(f"{error}; until then the defaults are used", stacklevel=2)
+        return DEFAULT
+    return DEFAULT if stored is None else stored.machines[stored.current]
+
+
+def store(machine: Machine) -> Path:
+    """Keep a measured machine, current from now on, beside others; a file that cannot be used is replaced.
+
+    Raises:
+        CalibrationError: the file cannot be written.
+    """
+    try:
+        known = read()
+    except CalibrationError:
+        known = None
+    machines = {**(known.machines if known else {}), machine.key: machine}
+    entries = {key: asdict(entry) for key, entry in machines.items()}
+    path = make_folder()
+    _replace(path, json.dumps({"format": _FORMAT, "current": machine.key, "machines": entries}, indent=2) + "\n")
+    current.cache_clear()
+    return path
+
+
+def make_folder() -> Path:
+    """The file's path, its folder made where it is missing.
+
+    Raises:
+        CalibrationError: the folder cannot be made or written.
+    """
+    path = cache_file()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise _unwritable(path, "no permission")
+    return path
+
+
+def _replace(path: Path, text: str) -> None:
+    """The whole text or, whatever interrupts this, what was there before."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def reset() -> bool:
+    """Delete the file, and say whether there was one.
+
+    Raises:
+        CalibrationError: it cannot be deleted.
+    """
+    path = cache_file()
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise CalibrationError(f"cannot delete {str(path)!r}: {error}; delete it by hand", what=str(path)) from error
+    finally:
+        current.cache_clear()
+    return True
+
+
+def _unwritable(path: Path, error: object) -> CalibrationError:
+    return CalibrationError(
+        f"cannot write {str(path)!r}: {error}; set QWEN_VRAM_CACHE to a folder that can be written", what=str(path)
+    )

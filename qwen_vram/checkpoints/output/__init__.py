@@ -1,0 +1,1 @@
+"""A new checkpoint: its layout, and its folder, which appears whole or not at all."""

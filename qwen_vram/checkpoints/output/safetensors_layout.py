@@ -1,0 +1,125 @@
+"""Where every tensor of a new checkpoint lies: shards, offsets and headers, settled before a byte is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, Protocol, TypeVar
+
+from qwen_vram.checkpoints.files.names import SINGLE
+
+ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+# Most bytes that bitsandbytes' packed JSON takes; about 200 do. Measured: bitsandbytes 0.50.2.
+LATE_BYTES = 512
+# Index, report and the folder itself; far more than they take.
+_SMALL_FILES = 2**22
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSlot:
+    """One stored tensor: its place in a shard's data. Without a shape its bytes come out last, and lie last."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...] | None
+    nbytes: int
+
+
+class Slotted(Protocol):
+    """What is not divided between files: a weight with all that its format keeps beside it."""
+
+    @property
+    def slots(self) -> tuple[TensorSlot, ...]:
+        """Its tensors."""
+
+
+T = TypeVar("T", bound=Slotted)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard(Generic[T]):
+    """One safetensors file.
+
+    Attributes:
+        weights: What is in it, in the order in which it is written.
+        offsets: First byte of each slot, counted in the file.
+        header_bytes: Room for the header, its length field included.
+        data_end: Where the slots of known size end.
+    """
+
+    file: str
+    weights: tuple[T, ...]
+    offsets: dict[str, int]
+    header_bytes: int
+    data_end: int
+
+    @property
+    def slots(self) -> list[TensorSlot]:
+        """The slots in the order in which they lie in the file."""
+        return in_file_order(slot for weight in self.weights for slot in weight.slots)
+
+    @property
+    def largest_size(self) -> int:
+        """The most bytes that the file can take; exact but for the packed JSON texts at its end."""
+        return self.data_end + sum(LATE_BYTES for slot in self.slots if slot.shape is None)
+
+
+def lay_out(weights: Iterable[T], max_shard_bytes: int) -> tuple[Shard[T], ...]:
+    """Weights in shards of at most `max_shard_bytes` of data, or of one weight where that one is larger."""
+    groups: list[list[T]] = []
+    room = 0
+    for weight in weights:
+        size = sum(slot.nbytes for slot in weight.slots)
+        if not groups or size > room:
+            groups.append([])
+            room = max_shard_bytes
+        groups[-1].append(weight)
+        room -= size
+    if len(groups) == 1:
+        return (_shard(SINGLE, tuple(groups[0])),)
+    return tuple(
+        _shard(f"model-{number:05}-of-{len(groups):05}.safetensors", tuple(group))
+        for number, group in enumerate(groups, 1)
+    )
+
+
+def disk_bytes(shards: Iterable[Shard[T]], files: Iterable[Path], config: str) -> int:
+    """The most that a checkpoint of `shards`, copies of `files` and `config` takes; exact but for a few MiB."""
+    copied = sum(path.stat().st_size for path in files)
+    return sum(shard.largest_size for shard in shards) + copied + len(config) + _SMALL_FILES
+
+
+def in_file_order(slots: Iterable[TensorSlot]) -> list[TensorSlot]:
+    """Wide dtypes first, so that every tensor is aligned to its items, as safetensors asks; unknown sizes last."""
+    return sorted(slots, key=lambda slot: (slot.shape is None, -ITEM_BYTES.get(slot.kind, 1)))
+
+
+def _shard(file: str, weights: tuple[T, ...]) -> Shard[T]:
+    slots = in_file_order(slot for weight in weights for slot in weight.slots)
+    # Late tensors are at most this long, so a header that is written for them is long enough for the real one.
+    header_bytes = len(header(slots, [slot.nbytes for slot in slots]))
+    offsets = {}
+    position = header_bytes
+    for slot in slots:
+        if slot.shape is not None:
+            offsets[slot.name] = position
+            position += slot.nbytes
+    return Shard(file=file, weights=weights, offsets=offsets, header_bytes=header_bytes, data_end=position)
+
+
+def header(slots: Sequence[TensorSlot], sizes: Sequence[int], *, length: int = 0) -> bytes:
+    """The beginning of a safetensors file, padded with spaces to `length` or to a multiple of 8.
+
+    Source: safetensors' format description: 8 bytes of length, then JSON.
+    """
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for slot, size in zip(slots, sizes, strict=True):
+        shape = [size] if slot.shape is None else list(slot.shape)
+        entries[slot.name] = {"dtype": slot.kind, "shape": shape, "data_offsets": [begin, begin + size]}
+        begin += size
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(length - 8 if length else -(-len(text) // 8) * 8)
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,232 @@
+"""What a caller may call a model, brought to one `Architecture`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple
+
+from qwen_vram.checkpoints.checkpoint import CheckpointFiles, read_checkpoint
+from qwen_vram.checkpoints.files.local import exists
+from qwen_vram.checkpoints.files.names import ADAPTER_CONFIG, CONFIG
+from qwen_vram.checkpoints.files.place import Place, is_hub_id, place_of
+from qwen_vram.checkpoints.files.safetensors_header import Tensor
+from qwen_vram.checkpoints.prequantized import checkpoint_architecture
+from qwen_vram.checkpoints.tensors.names import by_model_name
+from qwen_vram.errors import ConfigError, UnknownNameError
+from qwen_vram.spec.architecture import Architecture
+
+if TYPE_CHECKING:
+    from qwen_vram.checkpoints.adapters.folder import AdapterChoice
+
+ModelLike = str | Path | Mapping[str, object] | Architecture
+
+# Libraries of GPTQ by the names that people ask for; the first reads and writes what the others did.
+_GPTQ_LIBRARIES = ("gptqmodel", "auto-gptq", "autogptq")
+
+
+class Resolved(NamedTuple):
+    """A model with its shape.
+
+    Attributes:
+        label: What to call it.
+        repo_id: Its repository on the hub; empty for one that is here, or that has no files.
+        config: What its config.json says; empty if that was not read.
+        source: Where that is.
+        files: Its folder as it was read; `None` for one that is not here.
+    """
+
+    label: str
+    architecture: Architecture
+    repo_id: str = ""
+    config: Mapping[str, object] = MappingProxyType({})
+    source: str = ""
+    files: CheckpointFiles | None = None
+
+
+def own_adapter(model: ModelLike, adapter: AdapterChoice) -> AdapterChoice:
+    """The caller's adapter; if there is none, the one in the model's own folder, or `False` if that is merged already.
+
+    Raises:
+        ConfigError: as `resolve`.
+    """
+    if adapter is not None or not isinstance(model, (str, Path)):
+        return adapter
+    folder = place_of(model).folder
+    if folder is None or not (folder / ADAPTER_CONFIG).is_file() or not (folder / CONFIG).is_file():
+        return None
+    import logging  # slow to import, and only needed here
+
+    from qwen_vram.checkpoints.own_adapter import is_merged
+
+    merged = is_merged(folder)
+    if merged is None:
+        return None
+    word = "merged into the model already, and left out" if merged else "not merged, and runs beside the model"
+    logging.getLogger(__name__).warning(
+        "%r holds an adapter beside a whole model; held against the base it names, it is %s", str(folder), word
+    )
+    return False if merged else folder
+
+
+def resolve_model(model: ModelLike, adapter: AdapterChoice = None) -> tuple[str, Architecture]:
+    """A label for `model` and its architecture, with an adapter's tensors if one is given.
+
+    Raises:
+        UnknownNameError, ConfigError, HubError: as `resolve`.
+        CheckpointError, NotSupportedError: weights or an adapter that cannot be used.
+        AdapterError: `model` is an adapter, or holds one beside a whole model that the caller does not speak of.
+    """
+    adapter = own_adapter(model, adapter)
+    found = resolve(model, adapter)
+    return found.label, adapted(found, adapter)
+
+
+def adapted(found: Resolved, adapter: AdapterChoice) -> Architecture:
+    """The architecture of a model with an adapter's tensors, if one is given.
+
+    Raises:
+        AdapterError, CheckpointError, NotSupportedError, HubError: the adapter cannot be used.
+    """
+    if adapter is None or adapter is False:
+        return found.architecture
+    from qwen_vram.checkpoints.adapters.kept_tensors import with_adapter  # an estimate without an adapter starts sooner
+
+    return with_adapter(found.label, found.architecture, adapter)
+
+
+def stored_knobs(architecture: Architecture, knobs: Mapping[str, object]) -> dict[str, object]:
+    """`knobs`, with those set that a checkpoint which is quantized already leaves no choice about.
+
+    Raises:
+        ConfigError: the caller asks for another format than it is stored in.
+    """
+    stored = architecture.stored_format
+    knobs = _named(knobs, stored)
+    if stored is None:
+        return knobs
+    fixed = {"weights": stored, "lm_head": stored if architecture.stored_head else None}
+    for knob, value in fixed.items():
+        if knob in knobs and knobs[knob] != value:
+            raise ConfigError(
+                f"the checkpoint is stored with {knob}={value!r}, got {knob}={knobs[knob]!r}; leave {knob} out, or use "
+                "the 16-bit checkpoint"
+            )
+    return {**knobs, **fixed}
+
+
+def _named(knobs: Mapping[str, object], stored: str | None) -> dict[str, object]:
+    """`knobs` without `backend`, which only GPTQ's libraries are asked for by, and `weights` as a format.
+
+    Raises:
+        UnknownNameError: another backend.
+    """
+    named = dict(knobs)
+    backend = named.pop("backend", None)
+    if backend not in (None, "gptq", *_GPTQ_LIBRARIES):
+        hint = "others follow from the format: weights='nf4' is bitsandbytes'"
+        raise UnknownNameError("backend", backend, ("gptq", *_GPTQ_LIBRARIES), hint=hint)
+    if backend in _GPTQ_LIBRARIES[1:] or named.get("weights") in _GPTQ_LIBRARIES[1:]:
+        import logging  # slow to import, and only needed here
+
+        logging.getLogger(__name__).warning(
+            "auto-gptq does not import under transformers 5; GPTQModel reads its checkpoints and makes new ones (pip "
+            'install "qwen-vram[gptq]"), and is taken in its place'
+        )
+    if named.get("weights") in _GPTQ_LIBRARIES or (backend is not None and "weights" not in named):
+        named["weights"] = stored if stored in ("gptq", "awq") else "gptq-int4"
+    return named
+
+
+def resolve(model: ModelLike, adapter: AdapterChoice = None) -> Resolved:
+    """What `model` is: its label, its architecture, and its files if they are here.
+
+    Args:
+        model: An `Architecture`, a config `dict`, a checkpoint folder, a catalog name with or without its
+            organisation, or a hub id or a hub page's address, of which config.json is fetched, and the headers of its
+            safetensors if it is quantized. A folder wins over a name.
+        adapter: The adapter of the call, by which a folder that holds one beside the model is not refused.
+
+    Raises:
+        AdapterError: a folder is an adapter, or holds one beside a whole model that the caller does not speak of.
+        UnknownNameError: a name that is none of these.
+        ConfigError: a config that is missing, broken or of another architecture.
+        CheckpointError: the weights in a folder, or the headers of a quantized checkpoint on the hub, are missing,
+            broken or of another model.
+        HubError: the hub does not give the config.json or the headers.
+    """
+    if isinstance(model, Architecture):
+        return Resolved(label=f"{model.model_type}, {model.num_parameters:,} parameters", architecture=model)
+    if isinstance(model, Mapping):
+        architecture = Architecture.from_config(model)
+        label = str(model.get("_name_or_path") or resolve(architecture).label)
+        return Resolved(label=label, architecture=architecture)
+    if not isinstance(model, (str, Path)):
+        raise ConfigError(f"a model is a name, a folder, a config dict or an Architecture, got {type(model).__name__}")
+    place = place_of(model)
+    if place.folder is not None:
+        _check_adapter(place.folder, adapter)
+        return open_folder(place, weights=False)
+    from qwen_vram.spec.catalog import catalog_row, row_architecture, unknown_model  # a folder needs no catalog
+
+    row = catalog_row(place.name)
+    if row is not None:
+        return Resolved(label=row.repo_id, architecture=row_architecture(row), repo_id=row.repo_id)
+    name = place.name
+    if not is_hub_id(name):
+        raise unknown_model(name)
+    from qwen_vram.checkpoints.hub.files import hub_config
+
+    config, source = hub_config(name), f"{name}/{CONFIG}"
+    architecture = checkpoint_architecture(config, lambda: hub_named(name), source=source)
+    return Resolved(label=name, architecture=architecture, repo_id=name, config=config, source=source)
+
+
+def _check_adapter(folder: Path, adapter: AdapterChoice) -> None:
+    """Refuse an adapter given as the model, and one beside the model that the call does not name."""
+    if (folder / CONFIG).is_file() and not (folder / ADAPTER_CONFIG).is_file():
+        return
+    from qwen_vram.checkpoints.adapters.folder import check_is_no_adapter, check_own_adapter
+
+    check_is_no_adapter(folder)
+    check_own_adapter(folder, adapter)
+
+
+def open_folder(place: Place, *, weights: bool) -> Resolved:
+    """The checkpoint in a local folder.
+
+    Args:
+        weights: As for `read_checkpoint`.
+
+    Raises:
+        ConfigError: config.json is missing, broken or of another architecture, or the folder hides a name of the hub.
+        CheckpointError: the weights are missing, broken or of another model.
+    """
+    folder = place.folder
+    assert folder is not None
+    if place.hides and not exists(folder / CONFIG):
+        _check_hides(folder, place.hides)
+    files = read_checkpoint(folder, weights=weights)
+    source = str(folder / CONFIG)
+    return Resolved(label=folder.name, architecture=files.architecture, config=files.config, source=source, files=files)
+
+
+def _check_hides(folder: Path, name: str) -> None:
+    """Refuse a folder without config.json that hides a name of the hub."""
+    from qwen_vram.checkpoints.files.absent import no_config
+    from qwen_vram.spec.catalog import catalog_row
+
+    if catalog_row(name) or is_hub_id(name):
+        error = no_config(folder)
+        raise ConfigError(
+            f"{error}. A folder of that name hides {name!r} of the hub: remove or rename it if that was meant",
+            source=error.source,
+        )
+
+
+def hub_named(repo_id: str) -> dict[str, Tensor]:
+    """The tensors of a repository from its headers, by the model's names."""
+    from qwen_vram.checkpoints.hub.files import hub_tensors
+
+    return by_model_name(hub_tensors(repo_id))[0]

@@ -1,0 +1,37 @@
+"""The names of a checkpoint's tensors, as `transformers` maps them to the model's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from qwen_vram.checkpoints.files.safetensors_header import Tensor
+
+TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+BASE = "model."
+_TWICE = (f"{BASE}{BASE}", f"{BASE}lm_head.")
+_IN_BASE = ("embed_tokens.", "layers.", "norm.")
+
+
+def model_name(name: str) -> str:
+    """The model's name of a tensor, as `transformers` maps it: `model.` is added if it is missing, or taken off once.
+
+    Source: transformers 5.23, core_model_loading.rename_source_key.
+
+    >>> model_name("layers.0.mlp.up_proj.weight"), model_name("model.lm_head.weight")
+    ('model.layers.0.mlp.up_proj.weight', 'lm_head.weight')
+    """
+    if name.startswith(BASE):
+        return name.removeprefix(BASE) if name.startswith(_TWICE) else name
+    return f"{BASE}{name}" if name.startswith(_IN_BASE) else name
+
+
+def by_model_name(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors by the model's names, and the names that two of them would have."""
+    named: dict[str, Tensor] = {}
+    twice = []
+    for name, tensor in tensors.items():
+        own = model_name(name)
+        if own in named:
+            twice.append(own)
+        named[own] = tensor
+    return named, twice

@@ -1,0 +1,105 @@
+"""`estimate_vram()`: resolve a model, a profile and this machine, and count what they take."""
+
+from __future__ import annotations
+
+from qwen_vram.arithmetic.estimate import Estimate, estimate
+from qwen_vram.checkpoints.adapters.folder import AdapterChoice
+from qwen_vram.checkpoints.machine_file import current
+from qwen_vram.checkpoints.resolve import ModelLike, resolve_model, stored_knobs
+from qwen_vram.errors import WorkloadError
+from qwen_vram.spec.formats import FORMATS
+from qwen_vram.spec.profile import Profile, resolve_profile
+from qwen_vram.spec.workload import Logits, Workload
+
+
+def estimate_vram(
+    model: ModelLike | None,
+    profile: str | Profile = "default",
+    *,
+    prompt_len: int = 512,
+    max_new_tokens: int = 512,
+    batch_size: int = 1,
+    params: float | None = None,
+    logits: Logits = "last",
+    padded: bool = False,
+    adapter: AdapterChoice = None,
+    **knobs: object,
+) -> Estimate:
+    """What a model will take on one GPU, before anything is loaded. Pure arithmetic; the defaults are the article's.
+
+    Weights and cache are exact; docs/accuracy.md holds the rest against measurements.
+
+    Args:
+        model: A catalog name, checkpoint folder, hub id (config.json, and headers where quantized), config `dict` or
+            `Architecture`; or `None` with `params`.
+        profile: A name from `PROFILES`, or a `Profile`.
+        params: With `model=None`: a number of parameters, for the rule of thumb parameters x bytes (weights alone).
+        logits: `"last"` for generation, `"all"` for one plain forward that makes logits for the whole prompt.
+        padded: The batch carries padding, so that attention needs a mask.
+        adapter: Folder or hub id of a LoRA adapter that runs beside the base; `False` if the one in the model's own
+            folder is merged already.
+        **knobs: Fields of `Profile` to replace, such as `weights="nf4"`.
+
+    Raises:
+        UnknownNameError: a model, profile, format or knob that nobody has heard of.
+        WorkloadError: a length that is not positive, or a context past the model's positions.
+        ConfigError: a configuration that cannot be counted.
+        CheckpointError, NotSupportedError: an adapter that cannot be used.
+        HubError: the hub does not give the config.json.
+
+    Example:
+        >>> estimate_vram("Qwen2.5-7B-Instruct").weights
+        15231233024
+        >>> estimate_vram(None, params=7.62e9).weights
+        15240000000
+    """
+    workload = Workload(
+        prompt_len=prompt_len, max_new_tokens=max_new_tokens, batch_size=batch_size, logits=logits, padded=padded
+    )
+    if model is None:
+        return _rule_of_thumb(params, resolve_profile(profile, **knobs), workload)
+    if params is not None:
+        raise WorkloadError("params is for model=None only, got both; drop one", name="params", got=params)
+    label, architecture = resolve_model(model, adapter)
+    chosen = resolve_profile(profile, **stored_knobs(architecture, knobs))
+    result = estimate(label, architecture, chosen, workload, machine=current())
+    warn_of_positions(result)
+    return result
+
+
+def warn_of_positions(result: Estimate) -> None:
+    """Log one line for each thing worth knowing of the rotary positions: a stretch, or one without effect."""
+    rope = result.architecture.rope if result.architecture else None
+    lines = rope.warnings(result.workload.context_len) if rope else []
+    if not lines:
+        return
+    import logging  # slow to import, and only needed here
+
+    for line in lines:
+        logging.getLogger(__name__).warning("%s: %s", result.model, line)
+
+
+def _rule_of_thumb(params: float | None, profile: Profile, workload: Workload) -> Estimate:
+    """Parameters times bytes: the weights alone, as articles count them."""
+    if params is None or isinstance(params, bool) or not isinstance(params, (int, float)) or not 0 < params < 1e15:
+        raise WorkloadError(
+            f"model=None needs params, a positive number of parameters such as 7.62e9, got {params!r}",
+            name="params",
+            got=params,
+        )
+    weights = FORMATS[profile.weights].nbytes((int(params),))
+    return Estimate(
+        model=f"{params:,.0f} parameters (rule of thumb: weights alone)",
+        architecture=None,
+        profile=profile,
+        workload=workload,
+        weights=weights,
+        kv_cache=0,
+        tensors=0,
+        workspace=0,
+        load_peak=weights,
+        host=0,
+        disk=0,
+        moments=(),
+        machine=current(),
+    )

@@ -1,0 +1,1 @@
+"""Storage formats of merged weights, a piece of rows at a time."""

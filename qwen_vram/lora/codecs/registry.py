@@ -1,0 +1,84 @@
+"""The formats that a merged weight can be quantized to, by name; and int8."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from qwen_vram.errors import BackendUnavailableError, UnknownNameError
+from qwen_vram.lora.codecs.base import Codec, Part
+from qwen_vram.lora.codecs.bnb_4bit import FourBit
+from qwen_vram.runtime.backends.bnb import quantization_config
+
+# Formats of torch's operators, which no library but this one stores so; the others are bitsandbytes'.
+_OWN = ("int4", "int8-wo", "fp8")
+QUANTIZATIONS = ("nf4", "nf4-plain", "fp4", "int8", *_OWN)
+# GPTQ chooses codes by what the whole model computes, so these are made of a merged checkpoint; see `lora.gptq`.
+GPTQ = ("gptq-int4", "gptq-int8")
+_INSTALL = 'pip install "bitsandbytes>=0.50"'
+
+
+def codec_for(quantize: str | None) -> Codec | None:
+    """The codec called `quantize`; `None` keeps the base's own dtypes.
+
+    Raises:
+        BackendUnavailableError: bitsandbytes is missing, or the format needs more than weights.
+        UnknownNameError: there is no such format.
+    """
+    if quantize is None:
+        return None
+    if quantize not in QUANTIZATIONS:
+        raise UnknownNameError("quantization", quantize, (*QUANTIZATIONS, *GPTQ, "None"))
+    if quantize in _OWN:
+        from qwen_vram.lora.codecs.weight_only import ByGroup, ByRow  # transformers, which the other ways need not
+
+        return ByGroup(quantize) if quantize == "int4" else ByRow(quantize)
+    if find_spec("bitsandbytes") is None:
+        raise BackendUnavailableError(
+            f"quantize={quantize!r} needs bitsandbytes, which is not installed; run: {_INSTALL}",
+            backend="bnb",
+            install=_INSTALL,
+        )
+    if quantize == "int8":
+        return Int8()
+    return FourBit("fp4" if quantize == "fp4" else "nf4", nested=quantize != "nf4-plain")
+
+
+class Int8:
+    """LLM.int8: a row of codes and its largest value."""
+
+    bits = 8
+    group_size = 0
+    scales_wait = False
+
+    def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        """Codes, row maxima, and the marker that rows are stored as rows."""
+        return Part(".weight", "I8", shape), Part(".SCB", "F32", shape[:1]), Part(".weight_format", "U8", ())
+
+    def row_step(self, columns: int) -> int:
+        """Rows are independent."""
+        return 1
+
+    def encode(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes and row maxima; bitsandbytes rounds to fp16 first."""
+        from bitsandbytes.functional import int8_vectorwise_quant
+
+        codes, scales, _ = int8_vectorwise_quant(rows.to(torch.float16))
+        return codes, scales
+
+    def finish(
+        self, scales: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Row maxima and the marker."""
+        return {".SCB": scales, ".weight_format": torch.tensor(0, dtype=torch.uint8)}, scales
+
+    def decode(self, codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        """Codes times a 127th of their row's maximum."""
+        return codes.float().mul_((scales / 127.0).view(-1, 1))
+
+    def config(self, dtype: torch.dtype) -> dict[str, Any]:
+        """The head is not quantized."""
+        config: dict[str, Any] = quantization_config("int8", head=False, dtype=dtype).to_dict()
+        return config

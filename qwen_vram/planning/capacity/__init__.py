@@ -1,0 +1,1 @@
+"""Memory that devices offer, and whether an estimate fits it."""

@@ -1,0 +1,116 @@
+"""Budget: what each device offers, in bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from qwen_vram.errors import UnitError
+from qwen_vram.planning.capacity.available_memory import available_ram, free_vram
+from qwen_vram.units import format_bytes, format_gib, parse_bytes
+
+VramLike = str | int | Mapping[int, str | int] | None
+
+# Left to the driver and to other processes' small moves where the budget is "what is free now".
+FREE_RESERVE = 256 * 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """What may be used: `vram` bytes of GPUs as nvidia-smi counts them (`None`: no GPU), `ram` bytes of the host.
+
+    Attributes:
+        devices: What each GPU offers by its number, where the caller named them; `vram` is their sum.
+        reserve: What was taken off each GPU, or the host where there is none, to be kept free.
+        held: Bytes of each GPU, by its number, that this process takes beside torch's memory already.
+    """
+
+    vram: int | None
+    ram: int
+    devices: Mapping[int, int] = field(default_factory=dict, hash=False)
+    reserve: int = 0
+    held: Mapping[int, int] = field(default_factory=dict, hash=False)
+
+    @classmethod
+    def of(
+        cls,
+        vram: VramLike = None,
+        ram: str | int | None = None,
+        reserve: str | int | None = None,
+        held: Mapping[int, int] | None = None,
+    ) -> Budget:
+        """A budget from what a caller wrote; `None` asks the machine what is free now.
+
+        Args:
+            vram: `"8GiB"`, an `int` of bytes, or a dict by device number (`{0: "20GiB", 1: "20GiB"}`). `None`: what
+                torch's current GPU (without torch the first visible one) has free, plus what this process holds
+                beside its live tensors. No GPU if there is none, and none for `{}`.
+            ram: Likewise for the host; `None` is what is available now.
+            reserve: Kept free of each GPU, or of the host where there is no GPU: a size, or 0. `None` is 256 MiB where
+                `vram` is read from the machine, and 0 otherwise.
+            held: As for `Budget`.
+
+        Raises:
+            UnitError: a size without a unit, or a dict that is not keyed by device numbers.
+        """
+        devices = by_device(vram)
+        size = sum(devices.values()) if devices else free_vram() if vram is None else None
+        if vram is not None and not isinstance(vram, Mapping):
+            size = parse_bytes(vram, name="vram")
+        host = available_ram() if ram is None else parse_bytes(ram, name="ram")
+        kept = _reserve(reserve, FREE_RESERVE if vram is None and size is not None else 0)
+        if size is None:
+            return cls(vram=None, ram=max(0, host - kept), reserve=kept)
+        devices = {device: max(0, offered - kept) for device, offered in devices.items()}
+        left = sum(devices.values()) if devices else max(0, size - kept)
+        return cls(vram=left, ram=host, devices=devices, reserve=kept, held=held or {})
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Budget:
+        """What `dataclasses.asdict` gave, also by way of JSON, which makes texts of numbers.
+
+        Raises:
+            TypeError, ValueError: a part is missing or of another form.
+        """
+        by_number = {
+            name: {int(device): size for device, size in data.get(name, {}).items()} for name in ("devices", "held")
+        }
+        return cls(**{**data, **by_number})
+
+    @property
+    def held_on_one(self) -> int:
+        """Bytes of `held` on the only GPU; 0 if nothing is known of it."""
+        return next(iter(self.held.values()), 0)
+
+    @property
+    def given(self) -> VramLike:
+        """What to pass as `vram` for this budget again."""
+        return {} if self.vram is None else dict(self.devices) or self.vram
+
+    def __str__(self) -> str:
+        """In words, such as `8.00 GiB of the GPU`."""
+        kept = f" ({format_bytes(self.reserve)} more kept free)" if self.reserve else ""
+        if self.vram is None:
+            return f"{format_gib(self.ram)} of the host{kept}"
+        each = " and ".join(f"{format_gib(size)} of GPU {device}" for device, size in self.devices.items())
+        return (each or f"{format_gib(self.vram)} of the GPU") + kept
+
+
+def by_device(vram: VramLike) -> dict[int, int]:
+    """Bytes by device number where `vram` is a dict, in the order of the numbers; empty where it is not.
+
+    Raises:
+        UnitError: another key than a device number, or a size without a unit.
+    """
+    if not isinstance(vram, Mapping):
+        return {}
+    if not all(type(device) is int and device >= 0 for device in vram):
+        raise UnitError(f"vram maps device numbers to sizes, got {dict(vram)!r}; write {{0: '8GiB'}}", got=vram)
+    return {device: parse_bytes(vram[device], name=f"vram[{device}]") for device in sorted(vram)}
+
+
+def _reserve(reserve: str | int | None, default: int) -> int:
+    if reserve is None:
+        return default
+    return 0 if reserve == "0" or (type(reserve) is int and reserve == 0) else parse_bytes(reserve, name="reserve")

@@ -1,0 +1,60 @@
+"""Capturing: why a profile's decode steps cannot be one CUDA graph, and what launching them one by one costs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from qwen_vram.arithmetic.estimate import Estimate
+from qwen_vram.arithmetic.timing.decode import decode_ms
+from qwen_vram.spec.formats import FORMATS, FormatName
+from qwen_vram.spec.profile import CAPTURED, Profile
+
+
+def in_the_way(profile: Profile, gpus: int = 1) -> str | None:
+    """Return what keeps decode steps from being captured, in words; `None` where they can be."""
+    if gpus > 1:
+        return f"layers are on {gpus} GPUs"
+    if profile.streamed_layers:
+        return f"{profile.streamed_layers} {'layer streams' if profile.streamed_layers == 1 else 'layers stream'}"
+    if profile.kv_device == "host":
+        return "keys and values are on the host"
+    if profile.kv_cache != "bf16":
+        return f"keys and values are in {profile.kv_cache}"
+    if profile.cache == "dynamic" or profile.attention != "fused":
+        return f"cache={profile.cache!r}, attention={profile.attention!r}"
+    others = [one for one in (profile.weights, profile.head_format) if not _never_waits(one)]
+    return f"products with {others[0]} matrices are not captured" if others else None
+
+
+def _never_waits(name: FormatName) -> bool:
+    """Tell if a format's products never wait for the GPU, and run on it as this library or bitsandbytes makes them."""
+    storage = FORMATS[name]
+    sixteen_bit = storage.is_dense and storage.bits == 16
+    return sixteen_bit or storage.library == "torch" or (storage.library == "bitsandbytes" and storage.bits == 4)
+
+
+def not_captured(estimate: Estimate) -> str | None:
+    """Why the decode steps of an estimate for GPUs are launched one by one; `None` where they are captured."""
+    assert estimate.architecture is not None
+    if estimate.profile.captures:
+        return None
+    if estimate.architecture.adapter_activated:
+        return "the adapter acts behind its invocation tokens only"
+    return in_the_way(estimate.profile, max(1, len(estimate.devices))) or "captured=False, or no room for the graph"
+
+
+def said_of(estimate: Estimate) -> str | None:
+    """The same with the predicted milliseconds of a token, and of one if the whole model could be captured."""
+    reason, profile = not_captured(estimate), estimate.profile
+    if reason is None:
+        return None
+    assert estimate.architecture is not None
+    formats = {name: "int8-wo" for name in ("weights", "lm_head") if getattr(profile, name) == "int8"}
+    cache = "preallocated" if profile.cache == "dynamic" else profile.cache
+    known = {**CAPTURED, **formats, "host_layers": 0, "disk_layers": 0, "cache": cache, "captured": True}
+    captured = replace(profile, **known)  # type: ignore[arg-type]
+    now, then = (
+        decode_ms(estimate.architecture, one, estimate.workload, estimate.machine) for one in (profile, captured)
+    )
+    quicker = f", not {then:.0f}" if round(then) < round(now) else ", as captured ones would take"
+    return f"decode steps are launched one by one ({reason}): {now:.0f} ms a token{quicker}"

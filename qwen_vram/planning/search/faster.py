@@ -1,0 +1,41 @@
+"""Speed that the search gives back, once it has found how weights and cache are stored.
+
+The walk goes from less to more of what costs time, and stops at the first profile that fits. Room may then be left for
+some of what it gave up on the way, and for decode steps that are captured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from qwen_vram.planning.search.decode_graph import in_the_way
+from qwen_vram.planning.search.savers import Saver
+from qwen_vram.spec.profile import Profile
+
+_CAPTURE = Saver({"captured": True}, "nothing lost: decode steps are replayed as one CUDA graph")
+_TABLE = Saver({"embeddings": "device"}, "nothing lost: the token table is on the GPU")
+_WHOLE = Saver({"dequantization": None}, "nothing lost: matrices are dequantized whole, which is faster")
+_CHUNKS = (None, 4096, 2048, 1024)
+
+
+def given_back(start: Profile, found: Profile, knobs: dict[str, object]) -> Iterator[Saver]:
+    """Yield moves that make `found` faster and take memory, what brings most first. Each may fit or not.
+
+    Args:
+        start: Where the search began.
+        knobs: What the caller set; it stays.
+    """
+    if "captured" not in knobs and "compiled" not in knobs and not found.captures and in_the_way(found) is None:
+        yield _CAPTURE
+    if found.embeddings != start.embeddings:
+        yield _TABLE
+    if found.dequantization != start.dequantization:
+        yield _WHOLE
+    for chunk in _CHUNKS:
+        if _is_larger(chunk, found.prefill_chunk_size) and not _is_larger(chunk, start.prefill_chunk_size):
+            yield Saver({"prefill_chunk_size": chunk}, "nothing lost: the prompt is fed in fewer chunks")
+
+
+def _is_larger(chunk: int | None, other: int | None) -> bool:
+    """Tell if a chunk feeds more at once; `None` is the whole prompt."""
+    return other is not None and (chunk is None or chunk > other)

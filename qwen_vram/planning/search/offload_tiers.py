@@ -1,0 +1,130 @@
+"""Tiers: as many layers on the device as it holds, then as many on the host, and the rest on the disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from qwen_vram.arithmetic.estimate import Estimate
+from qwen_vram.arithmetic.timing.decode import decode_ms
+from qwen_vram.arithmetic.weights import (
+    computing_copies,
+    may_be_on_disk,
+    streaming_slots,
+    weight_bytes,
+)
+from qwen_vram.planning.capacity.budget import Budget
+from qwen_vram.planning.capacity.fit import fits, needed, on_device
+from qwen_vram.planning.support import not_loadable
+from qwen_vram.spec.architecture import Architecture
+from qwen_vram.spec.profile import Profile
+from qwen_vram.spec.workload import Workload
+
+
+class Tiers:
+    """How layers of profiles are spread over what a budget offers.
+
+    Args:
+        estimate: What a profile takes at a workload.
+        start: The profile that the search began with.
+        may_read: Whether layers may stay on the disk, the caller having left that open.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        budget: Budget,
+        estimate: Callable[[Profile, Workload], Estimate],
+        start: Profile,
+        *,
+        may_read: bool,
+    ) -> None:
+        self.architecture = architecture
+        self.budget = budget
+        self.estimate = estimate
+        self.start = start
+        self.may_read = may_read
+
+    def resident_first(self, base: Profile, workload: Workload) -> Estimate:
+        """`base` with as many of its streamed layers on the device as that holds."""
+
+        def streaming(layers: int) -> Estimate:
+            return self.estimate(replace(base, streamed_layers=layers, host_layers=0, disk_layers=0), workload)
+
+        layers = base.streamed_layers
+        resident = most(layers, lambda resident: on_device(streaming(layers - resident), self.budget))
+        return streaming(layers - resident)
+
+    def fewest_on_disk(self, result: Estimate) -> Estimate:
+        """`result` with as many of its streamed layers in host memory as that holds, the others on the disk.
+
+        Without a GPU host memory is all there is: layers are resident there, or on the disk.
+        """
+        profile = result.profile
+        if fits(result, self.budget) or not self.may_read_layers(profile):
+            return result
+        if self.budget.vram is None and not self.start.streamed_layers:
+            return self._fewest_away(profile, result.workload)
+        taken = result.host if self.budget.vram is not None else needed(result, self.budget)
+        room = self.budget.ram - taken + weight_bytes(self.architecture, profile).host
+
+        def on_disk(kept: int) -> Profile:
+            return replace(profile, disk_layers=profile.streamed_layers - max(kept, profile.host_layers))
+
+        kept = most(profile.streamed_layers, lambda kept: weight_bytes(self.architecture, on_disk(kept)).host <= room)
+        return self.estimate(on_disk(kept), result.workload)
+
+    def quickest(self, result: Estimate) -> Estimate:
+        """`result` with so many of its layers on the host computing there that a step is shortest, and no more.
+
+        For one sequence alone, as rates are measured, and in as much host memory as copies for the CPU find.
+        """
+        profile = result.profile
+        if result.workload.batch_size > 1 or not self._may_compute(profile):
+            return result
+        choices = [
+            replace(profile, host_layers=count) for count in range(profile.streamed_layers - profile.disk_layers + 1)
+        ]
+        room = self.budget.ram - result.host
+        held = [choice for choice in choices if computing_copies(self.architecture, choice) <= room]
+        best = min(held, key=lambda choice: decode_ms(self.architecture, choice, result.workload, result.machine))
+        return self.estimate(best, result.workload)
+
+    def _fewest_away(self, base: Profile, workload: Workload) -> Estimate:
+        """`base` without a GPU: as many layers resident as the host holds, the others on the disk."""
+        layers = self.architecture.num_hidden_layers
+        if streaming_slots(self.architecture, replace(base, streamed_layers=layers)) > 2:
+            layers -= 1  # in whose place there would be a third slot
+
+        def reading(away: int) -> Estimate:
+            return self.estimate(replace(base, streamed_layers=away, disk_layers=away), workload)
+
+        return reading(layers - most(layers, lambda resident: fits(reading(layers - resident), self.budget)))
+
+    def _may_compute(self, profile: Profile) -> bool:
+        """Tell if a layer that streams can compute on a CPU instead."""
+        one = replace(profile, host_layers=1)
+        return profile.streamed_layers > profile.disk_layers and not_loadable(self.architecture, one) is None
+
+    def may_read_layers(self, profile: Profile) -> bool:
+        """Tell if layers of `profile` may stay on the disk: the caller left it open, and files hold them so."""
+        as_stored = self.architecture.stored_format is not None or profile.dtype == self.architecture.dtype
+        return self.may_read and as_stored and may_be_on_disk(self.architecture, profile)
+
+
+def most(limit: int, holds: Callable[[int], bool]) -> int:
+    """The largest number up to `limit` that holds, where every smaller one does; 0 where 1 does not.
+
+    >>> most(100, lambda number: number <= 42)
+    42
+    """
+    if limit > 0 and holds(limit):
+        return limit
+    low, high = 0, limit - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if holds(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return max(0, low)

@@ -1,0 +1,91 @@
+"""Moves: what the planner may change from a starting profile, least lossy first, and what each change costs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+from qwen_vram.checkpoints.resolve import stored_knobs
+from qwen_vram.spec.architecture import Architecture
+from qwen_vram.spec.formats import FORMATS
+from qwen_vram.spec.profile import CAPTURED, COMPILED, Profile, resolve_profile
+from qwen_vram.spec.workload import Workload
+
+# Where the search begins: nothing lost, nothing expanded, nothing that grows.
+_LOSSLESS = Profile(name="auto", attention="fused", kernels="fused", cache="preallocated")
+
+
+class Saver(NamedTuple):
+    """One step of the search: the knobs it turns, and what that costs."""
+
+    knobs: dict[str, object]
+    cost: str
+
+
+# Least lossy first: what costs nothing, then precision, then speed. Each move builds on those before it.
+_MOVES = (
+    Saver({"prefill_chunk_size": 4096}, "nothing lost: the same tokens, fed in chunks"),
+    Saver({"prefill_chunk_size": 2048}, "nothing lost: the same tokens, fed in chunks"),
+    Saver({"prefill_chunk_size": 1024}, "nothing lost: the same tokens, slightly slower prefill"),
+    Saver({"embeddings": "host"}, "nothing lost: rows are gathered on the host"),
+    Saver({"prefill_chunk_size": 512}, "nothing lost: the same tokens, slower prefill"),
+    Saver({"dequantization": "tiled"}, "nothing lost: matrices of bitsandbytes are dequantized tile by tile"),
+    Saver({"weights": "int8"}, "8-bit weights: close to lossless, slow"),
+    Saver({"weights": "int8-wo"}, "8-bit weights: close to lossless"),
+    Saver({"weights": "nf4", "dequantization": "tiled"}, "4-bit weights"),
+    Saver({"weights": "nf4", "lm_head": "nf4"}, "4-bit head"),
+    # A tied head in 4 bits is a copy, which saves something once the table can leave.
+    Saver({"weights": "nf4", "lm_head": "nf4", "embeddings": "host"}, "4-bit head, rows are gathered on the host"),
+    Saver({"kv_cache": "int8"}, "8-bit keys and values but for the newest 128 tokens"),
+    Saver({"kv_cache": "int4"}, "4-bit keys and values but for the newest 128 tokens"),
+    Saver({"kv_cache": "bf16", "kv_device": "host"}, "whole keys and values, brought over the link for every token"),
+)
+
+
+def search_space(
+    architecture: Architecture, profile: str | Profile, workload: Workload, knobs: dict[str, object]
+) -> tuple[Profile, tuple[Saver, ...]]:
+    """The profile to start from, and the moves that touch only what caller and checkpoint left open."""
+    knobs = stored_knobs(architecture, knobs)
+    if profile != "auto":
+        return resolve_profile(profile, **knobs), ()
+    start = replace(_LOSSLESS.replace(**knobs), name="auto")
+    stream = Saver({"streamed_layers": architecture.num_hidden_layers}, "layers cross the link for every token")
+    moves = [move for move in (*_MOVES, stream) if _is_open(move, start, workload, knobs)]
+    if architecture.adapter_activated:  # such an adapter has to see the whole prompt
+        moves = [move for move in moves if "prefill_chunk_size" not in move.knobs]
+    return start, tuple(moves)
+
+
+def _is_open(move: Saver, start: Profile, workload: Workload, knobs: dict[str, object]) -> bool:
+    """Tell if a move keeps what the caller chose, and can save: a chunk that the prompt does not fill cannot."""
+    if any(knobs.get(knob, value) != value for knob, value in move.knobs.items()):
+        return False
+    if "kv_cache" in move.knobs and start.cache != "preallocated":
+        return False
+    if start.kv_device == "host" and move.knobs.get("kv_cache", "bf16") != "bf16":
+        return False
+    if "streamed_layers" in move.knobs and not FORMATS[start.weights].streams:
+        return False
+    runs_with = COMPILED if start.compiled else CAPTURED
+    if start.captures and any(runs_with.get(knob, value) != value for knob, value in move.knobs.items()):
+        return False
+    if start.captures and move.knobs.get("weights") == "int8":
+        return False
+    chunk = move.knobs.get("prefill_chunk_size")
+    return not isinstance(chunk, int) or chunk < workload.prompt_len
+
+
+def change_of(before: Profile, candidate: Profile, move: Saver | None) -> str:
+    """What `move` turned, in words; of the starting profile (`None`), what it is."""
+    if move is None:
+        return f"{candidate.weights} weights, {candidate.attention} attention, {candidate.cache} cache"
+    turned = {knob: value for knob, value in move.knobs.items() if getattr(before, knob) != value}
+    return ", ".join(f"{knob}={value!r}" for knob, value in turned.items())
+
+
+def cost_of(candidate: Profile, move: Saver | None) -> str:
+    """What `move` costs, in words; of the starting profile (`None`), whether its weights lose anything."""
+    if move is None:
+        return "nothing lost" if FORMATS[candidate.weights].is_dense else f"{candidate.weights} weights"
+    return move.cost

@@ -1,0 +1,1 @@
+"""Decode steps that are captured as CUDA graphs, and generation that replays them."""

@@ -1,0 +1,167 @@
+"""Static KV buffers for decode steps that are captured once as a CUDA graph, and the cache that leases them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from qwen_vram.runtime.kv_cache.preallocated import PreallocatedLayer
+from qwen_vram.spec.workload import Workload
+
+
+class DecodeStep(Protocol):
+    """The part of a decode step that generating needs; `graph_step.Step` is one."""
+
+    def begin(self, length: int, padding: Tensor, positions: Tensor) -> None:
+        """Say where the next tokens go."""
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Feed one token of each sequence and return the logits."""
+        ...
+
+
+class Lender(Protocol):
+    """The part of a decoder that a cache needs; `graph_decoder.Decoder` is one."""
+
+    def lend(self, holder: BufferLease, batch_size: int) -> GraphBuffers:
+        """Return buffers for a cache."""
+        ...
+
+    def step(self, buffers: GraphBuffers, batch_size: int) -> DecodeStep:
+        """Return the decode step of the first `batch_size` sequences of the buffers."""
+        ...
+
+    def release(self, holder: BufferLease) -> None:
+        """Take the buffers back."""
+
+
+class GraphBuffers:
+    """Keys and values of every layer, (batch_size, max_length, kv_heads, head_dim) each."""
+
+    def __init__(self, model: Any, batch_size: int, max_length: int) -> None:
+        config = model.config
+        head_dim = model.model.layers[0].self_attn.head_dim
+        shape = (batch_size, max_length, config.num_key_value_heads, head_dim)
+        where = {"dtype": model.dtype, "device": model.device}
+        self.batch_size, self.max_length = batch_size, max_length
+        # Zero-filled, because masking does not remove NaNs. Allocated outside inference mode, because inference tensors
+        # cannot be updated in place outside it.
+        with torch.inference_mode(False):
+            self.layers = [
+                (torch.zeros(shape, **where), torch.zeros(shape, **where)) for _ in range(config.num_hidden_layers)
+            ]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Sequences, and tokens of each."""
+        return self.batch_size, self.max_length
+
+    def holds(self, batch_size: int, max_length: int) -> bool:
+        """Tell if it is large enough."""
+        return batch_size <= self.batch_size and max_length <= self.max_length
+
+
+class BufferLease:
+    """The right of one cache to buffers, which it gets with its first tokens.
+
+    Attributes:
+        lender: The decoder that lends them.
+        buffers: The buffers; `None` before the first tokens.
+    """
+
+    def __init__(self, lender: Lender, max_length: int) -> None:
+        self.lender = lender
+        self.max_length = max_length
+        self.buffers: GraphBuffers | None = None
+
+    def take(self, batch_size: int) -> GraphBuffers:
+        """Return the buffers, which the lease holds from now on."""
+        if self.buffers is None:
+            self.buffers = self.lender.lend(self, batch_size)
+        return self.buffers
+
+
+class GraphLayer(PreallocatedLayer):
+    """A layer of the buffers, filled from the front; attention sees (batch, kv_heads, tokens, head_dim) as a view."""
+
+    def __init__(self, lease: BufferLease, number: int) -> None:
+        super().__init__(lease.max_length)
+        self._lease, self._number = lease, number
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take the memory for the batch of `key_states`."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._see(key_states.shape[0])
+        self.is_initialized = True
+
+    def in_buffers(self) -> bool:
+        """Tell if keys and values are where a decode step reads them."""
+        return self.is_initialized and self.keys.data_ptr() == self.tensors()[0].data_ptr()
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All memory that is held, for sequences that are not there too."""
+        return () if self._lease.buffers is None else self._lease.buffers.layers[self._number]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Put sequences into another order."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence `repeats` times, outside the buffers if these hold fewer."""
+        if self.is_initialized:
+            self.batch_select_indices(torch.arange(self.keys.shape[0]).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences at `indices`."""
+        if not self.is_initialized:
+            return
+        count, buffers = len(indices), self._lease.buffers
+        if buffers is None or count > buffers.batch_size or not self.in_buffers():
+            super().batch_select_indices(indices)
+            return
+        keys, values = self.keys[indices.to(self.device)], self.values[indices.to(self.device)]
+        self._see(count)
+        self.keys.copy_(keys)
+        self.values.copy_(values)
+
+    def _see(self, batch_size: int) -> None:
+        keys, values = self._lease.take(batch_size).layers[self._number]
+        self.keys, self.values = keys[:batch_size].transpose(1, 2), values[:batch_size].transpose(1, 2)
+
+
+class GraphCache(Cache):  # type: ignore[misc]
+    """A preallocated cache of `max_length` tokens over which `model.generate` runs compiled decode steps."""
+
+    def __init__(self, lender: Lender, *, num_hidden_layers: int, max_length: int) -> None:
+        self.lease = BufferLease(lender, max_length)
+        super().__init__(layers=[GraphLayer(self.lease, number) for number in range(num_hidden_layers)])
+
+    def step(self) -> DecodeStep:
+        """Return the decode step of the sequences that it holds, which is made now if there is none yet."""
+        assert self.lease.buffers is not None
+        return self.lease.lender.step(self.lease.buffers, self.layers[0].keys.shape[0])
+
+    def release(self) -> None:
+        """Give the buffers back; the cache is not used any more."""
+        self.lease.lender.release(self.lease)
+
+    def as_held(self, workload: Workload) -> Workload:
+        """Return the workload that fills the buffers, with the same prompt."""
+        buffers = self.lease.buffers
+        if buffers is None:
+            return workload
+        new = buffers.max_length - workload.prompt_len
+        return replace(workload, batch_size=buffers.batch_size, max_new_tokens=new)
+
+    def in_buffers(self) -> bool:
+        """Tell if all layers are where a decode step reads them, or will be with their first tokens."""
+        return all(layer.in_buffers() or not layer.is_initialized for layer in self.layers)
+
+    def set_length(self, length: int) -> None:
+        """Tell the layers how many tokens they hold, after steps that did not."""
+        for layer in self.layers:
+            layer.length = length

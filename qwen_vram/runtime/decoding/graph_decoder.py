@@ -1,0 +1,248 @@
+"""The decoder: it makes decode steps, captured and optionally compiled by torch, and keeps the buffers they run over.
+
+Compiled are one decoder layer, for all of them, and the model's end. torch keeps what it compiled on disk, for later
+runs. Where there is no Triton or no C compiler, a step is captured as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+import types
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from qwen_vram.runtime.decoding.generate_loop import decode_by_steps
+from qwen_vram.runtime.decoding.graph_cache import BufferLease, GraphBuffers
+from qwen_vram.runtime.decoding.graph_step import Functions, Step
+from qwen_vram.runtime.decoding.layer import decode_end, decode_layer, fused_decode_end, fused_decode_layer
+from qwen_vram.runtime.kernels.fused_layers import FusedLayer
+from qwen_vram.runtime.kernels.fused_ops import missing_compiler
+from qwen_vram.runtime.memory.workspaces import take_workspace
+from qwen_vram.runtime.scheduling.job import Job
+from qwen_vram.runtime.scheduling.turns import Turns
+from qwen_vram.spec.workload import Workload
+
+_LOGGER = logging.getLogger(__name__)
+
+# With it torch writes kernels of its own for products of one row, which read the matrix faster than cuBLAS does.
+# Source: torch 2.11, torch/_inductor/decomposition.py, `mm`.
+_TUNED: dict[str, str | int | bool | Callable[..., Any]] = {"coordinate_descent_tuning": True}
+
+# cuBLAS keeps a workspace for every stream for good: those of closed models are used again.
+_FREE_STREAMS: defaultdict[torch.device, list[torch.cuda.Stream]] = defaultdict(list)
+
+
+class Decoder:
+    """Makes decode steps of a model, and keeps buffers of the planned size for one cache at a time.
+
+    Attributes:
+        seconds: What compiling and capturing took so far.
+        backend: torch's compiler; `None` where steps are captured as they are.
+    """
+
+    def __init__(self, model: Any, *, batch_size: int, max_length: int, backend: Any = "inductor") -> None:
+        self.model = model
+        self.backend = backend
+        self.seconds = 0.0
+        self._planned = (batch_size, max_length)
+        self._functions: dict[int, Functions] = {}
+        self._home: GraphBuffers | None = None
+        # By buffers, then by how many of their sequences a step feeds. A step holds views of the buffers' tensors.
+        self._steps: WeakKeyDictionary[GraphBuffers, dict[int, Step]] = WeakKeyDictionary()
+        self._holder: Callable[[], BufferLease | None] = lambda: None
+        self._stream: torch.cuda.Stream | None = None
+        if model.device.type == "cuda":
+            self._stream = _take_stream(model.device)
+            self._pool = torch.cuda.graph_pool_handle()
+
+    @property
+    def layers(self) -> int:
+        """How many decoder layers the model has."""
+        return len(self.model.model.layers)
+
+    def prepare(self, batch_size: int, max_length: int) -> None:
+        """Make buffers and a step for a workload; buffers of another size are dropped first.
+
+        A workload within the plan gets buffers of the planned size, a larger one buffers of its own size.
+        """
+        if self._holder() is None:
+            planned = batch_size <= self._planned[0] and max_length <= self._planned[1]
+            size = self._planned if planned else (batch_size, max_length)
+            if self._home is None or self._home.size != size:
+                self._home = None
+                self._home = GraphBuffers(self.model, *size)
+            self.step(self._home, batch_size)
+
+    def drop_larger_buffers(self) -> None:
+        """Drop buffers of another than the planned size, which no plan counts, if no cache has them."""
+        if self._home is not None and self._home.size != self._planned and self._holder() is None:
+            self._home = None
+
+    def drop_buffers(self) -> None:
+        """Drop the buffers if no cache has them: the caller's own cache takes their share of the budget."""
+        if self._holder() is None:
+            self._home = None
+
+    def lend(self, holder: BufferLease, batch_size: int) -> GraphBuffers:
+        """Return buffers for a cache: those that are kept, or buffers of its own while another cache has those."""
+        free = self._holder() is None
+        if free and self._home is not None and self._home.holds(batch_size, holder.max_length):
+            self._holder = weakref.ref(holder)
+            return self._home
+        return GraphBuffers(self.model, batch_size, holder.max_length)
+
+    def release(self, holder: BufferLease) -> None:
+        """Take the buffers back that are kept, if `holder` has them."""
+        if self._holder() is holder:
+            self._holder = lambda: None
+
+    def step(self, buffers: GraphBuffers, batch_size: int) -> Step:
+        """Return the step of the first `batch_size` sequences of buffers, which is made now if there is none yet.
+
+        At most two steps are kept for the same buffers: that of all their sequences, and that of the smaller batch that
+        ran last.
+        """
+        steps = self._steps.setdefault(buffers, {})
+        if batch_size not in steps:
+            began = perf_counter()
+            for batch in [batch for batch in steps if batch != buffers.batch_size]:
+                del steps[batch]
+            steps[batch_size] = self._made(buffers, batch_size)
+            took = perf_counter() - began
+            self.seconds += took
+            _LOGGER.info("made the decode step for a batch of %d: %.1f s", batch_size, took)
+        return steps[batch_size]
+
+    def close(self) -> None:
+        """Let go of graphs, buffers, compiled code and the model."""
+        self._steps.clear()
+        self._home = None
+        self._functions.clear()
+        self.model = None
+        if self._stream is not None:
+            _FREE_STREAMS[self._stream.device].append(self._stream)
+            self._stream = None
+
+    def _made(self, buffers: GraphBuffers, batch_size: int) -> Step:
+        step = self._rehearsed(buffers, batch_size)
+        if self._stream is not None:
+            step.capture(self._stream, self._pool)
+            torch.cuda.empty_cache()  # what a compiler tried out
+        return step
+
+    @torch.inference_mode(False)
+    def _rehearsed(self, buffers: GraphBuffers, batch_size: int) -> Step:
+        functions = self._functions.setdefault(batch_size, self._compiled())
+        step = Step(self.model, functions, buffers, batch_size, dynamic=self.backend is not None)
+        try:
+            with _on(self._stream):
+                if self._stream is not None:
+                    take_workspace(self._stream.device, of_sums=True)
+                step.rehearse()
+                step.rehearse()
+        except _compiler_errors() as error:
+            if self.backend is None:
+                raise
+            _LOGGER.warning("the decode step is captured without being compiled: %s", str(error).strip()[:500])
+            self.backend = None
+            self._functions.clear()
+            return self._rehearsed(buffers, batch_size)
+        return step
+
+    def _compiled(self) -> Functions:
+        """Layer and end, each a function of its own: what torch compiles belongs to a function's code, for good."""
+        if self.backend is None:
+            fused = isinstance(self.model.model.layers[0], FusedLayer)
+            return (fused_decode_layer, fused_decode_end) if fused else (decode_layer, decode_end)
+        options = _TUNED if self.backend == "inductor" else None
+        layer, end = (
+            torch.compile(_copy(function), fullgraph=True, dynamic=False, backend=self.backend, options=options)
+            for function in (decode_layer, decode_end)
+        )
+        return layer, end
+
+
+def decoder_for(model: Any, workload: Workload, progress: Callable[..., Iterable[int]], *, compiled: bool) -> Decoder:
+    """Decode steps for `model.generate`: those of a workload are captured now, and compiled before that if asked for.
+
+    Args:
+        model: A `transformers` model, or a `PeftModel` of one.
+        progress: Wraps a range in a progress bar, as `tqdm` does.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decode_by_steps(base)
+    sizes = {"batch_size": workload.batch_size, "max_length": workload.context_len}
+    decoder = Decoder(base, **sizes, backend=compiler_for(base.device) if compiled else None)
+    for _ in progress(range(1), desc="Compiling the decode step" if compiled else "Capturing the decode step"):
+        # In the thread that generations have, with its cuBLAS handle and workspaces.
+        job = Job(Turns(), lambda turn: decoder.prepare(**sizes), base.device)
+        job.start()
+        job.result()
+    return decoder
+
+
+def decoder_where_it_runs(
+    model: Any, workload: Workload, progress: Callable[..., Iterable[int]], *, compiled: bool
+) -> Decoder | None:
+    """As `decoder_for`; `None`, with a warning, where steps cannot be captured and nobody asked for compiled ones."""
+    try:
+        return decoder_for(model, workload, progress, compiled=compiled)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # of a driver or a torch that captures less than those that were tried
+        if compiled:
+            raise
+        _LOGGER.warning(
+            "decode steps are launched one by one, which is slower, for they cannot be captured here: %s",
+            str(error).strip()[:500],
+        )
+        return None
+
+
+def compiler_for(device: torch.device) -> str | None:
+    """The compiler of torch, where it can make code for `device` here; says once what is missing."""
+    missing = missing_compiler()
+    if not missing:
+        return "inductor"
+    _LOGGER.warning(
+        "compiled=True without %s: decode steps are captured as a CUDA graph, but not compiled; install it to fuse "
+        "norms, rotary embeddings and products' ends",
+        missing,
+    )
+    return None
+
+
+def _take_stream(device: torch.device) -> torch.cuda.Stream:
+    free = _FREE_STREAMS[device]
+    return free.pop() if free else torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def _copy(function: Any) -> Any:
+    code = function.__code__.replace()
+    return types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__)
+
+
+def _compiler_errors() -> tuple[type[BaseException], ...]:
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+
+    return (TorchDynamoException, FailOnRecompileLimitHit)
+
+
+@contextmanager
+def _on(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """Run on `stream`, after what was asked for before and before what is asked for next."""
+    if stream is None:
+        yield
+        return
+    current = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        yield
+    current.wait_stream(stream)

@@ -1,0 +1,1 @@
+"""Generations by a plan: the cache, the options that change memory, and answers while they are made."""

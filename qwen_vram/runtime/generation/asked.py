@@ -1,0 +1,150 @@
+"""What a caller's options of `generate` change about the memory that was planned, and those that nothing counts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import DynamicCache, StaticCache
+
+from qwen_vram.errors import NotSupportedError
+from qwen_vram.runtime.decoding.graph_cache import GraphCache
+from qwen_vram.runtime.kv_cache.host import HostCache
+from qwen_vram.runtime.kv_cache.preallocated import PreallocatedCache
+from qwen_vram.spec.profile import Profile
+
+_ELSEWHERE = "llm.model.generate() takes it, outside of what the plan promises"
+_THROWN_AWAY = (
+    f"it keeps a tensor for each new token, and generate(), chat() and stream() return text alone; {_ELSEWHERE}"
+)
+# Options that keep or take memory which no estimate counts, and why each is refused.
+_UNCOUNTED = {
+    "output_scores": _THROWN_AWAY,
+    "output_logits": _THROWN_AWAY,
+    "output_attentions": _THROWN_AWAY,
+    "output_hidden_states": _THROWN_AWAY,
+    "return_dict_in_generate": f"generate(), chat() and stream() return text alone; {_ELSEWHERE}",
+    "assistant_model": f"the plan does not count a second model and its cache; {_ELSEWHERE}",
+}
+_CACHES = ("dynamic", "static")
+
+
+class Asked:
+    """The options of one call of `generate`, on top of a model's own `generation_config`.
+
+    Args:
+        model: Its `generation_config` has the values that no option names.
+        options: As the caller passed them.
+    """
+
+    def __init__(self, model: Any, options: Mapping[str, Any]) -> None:
+        self._model, self._options = model, options
+
+    def sequences(self) -> int:
+        """How many sequences run for each prompt."""
+        return max(int(self._value(name) or 1) for name in ("num_beams", "num_return_sequences"))
+
+    def check(self) -> None:
+        """Refuse options that take memory which no estimate counts.
+
+        Raises:
+            NotSupportedError: one of them is set.
+        """
+        for name, reason in _UNCOUNTED.items():
+            value = self._passed(name)
+            if value is not None and value is not False:
+                shown = type(value).__name__ if name == "assistant_model" else repr(value)
+                raise NotSupportedError(f"{name}={shown} is not supported here: {reason}", knob=name, value=value)
+        if self._passed("use_cache") is False:
+            raise NotSupportedError(
+                "use_cache=False is not supported here: each step would run the whole context in one piece, which the "
+                f"plan does not count; {_ELSEWHERE}",
+                knob="use_cache",
+                value=False,
+            )
+        scale = self._value("guidance_scale")
+        if scale is not None and scale != 1:
+            raise NotSupportedError(
+                f"guidance_scale={scale!r} is not supported here: it runs the prompt a second time with a cache of its "
+                f"own, which the plan does not count; {_ELSEWHERE}",
+                knob="guidance_scale",
+                value=scale,
+            )
+
+    def brings_cache(self) -> bool:
+        """Tell if the options say which cache there is, so that the plan's is not made."""
+        return self._passed("past_key_values") is not None or self._passed("cache_implementation") is not None
+
+    def profile(self, planned: Profile) -> Profile:
+        """The profile that runs: the planned one, with the cache and the chunk size that the options ask for.
+
+        Raises:
+            NotSupportedError: a cache of a kind that no estimate counts.
+        """
+        changes: dict[str, object] = {}
+        chunk = self._passed("prefill_chunk_size")
+        if chunk is not None:
+            changes["prefill_chunk_size"] = chunk
+        cache, name = self._passed("past_key_values"), self._passed("cache_implementation")
+        if cache is not None:
+            changes |= _knobs_of(cache)
+        elif name is not None:
+            if name not in _CACHES:
+                raise NotSupportedError(
+                    f"cache_implementation={name!r} is not supported here: the plan does not count it; use "
+                    f"'dynamic' or 'static', or load with kv_cache='int8' or kv_device='host'. {_ELSEWHERE}",
+                    knob="cache_implementation",
+                    value=name,
+                )
+            changes |= {"cache": name, "kv_cache": "bf16", "kv_device": "device"}
+        if planned.compiled and changes.keys() & {"cache"}:
+            raise NotSupportedError(
+                "a plan with compiled=True keeps the memory of its own cache, and counts no other one beside it; "
+                f"use LoadedModel.new_cache(max_length=...), or no cache option. {_ELSEWHERE}",
+                knob="past_key_values" if cache is not None else "cache_implementation",
+                value=name or type(cache).__name__,
+            )
+        if "cache" in changes:  # captured steps run over the plan's own cache, which makes way
+            changes["captured"] = False
+        return planned.replace(**changes) if any(getattr(planned, k) != v for k, v in changes.items()) else planned
+
+    def cache_length(self) -> int:
+        """Tokens that the caller's own cache has memory for; 0 if there is none, or if it grows."""
+        cache = self._passed("past_key_values")
+        if cache is None or isinstance(cache, DynamicCache):
+            return 0
+        return max(0, int(cache.get_max_length()))
+
+    def _passed(self, name: str) -> Any:
+        """The value of an option in this call."""
+        if name in self._options:
+            return self._options[name]
+        return getattr(self._options.get("generation_config"), name, None)
+
+    def _value(self, name: str) -> Any:
+        """The value of an option, of this call or of the model's `generation_config`."""
+        found = self._passed(name)
+        return getattr(self._model.generation_config, name, None) if found is None else found
+
+
+def _knobs_of(cache: object) -> dict[str, object]:
+    """The knobs of a profile that has this cache; none for the cache of compiled steps, which only such a plan makes.
+
+    Raises:
+        NotSupportedError: no profile has such a cache.
+    """
+    if isinstance(cache, GraphCache):
+        return {}
+    if isinstance(cache, HostCache):
+        return {"cache": "preallocated", "kv_cache": "bf16", "kv_device": "host"}
+    if isinstance(cache, PreallocatedCache):
+        return {"cache": "preallocated", "kv_cache": cache.kv_cache, "kv_device": "device"}
+    kind = {DynamicCache: "dynamic", StaticCache: "static"}.get(type(cache))
+    if kind is not None and not getattr(cache, "offloading", False):
+        return {"cache": kind, "kv_cache": "bf16", "kv_device": "device"}
+    raise NotSupportedError(
+        f"past_key_values is a {type(cache).__name__} that the plan does not count; use "
+        f"LoadedModel.new_cache(max_length=...), a DynamicCache or a StaticCache. {_ELSEWHERE}",
+        knob="past_key_values",
+        value=type(cache).__name__,
+    )

@@ -1,0 +1,58 @@
+"""What goes on around each call of `model.generate`: finite logits, a seed, and errors of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import LogitsProcessorList, StoppingCriteriaList
+
+from qwen_vram.errors import QwenVramError, WorkloadError
+from qwen_vram.runtime.generation.finite import FiniteLogits, NotFinite, explained
+from qwen_vram.runtime.requests.seeded import Seeded
+
+
+@contextmanager
+def watched(model: Any, settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Arguments for `model.generate` that notice logits which are not finite, and draw from `settings["seed"]`.
+
+    Raises:
+        NotFiniteError: the logits are not finite.
+        WorkloadError: `generate` refuses the arguments, before the model ran.
+    """
+    passed = dict(settings)
+    seed = passed.pop("seed", None)
+    finite = FiniteLogits()
+    processors, criteria = [finite, *(passed.get("logits_processor") or ())], [*(passed.get("stopping_criteria") or ())]
+    seeded = None if seed is None else Seeded(seed)
+    if seeded is not None:
+        processors.append(seeded.lend)
+        criteria.insert(0, seeded.give_back)
+    passed["logits_processor"] = LogitsProcessorList(processors)
+    passed["stopping_criteria"] = StoppingCriteriaList(criteria)
+    try:
+        yield passed
+        finite.check()
+    except NotFinite:
+        raise explained(model, finite.context) from None
+    except QwenVramError:
+        raise
+    except (ValueError, TypeError, AttributeError, NotImplementedError, ImportError) as error:
+        if finite.context is not None and not _in_generate(error):
+            raise
+        said = " ".join(str(error).split())
+        raise WorkloadError(
+            f"transformers' generate() refuses these options: {said}", name="options", got=sorted(settings)
+        ) from error
+    finally:
+        if seeded is not None:
+            seeded.end()
+
+
+def _in_generate(error: BaseException) -> bool:
+    """Tell if `transformers`' code around the model raised the error, such as a logits processor."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    return place is not None and place.tb_frame.f_globals.get("__name__", "").startswith("transformers.generation.")

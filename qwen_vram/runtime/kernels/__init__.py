@@ -1,0 +1,1 @@
+"""Fused element-by-element operations of decoder layers, and their Triton kernels."""

@@ -1,0 +1,149 @@
+"""`kernels="fused"`: decoder layers whose norms, rotary embedding and SwiGLU are one kernel each, and sums in place.
+
+The modules stay `transformers`' own, weights and hooks included; each gets a forward of the same arithmetic that makes
+fewer tensors. Where gradients are wanted, and while torch compiles, their own forward runs.
+
+Source of what they do: transformers 5.17 and 5.23, modeling_qwen2.py and modeling_qwen3.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from qwen_vram.errors import NotSupportedError
+from qwen_vram.runtime.kernels import fused_ops
+
+
+def fuse_layers(model: nn.Module) -> None:
+    """Let every decoder layer of a Qwen model run so, and its last norm.
+
+    Raises:
+        NotSupportedError: it has none, as a plugged-in backend's model may.
+    """
+    for module in model.modules():
+        kind: Any = type(module)
+        for ending, fused in _FUSED.items():
+            if kind.__name__.endswith(ending):
+                module.__class__ = _joined_class(kind, fused)
+    if not any(isinstance(module, FusedLayer) for module in model.modules()):
+        raise NotSupportedError(
+            f"kernels='fused' knows the decoder layers of transformers' Qwen models, and {type(model).__name__} has "
+            "none; use kernels='plain'",
+            knob="kernels",
+            value="fused",
+        )
+
+
+@lru_cache(maxsize=64)
+def _joined_class(kind: Any, fused: type) -> type:
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (fused, kind), names)
+
+
+def _plain(states: Tensor) -> bool:
+    grad = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    return grad or torch.is_autocast_enabled(states.device.type)
+
+
+class FusedNorm:
+    """An RMSNorm in one kernel."""
+
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        """(..., width) to the same."""
+        if _plain(hidden_states) or self.weight.dtype != hidden_states.dtype:
+            result: Tensor = super().forward(hidden_states)  # type: ignore[misc]
+            return result
+        return fused_ops.rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+
+class FusedMlp:
+    """SwiGLU whose product is made in the gate's memory."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        """(..., hidden_size) to the same."""
+        if _plain(x):
+            plain: Tensor = super().forward(x)  # type: ignore[misc]
+            return plain
+        result: Tensor = self.down_proj(fused_ops.multiply_silu(self.gate_proj(x), self.up_proj(x)))
+        return result
+
+
+class FusedAttention:
+    """Attention whose queries and keys are rotated in place."""
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(batch, tokens, hidden_size) to the same, and what eager attention returns beside it."""
+        if _plain(hidden_states):
+            plain: tuple[Tensor, Tensor | None] = super().forward(  # type: ignore[misc]
+                hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
+            )
+            return plain
+        shape = hidden_states.shape[:-1]
+        query = self.q_proj(hidden_states).view(*shape, -1, self.head_dim)
+        query = self.q_norm(query) if hasattr(self, "q_norm") else query
+        key = self.k_proj(hidden_states).view(*shape, -1, self.head_dim)
+        key = self.k_norm(key) if hasattr(self, "k_norm") else key
+        value = self.v_proj(hidden_states).view(*shape, -1, self.head_dim)
+        fused_ops.rotate(query, key, *position_embeddings)
+        query, key, value = (states.transpose(1, 2) for states in (query, key, value))
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend = _attention_function(self.config._attn_implementation, type(self))
+        attended, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        return self.o_proj(attended.reshape(*shape, -1).contiguous()), weights
+
+
+class FusedLayer:
+    """A decoder layer whose sums go where the newer of their terms is."""
+
+    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(batch, tokens, hidden_size) to the same."""
+        if args or _plain(hidden_states):
+            plain: Tensor = super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+            return plain
+        residual = hidden_states
+        hidden_states = self.input_layernorm(hidden_states)
+        hidden_states, _ = self.self_attn(hidden_states=hidden_states, **kwargs)
+        residual = hidden_states.add_(residual)
+        hidden_states = self.post_attention_layernorm(residual)
+        hidden_states = self.mlp(hidden_states)
+        return hidden_states.add_(residual)
+
+
+_FUSED: dict[str, type] = {
+    "RMSNorm": FusedNorm,
+    "MLP": FusedMlp,
+    "Attention": FusedAttention,
+    "DecoderLayer": FusedLayer,
+}
+
+
+def _attention_function(name: str, kind: type) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """What `transformers` would call for a module of `kind`."""
+    eager = sys.modules[kind.__module__].eager_attention_forward
+    found: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+    return found

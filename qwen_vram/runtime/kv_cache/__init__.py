@@ -1,0 +1,1 @@
+"""KV caches: preallocated, quantized, and in host memory."""

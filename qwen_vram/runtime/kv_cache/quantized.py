@@ -1,0 +1,214 @@
+"""A KV cache in 8 or 4 bits: keys scaled per channel over 32 tokens, values per token and head, the newest kept whole.
+
+A token is quantized once, when a whole group of 32 has become older than the newest 128, and never again. Its scale and
+least value are stored in float16, and its code is chosen for the stored ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from qwen_vram.arithmetic.kv_cache import KEY_GROUP, quantized_tokens, whole_tokens
+from qwen_vram.runtime.kv_cache.arena import KvArena, like_states, rearranged
+
+_BITS = {"int8": 8, "int4": 4}
+_LARGEST = torch.finfo(torch.float16).max
+
+
+class Codes:
+    """Quantized rows of one tensor: (batch, kv_heads, tokens, head_dim), the last dimension halved in 4 bits.
+
+    A scale belongs to `span` tokens of one channel (keys), or to all channels of one token (values, `span` of 0).
+    """
+
+    def __init__(self, part: Sequence[Tensor], bits: int, span: int) -> None:
+        self.data, self.scale, self.least = part
+        self.bits, self.span = bits, span
+
+    @staticmethod
+    def wanted(like: Tensor, tokens: int, bits: int, span: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes, scales and least values for `tokens` tokens, on the meta device."""
+        batch, heads, _, channels = like.shape
+        shape = (batch, heads, tokens // span, channels) if span else (batch, heads, tokens, 1)
+        codes = torch.empty((batch, heads, tokens, channels * bits // 8), dtype=torch.uint8, device="meta")
+        scale, least = (torch.empty(shape, dtype=torch.float16, device="meta") for _ in range(2))
+        return codes, scale, least
+
+    def write(self, rows: Tensor, start: int) -> None:
+        """Quantize `rows` to the tokens from `start` on; both are multiples of `span`."""
+        end = start + rows.shape[2]
+        scales = slice(start // self.span, end // self.span) if self.span else slice(start, end)
+        grouped = self._grouped(rows.to(torch.float32, copy=True))
+        along = 3 if self.span else -1
+        least, most = grouped.amin(along, keepdim=True), grouped.amax(along, keepdim=True)
+        # Codes are chosen for the rounded figures, and a constant group has a scale that divides.
+        least = least.clamp_(-_LARGEST, _LARGEST).half()
+        scale = ((most - least.float()) / (2**self.bits - 1)).half().clamp_(min=torch.finfo(torch.float16).tiny)
+        codes = grouped.sub_(least.float()).div_(scale.float()).round_().clamp_(0, 2**self.bits - 1)
+        codes = codes.to(torch.uint8).reshape(rows.shape)
+        if self.bits == 4:
+            low, high = codes.chunk(2, dim=-1)
+            codes = low | high << 4
+        self.data[:, :, start:end] = codes
+        self.scale[:, :, scales] = scale.squeeze(3) if self.span else scale
+        self.least[:, :, scales] = least.squeeze(3) if self.span else least
+
+    def read(self, end: int, out: Tensor) -> None:
+        """Dequantize the first `end` tokens into `out`, (batch, kv_heads, end, head_dim)."""
+        data = self.data[:, :, :end]
+        if self.bits == 4:
+            low, high = out.chunk(2, dim=-1)
+            low.copy_(data & 15)
+            high.copy_(data >> 4)
+        else:
+            out.copy_(data)
+        scales = slice(0, end // self.span) if self.span else slice(0, end)
+        grouped = self._grouped(out)
+        scale, least = self.scale[:, :, scales], self.least[:, :, scales]
+        if self.span:
+            scale, least = scale.unsqueeze(3), least.unsqueeze(3)
+        grouped.mul_(scale).add_(least)
+
+    def _grouped(self, rows: Tensor) -> Tensor:
+        """Keys as (batch, kv_heads, groups, span, head_dim); values as they are."""
+        if not self.span:
+            return rows
+        batch, heads, tokens, channels = rows.shape
+        return rows.view(batch, heads, tokens // self.span, self.span, channels)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Everything that is stored."""
+        return self.data, self.scale, self.least
+
+    def rebatch(self, indices: Tensor) -> None:
+        """Keep the sequences at `indices`, in that order."""
+        self.data, self.scale, self.least = (rearranged(tensor, indices) for tensor in self.tensors())
+
+
+class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One layer's keys and values for `max_length` tokens: codes of the older ones, then the newest as they came.
+
+    `keys` and `values` are the codes. Attention gets every token in the model's own dtype, made anew at each step.
+    """
+
+    is_croppable = True
+
+    def __init__(self, max_length: int, kv_cache: str, room: KvArena | None = None) -> None:
+        super().__init__()
+        self.max_length = max_length
+        self.room = room or KvArena(1)
+        self.bits = _BITS[kv_cache]
+        self.quantized = 0
+        self.whole = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take the memory, in the dtype and on the device of the first keys and values."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        tokens, newest = quantized_tokens(self.max_length), like_states(key_states, whole_tokens(self.max_length))
+        of_keys = Codes.wanted(key_states, tokens, self.bits, KEY_GROUP)
+        of_values = Codes.wanted(value_states, tokens, self.bits, 0)
+        part = self.room.take(dict(enumerate((*of_keys, *of_values, newest, newest))), self.device)
+        *codes, self.new_keys, self.new_values = (part[index] for index in range(len(part)))
+        self.key_codes = Codes(codes[:3], self.bits, KEY_GROUP)
+        self.value_codes = Codes(codes[3:], self.bits, 0)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append (batch, kv_heads, q, head_dim) keys and values, and return all tokens, the appended ones exact.
+
+        Raises:
+            ValueError: more tokens than `max_length`.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        held = self.get_seq_length()
+        end = held + key_states.shape[-2]
+        if end > self.max_length:
+            raise ValueError(
+                f"the cache holds {self.max_length} tokens and was given {end}; make it longer: "
+                "LoadedModel.new_cache(max_length=...)"
+            )
+        keys = self._all(self.key_codes, self.new_keys, key_states)
+        values = self._all(self.value_codes, self.new_values, value_states)
+        older = quantized_tokens(end)
+        if older > self.quantized:
+            self.key_codes.write(keys[:, :, self.quantized : older], self.quantized)
+            self.value_codes.write(values[:, :, self.quantized : older], self.quantized)
+            self.quantized = older
+        self.whole = end - self.quantized
+        self.new_keys[:, :, : self.whole] = keys[:, :, self.quantized :]
+        self.new_values[:, :, : self.whole] = values[:, :, self.quantized :]
+        return keys, values
+
+    def _all(self, codes: Codes, newest: Tensor, appended: Tensor) -> Tensor:
+        """Every token in the model's dtype; on the first call what was appended itself."""
+        held = self.get_seq_length()
+        if not held:
+            return appended
+        shape = list(appended.shape)
+        shape[2] = held + appended.shape[2]
+        every = appended.new_empty(shape)
+        if self.quantized:
+            codes.read(self.quantized, every[:, :, : self.quantized])
+        every[:, :, self.quantized : held] = newest[:, :, : self.whole]
+        every[:, :, held:] = appended
+        return every
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Keys that `query_length` more queries will see, and the first one's position."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens held."""
+        return self.quantized + self.whole
+
+    def get_max_length(self) -> int:
+        """Tokens that can be held."""
+        return self.max_length
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Everything that is stored."""
+        if not self.is_initialized:
+            return ()
+        return (*self.key_codes.tensors(), *self.value_codes.tensors(), self.new_keys, self.new_values)
+
+    def reset(self) -> None:
+        """Forget all tokens and keep the memory."""
+        self.quantized = self.whole = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens, at most those that are not quantized yet; the count may be negative.
+
+        Raises:
+            ValueError: more than that.
+        """
+        count = abs(tokens_to_remove)
+        if count > self.whole:
+            raise ValueError(f"a quantized cache can forget its newest {self.whole} tokens here, not {count}")
+        self.whole -= count
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence `repeats` times."""
+        if self.is_initialized:
+            self._rebatch(torch.arange(self.new_keys.shape[0], device=self.device).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences at `indices`."""
+        if self.is_initialized:
+            self._rebatch(indices.to(self.device))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Put the sequences in the order of `beam_idx`."""
+        if self.is_initialized:
+            self._rebatch(beam_idx.to(self.device))
+
+    def _rebatch(self, indices: Tensor) -> None:
+        self.key_codes.rebatch(indices)
+        self.value_codes.rebatch(indices)
+        self.new_keys = rearranged(self.new_keys, indices)
+        self.new_values = rearranged(self.new_values, indices)

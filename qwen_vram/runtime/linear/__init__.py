@@ -1,0 +1,1 @@
+"""Linear layers by storage format, and products of few rows."""

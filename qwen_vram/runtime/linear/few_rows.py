@@ -1,0 +1,192 @@
+"""Products of one to eight rows: where the kernels of `few_rows_kernels` make them.
+
+Each function returns `None` where they do not apply, and the caller multiplies as it would without them. Nothing here
+waits for the GPU or allocates more than the result, so that it may be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from types import ModuleType
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from qwen_vram.runtime.kernels.fused_ops import kernels_on
+
+_LOGGER = logging.getLogger(__name__)
+
+MOST_ROWS = 8
+# Of a 16-bit matrix, which cuBLAS multiplies by two rows in the time of one.
+_MOST_DENSE_ROWS = 1
+_BLOCK = 64  # of bitsandbytes' 4-bit matrices, for its kernel and for these
+_OUTER_BLOCK = 256  # of the maxima of blocks. Source: bitsandbytes 0.50.2, functional.quantize_blockwise
+
+# How 16 values are looked up, and how products are divided (`_division`): of the divisions that
+# benchmarks/few_rows.py tried, few that serve all shapes. With one row of Qwen2.5-7B they are within 10 % of the
+# fastest but for matrices of 512 rows, which are multiplied together with others.
+# measured: NVIDIA H200, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-30.
+_LOOKUP = "shuffle"
+_DEEP = 8_192  # columns: from here on a program's warps share a row
+_SHORT = 8_192  # rows, up to which programs are few
+
+# Formats whose kernels do not run here, for this process.
+_BROKEN: set[str] = set()
+
+
+class _Codes(NamedTuple):
+    """The tensors that a kernel reads of a matrix, and the format that it is in."""
+
+    storage: str
+    nested: bool
+    weight: Tensor
+    scales: tuple[Tensor, ...]
+
+
+def multiply(linear: nn.Module, x: Tensor) -> Tensor | None:
+    """`x @ matrix.T + bias`: (rows, in_features) to (rows, out_features)."""
+    products = multiply_each((linear,), x)
+    return None if products is None else products[0]
+
+
+def multiply_each(linears: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...] | None:
+    """The products of up to three matrices of one format with the same rows: for one row in one launch."""
+    read = _read(linears, x)
+    if read is None:
+        return None
+    if len(x) > 1 and len(linears) > 1:  # such launches have not been measured
+        each = [multiply(linear, x) for linear in linears]
+        found = tuple(one for one in each if one is not None)
+        return found if len(found) == len(each) else None
+    kernels, matrices, storage = read
+    rows = sum(one.rows for one in matrices)
+    config = kernels.Config(*_division(storage, len(x), rows, x.shape[1], alone=len(matrices) == 1), _LOOKUP)
+    ran = _launch(storage, x, lambda: kernels.multiply(x, matrices, storage, config))
+    return tuple(one.out for one in matrices) if ran else None
+
+
+def swiglu(gate: nn.Module, up: nn.Module, x: Tensor) -> Tensor | None:
+    """`silu(x @ gate.T) * (x @ up.T)` of one row and two matrices of one shape without biases, in one launch."""
+    if len(x) > 1 or getattr(gate, "bias", None) is not None or gate.out_features != up.out_features:
+        return None
+    read = _read((gate, up), x)
+    if read is None:
+        return None
+    kernels, (one, other), storage = read
+    config = kernels.Config(*_division(storage, len(x), one.rows, x.shape[1], alone=False), _LOOKUP)
+    ran = _launch(storage, x, lambda: kernels.swiglu(x, one, other, storage, config))
+    return one.out if ran else None
+
+
+def _launch(storage: str, x: Tensor, run: Callable[[], None]) -> bool:
+    """Tell if a kernel was launched. One that this machine's Triton cannot compile is not tried again."""
+    try:
+        with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+            run()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a compiler on somebody's machine may raise
+        _BROKEN.add(storage)
+        _LOGGER.warning(
+            "products of few rows with %s matrices go by other kernels, which are slower: Triton cannot compile this "
+            "library's (%s)",
+            storage,
+            str(error).strip()[:300],
+        )
+        return False
+    return True
+
+
+def _read(linears: Sequence[nn.Module], x: Tensor) -> tuple[Any, tuple[Any, ...], str] | None:
+    """The kernels, and the matrices with their results; `None` where the kernels do not apply."""
+    fits = x.dim() == 2 and 0 < len(x) <= MOST_ROWS and x.dtype in (torch.bfloat16, torch.float16)
+    if not (fits and x.is_contiguous() and _aligned(x)) or (torch.is_grad_enabled() and x.requires_grad):
+        return None
+    codes: list[_Codes] = []
+    for linear in linears:
+        one = _codes(linear, x)
+        if one is None or (codes and one[:2] != codes[0][:2]) or (linear.bias is None) != (linears[0].bias is None):
+            return None
+        codes.append(one)
+    kernels = kernels_for(x.device)
+    if kernels is None or codes[0].storage in _BROKEN:
+        return None
+    matrices = []
+    for one, linear in zip(codes, linears, strict=True):
+        rows: Any = linear.out_features
+        matrices.append(kernels.Matrix(one.weight, linear.bias, x.new_empty(len(x), rows), rows, one.scales))
+    return kernels, tuple(matrices), codes[0].storage
+
+
+def _codes(linear: Any, x: Tensor) -> _Codes | None:
+    """Return what is read of a layer's matrix, if the kernels know it and a call does nothing else."""
+    if not isinstance(linear, nn.Linear) or linear._forward_hooks or linear._forward_pre_hooks:
+        return None
+    weight = linear.weight
+    if "forward" in vars(linear) or weight.device != x.device or not weight.is_contiguous() or not _aligned(weight):
+        return None
+    if type(linear) is nn.Linear:
+        if len(x) > _MOST_DENSE_ROWS or weight.dtype != x.dtype or x.shape[1] != weight.shape[1] or x.shape[1] % 8:
+            return None
+        return _Codes("dense", False, weight.view(-1).view(torch.int32), (weight,))
+    storage = getattr(linear, "format", None)
+    if storage in ("int8-wo", "fp8"):
+        if x.shape[1] != linear.in_features or x.shape[1] % 16:
+            return None
+        return _Codes(str(storage), False, weight.view(-1).view(torch.int32), (cast("Tensor", linear.scale),))
+    state = getattr(weight, "quant_state", None)
+    if (
+        state is None
+        or weight.dtype != torch.uint8
+        or state.quant_type not in ("nf4", "fp4")
+        or state.blocksize != _BLOCK
+        or state.shape[1] != x.shape[1]
+        or x.shape[1] % _BLOCK
+        or getattr(state, "packing_format_for_cpu", False)
+    ):
+        return None
+    scales: tuple[Tensor, ...] = (state.absmax, state.code)
+    if state.nested:
+        if state.state2.blocksize != _OUTER_BLOCK:
+            return None
+        scales = (*scales, state.state2.code, state.state2.absmax, state.offset)
+    return _Codes(state.quant_type, state.nested, weight.view(-1).view(torch.int32), scales)
+
+
+@lru_cache(maxsize=16)
+def kernels_for(device: torch.device) -> ModuleType | None:
+    """The kernels, if Triton runs on `device`."""
+    if kernels_on(device) is None:
+        return None
+    from qwen_vram.runtime.linear import few_rows_kernels
+
+    return few_rows_kernels
+
+
+def _division(storage: str, rows: int, out: int, width: int, *, alone: bool) -> tuple[int, int, int]:
+    """Rows of the matrix for a program, chunks of 16 bytes a step, and warps.
+
+    Args:
+        rows: Of x.
+        out: Rows of the matrices together.
+        alone: There is one matrix, and nothing else is made of its product.
+    """
+    if storage == "dense":
+        return (2, 128, 4)
+    if rows > 4:
+        return (2, 32, 1)
+    if width > _DEEP:
+        return (4, 128, 4) if rows > 1 or storage in ("nf4", "fp4") else (2, 128, 4)
+    if rows > 1 or out > _SHORT:
+        return (4, 32, 1)
+    if storage in ("nf4", "fp4"):
+        return (4, 64, 2) if alone else (4, 32, 1)
+    return (2, 128, 4)
+
+
+def _aligned(tensor: Tensor) -> bool:
+    """Begins where the kernels' loads of 16 bytes may."""
+    return tensor.data_ptr() % 16 == 0

@@ -1,0 +1,324 @@
+"""LoadedModel: a model, its tokenizer and its plan; it answers, and reports what it took beside what was promised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from threading import Lock
+from types import TracebackType
+from typing import Any, cast
+
+import torch
+from transformers import (
+    Cache,
+    MaxLengthCriteria,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from qwen_vram.errors import QwenVramError
+from qwen_vram.planning.planner import Plan
+from qwen_vram.runtime.decoding.graph_decoder import Decoder
+from qwen_vram.runtime.generation.answer_stream import AnswerStream, Tee
+from qwen_vram.runtime.generation.generations import Generations
+from qwen_vram.runtime.measure import Report
+from qwen_vram.runtime.memory.release import give_back_memory
+from qwen_vram.runtime.offload.streamer import Streamer
+from qwen_vram.runtime.report_times import ReportedTimes
+from qwen_vram.runtime.requests.conversation import Message
+from qwen_vram.runtime.requests.prompts import Prompt, Prompts
+from qwen_vram.runtime.saving.save import SaveReport, save
+from qwen_vram.runtime.scheduling.job import Job
+from qwen_vram.runtime.scheduling.turns import CLOSED
+
+
+class LoadedModel:
+    """A plain `transformers` model with the plan that it was loaded by.
+
+    `model, tokenizer = loaded` unpacks, and `with load(...) as loaded:` gives the memory back at the end. `model` works
+    in pipelines, with PEFT and with its own `generate`; `generate`, `chat` and `stream` here also obey the plan's cache
+    and chunk size, and refuse, before anything is allocated, a workload that would not fit the plan's budget.
+
+    Threads may share it: one generation runs at a time, the others wait in the order in which they were asked for. Each
+    runs in a thread of its own; autocast and other settings that PyTorch keeps for each thread do not reach it, except
+    for the current CUDA stream.
+
+    Attributes:
+        model: The `transformers` model.
+        tokenizer: Its tokenizer.
+        plan: What was promised.
+        device: Where inputs go: the first of `devices`.
+        devices: Where its layers are, in order.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: torch.nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        plan: Plan,
+        measured: Mapping[torch.device, dict[str, int]],
+        before: Mapping[torch.device, int],
+        folder: Path,
+        streamer: Streamer | None = None,
+        decoder: Decoder | None = None,
+    ) -> None:
+        self._model: PreTrainedModel | None = cast("PreTrainedModel", model)
+        self.tokenizer = tokenizer
+        self.plan = plan
+        self.devices = tuple(measured)
+        self.device = self.devices[0]
+        self._folder = folder
+        self._streamer = streamer
+        self._generations = Generations(plan, measured, before, decoder)
+        self._freeing = Lock()
+        assert plan.estimate.architecture is not None
+        self._prompts = Prompts(tokenizer, plan.estimate.architecture.vocab_size, folder)
+        if plan.profile.prefill_chunk_size is not None:
+            self.model.generation_config.prefill_chunk_size = plan.profile.prefill_chunk_size
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The `transformers` model.
+
+        Raises:
+            QwenVramError: after `close()`.
+        """
+        if self._model is None:
+            raise QwenVramError(CLOSED)
+        return self._model
+
+    @property
+    def compile_seconds(self) -> float:
+        """Seconds that capturing and compiling decode steps took so far; 0 if the plan captures none."""
+        decoder = self._generations.decoder
+        return 0.0 if decoder is None else decoder.seconds
+
+    def __iter__(self) -> Iterator[Any]:
+        yield self.model
+        yield self.tokenizer
+
+    def __enter__(self) -> LoadedModel:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._model is None else f"on {', '.join(map(str, self.devices))}"
+        return f"<LoadedModel {self.plan.estimate.model}, {self.plan.profile.weights} weights, {state}>"
+
+    def stop(self) -> None:
+        """Stop the generation that runs now, with its next token; any thread may call this, and it does not wait.
+
+        The generation's caller gets a `GenerationStoppedError`; a stream's reader gets it after the pieces so far.
+        Generations that wait for their turn are not stopped.
+        """
+        self._generations.turns.stop("was stopped by stop()")
+
+    def close(self) -> None:
+        """Give the memory back; calling it again changes nothing. Any thread may call this.
+
+        A generation that runs is stopped with its next token, as by `stop()`, and those that wait are refused.
+
+        Raises:
+            QwenVramError: it is called inside a generation of this model, for whose end it would wait.
+        """
+        self._generations.turns.close()
+        with self._freeing:
+            self._model = None
+            if self._streamer is not None:
+                self._streamer.close()
+            self._generations.close()
+            give_back_memory()
+
+    def chat(
+        self,
+        message: str | Sequence[Message],
+        *,
+        system: str | None = None,
+        max_new_tokens: int | None = None,
+        **options: Any,
+    ) -> str | list[str]:
+        """The answer to a question, or to a conversation of `{"role": ..., "content": ...}` messages.
+
+        Several answers, as `num_return_sequences` asks for, come back as a list. An answer ends with the token that
+        ends a turn in the chat template, whatever end token the model's files name.
+
+        Args:
+            message: A text, or messages. Their content is a text, a list of parts (`{"type": "text", "text": ...}`), or
+                absent beside `tool_calls`.
+            max_new_tokens: `None` is what was planned for.
+            **options: Arguments of the chat template (`tools`, `enable_thinking`, `chat_template`, ..., or a dict of
+                them as `chat_template_kwargs`), and of `transformers`' `generate` (`temperature`, `stop_strings`, ...).
+                `seed` makes sampling reproducible. `temperature=0` is greedy; other options of sampling imply
+                `do_sample=True`.
+
+        Raises:
+            DoesNotFitError: the conversation is longer than planned, and does not fit the budget.
+            WorkloadError: it does not fit the model's positions, the template refuses it, or an option is out of range.
+            UnknownNameError: an option that neither the template nor `generate` takes.
+            CheckpointError: the template is missing or broken, or the tokenizer has tokens that the model lacks.
+            ConfigError: a setting of generation_config.json cannot be run.
+            NotFiniteError: the logits are NaN or infinite.
+            NotSupportedError: an option takes memory that no plan counts.
+            GenerationStoppedError: `stop()` or `close()` was called in the meantime.
+        """
+        prompt = self._prompts.of_conversation(self.model, message, system, max_new_tokens, options)
+        answers = self._answers(prompt)
+        return answers if prompt.answers > 1 else answers[0]
+
+    def generate(
+        self, prompt: str | Sequence[str], *, max_new_tokens: int | None = None, **options: Any
+    ) -> str | list[str]:
+        """The text that continues a prompt, or a list of them as one batch; without the prompt itself.
+
+        Several answers to a prompt come back as a list; those to a list of prompts follow each other in one list.
+
+        Raises:
+            QwenVramError: as for `chat`.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, Sequence) else []
+        made = self._prompts.of_texts(self.model, prompts, max_new_tokens, options)
+        answers = self._answers(made)
+        return answers if made.answers > 1 or not isinstance(prompt, str) else answers[0]
+
+    def stream(
+        self,
+        message: str | Sequence[Message],
+        *,
+        system: str | None = None,
+        max_new_tokens: int | None = None,
+        **options: Any,
+    ) -> AnswerStream:
+        """The answer to a question or a conversation, piece by piece as it is made.
+
+        The first piece that is read starts the generation. It goes on by itself, whether more is read or not: leaving
+        the loop early, dropping the stream, or its `close()`, which any thread may call, stops it. A `streamer` among
+        the options gets the tokens too. Beams and several answers are refused.
+
+        Raises:
+            DoesNotFitError: as for `chat`, before the first piece.
+            GenerationStoppedError, NotFiniteError: as for `chat`, after the last piece that was made.
+            QwenVramError: as for `chat`, at once.
+        """
+        prompt = self._prompts.of_conversation(self.model, message, system, max_new_tokens, options, streamed=True)
+        own = prompt.options.get("streamer")
+
+        def make(streamer: BaseStreamer, ended: Callable[[], object]) -> Job[torch.Tensor]:
+            extra = {**prompt.options, "streamer": Tee(own, streamer) if own else streamer}
+            return self._generations.job(lambda: self.model, prompt.inputs, prompt.max_new_tokens, extra, ended)
+
+        return AnswerStream(self.tokenizer, make)
+
+    def new_cache(self, *, max_length: int) -> Cache:
+        """A preallocated cache of `max_length` tokens, where the plan has it, for `generate(past_key_values=...)`.
+
+        Where decode steps are compiled, it has the memory that the plan counts for as long as it lives, if that is
+        long enough; whatever else is generated meanwhile takes memory of its own.
+
+        Raises:
+            WorkloadError: `max_length` is no positive number.
+            QwenVramError: the model is closed.
+        """
+        assert self.model is not None
+        return self._generations.new_cache(max_length=max_length)
+
+    def report(self) -> Report:
+        """Predicted beside measured, part by part: the load, and the last generation and its times if there is one."""
+        made = self._generations
+        return Report.of(made.prediction(), made.measured, ReportedTimes.of(self.plan, made.timed))
+
+    def save_quantized(
+        self,
+        out: str | Path,
+        *,
+        max_shard_size: str | int = "4GB",
+        overwrite: bool = False,
+        progress: bool = True,
+    ) -> SaveReport:
+        """Write the quantized weights as they are: a checkpoint that loads without the 16-bit file, bit for bit.
+
+        `load()` takes it with no knob, `transformers` with `from_pretrained`. A table on the host is in it too. One
+        tensor at a time passes through the host. Nothing appears at `out` before all is there, and then all at once. It
+        takes a turn, as a generation does, and cannot be stopped by `stop()`.
+
+        Args:
+            out: A new folder.
+            max_shard_size: The most tensor data in one file, a single larger module apart.
+            overwrite: Replace a checkpoint that is at `out`; it stays there until the new one is complete.
+            progress: Show a bar on standard error.
+
+        Raises:
+            NotSupportedError: the weights are not quantized, their backend cannot save, or an adapter is on the model.
+            CheckpointError: `out` exists, holds what is read, or its disk is too full or fails.
+        """
+        architecture = self.plan.estimate.architecture
+        assert architecture is not None
+        return self._generations.turns.run(
+            lambda: save(
+                self.model,
+                architecture,
+                self.plan.profile,
+                source=self._folder,
+                out=Path(out),
+                max_shard_size=max_shard_size,
+                overwrite=overwrite,
+                progress=progress,
+            )
+        )
+
+    def probe(
+        self,
+        *,
+        prompt_len: int | None = None,
+        max_new_tokens: int | None = None,
+        batch_size: int | None = None,
+        steps: int | None = None,
+    ) -> Report:
+        """Generate from random tokens, to the last one, and compare what it took with what was predicted.
+
+        Args:
+            prompt_len, max_new_tokens, batch_size: `None` is what was planned for.
+            steps: Stop after this many tokens, with a cache that holds all of them.
+
+        Raises:
+            DoesNotFitError, WorkloadError: as for `chat`, before anything is allocated.
+        """
+        planned = self.plan.workload
+        workload = replace(
+            planned,
+            prompt_len=planned.prompt_len if prompt_len is None else prompt_len,
+            max_new_tokens=planned.max_new_tokens if max_new_tokens is None else max_new_tokens,
+            batch_size=planned.batch_size if batch_size is None else batch_size,
+        )
+        shape, new = (workload.batch_size, workload.prompt_len), workload.max_new_tokens
+        steps = new if steps is None else min(replace(workload, max_new_tokens=steps).max_new_tokens, new)
+        tokens = torch.randint(0, self.model.config.vocab_size, shape)
+        inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        if planned.padded:
+            inputs["attention_mask"][0, 0] = 0
+        stop = StoppingCriteriaList([MaxLengthCriteria(shape[1] + steps)])
+        alone = {"num_beams": 1, "num_return_sequences": 1, "stop_strings": None}  # whatever the model's files say
+        options = {**alone, "do_sample": False, "min_new_tokens": steps, "stopping_criteria": stop}
+        self._generate(inputs, new, options)
+        return self.report()
+
+    def _answers(self, prompt: Prompt) -> list[str]:
+        produced = self._generate(prompt.inputs, prompt.max_new_tokens, prompt.options)
+        new = produced[:, prompt.inputs["input_ids"].shape[1] :]
+        return cast("list[str]", self.tokenizer.batch_decode(new, skip_special_tokens=True))
+
+    def _generate(
+        self, inputs: Mapping[str, torch.Tensor], max_new_tokens: int | None, options: Mapping[str, Any]
+    ) -> torch.Tensor:
+        job = self._generations.job(lambda: self.model, inputs, max_new_tokens, options)
+        job.start()
+        return job.result()

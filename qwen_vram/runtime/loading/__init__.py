@@ -1,0 +1,1 @@
+"""`load()`: preflight checks, devices, and the model built as planned."""

@@ -1,0 +1,116 @@
+"""Where `transformers` is told to put modules, and the model with hooks between GPUs alone.
+
+Those that it adds for a second device would copy a whole token table and every offloaded parameter, one by one,
+whenever a module runs.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from qwen_vram.arithmetic.tiling import head_by_tiles
+from qwen_vram.planning.offloaded_layers import OffloadedLayers, offloaded_layers
+from qwen_vram.planning.planner import Plan
+from qwen_vram.runtime.backends.base import Backend, Request
+
+# What they say of modules that are left out does not hold here: ours are put in afterwards.
+_MISTAKEN = ("accelerate.big_modeling", "transformers.integrations.bitsandbytes")
+
+
+def offloaded_layers_of(chosen: Plan) -> OffloadedLayers:
+    """Which layers are not resident."""
+    assert chosen.estimate.architecture is not None
+    return offloaded_layers(chosen.estimate.architecture, chosen.profile)
+
+
+def device_map(chosen: Plan, device: torch.device) -> dict[str, int | str | torch.device]:
+    """Everything on `device`, but for a token table on the host, and what is left on "meta" to be built afterwards.
+
+    That is streamed layers, and beside them a head to be quantized: `transformers` would bring it to the device whole
+    first. Over several GPUs it is the plan's own, where no layer streams.
+    """
+    if chosen.estimate.devices:
+        return dict(chosen.device_map)
+    on_host = chosen.placement.embeddings == "cpu" and device.type != "cpu"
+    streamed = offloaded_layers_of(chosen).streamed
+    if not on_host and not streamed:
+        return {"": "cpu" if device.type == "cpu" else device.index}
+    # "cpu" as a text would be a second device, on which bitsandbytes' quantizer leaves matrices as they are.
+    here = device if device.type == "cpu" else device.index
+    where: dict[str, int | str | torch.device] = dict.fromkeys(chosen.device_map, here)
+    if on_host:
+        where["model.embed_tokens"] = "cpu"
+    architecture = chosen.estimate.architecture
+    assert architecture is not None
+    children = {weight.name.split(".")[0] for weight in architecture.block}
+    # Matrices on "disk" stay torch's own, to be quantized; on "meta" they become bitsandbytes', to take what is stored.
+    away = "disk" if architecture.stored_format is None else "meta"
+    for number in streamed:
+        del where[f"model.layers.{number}"]
+        # By their children: transformers 5.17 takes "model.layers.1" for the beginning of layer 12 too.
+        where |= {f"model.layers.{number}.{child}": away for child in children}
+    if head_by_tiles(architecture, chosen.profile):
+        where["lm_head"] = where["model.embed_tokens"] if architecture.tie_word_embeddings else "disk"
+    return where
+
+
+def left_out(chosen: Plan) -> dict[str, tuple[int, ...]]:
+    """Parameters of the layers that stream, with their shapes in the model, where they are stored quantized.
+
+    `transformers` is not shown them: it would unpack them, and write them to the disk again.
+    """
+    architecture = chosen.estimate.architecture
+    assert architecture is not None
+    if architecture.stored_format is None:
+        return {}
+    return {
+        f"model.layers.{number}.{weight.name}": weight.shape
+        for number in offloaded_layers_of(chosen).streamed
+        for weight in architecture.block
+    }
+
+
+def undispatched(backend: Backend, request: Request) -> Any:
+    """The model that `backend` loads, as if all of it were on the request's device."""
+    if len(request.device_map) == 1:
+        return backend.load(request)
+    from accelerate.hooks import remove_hook_from_submodules
+
+    with _quietly():
+        model: Any = backend.load(request)
+    remove_hook_from_submodules(model)
+    for module in model.modules():
+        # accelerate leaves the bound method behind, which would hide the forward of a class that takes its place.
+        if getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward:
+            del module.forward
+    del model.hf_device_map
+    return model
+
+
+def connect(model: Any, chosen: Plan, first: torch.device) -> None:
+    """Put accelerate's hooks between GPUs: every layer gets its tensors, and `generate` the logits on the first.
+
+    It is done last: a hook keeps the forward that it finds.
+    """
+    from accelerate import dispatch_model
+
+    where = {name: first.index if place == "cpu" else place for name, place in chosen.device_map.items()}
+    dispatch_model(model, where, main_device=first.index, skip_keys=model._skip_keys_device_placement)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in _MISTAKEN]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

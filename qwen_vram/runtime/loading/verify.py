@@ -1,0 +1,73 @@
+"""Verifying: one prefill of the planned prompt and one decode step, held against the plan."""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+
+from qwen_vram.errors import PlanNotHeldError
+from qwen_vram.runtime.loaded_model import LoadedModel
+from qwen_vram.runtime.measure import Report
+from qwen_vram.units import format_bytes
+
+# What arithmetic promises to this share. Reserved bytes depend on addresses that the driver chooses: they count in the
+# process, which is held against the budget.
+_TOLERANCE = 0.01
+_PROMISED = ("weights", "kv_cache", "load_peak", "peak_allocated")
+# Predictions of a small model's peaks can miss by a segment of the allocator.
+_SLACK = 2 * 2**20
+
+
+def verify(llm: LoadedModel) -> Report:
+    """Run the largest prefill that was planned for and one decode step, from random tokens; return what they took.
+
+    The cache is the whole one, except that a dynamic cache grows only by what is fed. Nothing stays reserved.
+
+    Raises:
+        PlanNotHeldError: a part is more than 1 % above the plan, the process is above its budget, or memory ran out.
+    """
+    try:
+        report = llm.probe(steps=2)
+    except torch.OutOfMemoryError as error:
+        raise PlanNotHeldError(
+            f"the plan does not hold: {llm.plan.estimate.process_total:,} bytes were promised, and memory ran out at "
+            f"the planned workload; something else may have taken it, or pass a smaller vram. ({error})",
+            parts={},
+        ) from error
+    finally:
+        gc.collect()
+        if llm.device.type == "cuda":
+            torch.cuda.empty_cache()
+    budget = llm.plan.budget
+    if not report.devices:
+        room = budget.vram if llm.device.type == "cuda" else None
+        _check(report, room, "")
+    for device, one in report.devices.items():
+        _check(one, budget.devices[device], f" on GPU {device}")
+    return report
+
+
+def _check(report: Report, budget: int | None, where: str) -> None:
+    """Hold one device's parts against what was promised of it."""
+    parts = {
+        part + where: (predicted, measured)
+        for part, predicted, measured in report.lines()
+        if part in _PROMISED and measured is not None and measured > predicted * (1 + _TOLERANCE) + _SLACK
+    }
+    process = report.measured.get("process_total")
+    if budget is not None and process is not None and process > budget:
+        parts["process_total" + where] = (report.estimate.process_total, process)
+    if parts:
+        raise PlanNotHeldError(_message(parts, budget), parts=parts)
+
+
+def _message(parts: dict[str, tuple[int, int]], budget: int | None) -> str:
+    found = "; ".join(
+        f"{part}: {predicted:,} bytes promised, {measured:,} taken" for part, (predicted, measured) in parts.items()
+    )
+    allowed = "" if budget is None else f"; the budget is {budget:,} bytes ({format_bytes(budget)})"
+    return (
+        f"the plan does not hold: {found}{allowed}. Pass a smaller vram to leave room, and please report this with the "
+        "model, the knobs and the versions of torch and transformers"
+    )

@@ -1,0 +1,1 @@
+"""Memory beside the model: workspaces, reserved segments, and memory given back."""

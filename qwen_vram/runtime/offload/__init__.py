@@ -1,0 +1,1 @@
+"""Decoder layers and tables that stay on the host or the disk."""

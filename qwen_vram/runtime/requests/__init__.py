@@ -1,0 +1,1 @@
+"""Requests: messages, chat templates, options and sampling settings, checked."""

@@ -1,0 +1,1 @@
+"""Quantized checkpoints written from a loaded model."""

@@ -1,0 +1,1 @@
+"""Turns of callers: a fair queue, threads that compute, stopping, and clocks."""

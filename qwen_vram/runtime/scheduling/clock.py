@@ -1,0 +1,66 @@
+"""When a generation began, had its first token, and ended: by the device's own clock, so that nothing waits for it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+
+from qwen_vram.spec.workload import Workload
+
+
+class Timed(NamedTuple):
+    """Measured milliseconds of a generation.
+
+    Attributes:
+        workload: What ran: as many new tokens as were made.
+        first_token_ms: From the call of the model's `generate` to the first token.
+        ms_per_token: For each later token, the mean; `None` without any.
+    """
+
+    workload: Workload
+    first_token_ms: float
+    ms_per_token: float | None
+
+
+class Clock:
+    """The clock of one generation on a device, whose current stream computes it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._began: Any = None
+        self._first: Any = None
+
+    def begin(self) -> None:
+        """Note that the generation begins."""
+        self._began = self._now()
+
+    def token(self) -> None:
+        """Note that the kernels of a token are launched; all but the first change nothing."""
+        if self._first is None:
+            self._first = self._now()
+
+    def end(self, workload: Workload, made: int) -> Timed | None:
+        """Return what it took, once `made` tokens of each sequence are there; `None` where none was noted."""
+        ended = self._now()
+        if self._first is None or made < 1:
+            return None
+        if self._device.type == "cuda":
+            ended.synchronize()
+        rest = self._between(self._first, ended) / (made - 1) if made > 1 else None
+        ran = replace(workload, max_new_tokens=made)
+        return Timed(ran, self._between(self._began, self._first), rest)
+
+    def _now(self) -> Any:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event: Any = torch.cuda.Event
+        now = event(enable_timing=True)
+        now.record(torch.cuda.current_stream(self._device))
+        return now
+
+    def _between(self, start: Any, end: Any) -> float:
+        """Milliseconds."""
+        return float(start.elapsed_time(end)) if self._device.type == "cuda" else 1000 * float(end - start)

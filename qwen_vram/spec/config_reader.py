@@ -1,0 +1,148 @@
+"""Checked values of a config.json's object, with the defaults of `transformers`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from qwen_vram.errors import ConfigError
+from qwen_vram.spec.config_keys import DTYPES, LARGEST, value_of, wrong_key
+from qwen_vram.spec.quantization import (
+    method_of,
+    quantization_of,
+    settings_of,
+    skipped_modules,
+    skips,
+    stored_format,
+)
+
+SUPPORTED = ("qwen2", "qwen3")
+
+
+class ConfigReader:
+    """Reads one config.json's object.
+
+    Raises:
+        ConfigError: another architecture, a model that is no language model, or a value that `transformers` refuses.
+    """
+
+    def __init__(self, config: Mapping[str, object], source: str) -> None:
+        self.config = config
+        self.source = source
+        self.model_type = self._supported()
+        self._check_kind()
+        self._check_attention()
+        wrong = wrong_key(self.model_type, config)
+        if wrong:
+            raise ConfigError(f"{source}: {wrong}", source=source)
+
+    def error(self, what: str) -> ConfigError:
+        """The error for a value that cannot be."""
+        return ConfigError(f"{self.source}: {what}; check the file against the published one", source=self.source)
+
+    def size(self, key: str) -> int:
+        """A positive integer."""
+        value = value_of(self.model_type, self.config, key)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= LARGEST:
+            raise self.error(f"{key} must be a positive integer of at most {LARGEST}, got {value!r}")
+        return value
+
+    def flag(self, key: str) -> bool:
+        """A boolean."""
+        return bool(value_of(self.model_type, self.config, key))
+
+    def key_value_heads(self, heads: int) -> int:
+        """`num_key_value_heads`: as many as heads if config.json has null, the default if it has none."""
+        if value_of(self.model_type, self.config, "num_key_value_heads") is None:
+            return heads
+        return self.size("num_key_value_heads")
+
+    def head_dim(self, hidden_size: int, heads: int) -> int:
+        """`head_dim`: a Qwen2 without it divides `hidden_size` by its heads; a Qwen3 without it has 128."""
+        if self.model_type == "qwen3":
+            return self.size("head_dim")
+        given = self.config.get("head_dim")
+        if given is None and hidden_size % heads:
+            raise self.error(f"hidden_size {hidden_size} is not a multiple of num_attention_heads {heads}")
+        if given is None:
+            return hidden_size // heads
+        if isinstance(given, bool) or not isinstance(given, int) or not 0 < given <= LARGEST:
+            raise self.error(f"head_dim must be a positive integer of at most {LARGEST}, got {given!r}")
+        return given
+
+    def dtype(self) -> str:
+        """The plain dtype, by the name that its storage format has here."""
+        return DTYPES.get(str(self.config.get("dtype") or self.config.get("torch_dtype")), "bf16")
+
+    def stored(self) -> dict[str, Any]:
+        """`stored_format` and `stored_head` of a checkpoint that bitsandbytes quantized; empty for plain dtypes."""
+        quantization = quantization_of(self.config)
+        if quantization is None:
+            return {}
+        name, in_headers = stored_format(quantization)
+        method = method_of(quantization)
+        if name is None:
+            from qwen_vram.spec.quantizers import method_name, not_loaded
+
+            reason = not_loaded(quantization, method or method_name(quantization), None)
+            raise ConfigError(f"{self.source}: {reason}", source=self.source)
+        if in_headers:
+            raise ConfigError(
+                f"{self.source}: the checkpoint is already quantized by {method!r}, which is not counted from a config "
+                "alone: its safetensors headers say the bytes; pass the checkpoint's folder or its hub id",
+                source=self.source,
+            )
+        # A tied head is the token table, which is in 16 bits whatever the list says.
+        quantized = not skips(skipped_modules(settings_of(quantization)), "lm_head")
+        return {"stored_format": name, "stored_head": quantized and not self.flag("tie_word_embeddings")}
+
+    def _supported(self) -> str:
+        got = self.config.get("model_type")
+        if got not in SUPPORTED:
+            raise ConfigError(
+                f"{self.source}: model_type {got!r} is not supported; dense {' and '.join(SUPPORTED)} are "
+                "(Qwen2, Qwen2.5, Qwen3)",
+                source=self.source,
+            )
+        return str(got)
+
+    def _check_kind(self) -> None:
+        """Refuse what is no causal language model, and MLX's quantization, which has a block of its own."""
+        named = self.config.get("architectures")
+        kinds = [named] if isinstance(named, str) else named if isinstance(named, list) else []
+        if kinds and not any(str(kind).endswith("ForCausalLM") for kind in kinds):
+            raise ConfigError(
+                f"{self.source}: architectures {', '.join(map(str, kinds))} is no language model: it scores, sorts "
+                "or embeds texts and has no head that writes tokens; use a checkpoint whose architectures end in "
+                "ForCausalLM, or run this one with transformers itself",
+                source=self.source,
+            )
+        if self.config.get("is_causal") not in (None, True):
+            raise ConfigError(
+                f"{self.source}: is_causal {self.config['is_causal']!r}: every token attends to all others, as in "
+                "embedding models, so that it is no language model and cannot write tokens; run it with transformers "
+                "or sentence-transformers",
+                source=self.source,
+            )
+        settings = self.config.get("quantization")
+        if isinstance(settings, Mapping) and "group_size" in settings and "bits" in settings:
+            raise ConfigError(
+                f"{self.source}: MLX quantized this checkpoint for Apple's GPUs (its key 'quantization'), and no other "
+                "library reads that; use the 16-bit checkpoint that it was made from, and weights='nf4' or 'int4'",
+                source=self.source,
+            )
+
+    def _check_attention(self) -> None:
+        kinds = self.config.get("layer_types") or ()
+        other = sorted({str(kind) for kind in kinds if kind != "full_attention"}) if isinstance(kinds, list) else []
+        if self.config.get("use_sliding_window") is True or other == ["sliding_attention"]:
+            raise ConfigError(
+                f"{self.source}: sliding-window attention is switched on, which this library does not count; "
+                "set use_sliding_window to false",
+                source=self.source,
+            )
+        if other:
+            raise ConfigError(
+                f"{self.source}: layer_types has {', '.join(other)}; full_attention alone is counted",
+                source=self.source,
+            )

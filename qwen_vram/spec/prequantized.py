@@ -1,0 +1,70 @@
+"""Checkpoints that are quantized already: their tensors' bytes by part.
+
+It knows neither shapes nor files: `checkpoints.tensors.prequantized` reads these from config.json and the headers.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class StoredTensor(NamedTuple):
+    """A tensor as the loaded model keeps it: its name in the checkpoint, and its bytes."""
+
+    name: str
+    nbytes: int
+
+
+class Stored(NamedTuple):
+    """What a quantized checkpoint holds, by part, each part in the order of its tensors' names. Bytes are exact.
+
+    Attributes:
+        embedding: The token table.
+        layers: One entry for each decoder layer.
+        norm: The last norm.
+        head: The head; empty where it is the embedding's tensor.
+    """
+
+    embedding: tuple[StoredTensor, ...]
+    layers: tuple[tuple[StoredTensor, ...], ...]
+    norm: tuple[StoredTensor, ...]
+    head: tuple[StoredTensor, ...]
+
+    def matrix(self, name: str) -> int:
+        """Bytes of a weight with all that its format keeps beside it, `name` as config.json's model has it."""
+        module = name.rpartition(".")[0]
+        beside = (tensor for part in (self.embedding, *self.layers, self.norm, self.head) for tensor in part)
+        if name.endswith(".bias"):
+            return sum(tensor.nbytes for tensor in beside if tensor.name == name)
+        return sum(
+            tensor.nbytes
+            for tensor in beside
+            if tensor.name.startswith(f"{module}.") and not tensor.name.endswith(".bias")
+        )
+
+    def on_device(self, streamed: int, slots: int) -> list[tuple[StoredTensor, ...]]:
+        """The layers that take device memory while `streamed` of them pass through `slots`.
+
+        Layers may differ in size, and which are streamed is not known here: the smallest are taken to be away, and a
+        slot holds the largest.
+        """
+        away = sorted(self.layers, key=size)[:streamed]
+        staying = list(self.layers)
+        for layer in away:
+            staying.remove(layer)
+        return staying + [max(self.layers, key=size)] * slots
+
+    def on_host(self, streamed: int) -> int:
+        """Bytes of the layers that stay on the host: the largest, where layers differ."""
+        return sum(sorted(map(size, self.layers), reverse=True)[:streamed])
+
+    def on_disk(self, layers: int, smallest: int) -> tuple[int, int]:
+        """Bytes of disk layers in tensors below `smallest`, and in all others: the most, where layers differ."""
+        small = [sum(tensor.nbytes for tensor in layer if tensor.nbytes < smallest) for layer in self.layers]
+        large = [size(layer) - less for layer, less in zip(self.layers, small, strict=True)]
+        return sum(sorted(small, reverse=True)[:layers]), sum(sorted(large, reverse=True)[:layers])
+
+
+def size(tensors: tuple[StoredTensor, ...]) -> int:
+    """Bytes of some tensors together."""
+    return sum(tensor.nbytes for tensor in tensors)

@@ -1,0 +1,171 @@
+"""config.json's `quantization_config`: the method and storage format that it names, and the modules that it leaves out.
+
+Knows no tensors; `checkpoints.tensors.prequantized` holds them against what is read here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import cast
+
+from qwen_vram.spec.formats import FORMATS, FormatName
+
+# Keys of the block, the one of transformers first; compressed-tensors and mlx-lm wrote the other two.
+KEYS = ("quantization_config", "compression_config", "quantization")
+
+# quant_method of config.json -> storage format. Bits, groups and skipped modules vary, so that only headers say bytes.
+METHODS: dict[str, FormatName] = {
+    "gptq": "gptq",
+    "awq": "awq",
+    "fp8": "fp8-block",
+    "compressed-tensors": "compressed-tensors",
+}
+# What this library writes itself, of formats on torch's own operators.
+OWN_METHOD = "qwen_vram"
+BITSANDBYTES = "bitsandbytes"
+# bitsandbytes' defaults. Source: transformers 5.23, BitsAndBytesConfig.
+_QUANT_TYPE = "fp4"
+_FOUR_BIT: dict[tuple[object, bool], FormatName] = {
+    ("nf4", True): "nf4",
+    ("nf4", False): "nf4-plain",
+    ("fp4", True): "fp4",
+    ("fp4", False): "fp4-plain",
+}
+
+
+def quantization_of(config: Mapping[str, object]) -> object:
+    """What config.json says of its quantization, under any of its keys; `None` for plain dtypes."""
+    return next((config[key] for key in KEYS if config.get(key) is not None), None)
+
+
+def without_quantization(config: Mapping[str, object]) -> dict[str, object]:
+    """`config` as if its weights were stored in a plain dtype."""
+    return {key: value for key, value in config.items() if key not in KEYS}
+
+
+def settings_of(quantization: object) -> Mapping[str, object]:
+    """The block as a mapping; empty if it is none."""
+    return quantization if isinstance(quantization, Mapping) else {}
+
+
+def method_of(quantization: object) -> str | None:
+    """`quant_method`, or bitsandbytes where the block says that it loads in 4 or 8 bits, as `transformers` reads it."""
+    settings = settings_of(quantization)
+    if settings.get("load_in_4bit") or settings.get("load_in_8bit"):
+        return BITSANDBYTES
+    method = settings.get("quant_method")
+    return method if isinstance(method, str) else None
+
+
+def stored_format(quantization: object) -> tuple[FormatName | None, bool]:
+    """The storage format that a block names, and whether only the headers say its bytes.
+
+    The format is `None` if it is none that is counted. A checkpoint of bitsandbytes or of this library is counted from
+    its config alone, unless modules beside the head are left in 16 bits.
+    """
+    settings, method = settings_of(quantization), method_of(quantization)
+    if method == OWN_METHOD:
+        own = settings.get("weights")
+        known = isinstance(own, str) and own in FORMATS and FORMATS[own].library == "torch"
+        return (cast("FormatName", own) if known else None), leaves_out_more(settings)
+    if method != BITSANDBYTES:
+        return METHODS.get(str(method)), True
+    name: FormatName | None = None
+    four, eight = bool(settings.get("load_in_4bit")), bool(settings.get("load_in_8bit"))
+    if four and not eight:
+        double = bool(settings.get("bnb_4bit_use_double_quant"))
+        name = _FOUR_BIT.get((settings.get("bnb_4bit_quant_type", _QUANT_TYPE), double))
+    elif eight and not four:
+        name = "int8"
+    return name, leaves_out_more(settings)
+
+
+def wrong_settings(quantization: object) -> str:
+    """What is wrong with the block of bitsandbytes or of this library by itself; empty if nothing is."""
+    settings, method = settings_of(quantization), method_of(quantization)
+    if method == OWN_METHOD and stored_format(quantization)[0] is None:
+        own = ", ".join(name for name, storage in FORMATS.items() if storage.library == "torch")
+        return f"weights is {settings.get('weights')!r} in {KEYS[0]}; set the one that the tensors are in: {own}"
+    if method == BITSANDBYTES:
+        flags = [bool(settings.get(key)) for key in ("load_in_4bit", "load_in_8bit")]
+        if sum(flags) != 1:
+            said = "both true" if all(flags) else "neither true"
+            return f"load_in_4bit and load_in_8bit are {said} in {KEYS[0]}; set the one that the tensors are in"
+    return ""
+
+
+def four_bit_format(quant_type: str, *, double: bool) -> FormatName:
+    """Bitsandbytes' storage format of 4-bit matrices."""
+    return _FOUR_BIT[quant_type, double]
+
+
+def leaves_out_more(settings: Mapping[str, object]) -> bool:
+    """Tell if the block leaves modules beside the head in 16 bits."""
+    return bool(set(skipped_modules(settings)) - {"lm_head"})
+
+
+def skipped_modules(settings: Mapping[str, object]) -> list[str]:
+    """The modules that bitsandbytes or this library left as they were; the head alone if the block does not say."""
+    skipped = settings.get("llm_int8_skip_modules", settings.get("modules_to_not_convert"))
+    return [str(name) for name in cast("list[object]", skipped)] if isinstance(skipped, list) else ["lm_head"]
+
+
+def skips(patterns: Iterable[str], module: str) -> bool:
+    """Tell if a list of `transformers` leaves `module` out: as a beginning, as a regular expression, or as an end.
+
+    Source: transformers 5.23, quantizers_utils.py, should_convert_module.
+    """
+    for pattern in patterns:
+        if module.endswith(pattern):
+            return True
+        try:
+            if re.match(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", module):
+                return True
+        except re.error:  # no regular expression, and transformers would not start either
+            continue
+    return False
+
+
+def leaving_out(quantization: object, module: str) -> str:
+    """The key of the block that leaves `module`, by its full name, in 16 bits; empty if it is quantized.
+
+    Source: transformers 5.23 and optimum 2.3 (GPTQQuantizer.convert_model), GPTQModel 7.6.0 (dynamic).
+    """
+    settings, method = settings_of(quantization), method_of(quantization)
+    if method == BITSANDBYTES:
+        return "llm_int8_skip_modules" if skips(skipped_modules(settings), module) else ""
+    if method == OWN_METHOD:
+        return "modules_to_not_convert" if module in skipped_modules(settings) else ""
+    for key in ("modules_to_not_convert", "modules_not_to_convert"):
+        if skips(_names(settings.get(key)), module):
+            return key
+    if module == "lm_head":
+        return "lm_head"
+    if method == "gptq":
+        named = _names(settings.get("modules_in_block_to_quantize"))
+        if named and not module.endswith(tuple(named)):
+            return "modules_in_block_to_quantize"
+        if dynamic_rule(settings, module) is False:
+            return "dynamic"
+    return ""
+
+
+def dynamic_rule(settings: Mapping[str, object], module: str) -> Mapping[str, object] | bool | None:
+    """The first rule of GPTQModel's `dynamic` for `module`; `False` leaves it out, a mapping has own settings."""
+    rules = settings.get("dynamic")
+    for pattern, own in rules.items() if isinstance(rules, Mapping) else ():
+        try:
+            named = re.match(str(pattern).removeprefix("-:").removeprefix("+:"), module)
+        except re.error:
+            continue
+        if named:
+            return False if str(pattern).startswith("-:") else settings_of(own)
+    return None
+
+
+def _names(value: object) -> list[str]:
+    """A list of names, or of lists of names, as one list."""
+    if isinstance(value, str):
+        return [value]
+    return [name for item in value for name in _names(item)] if isinstance(value, (list, tuple)) else []
