@@ -33,9 +33,8 @@ needs_kernel = pytest.mark.skipif(kernel_library() is None, reason="this CPU has
 def measured(monkeypatch):
     """Plans as on a machine whose CPU was measured."""
     machine = replace(DEFAULT, source="measured", pinned_copy_rate=25_000_000_000, **RATES)
-    monkeypatch.setattr("qwen_vram.planning.search.search.current", lambda: machine)
-    for module in ("timing", "timing_decode", "timing_generation"):
-        monkeypatch.setattr(f"qwen_vram.arithmetic.{module}.current", lambda: machine)
+    for module in ("estimator", "planning.planner", "planning.limits", "planning.placement"):
+        monkeypatch.setattr(f"qwen_vram.{module}.current", lambda: machine)
     return machine
 
 
