@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 import qwen_vram as qv
 from tests.conftest import make_checkpoint
+from tests.helpers.tiers import thinned
 from tests.lora_models import IDS, edit_config, edit_tensors, logits, peft_merged, peft_model
 from tests.lora_models import load as plain
 
@@ -116,8 +117,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed but the targeted layer")
-@pytest.mark.parametrize("base", ["untied", "tied", "qwen3"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(*thinned(1, kind=list(KINDS), base=["untied", "tied", "qwen3"]))
 def test_it_answers_as_under_peft_and_is_counted(bases, tmp_path, kind, base):
     if base == "qwen3" and KINDS[kind].get("lora_bias"):
         pytest.skip("its projections have no biases")
@@ -130,8 +130,7 @@ def test_it_answers_as_under_peft_and_is_counted(bases, tmp_path, kind, base):
     assert qv.estimate_vram(bases[base], weights="fp32", adapter=folder).weights == llm.plan.estimate.weights
 
 
-@pytest.mark.parametrize("kind", ["KaSA", "VeLoRA", "BD-LoRA", "MonteCLoRA"])
-@pytest.mark.parametrize("weights", ["bf16", "fp16"])
+@pytest.mark.parametrize(*thinned(1, kind=["KaSA", "VeLoRA", "BD-LoRA", "MonteCLoRA"], weights=["bf16", "fp16"]))
 def test_in_16_bits_too(bases, tmp_path, kind, weights):
     from peft import PeftModel
 
@@ -143,8 +142,7 @@ def test_in_16_bits_too(bases, tmp_path, kind, weights):
         assert kept_bytes(llm.model) == llm.plan.estimate.weights
 
 
-@pytest.mark.parametrize("kind", ["VeLoRA", "MonteCLoRA", "QALoRA"])
-@pytest.mark.parametrize("weights", ["nf4", "int8-wo"])
+@pytest.mark.parametrize(*thinned(1, kind=["VeLoRA", "MonteCLoRA", "QALoRA"], weights=["nf4", "int8-wo"]))
 def test_what_is_plain_lora_outside_training_runs_beside_quantized_weights(bases, tmp_path, kind, weights):
     """As the same tensors do in an adapter that is a plain LoRA by its settings too."""
     folder = trained(bases["untied"], tmp_path / "adapter", **KINDS[kind])
@@ -290,8 +288,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
-@pytest.mark.parametrize("base", ["untied", "tied"])
-@pytest.mark.parametrize("kind", PARAMETERS)
+@pytest.mark.parametrize(*thinned(1, kind=list(PARAMETERS), base=["untied", "tied"]))
 def test_parameters_that_are_named_run_as_their_modules(bases, tmp_path, kind, base):
     """PEFT adds the product to the matrix in every step; here it is added to the result."""
     folder = trained(bases[base], tmp_path / "adapter", **PARAMETERS[kind])
@@ -329,8 +326,7 @@ TABLE_PARAMETERS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 @pytest.mark.filterwarnings("ignore:You passed `ensure_weight_tying=True`")
-@pytest.mark.parametrize("base", ["untied", "tied"])
-@pytest.mark.parametrize("kind", TABLE_PARAMETERS)
+@pytest.mark.parametrize(*thinned(1, kind=list(TABLE_PARAMETERS), base=["untied", "tied"]))
 def test_a_table_that_is_named_as_a_parameter(bases, tmp_path, kind, base):
     """PEFT adds the product to the whole table in every step; here it is added to the rows that are looked up."""
     folder = trained(bases[base], tmp_path / "adapter", **TABLE_PARAMETERS[kind])

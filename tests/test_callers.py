@@ -48,16 +48,14 @@ def load(demo, saver="plain", **more):
     return llm
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_collections():
-    """`close()` collects garbage; what is there before need not be looked through each time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+# The other savers share their mechanisms with these.
+QUICK = ("plain", "chunks", "kv int8", "kv host", "streamed nf4", "disk", "computing", "streamed adapter", "steps")
 
 
-@pytest.fixture(scope="module", params=SAVERS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(saver, marks=[] if saver in QUICK else [pytest.mark.full]) for saver in SAVERS],
+)
 def model(request, demo):
     with load(demo, request.param) as llm:
         yield llm
@@ -390,7 +388,11 @@ def test_a_prompt_is_stopped_before_its_next_chunk(llm):
 
 
 @pytest.mark.parametrize(
-    "saver", ["plain", "chunks", "streamed", "disk", "computing", "streamed nf4", "steps", "adapter"]
+    "saver",
+    [
+        *("plain", "disk", "computing", "streamed nf4", "steps", "adapter"),
+        *(pytest.param(saver, marks=pytest.mark.full) for saver in ("chunks", "streamed")),
+    ],
 )
 def test_closing_the_model_stops_what_runs_and_refuses_what_waits(demo, saver):
     llm, gate = load(demo, saver), Gate()

@@ -2,15 +2,15 @@
 
 import json
 import shutil
-import subprocess
-import sys
 import time
+from functools import partial
 
 import pytest
 from transformers import AutoTokenizer
 
 import qwen_vram as qv
 from tests.conftest import make_checkpoint
+from tests.helpers.command import qwen_vram
 
 ASK = "What is 12 + 30?"
 WORK = {"prompt_len": 100, "max_new_tokens": 40, "progress": False}
@@ -325,9 +325,7 @@ def test_a_table_that_was_resized_takes_the_token(demo, tmp_path):
 # the command line
 
 
-def chat(*arguments, stdin=""):
-    command = [sys.executable, "-m", "qwen_vram", "chat", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, input=stdin, timeout=300)
+chat = partial(qwen_vram, "chat")
 
 
 def test_a_full_conversation_begins_anew(tmp_path):

@@ -16,11 +16,13 @@ from qwen_vram.runtime.decoding.graph_decoder import Decoder, compiler_for, deco
 from qwen_vram.runtime.decoding.layer import fused_decode_layer
 from qwen_vram.runtime.offload.host_embedding import move_embedding_to_host
 from qwen_vram.tools.accuracy import make_checkpoint
+from tests.helpers.tiers import thinned
 
 # torch's own, as it imports its compiler.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 KNOBS = {"attention": "fused", "cache": "preallocated"}
+NEW = 80
 WORK = {"batch_size": 4, "prompt_len": 600, "max_new_tokens": 220}
 ASKED = [
     example
@@ -64,7 +66,7 @@ def chats(llm, count):
     return [llm.tokenizer.apply_chat_template(one, add_generation_prompt=True, tokenize=False) for one in asked]
 
 
-def sequences(llm, count, new=210, **options):
+def sequences(llm, count, new=NEW, **options):
     """Token ids, past the prompts; a batch is padded."""
     inputs = llm.tokenizer(chats(llm, count), return_tensors="pt", padding=True, padding_side="left")
     torch.manual_seed(3)
@@ -90,24 +92,23 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.parametrize("new", [NEW, pytest.param(210, marks=pytest.mark.full)])
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "+".join(options))
 @pytest.mark.parametrize("count", [1, 4])
-def test_steps_give_the_tokens_of_the_ordinary_path(pairs, count, options):
+def test_steps_give_the_tokens_of_the_ordinary_path(pairs, count, options, new):
     ordinary, steps = pairs("fp32")
-    expected = sequences(ordinary, count, **options)
-    assert sequences(steps, count, **options) == expected
+    expected = sequences(ordinary, count, new, **options)
+    assert sequences(steps, count, new, **options) == expected
     assert count in steps._generations.decoder._home.steps
 
 
-@pytest.mark.parametrize("weights", ["bf16", "nf4", "int4", "int8-wo", "fp8"])
-@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize(*thinned(1, weights=["bf16", "nf4", "int4", "int8-wo", "fp8"], count=[1, 4]))
 def test_every_format_runs_by_steps(pairs, weights, count):
     ordinary, steps = pairs(weights)
     assert sequences(steps, count, do_sample=False) == sequences(ordinary, count, do_sample=False)
 
 
-@pytest.mark.parametrize("knobs", [{}, {"kernels": "fused"}], ids=str)
-@pytest.mark.parametrize("kind", ["untied", "tied", "qwen3"])
+@pytest.mark.parametrize(*thinned(1, kind=["untied", "tied", "qwen3"], knobs=[{"kernels": "fused"}, {}]), ids=str)
 def test_every_model_runs_by_steps(request, kind, knobs):
     folder = request.getfixturevalue(kind)
     with load(folder, "fp32", steps=False, **knobs) as ordinary, load(folder, "fp32", steps=True, **knobs) as steps:
@@ -117,8 +118,7 @@ def test_every_model_runs_by_steps(request, kind, knobs):
             assert sequences(steps, count, **options) == sequences(ordinary, count, **options)
 
 
-@pytest.mark.parametrize("weights", ["fp32", "nf4", "int8-wo"])
-@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize(*thinned(1, weights=["fp32", "nf4", "int8-wo"], count=[1, 4]))
 def test_a_table_on_the_host_runs_by_steps(demo, weights, count):
     """On a CPU a table is on the host anyhow: it is moved as the loader does it on a GPU."""
     with load(demo, weights, steps=False) as ordinary, load(demo, weights, steps=False) as llm:
@@ -376,8 +376,10 @@ def test_a_step_that_cannot_be_compiled_runs_as_it_is(demo, caplog):
     assert "no kernel for this" in caplog.text
 
 
-def test_inductor_compiles_a_step(demo):
+def test_inductor_compiles_a_step(demo, monkeypatch):
     """The real compiler, on the CPU: rounding differs, answers do not."""
+    # In this process: others would import torch anew.
+    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)
     with load(demo, "bf16", steps=True, backend="inductor") as llm, load(demo, "bf16", steps=True) as plain:
         assert sequences(llm, 1, do_sample=False) == sequences(plain, 1, do_sample=False)
         assert llm._generations.decoder.backend == "inductor"

@@ -28,6 +28,7 @@ from qwen_vram.spec.catalog import find
 from qwen_vram.spec.machine import DEFAULT
 from qwen_vram.spec.workload import Workload
 from tests.conftest import make_checkpoint
+from tests.helpers.tiers import thinned
 from tests.test_streaming import GREEDY, PROMPTS, check_after_broken_forwards, load, logits, tokens
 from tests.test_streaming_stored import ON_TOP
 
@@ -74,9 +75,11 @@ def no_reader_is_left():
 # tokens and bytes
 
 
-@pytest.mark.parametrize(("streamed", "on_disk"), [(1, 1), (3, 2), (5, 3), (5, 5), (4, 4)])
-@pytest.mark.parametrize("weights", ["bf16", "nf4", "nf4-plain", "int8"])
-def test_logits_tokens_and_bytes_are_those_of_the_resident_model(saved, demo, weights, streamed, on_disk):
+@pytest.mark.parametrize(
+    *thinned(1, layers=[(1, 1), (3, 2), (5, 3), (5, 5), (4, 4), (5, 2)], weights=["bf16", "nf4", "nf4-plain", "int8"])
+)
+def test_logits_tokens_and_bytes_are_those_of_the_resident_model(saved, demo, weights, layers):
+    streamed, on_disk = layers
     folder = saved(demo, weights)
     before, one, four = resident(folder)
     with load(folder, streamed_layers=streamed, disk_layers=on_disk) as llm:
@@ -98,8 +101,7 @@ def test_logits_tokens_and_bytes_are_those_of_the_resident_model(saved, demo, we
         assert estimate.host == (streamed - on_disk + len(buffers)) * block + sum(kept)
 
 
-@pytest.mark.parametrize("model", ["tied", "qwen3", "sharded"])
-@pytest.mark.parametrize("weights", ["bf16", "nf4"])
+@pytest.mark.parametrize(*thinned(1, model=["tied", "qwen3", "sharded"], weights=["nf4", "bf16"]))
 def test_other_models_and_files_are_read_too(request, saved, model, weights):
     folder = saved(request.getfixturevalue(model), weights)
     with load(folder, streamed_layers=3, disk_layers=3) as llm:

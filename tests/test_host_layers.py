@@ -20,8 +20,9 @@ from qwen_vram.runtime.linear.cpu_4bit import kernel_library, multiply, pack
 from qwen_vram.spec.catalog import find
 from qwen_vram.spec.machine import DEFAULT
 from qwen_vram.spec.workload import Workload
+from tests.helpers.tiers import thinned
 from tests.test_planning import searched
-from tests.test_streaming import GREEDY, PROMPTS, check_after_broken_forwards, load, logits, resident, tokens
+from tests.test_streaming import GREEDY, NEW, PROMPTS, check_after_broken_forwards, load, logits, resident, tokens
 
 SEVEN = "Qwen2.5-7B-Instruct"
 RATES = {"host_product_rate": 100_000_000_000, "host_4bit_rate": 100_000_000_000}
@@ -48,13 +49,14 @@ FORMATS = [packed_weights(weights) for weights in ("bf16", "fp32", "nf4", "nf4-p
 # the same tokens, and the CPU did it
 
 
-@pytest.mark.parametrize(("streamed", "computing"), [(5, 5), (4, 2), (5, 1)])
-@pytest.mark.parametrize("weights", FORMATS)
-def test_tokens_are_those_of_the_resident_model(demo, weights, streamed, computing):
+@pytest.mark.parametrize("new", [NEW, pytest.param(200, marks=pytest.mark.full)])
+@pytest.mark.parametrize(*thinned(1, weights=FORMATS, layers=[(5, 5), (4, 2), (5, 1)]))
+def test_tokens_are_those_of_the_resident_model(demo, weights, layers, new):
+    streamed, computing = layers
     with load(demo, weights=weights, streamed_layers=streamed, host_layers=computing) as llm:
-        _, one, four = resident(demo, weights)
-        assert torch.equal(tokens(llm, PROMPTS[:1]), one)
-        assert torch.equal(tokens(llm, PROMPTS), four)
+        _, one, four = resident(demo, weights, new)
+        assert torch.equal(tokens(llm, PROMPTS[:1], new), one)
+        assert torch.equal(tokens(llm, PROMPTS, new), four)
         assert torch.equal(logits(llm), resident(demo, weights)[0])
 
 
@@ -99,7 +101,7 @@ def test_a_host_layer_computes_with_its_block_and_no_slot(demo):
 def test_other_shapes_compute_too(request, kind):
     folder = request.getfixturevalue(kind)
     with load(folder, streamed_layers=2, host_layers=1) as llm:
-        assert torch.equal(tokens(llm, PROMPTS[:1], new=20), resident(folder, "bf16")[1][:, :-180])
+        assert torch.equal(tokens(llm, PROMPTS[:1], new=20), resident(folder, "bf16", 20)[1])
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])

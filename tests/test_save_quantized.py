@@ -16,12 +16,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import qwen_vram as qv
 from qwen_vram.runtime.backends import get_backend
 from qwen_vram.runtime.measure import weight_storages
+from tests.helpers.command import qwen_vram
+from tests.helpers.tiers import thinned
 from tests.lora_models import assert_same, stored
 
 QUANTIZED = ("nf4", "nf4-plain", "fp4", "fp4-plain", "int8", "int4", "int8-wo", "fp8")
 INPUTS = {"input_ids": torch.arange(3, 40)[None]}
 # Model, and whether its head is quantized: a tied one into a tensor of its own.
-HEADS = [(model, head) for model in ("demo", "tied", "qwen3") for head in (False, True)]
+HEADS = [("demo", False), ("demo", True), ("tied", True)]
 
 
 def load(model, **knobs):
@@ -44,9 +46,9 @@ def tied_twins(found: dict[str, torch.Tensor], folder) -> dict[str, torch.Tensor
     return {name: tensor for name, tensor in found.items() if not (tied and name == "lm_head.weight")}
 
 
-@pytest.mark.parametrize("weights", QUANTIZED)
-@pytest.mark.parametrize(("model", "head"), HEADS)
-@pytest.mark.parametrize("embeddings", ["device", "host"])
+@pytest.mark.parametrize(
+    *thinned(2, weights=QUANTIZED, model=("demo", "tied", "qwen3"), head=(False, True), embeddings=("device", "host"))
+)
 def test_it_loads_again_bit_for_bit_with_no_knob(request, tmp_path, model, head, weights, embeddings):
     out = tmp_path / "out"
     lm_head = weights if head else None
@@ -64,9 +66,9 @@ def test_it_loads_again_bit_for_bit_with_no_knob(request, tmp_path, model, head,
         assert torch.equal(logits(again.model), expected)
 
 
-@pytest.mark.parametrize("weights", QUANTIZED)
-@pytest.mark.parametrize(("model", "head"), [("demo", False), ("demo", True), ("tied", True)])
-def test_plain_transformers_load_it(request, tmp_path, model, weights, head):
+@pytest.mark.parametrize(*thinned(1, weights=QUANTIZED, case=HEADS))
+def test_plain_transformers_load_it(request, tmp_path, weights, case):
+    model, head = case
     knobs = {"weights": weights, "lm_head": weights if head else None, "embeddings": "host"}
     with load(request.getfixturevalue(model), **knobs) as llm:
         llm.save_quantized(tmp_path / "out", progress=False)
@@ -348,13 +350,9 @@ def test_interrupted_in_the_middle(demo, tmp_path, number):
 # the command line
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "qwen_vram", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
-
-
 def test_quantize_writes_a_checkpoint_that_chat_loads(demo, tmp_path):
     out = str(tmp_path / "out")
+    run = qwen_vram
     result = run("quantize", str(demo), out, "--weights", "nf4", "--lm-head", "nf4")
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(f"{out}: nf4 weights, nf4 head, ")

@@ -15,6 +15,7 @@ from qwen_vram.runtime.backends import get_backend
 from qwen_vram.runtime.measure import weight_storages
 from qwen_vram.runtime.tensors.packed_layout import HostMemory, Layout
 from tests.conftest import make_checkpoint
+from tests.helpers.tiers import thinned
 
 PROMPTS = [
     "What is 12 + 30?",
@@ -23,13 +24,14 @@ PROMPTS = [
     "The quick brown fox jumps over the lazy dog. " * 8,
 ]
 GREEDY = {"do_sample": False, "eos_token_id": None}
+NEW = 40
 
 
 def load(model, **knobs):
     return qv.load(model, profile="default", progress=False, **knobs)
 
 
-def tokens(llm, prompts, new=200, **options):
+def tokens(llm, prompts, new=NEW, **options):
     inputs = llm.tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left").to(llm.device)
     return llm.model.generate(**inputs, max_new_tokens=new, **GREEDY, **options)
 
@@ -54,18 +56,19 @@ def check_after_broken_forwards(llm, expected, error):
 
 
 @cache
-def resident(model, weights, **knobs):
+def resident(model, weights, new=NEW, **knobs):
     """Logits, and the tokens of one prompt and of four, without streaming."""
     with load(model, weights=weights, **knobs) as llm:
-        return logits(llm), tokens(llm, PROMPTS[:1]), tokens(llm, PROMPTS)
+        return logits(llm), tokens(llm, PROMPTS[:1], new), tokens(llm, PROMPTS, new)
 
 
+@pytest.mark.parametrize("new", [NEW, pytest.param(200, marks=pytest.mark.full)])
 @pytest.mark.parametrize(("streamed", "batch_size"), [(3, 1), (5, 4)])
 @pytest.mark.parametrize("weights", ["fp32", "bf16", "nf4", "int8"])
-def test_greedy_tokens_are_those_of_the_resident_model(demo, weights, streamed, batch_size):
+def test_greedy_tokens_are_those_of_the_resident_model(demo, weights, streamed, batch_size, new):
     with load(demo, weights=weights, streamed_layers=streamed) as llm:
-        expected = resident(demo, weights)[1 if batch_size == 1 else 2]
-        assert torch.equal(tokens(llm, PROMPTS[:batch_size]), expected)
+        expected = resident(demo, weights, new)[1 if batch_size == 1 else 2]
+        assert torch.equal(tokens(llm, PROMPTS[:batch_size], new), expected)
 
 
 @pytest.mark.parametrize("streamed", [1, 2, 4, 5])
@@ -76,9 +79,9 @@ def test_logits_are_those_of_the_resident_model(demo, weights, streamed):
             assert torch.equal(logits(llm), resident(demo, weights)[0])
 
 
-@pytest.mark.parametrize("streamed", [1, 3])
-@pytest.mark.parametrize("model", ["tied", "qwen3", "sharded"])
-@pytest.mark.parametrize("weights", ["fp16", "nf4-plain", "fp4", "int8"])
+@pytest.mark.parametrize(
+    *thinned(2, weights=["fp16", "nf4-plain", "fp4", "int8"], model=["tied", "qwen3", "sharded"], streamed=[1, 3])
+)
 def test_every_format_and_model_streams_bit_for_bit(request, model, weights, streamed):
     folder = request.getfixturevalue(model)
     with load(folder, weights=weights) as llm:
@@ -103,8 +106,9 @@ def test_a_quantized_head_and_more_than_ten_layers_stay_quantized(tmp_path):
 # bytes
 
 
-@pytest.mark.parametrize("streamed", [1, 2, 4, 5])
-@pytest.mark.parametrize("weights", ["fp32", "bf16", "fp16", "nf4", "nf4-plain", "fp4", "int8"])
+@pytest.mark.parametrize(
+    *thinned(1, weights=["fp32", "bf16", "fp16", "nf4", "nf4-plain", "fp4", "int8"], streamed=[1, 2, 4, 5])
+)
 def test_resident_layers_and_slots_are_what_was_predicted(demo, weights, streamed):
     with load(demo, weights=weights, streamed_layers=streamed) as llm:
         estimate = llm.plan.estimate
@@ -177,21 +181,19 @@ def test_nothing_moves_from_step_to_step(demo, weights):
 # what runs on top
 
 
-@pytest.mark.parametrize(
-    "knobs",
-    [
-        {"cache": "preallocated"},
-        {"cache": "preallocated", "kv_cache": "int8"},
-        {"cache": "preallocated", "kv_cache": "int4"},
-        {"cache": "preallocated", "kv_device": "host"},
-        {"cache": "static"},
-        {"cache": "dynamic", "prefill_chunk_size": 16},
-        {"cache": "preallocated", "attention": "fused", "prefill_chunk_size": 16, "embeddings": "host"},
-        {"attention": "eager"},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("weights", ["bf16", "nf4"])
+ON_TOP = [
+    {"cache": "preallocated"},
+    {"cache": "preallocated", "kv_cache": "int8"},
+    {"cache": "preallocated", "kv_cache": "int4"},
+    {"cache": "preallocated", "kv_device": "host"},
+    {"cache": "static"},
+    {"cache": "dynamic", "prefill_chunk_size": 16},
+    {"cache": "preallocated", "attention": "fused", "prefill_chunk_size": 16, "embeddings": "host"},
+    {"attention": "eager"},
+]
+
+
+@pytest.mark.parametrize(*thinned(1, weights=["bf16", "nf4"], knobs=ON_TOP), ids=str)
 def test_caches_chunks_and_attention_work_as_without(demo, weights, knobs):
     answers = []
     for streamed in (0, 4):
@@ -311,7 +313,7 @@ def test_two_models_do_not_disturb_each_other(demo):
     settings = {"bf16": 3, "nf4": 5}
     models = [load(demo, weights=weights, streamed_layers=count) for weights, count in settings.items()]
     ids = [resident(demo, weights)[1] for weights in settings]
-    length = ids[0].shape[1] - 200
+    length = ids[0].shape[1] - NEW
     caches = [llm.new_cache(max_length=length + 40) for llm in models]
     fed = [one[:, :length] for one in ids]
     with torch.no_grad():
@@ -448,7 +450,7 @@ def test_a_backend_that_cannot_swap_tensors_is_refused_by_name(demo, monkeypatch
     ("weights", "streamed"), [("bf16", 1), ("bf16", 2), ("bf16", 12), ("nf4", 1), ("nf4", 3), ("nf4", 12), ("int8", 3)]
 )
 def test_on_a_gpu_tokens_and_bytes_are_those_that_were_promised(wide, weights, streamed):
-    logits_before, one, four = resident(wide, weights, attention="fused")
+    logits_before, one, four = resident(wide, weights, 200, attention="fused")
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     knobs = {"attention": "fused", "cache": "preallocated", "prompt_len": 512, "max_new_tokens": 200, "batch_size": 4}
@@ -458,8 +460,8 @@ def test_on_a_gpu_tokens_and_bytes_are_those_that_were_promised(wide, weights, s
         assert measured["load_peak"] <= 1.01 * promised.load_peak + 2**21
         assert all(block.blob.is_pinned() for block in llm._streamer.blocks)
         assert torch.equal(logits(llm), logits_before)
-        assert torch.equal(tokens(llm, PROMPTS[:1]), one)
-        assert torch.equal(tokens(llm, PROMPTS), four)
+        assert torch.equal(tokens(llm, PROMPTS[:1], 200), one)
+        assert torch.equal(tokens(llm, PROMPTS, 200), four)
         report = llm.probe()
         promised, measured = report.estimate.peak_allocated, report.measured["peak_allocated"]
         assert measured == pytest.approx(promised, rel=0.01, abs=2**21)

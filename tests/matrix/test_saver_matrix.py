@@ -1,13 +1,17 @@
-"""Every saver with every backend, alone and in pairs: it works, with its mechanism in place, or is refused by name."""
+"""Every saver with every format and in pairs: it works, with its mechanism in place, or is refused by name.
 
-import gc
+`make test` loads an all-pairs array and asks for every refusal; the marker `full` loads the whole product.
+"""
+
 import re
+import traceback
 from collections import Counter
+from functools import cache
 from itertools import combinations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DynamicCache, StaticCache
+from transformers import AutoTokenizer, DynamicCache, StaticCache
 
 import qwen_vram as qv
 from qwen_vram.arithmetic.weights import head_bytes, table_on_host
@@ -23,8 +27,9 @@ from qwen_vram.runtime.linear.cpu_4bit import kernel_library
 from qwen_vram.runtime.measure import host_bytes, weight_storages
 from qwen_vram.runtime.offload.host_embedding import HostEmbedding
 from qwen_vram.spec.formats import FORMATS
-from qwen_vram.tools.accuracy import make_checkpoint
-from tests.gptq_files import as_awq, tied
+from tests.gptq_files import tied
+from tests.helpers.pairs import all_pairs, pairs
+from tests.helpers.shared import made_once
 
 # The long one is past the 128 tokens that a quantized cache keeps whole; the short one is padded.
 PROMPTS = [one.prompt for name in ("recall", "math") for one in examples(name, "held_out", seed=5, count=1)]
@@ -51,6 +56,7 @@ SAVERS = {
     "streamed": {"streamed_layers": 2},
     "disk": {"streamed_layers": 2, "disk_layers": 2},
     "computing": {"streamed_layers": 2, "host_layers": 1},
+    "captured": {"captured": True},
     "compiled": {"compiled": True},
 }
 PAIRS = [(one, two) for one, two in combinations(SAVERS, 2) if not SAVERS[one].keys() & SAVERS[two].keys()]
@@ -62,7 +68,7 @@ TOGETHER = [
 ]
 
 # What this machine, or this version, refuses whatever else is asked for: the saver, and the knob that is named.
-NOT_HERE = {"other head": "lm_head", "flash": "attention", "compiled": "compiled"}
+NOT_HERE = {"other head": "lm_head", "flash": "attention", "captured": "captured", "compiled": "compiled"}
 # What excludes each other in a profile.
 EXCLUDED = [({"kv int8", "kv int4"}, {"dynamic", "static", "kv host"}), ({"kv host"}, {"dynamic", "static"})]
 REFUSALS = (qv.NotSupportedError, qv.WorkloadError, qv.BackendUnavailableError, qv.ConfigError)
@@ -71,14 +77,16 @@ STORED = ("gptq", "awq")
 STAYS = "embeddings='host' leaves the token table where it is"
 
 
+# A 16-bit checkpoint is not quantized by GPTQ while it loads, whatever else is asked for: see test_gptq.py.
+WEIGHTS = [weights for weights in TARGETS if not weights.startswith("gptq-int")]
+MODELS = ("untied", "tied")
+
+
 def cases():
     """Every saver, and many at once, with every format; every pair with every backend, whose formats take turns."""
     backends = {}
-    # A 16-bit checkpoint is not quantized by GPTQ while it loads, whatever else is asked for: see test_gptq.py.
-    for weights, backend in TARGETS.items():
-        if weights.startswith("gptq-int"):
-            continue
-        backends.setdefault(backend, []).append(weights)
+    for weights in WEIGHTS:
+        backends.setdefault(TARGETS[weights], []).append(weights)
         yield from ((weights, savers) for savers in (*((name,) for name in SAVERS), *TOGETHER))
     for formats in backends.values():
         yield from ((formats[number % len(formats)], pair) for number, pair in enumerate(PAIRS))
@@ -98,11 +106,19 @@ def expected_refusal(weights, savers):
         refused.append("disk_layers")
     if "computing" in chosen and (weights == "int8" or (FORMATS[weights].bits == 4 and kernel_library() is None)):
         refused.append("host_layers")
+    if is_missing(weights):
+        refused.append("weights")
+    return f"({'|'.join(refused)})=" if refused else ""
+
+
+@cache
+def is_missing(weights):
+    """Tell if a library or a kernel that the format needs is not here."""
     try:
         get_backend(weights).check(qv.Profile(weights=weights), torch.device("cpu"))
     except REFUSALS:
-        refused.append("weights")
-    return f"({'|'.join(refused)})=" if refused else ""
+        return True
+    return False
 
 
 def is_of_this_machine(refusal, weights):
@@ -110,7 +126,7 @@ def is_of_this_machine(refusal, weights):
     knob = getattr(refusal, "knob", None)
     return (
         isinstance(refusal, qv.BackendUnavailableError)
-        or knob == "compiled"
+        or knob in ("captured", "compiled")
         or (knob == "disk_layers" and FORMATS[weights].is_dense)
     )
 
@@ -125,38 +141,39 @@ def knobs_of(savers, weights):
     return {knob: heads.get(value, value) for saver in savers for knob, value in SAVERS[saver].items()}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_collections():
-    """Every `close()` collects garbage; what is there before need not be looked through a thousand times."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def folders(demo, tmp_path_factory):
-    return {"untied": demo, "tied": tied(demo, tmp_path_factory.mktemp("tied_demo") / "demo")}
+    return {"untied": demo, "tied": made_once(tmp_path_factory, "tied_demo", lambda out: tied(demo, out))}
 
 
-@pytest.fixture(scope="module")
-def stored_folders(gptq_demo, tmp_path_factory):
-    parent = tmp_path_factory.mktemp("stored_demo")
-    awq = as_awq(gptq_demo, parent / "awq")
-    return {
-        "gptq": {"untied": gptq_demo, "tied": tied(gptq_demo, parent / "tied_gptq")},
-        "awq": {"untied": awq, "tied": tied(awq, parent / "tied_awq")},
-    }
+@pytest.fixture(scope="session")
+def stored_folders(gptq_demo, awq_demo, tmp_path_factory):
+    def models(name, folder):
+        return {"untied": folder, "tied": made_once(tmp_path_factory, f"tied_{name}", lambda out: tied(folder, out))}
+
+    return {"gptq": models("gptq", gptq_demo), "awq": models("awq", awq_demo)}
 
 
-@pytest.fixture(scope="module")
-def texts(demo):
+@pytest.fixture(scope="session")
+def folder_of(request, folders):
+    """The checkpoint of a model and a format; GPTQ's are made when they are first asked for."""
+    return lambda model, weights: (
+        request.getfixturevalue("stored_folders")[weights] if weights in STORED else folders
+    )[model]
+
+
+def chats(demo):
     tokenizer = AutoTokenizer.from_pretrained(demo)
     chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     return [tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
+def texts(demo):
+    return chats(demo)
+
+
+@pytest.fixture(scope="session")
 def references():
     """Tokens of plain profiles, made once for each model, format and head."""
     return {}
@@ -240,22 +257,19 @@ def check_run(watched):
         assert all(layer.quantized > 0 for layer in cache.layers)
 
 
-@pytest.mark.parametrize(("weights", "savers"), [pytest.param(*one, id="+".join((one[0], *one[1]))) for one in cases()])
-@pytest.mark.parametrize("model", ["untied", "tied"])
-def test_savers_work_with_a_backend_or_are_refused_by_name(
-    request, folders, texts, references, caplog, model, weights, savers
-):
-    if weights in STORED:
-        folders = request.getfixturevalue("stored_folders")[weights]
-    folder, knobs = folders[model], {"cache": "preallocated", **knobs_of(savers, weights)}
-    named = expected_refusal(weights, savers)
-    if named:
-        with pytest.raises(REFUSALS, match=named) as caught:
-            load(folder, weights, **knobs)
-        if not is_of_this_machine(caught.value, weights):
-            with pytest.raises(type(caught.value), match=re.escape(str(caught.value))):
-                qv.plan(folder, profile="default", vram={}, weights=weights, **knobs)
-        return
+def check_refused(folder, weights, savers):
+    """`load()` refuses these savers by the name of one of them, and `plan()` in the same words if it can know."""
+    knobs = {"cache": "preallocated", **knobs_of(savers, weights)}
+    with pytest.raises(REFUSALS, match=expected_refusal(weights, savers)) as caught:
+        load(folder, weights, **knobs)
+    if not is_of_this_machine(caught.value, weights):
+        with pytest.raises(type(caught.value), match=re.escape(str(caught.value))):
+            qv.plan(folder, profile="default", vram={}, weights=weights, **knobs)
+
+
+def check_works(folder, weights, savers, texts, references, caplog):
+    """Each saver's mechanism is in place, and the tokens are those of the plain profile unless a saver is lossy."""
+    knobs = {"cache": "preallocated", **knobs_of(savers, weights)}
     expected = reference(references, folder, weights, knobs, texts)
     caplog.clear()
     with load(folder, weights, **knobs) as llm:
@@ -271,80 +285,100 @@ def test_savers_work_with_a_backend_or_are_refused_by_name(
         assert (STAYS in caplog.text) is (asked and not host_bytes(llm.model))
 
 
-# against plain transformers
-
-LOSSLESS = [
-    {},
-    {"embeddings": "host"},
-    {"prefill_chunk_size": CHUNK},
-    {"cache": "preallocated"},
-    {"cache": "preallocated", "kv_device": "host"},
-    {"attention": "fused"},
-    {"dequantization": "tiled"},
-]
-ALL = {knob: value for knobs in LOSSLESS for knob, value in knobs.items()}
+# refusals
 
 
-@pytest.mark.parametrize("weights", ["bf16", "fp32"])
-def test_lossless_savers_give_the_tokens_of_plain_transformers(demo, texts, weights):
-    tokenizer = AutoTokenizer.from_pretrained(demo)
-    plain = AutoModelForCausalLM.from_pretrained(demo, dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[weights])
-    batches, expected = [texts[:1], texts[1:], texts], []
-    for batch in batches:
-        inputs = tokenizer(batch, return_tensors="pt", padding=True, padding_side="left")
-        output = plain.generate(**inputs, max_new_tokens=24, do_sample=False)
-        answers = output[:, inputs["input_ids"].shape[1] :]
-        expected.append(tokenizer.batch_decode(answers, skip_special_tokens=True))
-    assert not inputs["attention_mask"].all()
-    for knobs in (*LOSSLESS, ALL):
-        with load(demo, weights, **knobs) as llm:
-            found = [llm.generate(batch, max_new_tokens=24, do_sample=False) for batch in batches]
-        assert found == expected, knobs
+@pytest.mark.parametrize("model", MODELS)
+def test_savers_that_do_not_work_are_refused_by_name(folder_of, model):
+    refused = [one for one in cases() if expected_refusal(*one)]
+    assert len(refused) > 350
+    wrong = []
+    for weights, savers in refused:
+        try:
+            check_refused(folder_of(model, weights), weights, savers)
+        except (AssertionError, pytest.fail.Exception) as error:
+            wrong.append(f"{weights}+{'+'.join(savers)}: {error}")
+    assert not wrong, "\n".join(wrong)
 
 
-@pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    """Random weights of Qwen2.5-0.5B's shape."""
-    folder = tmp_path_factory.mktemp("published")
-    make_checkpoint("Qwen2.5-0.5B", folder)
-    return folder
+def test_plan_accepts_what_load_runs(folder_of):
+    for weights, savers in cases():
+        if not expected_refusal(weights, savers):
+            knobs = {"cache": "preallocated", **knobs_of(savers, weights)}
+            qv.plan(folder_of("tied", weights), profile="default", vram={}, weights=weights, **knobs)
 
 
-def tokens_and_logits(model, inputs, **options):
-    output = model.generate(
-        **inputs, max_new_tokens=24, do_sample=False, output_logits=True, return_dict_in_generate=True, **options
-    )
-    return output.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(output.logits, dim=1).float()
+# what works: an array of pairs
+
+# A saver, or "" for none of the factor's.
+FACTORS = {
+    "format": tuple(WEIGHTS),
+    "model": MODELS,
+    "layers": ("", "streamed", "disk", "computing"),
+    "attention": ("sdpa", "fused", "eager"),
+    "cache": ("preallocated", "dynamic", "static"),
+    "kv format": ("", "kv int8", "kv int4"),
+    "kv device": ("", "kv host"),
+    "chunk": ("", "chunks"),
+    "head": ("", "head"),
+    "table": ("", "host table"),
+    "kernels": ("", "kernels"),
+    "tiles": ("", "tiles"),
+}
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("knobs", [*LOSSLESS, ALL], ids=str)
-@pytest.mark.parametrize("weights", ["bf16", "nf4"])
-def test_on_a_gpu_they_give_them_up_to_ties(published, weights, knobs):
-    """Random weights have near ties: tokens may part where plain transformers' two logits are within rounding."""
-    options = {}
-    if weights == "nf4":
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
-    plain = AutoModelForCausalLM.from_pretrained(published, dtype=torch.bfloat16, device_map={"": 0}, **options)
-    ids = torch.randint(1_000, 100_000, (2, 700), generator=torch.Generator().manual_seed(3))
-    for padding in (0, 300):
-        mask = torch.ones_like(ids)
-        mask[1, :padding] = 0
-        inputs = {"input_ids": ids.cuda(), "attention_mask": mask.cuda()}
-        expected, logits = tokens_and_logits(plain, inputs)
-        with load(published, weights, batch_size=2, max_new_tokens=24, **knobs) as llm:
-            cache = {} if llm.plan.profile.cache == "dynamic" else {"past_key_values": llm.new_cache(max_length=724)}
-            found, ours = tokens_and_logits(llm.model, inputs, **cache)
-        steps = 2**-7 * logits.abs().amax(-1)  # of bf16, at the largest logit
-        assert ((ours[:, 0] - logits[:, 0]).abs().amax(-1) <= 4 * steps[:, 0]).all()
-        for row in range(2):
-            parted = (found[row] != expected[row]).nonzero()
-            if len(parted):
-                at = int(parted[0])
-                gap = logits[row, at].max() - logits[row, at, found[row, at]]
-                assert gap <= 4 * steps[row, at], (padding, row, at)
+def works(one, two):
+    """Tell if a format and a saver, or two savers with some format, are loaded here."""
+    formats = (one[1],) if one[0] == "format" else WEIGHTS
+    savers = tuple(saver for _, saver in (one, two) if saver in SAVERS)
+    return any(not expected_refusal(weights, savers) for weights in formats)
+
+
+@cache
+def array():
+    return all_pairs(FACTORS, works)
+
+
+def savers_of(row):
+    return tuple(saver for saver in row.values() if saver in SAVERS)
+
+
+def test_the_array_holds_every_pair_that_works():
+    held = {pair for row in array() for pair in pairs({factor: (value,) for factor, value in row.items()})}
+    for one, two in pairs(FACTORS):
+        assert ((one, two) in held) is works(one, two), (one, two)
+    assert not any(expected_refusal(row["format"], savers_of(row)) for row in array())
+    named = {saver for saver in SAVERS if any(not expected_refusal(weights, (saver,)) for weights in WEIGHTS)}
+    assert named == {saver for row in array() for saver in savers_of(row)}
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_every_pair_of_savers_works(folder_of, texts, caplog, weights):
+    rows = [(row["model"], savers_of(row)) for row in array() if row["format"] == weights]
+    if is_missing(weights):
+        assert not rows
+        pytest.skip(f"what {weights} needs is not here; the refusals are tested")
+    references, wrong = {}, []
+    for model, savers in rows:
+        try:
+            check_works(folder_of(model, weights), weights, savers, texts, references, caplog)
+        except Exception:
+            wrong.append(f"{model}-{'+'.join(savers)}:\n{traceback.format_exc()}")
+    assert rows
+    assert not wrong, "\n".join(wrong)
+
+
+# what works: the product
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("weights", "savers"), [pytest.param(*one, id="+".join((one[0], *one[1]))) for one in cases()])
+@pytest.mark.parametrize("model", MODELS)
+def test_savers_work_with_a_backend_or_are_refused_by_name(
+    folder_of, texts, references, caplog, model, weights, savers
+):
+    folder = folder_of(model, weights)
+    if expected_refusal(weights, savers):
+        check_refused(folder, weights, savers)
+    else:
+        check_works(folder, weights, savers, texts, references, caplog)
