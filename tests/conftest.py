@@ -112,7 +112,7 @@ def gptq_demo(gptqmodel: None, calibration: list[str], tmp_path_factory: pytest.
 @pytest.fixture(scope="session")
 def awq_demo(gptq_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same codes as AutoAWQ stores them."""
-    from tests.gptq_files import as_awq
+    from tests.helpers.gptq_files import as_awq
 
     return made_once(tmp_path_factory, "awq_demo", lambda out: as_awq(gptq_demo, out))
 
@@ -149,8 +149,18 @@ def pytest_unconfigure() -> None:
     _CACHE.cleanup()
 
 
+# Folders whose tests need no torch, unless they are marked `torch` or ask for a checkpoint that torch makes.
+WITHOUT_TORCH = {Path(__file__).parent / name for name in ("spec", "arithmetic", "checkpoints", "planning")}
+MADE_BY_TORCH = {"untied", "tied", "qwen3", "sharded", "wide", "adapter", "calibration", "gptq_demo", "awq_demo"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest's own deselects by marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none."""
+    """Skip what needs a GPU where there is none; mark what needs no torch."""
+    for item in items:
+        made = MADE_BY_TORCH & set(getattr(item, "fixturenames", ()))
+        if WITHOUT_TORCH & set(item.path.parents) and not made and "torch" not in item.keywords:
+            item.add_marker(pytest.mark.no_torch)
     on_gpu = [item for item in items if "gpu" in item.keywords]
     if on_gpu and not _has_gpu():
         for item in on_gpu:

@@ -20,8 +20,8 @@ from qwen_vram.checkpoints.hub.files import hub_cached
 from qwen_vram.errors import QwenVramError
 
 # A merge holds the whole update but for rounding: its share of the update, and what is left over beside the update.
-# Measured: bf16 merges by PEFT in tests/test_own_adapter.py and of the bundled adapter have shares of 0.999 to 1.002
-# and leave 0.002 to 0.064 of the update, over whole matrices, CPU, torch 2.13.0, peft 0.21.2, 2026-11-30.
+# Measured: bf16 merges by PEFT in tests/lora/test_own_adapter.py and of the bundled adapter have shares of 0.999 to
+# 1.002 and leave 0.002 to 0.064 of the update, over whole matrices, CPU, torch 2.13.0, peft 0.21.2, 2026-11-30.
 _SHARE = (0.9, 1.1)
 _REST = 0.5
 # Rows, and columns of each, that are held against the update.

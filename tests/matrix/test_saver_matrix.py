@@ -27,7 +27,7 @@ from qwen_vram.runtime.linear.cpu_4bit import kernel_library
 from qwen_vram.runtime.measure import host_bytes, weight_storages
 from qwen_vram.runtime.offload.host_embedding import HostEmbedding
 from qwen_vram.spec.formats import FORMATS
-from tests.gptq_files import tied
+from tests.helpers.gptq_files import tied
 from tests.helpers.pairs import all_pairs, pairs
 from tests.helpers.shared import made_once
 
