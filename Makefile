@@ -19,7 +19,7 @@ test: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not full and not no_torch" $(WORKERS)
 
 # The part that needs no torch, on a machine that has none. `make test` runs it with torch blocked.
-test-no-torch: .venv/no-torch
+test-no-torch: .venv/no-torch/done
 	.venv/no-torch/bin/python -m pytest -m "no_torch and not full" $(TESTS_WITHOUT_TORCH)
 
 # Whole products, all random seeds, more repetitions: an hour.
@@ -48,10 +48,11 @@ bench: .venv/dev
 		|| echo "GPTQModel does not install here (it needs a C compiler): its tests are skipped"
 	touch $@
 
-.venv/no-torch: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $@
-	$@/bin/python -m pip install --quiet --constraint constraints.txt huggingface_hub nvidia-ml-py psutil typer rich pytest
-	$@/bin/python -m pip install --quiet --no-deps --editable .
+.venv/no-torch/done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv/no-torch
+	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt \
+		huggingface_hub nvidia-ml-py psutil typer rich pytest
+	$(@D)/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
 clean:
