@@ -71,8 +71,7 @@ def test_greedy_tokens_are_those_of_the_resident_model(demo, weights, streamed, 
         assert torch.equal(tokens(llm, PROMPTS[:batch_size], new), expected)
 
 
-@pytest.mark.parametrize("streamed", [1, 2, 4, 5])
-@pytest.mark.parametrize("weights", ["fp32", "bf16", "nf4", "int8"])
+@pytest.mark.parametrize(*thinned(1, weights=["fp32", "bf16", "nf4", "int8"], streamed=[1, 2, 4, 5]))
 def test_logits_are_those_of_the_resident_model(demo, weights, streamed):
     with load(demo, weights=weights, streamed_layers=streamed) as llm:
         for _ in range(3):
