@@ -55,6 +55,10 @@ def test_the_changelog_is_by_keep_a_changelog():
         assert level == "###" or re.fullmatch(r"\[\d+\.\d+\.\d+\] - \d{4}-\d\d-\d\d", title), title
 
 
+def test_the_examples_are_in_plain_english():
+    assert not prose.package_violations(prose.ROOT / "examples")
+
+
 @pytest.mark.xfail(reason=NOT_YET, strict=True)
 @pytest.mark.parametrize(
     "rule", ["opening", "docstring: length", "docstring: banned", "comment: length", "comment: banned"]
