@@ -1,4 +1,4 @@
-"""Load the bundled model, chat with it, and compare measured memory with the prediction. Needs no GPU and no network."""
+"""Load the bundled model, chat with it, and compare measured memory with the prediction. Runs offline on a CPU."""
 
 import qwen_vram as qv
 from qwen_vram.demo import CHECKPOINT
