@@ -4,7 +4,7 @@ BIN := .venv/bin
 WORKERS := --numprocesses 3 --dist worksteal  # some wait: for retries, for other processes
 TESTS_WITHOUT_TORCH := tests/spec tests/arithmetic tests/checkpoints tests/planning
 
-.PHONY: demo test test-no-torch test-all gpu-test bench clean
+.PHONY: demo test test-no-torch test-all mutations gpu-test bench clean
 
 demo: .venv/runtime
 	$(BIN)/qwen-vram demo
@@ -25,6 +25,10 @@ test-no-torch: .venv/no-torch/done
 # Whole products, all random seeds, more repetitions: an hour.
 test-all: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS)
+
+# Faults put into copies of the code, one in each mechanism: the tests must find each. `--all` runs the whole suite.
+mutations: .venv/dev
+	$(BIN)/python -m tests.mutations
 
 # On a machine with a GPU. A process for each file, for tests measure what theirs takes.
 gpu-test: .venv/dev
