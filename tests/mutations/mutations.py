@@ -117,10 +117,10 @@ MUTATIONS = (
     Mutation(
         "headers of safetensors files",
         "checkpoints/files/safetensors_header.py",
-        "        if begin != position:\n",
-        "        if begin < position:\n",
-        "tests/runtime/loading/test_bad_input.py",
-        "test_bad_input.py",
+        "    if size != 8 + length + end:\n",
+        "    if size < 8 + length + end:\n",
+        "tests/runtime/loading/test_bad_input.py::test_a_shard_that_is_too_long",
+        "test_bad_input.py::test_a_shard_that_is_too_long",
     ),
     Mutation(
         "files of a hub's repository",

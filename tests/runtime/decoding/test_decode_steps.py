@@ -73,6 +73,12 @@ def sequences(llm, count, new=NEW, **options):
     return llm._generate(dict(inputs), new, options)[:, inputs["input_ids"].shape[1] :].tolist()
 
 
+def kept(llm):
+    """The decode steps that are kept for the buffers of the planned size, by batch size."""
+    decoder = llm._generations.decoder
+    return decoder._steps[decoder._home]
+
+
 class Shift(LogitsProcessor):
     """Changes scores in place, as some processors do."""
 
@@ -98,7 +104,7 @@ def test_steps_give_the_tokens_of_the_ordinary_path(pairs, count, options, new):
     ordinary, steps = pairs("fp32")
     expected = sequences(ordinary, count, new, **options)
     assert sequences(steps, count, new, **options) == expected
-    assert count in steps._generations.decoder._home.steps
+    assert count in kept(steps)
 
 
 @pytest.mark.parametrize(*thinned(1, weights=["bf16", "nf4", "int4", "int8-wo", "fp8"], count=[1, 4]))
@@ -125,7 +131,7 @@ def test_a_table_on_the_host_runs_by_steps(demo, weights, count):
         decode_by_steps(llm.model)
         llm._generations.decoder = Decoder(llm.model, batch_size=4, max_length=820, backend=None)
         assert sequences(llm, count, new=60, do_sample=False) == sequences(ordinary, count, new=60, do_sample=False)
-        step = llm._generations.decoder._home.steps[count]
+        step = kept(llm)[count]
         assert step.embedded.shape == (count, llm.model.config.hidden_size)
 
 
@@ -139,7 +145,7 @@ def test_an_adapter_runs_by_steps(untied, adapter):
         llm._generations.decoder = Decoder(base, batch_size=1, max_length=400, backend=None)
         expected = ordinary.generate("hello", max_new_tokens=30, do_sample=False, eos_token_id=None)
         assert llm.generate("hello", max_new_tokens=30, do_sample=False, eos_token_id=None) == expected
-        assert llm._generations.decoder._home.steps
+        assert kept(llm)
 
 
 def test_what_generate_returns_beside_the_tokens(pairs):
