@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 from qwen_vram.arithmetic.attention import attention_parts, bias_columns, joined_rows
-from qwen_vram.arithmetic.kv_cache import kv_cache_bytes, quantized_tokens
+from qwen_vram.arithmetic.kv_cache import kv_cache_bytes
 from qwen_vram.arithmetic.linear import linear_bytes
 from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.formats import ALLOCATION_STEP
@@ -239,17 +239,18 @@ class _Rows:
         """One layer's keys and values in the model's dtype: made of a quantized cache, or held where there is none."""
         if self.workload.logits == "all":
             return 2 * self.rows * self.keys
-        if self.profile.kv_cache != "bf16":
+        if self.profile.kv_format.is_quantized:
             return 2 * self.workload.batch_size * self.seen * self.keys
         return 0
 
     def _quantizing(self) -> int:
         """All keys and values in the model's dtype beside the appended ones, and float32 and codes of one of them."""
-        if self.profile.kv_cache == "bf16" or self.workload.logits == "all":
+        if not self.profile.kv_format.is_quantized or self.workload.logits == "all":
             return 0
         past = self.step.cached - self.step.queries
         whole = 2 * self.workload.batch_size * self.step.cached * self.keys if past else 0
-        tokens = quantized_tokens(self.step.cached) - quantized_tokens(past)
+        kept = self.profile.kv_format
+        tokens = kept.quantized_tokens(self.step.cached) - kept.quantized_tokens(past)
         return whole + self.workload.batch_size * tokens * self.architecture.key_value_width * (_FP32 + 1)
 
     def _concatenation(self) -> int:

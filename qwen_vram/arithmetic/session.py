@@ -81,7 +81,7 @@ def fragment_bytes(architecture: Architecture, profile: Profile, workload: Workl
     activation = _prefill_rows(profile, workload) * architecture.intermediate_size * profile.element_bytes
     if profile.captures and workload.batch_size > 1:
         return activation + smaller_step_bytes(architecture, profile, workload)
-    if profile.kv_cache == "bf16":
+    if not profile.kv_format.is_quantized:
         return activation
     tokens = workload.batch_size * workload.context_len
     return activation + SEARCHED_TO + 2 * tokens * architecture.key_value_width * profile.element_bytes

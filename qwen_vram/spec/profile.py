@@ -7,9 +7,9 @@ from typing import Literal, get_args
 
 from qwen_vram.errors import UnknownNameError, WorkloadError
 from qwen_vram.spec.formats import FORMAT_NAMES, FORMATS, FormatName
+from qwen_vram.spec.kv_formats import KV_FORMAT_NAMES, KvFormat, KvFormatName, kv_format
 
 Device = Literal["device", "host"]
-KvFormat = Literal["bf16", "int8", "int4"]
 CacheKind = Literal["preallocated", "dynamic", "static"]
 Dequantization = Literal["whole", "tiled"]
 Attention = Literal["fused", "sdpa", "flash_attention_2", "eager"]
@@ -18,7 +18,7 @@ Kernels = Literal["plain", "fused"]
 CHOICES: dict[str, tuple[str, ...]] = {
     "weights": FORMAT_NAMES,
     "embeddings": get_args(Device),
-    "kv_cache": get_args(KvFormat),
+    "kv_cache": KV_FORMAT_NAMES,
     "kv_device": get_args(Device),
     "cache": get_args(CacheKind),
     "attention": get_args(Attention),
@@ -69,7 +69,7 @@ class Profile:
     weights: FormatName = "bf16"
     lm_head: FormatName | None = None
     embeddings: Device = "device"
-    kv_cache: KvFormat = "bf16"
+    kv_cache: KvFormatName = "bf16"
     kv_device: Device = "device"
     cache: CacheKind = "dynamic"
     attention: Attention = "sdpa"
@@ -120,7 +120,7 @@ class Profile:
         for knob in ("captured", "compiled"):
             if not isinstance(getattr(self, knob), bool):
                 raise UnknownNameError(f"{knob} in profile", getattr(self, knob), ("True", "False"))
-        if self.kv_cache != "bf16" and self.cache != "preallocated":
+        if self.kv_format.is_quantized and self.cache != "preallocated":
             raise WorkloadError(
                 f"kv_cache={self.kv_cache!r} needs cache='preallocated', got cache={self.cache!r}; set both",
                 name="kv_cache",
@@ -132,7 +132,7 @@ class Profile:
                 name="kv_device",
                 got=self.kv_device,
             )
-        if self.kv_device == "host" and self.kv_cache != "bf16":
+        if self.kv_device == "host" and self.kv_format.is_quantized:
             raise WorkloadError(
                 f"kv_device='host' needs kv_cache='bf16', got kv_cache={self.kv_cache!r}; change one of the two",
                 name="kv_device",
@@ -171,6 +171,11 @@ class Profile:
     def captures(self) -> bool:
         """Tell if decode steps are captured as a CUDA graph: compiled ones are too."""
         return self.captured or self.compiled
+
+    @property
+    def kv_format(self) -> KvFormat:
+        """The row of the cache's element format."""
+        return kv_format(self.kv_cache)
 
     @property
     def dtype(self) -> FormatName:

@@ -77,7 +77,7 @@ def launch_seconds(
     plain = LAYER_LAUNCH_TIME / 1e9
     few = by_few_rows(profile, profile.weights, rows)
     each = plain + _products(architecture, profile.weights, profile.tiles, rows, few) + _attention(profile)
-    if prefill and profile.kv_cache != "bf16":
+    if prefill and profile.kv_format.is_quantized:
         each += _KV_WRITE
     beside = STEP_LAYERS * plain + _head(architecture, profile, batch_size)
     return host_share(machine) * (layers * each + beside + moving * _STREAMED)

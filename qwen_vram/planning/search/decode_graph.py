@@ -18,7 +18,7 @@ def in_the_way(profile: Profile, gpus: int = 1) -> str | None:
         return f"{profile.streamed_layers} {'layer streams' if profile.streamed_layers == 1 else 'layers stream'}"
     if profile.kv_device == "host":
         return "keys and values are on the host"
-    if profile.kv_cache != "bf16":
+    if profile.kv_format.is_quantized:
         return f"keys and values are in {profile.kv_cache}"
     if profile.cache == "dynamic" or profile.attention != "fused":
         return f"cache={profile.cache!r}, attention={profile.attention!r}"
