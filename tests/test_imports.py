@@ -14,7 +14,7 @@ ROOT = Path(qwen_vram.__file__).parent
 # From the ground up; what stands on one line stands on one floor.
 FLOORS = (
     {"errors"},
-    {"units"},
+    {"units", "dtypes"},
     {"spec"},
     {"arithmetic"},
     {"checkpoints"},

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
+from qwen_vram.dtypes import BY_NAME
 from qwen_vram.spec.architecture import Architecture, Weight
 from qwen_vram.spec.formats import FORMATS, FormatName
 from qwen_vram.spec.prequantized import Stored, size
@@ -20,8 +21,6 @@ _QUICK_BLOCK = 2**28
 # Tensors of a disk layer below this stay in host memory, for each would be a request of its own to the disk: norms,
 # biases, tables and the scales of scales, 0.1 % of a layer of Qwen2.5-7B.
 SMALLEST_READ = 2**16
-# Plain dtypes as safetensors spells them.
-_FILE_DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 # Rows that share a block of the CPU's 4-bit kernel. Source: bitsandbytes 0.50.2, functional.py,
 # _convert_weight_packed_for_cpu (block_n).
 PACKED_ROWS = 32
@@ -121,7 +120,7 @@ def is_packed(shape: tuple[int, ...]) -> bool:
 def may_be_on_disk(architecture: Architecture, profile: Profile) -> bool:
     """Tell if a checkpoint's files hold layers as `profile` has them, and not what they are quantized from."""
     if architecture.stored_format is None:
-        as_stored = set(architecture.layer_dtypes) <= {_FILE_DTYPES[profile.dtype]}
+        as_stored = set(architecture.layer_dtypes) <= {BY_NAME[profile.dtype].stored}
         return FORMATS[profile.weights].is_dense and as_stored
     return FORMATS[architecture.stored_format].library == "bitsandbytes"
 

@@ -9,6 +9,7 @@ from typing import Any
 from qwen_vram.checkpoints.files.safetensors_header import Tensor
 from qwen_vram.checkpoints.tensors.prequantized_matrix import Matrix, Part, matrix_of
 from qwen_vram.checkpoints.tensors.quantized_names import FLOATS
+from qwen_vram.dtypes import FP64
 from qwen_vram.spec import quantizers
 from qwen_vram.spec.architecture import Architecture, Weight
 from qwen_vram.spec.formats import FORMATS
@@ -174,11 +175,11 @@ def wrong_part(weight: Weight, matrix: Matrix, part: Part, held: Tensor, source:
         f"{' or '.join(part.dtypes)} of shape {shapes}, got {held.dtype} of shape {list(held.shape)} in {held.file!r}"
     )
     if held.dtype not in part.dtypes and (not part.shapes or held.shape in part.shapes):
-        if matrix.format is not None and held.dtype in (*FLOATS, "F64"):
+        if matrix.format is not None and held.dtype in (*FLOATS, FP64.stored):
             return f"{text}: it was cast when the model was saved. Save it again without .half() or .to(dtype)"
         if matrix.format is None:
             return f"{text}; save it in one of these"
-    if matrix.format is None and held.dtype not in (*FLOATS, "F64"):
+    if matrix.format is None and held.dtype not in (*FLOATS, FP64.stored):
         return f"{text}: it is quantized, which is not loaded for this module; use a checkpoint with it in 16 bits"
     keys = "bits and group_size in quantization_config, " if matrix.format in ("gptq", "awq") else ""
     return f"{text}; check {keys}whether config.json and weights are of one model"

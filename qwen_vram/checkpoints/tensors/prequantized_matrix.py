@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from qwen_vram.checkpoints.files.safetensors_header import Tensor
 from qwen_vram.checkpoints.tensors.quantized_names import FLOATS
+from qwen_vram.dtypes import BY_STORED, INT8, PLAIN, UINT8
 from qwen_vram.spec.architecture import Weight
 from qwen_vram.spec.formats import FORMATS, FormatName
 from qwen_vram.spec.prequantized import StoredTensor
@@ -19,8 +20,8 @@ _OFFSET = 4
 # Sizes of a block of weights that shares a maximum. Source: bitsandbytes 0.50.2, functional.py, quantize_4bit.
 _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _NESTED_BLOCK = 256
-# Bytes of an element of each dtype that 4-bit codes are stored in (bnb_4bit_quant_storage).
-_STORAGE = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4}
+# Dtypes that 4-bit codes are stored in (bnb_4bit_quant_storage).
+_STORAGE = tuple(row.stored for row in (UINT8, INT8, *PLAIN))
 _WORD = 32
 _AWQ_CODES = 8  # of 4 bits in a word
 
@@ -97,12 +98,12 @@ def _four_bit(weight: Weight, kind: str, tensors: Mapping[str, Tensor]) -> Matri
     kind = next((one for one in ("nf4", "fp4") if f"{name}.quant_state.bitsandbytes__{one}" in tensors), kind)
     nested = any(f"{name}.{part}" in tensors for part in ("nested_absmax", "nested_quant_map"))
     maxima = tensors.get(f"{name}.absmax")
-    nested = nested or (maxima is not None and maxima.dtype == "U8")
+    nested = nested or (maxima is not None and maxima.dtype == UINT8.stored)
     sizes = [-(-weight.numel // size) for size in _BLOCKS]
     blocks = maxima.shape[0] if maxima is not None and maxima.shape else sizes[1]
-    item = _STORAGE.get(codes.dtype, 1) if codes is not None else 1
+    item = BY_STORED[codes.dtype].nbytes if codes is not None and codes.dtype in _STORAGE else 1
     parts = [
-        Part(name, tuple(_STORAGE), ((-(-weight.numel // (2 * item)), 1),)),
+        Part(name, _STORAGE, ((-(-weight.numel // (2 * item)), 1),)),
         Part(f"{name}.absmax", ("U8",) if nested else ("F32", "F16", "BF16"), tuple((size,) for size in sizes)),
         Part(f"{name}.quant_map", ("F32",), ((16,),)),
         Part(f"{name}.quant_state.bitsandbytes__{kind}", ("U8",), (), _OFFSET if nested else 0),

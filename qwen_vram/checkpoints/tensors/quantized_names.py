@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from qwen_vram.checkpoints.files.safetensors_header import Tensor
+from qwen_vram.dtypes import PLAIN, UINT32
 from qwen_vram.spec.architecture import Architecture
 
-FLOATS = ("BF16", "F16", "F32")
+FLOATS = tuple(row.stored for row in PLAIN)
 # The end of a tensor's name -> whose it is; the first that is found.
 _ENDS = (
     (".quant_state.bitsandbytes__nf4", "bitsandbytes"),
@@ -46,7 +47,7 @@ def quantizer_of(tensors: Mapping[str, Tensor], architecture: Architecture) -> s
     codes = [tensor for name, tensor in tensors.items() if name.endswith("proj.weight") and tensor.dtype not in FLOATS]
     if not codes:
         return ""
-    if codes[0].dtype == "U32" and any(name.endswith(".scales") for name in tensors):
+    if codes[0].dtype == UINT32.stored and any(name.endswith(".scales") for name in tensors):
         return "mlx"
     return "qwen_vram" if any(name.endswith("proj.scale") for name in tensors) else "unknown"
 

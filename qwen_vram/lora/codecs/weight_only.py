@@ -9,8 +9,8 @@ import torch
 from qwen_vram.lora.codecs.base import Part
 from qwen_vram.runtime.linear.int4 import encode
 from qwen_vram.runtime.linear.int4_packing import unpair
-from qwen_vram.runtime.saving.writer import KINDS
 from qwen_vram.runtime.tensors.quantize_on_load import LINEARS, WeightOnlyConfig
+from qwen_vram.runtime.torch_dtypes import ROWS
 from qwen_vram.spec.formats import FORMATS
 
 # `load()` runs these formats in bf16, and brings a matrix to that dtype before it quantizes it.
@@ -40,7 +40,7 @@ class ByRow:
         FORMATS[self.name].part_sizes(shape)
         matrix = torch.empty(shape, dtype=_DTYPE, device="meta")
         made = {".weight": self.linear.empty_codes(matrix), f".{self.linear.scales}": self.linear.empty_scales(matrix)}
-        return tuple(Part(ending, KINDS[tensor.dtype], tuple(tensor.shape)) for ending, tensor in made.items())
+        return tuple(Part(ending, ROWS[tensor.dtype].stored, tuple(tensor.shape)) for ending, tensor in made.items())
 
     def row_step(self, columns: int) -> int:
         """Rows are independent."""

@@ -12,12 +12,14 @@ import torch
 from torch import nn
 
 from qwen_vram.checkpoints.files.safetensors_header import Tensor
+from qwen_vram.dtypes import FP32
 from qwen_vram.errors import BackendUnavailableError
 from qwen_vram.runtime.backends.base import Request, from_pretrained, stored_config
 from qwen_vram.runtime.backends.bnb_cpu import check_scales, keep_scales
 from qwen_vram.runtime.backends.bnb_state import copied, itself, quantization_tensors, with_tensors
 from qwen_vram.runtime.backends.dense import DenseBackend, filled, parameters, twin_binding
 from qwen_vram.runtime.linear.cpu_4bit import import_quietly, kernel_library, multiply, pack
+from qwen_vram.runtime.torch_dtypes import ROWS
 from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.formats import FORMATS
 from qwen_vram.spec.profile import Profile
@@ -105,7 +107,7 @@ class BnbBackend:
             # The checkpoint's own settings win over any that are passed, so they are changed where they stand.
             config = stored_config(request)
             config.quantization_config["llm_int8_enable_fp32_cpu_offload"] = two_devices
-            config.quantization_config["bnb_4bit_compute_dtype"] = str(request.dtype).removeprefix("torch.")
+            config.quantization_config["bnb_4bit_compute_dtype"] = ROWS[request.dtype].torch
             if request.profile.lm_head is None:
                 _leave_head(config.quantization_config)
             model: Any = from_pretrained(request._replace(narrowed=_wide(request.files.tensors)), config=config)
@@ -246,7 +248,7 @@ def _wide(tensors: Mapping[str, Tensor]) -> frozenset[str]:
     return frozenset(
         name
         for name, tensor in tensors.items()
-        if tensor.dtype == "F32" and name.endswith((".weight", ".bias")) and f"{name}.absmax" not in tensors
+        if tensor.dtype == FP32.stored and name.endswith((".weight", ".bias")) and f"{name}.absmax" not in tensors
     )
 
 

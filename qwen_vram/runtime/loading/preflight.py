@@ -11,17 +11,16 @@ from importlib.util import find_spec
 import torch
 
 from qwen_vram.arithmetic.weights import SMALLEST_READ, table_on_host
+from qwen_vram.dtypes import BF16
 from qwen_vram.errors import BackendUnavailableError, NotSupportedError
 from qwen_vram.planning.planner import Plan
 from qwen_vram.runtime.attention import fused as attention
 from qwen_vram.runtime.backends.base import Backend, HostBackend, StreamingBackend
 from qwen_vram.runtime.tensors.checkpoint import Checkpoint
+from qwen_vram.runtime.torch_dtypes import TORCH_DTYPES, torch_dtype
 from qwen_vram.spec.profile import Profile
 
 _LOGGER = logging.getLogger(__name__)
-
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 def check(chosen: Plan, backend: Backend, device: torch.device) -> None:
@@ -99,7 +98,7 @@ def check_files(checkpoint: Checkpoint, profile: Profile, dtype: torch.dtype) ->
     for weight in checkpoint.architecture.weights():
         tensor = stored.get(weight.name)
         quantized = checkpoint.architecture.stored_format is not None and weight.is_linear
-        held = None if tensor is None or quantized else _STORED_DTYPES.get(tensor.dtype)  # `None`: as its format has it
+        held = None if tensor is None or quantized else TORCH_DTYPES.get(tensor.dtype)  # `None`: as its format has it
         if tensor and tensor.nbytes >= SMALLEST_READ and ".layers." in weight.name and held not in (None, dtype):
             raise NotSupportedError(
                 f"disk_layers={profile.disk_layers}: {weight.name!r} is stored as {tensor.dtype} and runs in {dtype}; "
@@ -128,7 +127,7 @@ def _check_flash_attention_2(device: torch.device) -> None:
 
 def dtype_for(profile: Profile, device: torch.device) -> torch.dtype:
     """The model's dtype: fp16 in bf16's place where the GPU has no bf16."""
-    if profile.dtype == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+    if profile.dtype == BF16.name and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         _LOGGER.warning("this GPU has no bf16 (compute capability below 8.0): the model runs in fp16, of the same size")
         return torch.float16
-    return _DTYPES[profile.dtype]
+    return torch_dtype(profile.dtype)
