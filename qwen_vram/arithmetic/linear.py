@@ -9,7 +9,7 @@ from qwen_vram.arithmetic.int8_outliers import outlier_columns
 from qwen_vram.arithmetic.tiling import FUSED_ROWS, counts_tiles, int8_rows, int8_tile_elements, tile_rows, unpacks
 from qwen_vram.arithmetic.weights import format_of
 from qwen_vram.spec.architecture import Weight
-from qwen_vram.spec.formats import FORMATS
+from qwen_vram.spec.formats import FORMATS, blocks
 from qwen_vram.spec.profile import Profile
 
 _FP32 = 4
@@ -40,16 +40,16 @@ def _base_linear_bytes(weight: Weight, profile: Profile, rows: int) -> int:
     if unpacks(storage, rows):
         tile = tile_rows(*weight.shape) * in_features
         # int4 takes its pairs of codes apart, half of them at a time, a byte each.
-        return result + tile * element + (tile // 2 if storage.bits == 4 else 0)
-    if storage.is_dense or storage.library == "torch":
+        return result + tile * element + (tile // 2 if storage.is_tinygemm else 0)
+    if storage.is_dense or storage.is_weight_only:
         return result
-    if storage.name == "int8" and profile.tiles:
+    if storage.has_outliers and profile.tiles:
         return _int8_in_pieces(weight, profile, rows)
-    if storage.name == "int8":
+    if storage.has_outliers:
         return rows * (in_features + _FP32) + max(_int8_working_sets(weight, profile, rows))
-    if storage.library == "bitsandbytes" and rows <= FUSED_ROWS:
+    if storage.is_bnb_4bit and rows <= FUSED_ROWS:
         return result
-    maxima = _FP32 * -(-weight.numel // 64) if storage.is_double else 0
+    maxima = _FP32 * blocks(weight.numel) if storage.is_double else 0
     if counts_tiles(storage, profile, weight.shape, rows):
         return result + tile_rows(*weight.shape) * in_features * element + maxima
     return result + weight.numel * element + 2 * maxima

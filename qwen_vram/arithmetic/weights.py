@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
-from qwen_vram.dtypes import BY_NAME
+from qwen_vram.dtypes import BF16, BY_NAME
 from qwen_vram.spec.architecture import Architecture, Weight
-from qwen_vram.spec.formats import FORMATS, FormatName
+from qwen_vram.spec.formats import BLOCK, FORMATS, FormatName
 from qwen_vram.spec.prequantized import Stored, size
 from qwen_vram.spec.profile import Profile
 
@@ -24,7 +24,6 @@ SMALLEST_READ = 2**16
 # Rows that share a block of the CPU's 4-bit kernel. Source: bitsandbytes 0.50.2, functional.py,
 # _convert_weight_packed_for_cpu (block_n).
 PACKED_ROWS = 32
-MAXIMUM_OF = 64  # weights that share a block maximum, which is bf16 there
 # Host memory that disk layers pass through: one is copied to the device while the next is read.
 _DISK_BUFFERS = 2
 
@@ -104,17 +103,20 @@ def disk_buffers(profile: Profile) -> int:
 
 
 def computing_copies(architecture: Architecture, profile: Profile) -> int:
-    """Bytes of the copies that layers computing on the CPU need: 4-bit matrices as its kernel reads them. Exact."""
-    if FORMATS[profile.weights].bits != 4:
+    """Bytes of the copies that layers computing on the CPU need: 4-bit matrices as its kernel reads them.
+
+    Their block maxima are bf16 there. Exact.
+    """
+    if not FORMATS[profile.weights].is_bnb_4bit:
         return 0
     count = sum(weight.numel for weight in architecture.block if weight.is_linear)
     layers = min(profile.host_layers, architecture.num_hidden_layers)
-    return layers * (count // 2 + count // MAXIMUM_OF * 2)
+    return layers * (count // 2 + count // BLOCK * BF16.nbytes)
 
 
 def is_packed(shape: tuple[int, ...]) -> bool:
     """Tell if the CPU's 4-bit kernel takes a matrix of this shape, (rows, columns)."""
-    return shape[0] % PACKED_ROWS == 0 and shape[1] % MAXIMUM_OF == 0
+    return shape[0] % PACKED_ROWS == 0 and shape[1] % BLOCK == 0
 
 
 def may_be_on_disk(architecture: Architecture, profile: Profile) -> bool:
@@ -122,7 +124,7 @@ def may_be_on_disk(architecture: Architecture, profile: Profile) -> bool:
     if architecture.stored_format is None:
         as_stored = set(architecture.layer_dtypes) <= {BY_NAME[profile.dtype].stored}
         return FORMATS[profile.weights].is_dense and as_stored
-    return FORMATS[architecture.stored_format].library == "bitsandbytes"
+    return FORMATS[architecture.stored_format].is_bnb
 
 
 @lru_cache(maxsize=256)

@@ -5,11 +5,11 @@ What one machine lacks (a library, a kernel, a GPU) is `runtime.loading.prefligh
 
 from __future__ import annotations
 
-from qwen_vram.arithmetic.weights import MAXIMUM_OF, PACKED_ROWS, is_packed, may_be_on_disk
+from qwen_vram.arithmetic.weights import PACKED_ROWS, is_packed, may_be_on_disk
 from qwen_vram.errors import NotSupportedError
 from qwen_vram.planning.adapter_refusals import no_adapter_beside
 from qwen_vram.spec.architecture import Architecture
-from qwen_vram.spec.formats import FORMATS
+from qwen_vram.spec.formats import BLOCK, FORMATS
 from qwen_vram.spec.profile import Profile
 
 
@@ -33,7 +33,7 @@ def not_loadable(architecture: Architecture, profile: Profile) -> NotSupportedEr
 
 def _weights(architecture: Architecture, profile: Profile) -> str:
     weights, storage = profile.weights, FORMATS[profile.weights]
-    if storage.library != "gptqmodel" or architecture.stored_format is not None:
+    if not storage.is_gptqmodel or architecture.stored_format is not None:
         return ""
     return (
         "GPTQ's codes cannot be made of a 16-bit checkpoint while it loads, for they depend on what the model computes "
@@ -54,7 +54,7 @@ def _head(architecture: Architecture, profile: Profile) -> str:
         )
     if head != weights:
         return f"a model is quantized to one format; use lm_head={weights!r}, or leave one of the two out"
-    if storage.library == "gptqmodel":
+    if storage.is_gptqmodel:
         return (
             f"a head that {weights} quantized too is not loaded by transformers; use a checkpoint whose head is in 16 "
             "bits, as most are"
@@ -94,13 +94,13 @@ def _computing(architecture: Architecture, profile: Profile) -> str:
         )
     if storage.is_dense:
         return ""
-    if storage.bits != 4:
+    if not storage.is_bnb_4bit:
         return "bitsandbytes has no fused product in 8 bits for the CPU; use weights in 4 or 16 bits, or host_layers=0"
     for weight in architecture.block:
         if weight.is_linear and not is_packed(weight.shape):
             rows, columns = weight.shape
             return (
                 f"the CPU's kernel takes matrices whose rows are a multiple of {PACKED_ROWS} and whose columns are one "
-                f"of {MAXIMUM_OF}, got {rows:,} x {columns:,} ({weight.name}); use host_layers=0"
+                f"of {BLOCK}, got {rows:,} x {columns:,} ({weight.name}); use host_layers=0"
             )
     return ""

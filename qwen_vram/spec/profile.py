@@ -160,7 +160,7 @@ class Profile:
                 name=knob,
                 got=True,
             )
-        if "int8" in (self.weights, self.lm_head):
+        if any(FORMATS[name].has_outliers for name in (self.weights, self.head_format)):
             raise WorkloadError(
                 f"{knob}=True cannot go with 'int8', whose products wait for the GPU to count outliers; use 'int8-wo'",
                 name=knob,
@@ -185,7 +185,7 @@ class Profile:
     @property
     def tiles(self) -> bool:
         """Tell if matrices of bitsandbytes are multiplied by tiles."""
-        return self.dequantization == "tiled" or (self.dequantization is None and self.weights == "int8")
+        return self.dequantization == "tiled" or (self.dequantization is None and FORMATS[self.weights].has_outliers)
 
     @property
     def attends_whole(self) -> bool:

@@ -59,7 +59,7 @@ class ByRow:
 
     def decode(self, codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         """Codes times their row's scale."""
-        numbers = codes.view(torch.float8_e4m3fn) if self.name == "fp8" else codes
+        numbers = codes.view(torch.float8_e4m3fn) if FORMATS[self.name].is_float else codes
         return numbers.float().mul_(scales.float().view(-1, 1))
 
     def config(self, dtype: torch.dtype) -> dict[str, Any]:

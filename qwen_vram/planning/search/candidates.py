@@ -90,12 +90,8 @@ class Candidates:
         self.caches = [cache for cache in caches if tuple(cache.values()) in forms]
 
     def _has_room(self, move: Saver) -> bool:
-        """Tell if a move can be made on these devices: some on one GPU alone, and the table only where the host is.
-
-        Of the formats of 8 bits bitsandbytes' is offered on a CPU, and weights alone on a GPU. There they take a tenth
-        of the time for a token, and are closer to bf16 (benchmarks/results/real_formats.jsonl).
-        """
-        if move.knobs.get("weights") == ("int8-wo" if self.budget.vram is None else "int8"):
+        """Tell if a move can be made on these devices: some on one GPU alone, and the table only where the host is."""
+        if move.device not in ("", "cpu" if self.budget.vram is None else "gpu"):
             return False
         table = self.architecture.vocab_size * self.architecture.hidden_size * self.start.element_bytes
         too_large = self.budget.vram is not None and move.knobs.get("embeddings") == "host" and table > self.budget.ram

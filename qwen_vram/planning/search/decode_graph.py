@@ -29,8 +29,12 @@ def in_the_way(profile: Profile, gpus: int = 1) -> str | None:
 def _never_waits(name: FormatName) -> bool:
     """Tell if a format's products never wait for the GPU, and run on it as this library or bitsandbytes makes them."""
     storage = FORMATS[name]
-    sixteen_bit = storage.is_dense and storage.bits == 16
-    return sixteen_bit or storage.library == "torch" or (storage.library == "bitsandbytes" and storage.bits == 4)
+    return storage.is_16_bit or storage.is_weight_only or storage.is_bnb_4bit
+
+
+def _waits(name: FormatName | None) -> bool:
+    """Tell if a format's products wait for the GPU."""
+    return name is not None and FORMATS[name].has_outliers
 
 
 def not_captured(estimate: Estimate) -> str | None:
@@ -49,7 +53,7 @@ def said_of(estimate: Estimate) -> str | None:
     if reason is None:
         return None
     assert estimate.architecture is not None
-    formats = {name: "int8-wo" for name in ("weights", "lm_head") if getattr(profile, name) == "int8"}
+    formats = {name: "int8-wo" for name in ("weights", "lm_head") if _waits(getattr(profile, name))}
     cache = "preallocated" if profile.cache == "dynamic" else profile.cache
     known = {**CAPTURED, **formats, "host_layers": 0, "disk_layers": 0, "cache": cache, "captured": True}
     captured = replace(profile, **known)  # type: ignore[arg-type]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from qwen_vram.checkpoints.resolve import stored_knobs
 from qwen_vram.spec.architecture import Architecture
@@ -16,10 +16,11 @@ _LOSSLESS = Profile(name="auto", attention="fused", kernels="fused", cache="prea
 
 
 class Saver(NamedTuple):
-    """One step of the search: the knobs it turns, and what that costs."""
+    """One step of the search: the knobs it turns, what that costs, and the kind of device that it is for, or any."""
 
     knobs: dict[str, object]
     cost: str
+    device: Literal["", "cpu", "gpu"] = ""
 
 
 # Least lossy first: what costs nothing, then precision, then speed. Each move builds on those before it.
@@ -30,8 +31,10 @@ _MOVES = (
     Saver({"embeddings": "host"}, "nothing lost: rows are gathered on the host"),
     Saver({"prefill_chunk_size": 512}, "nothing lost: the same tokens, slower prefill"),
     Saver({"dequantization": "tiled"}, "nothing lost: matrices of bitsandbytes are dequantized tile by tile"),
-    Saver({"weights": "int8"}, "8-bit weights: close to lossless, slow"),
-    Saver({"weights": "int8-wo"}, "8-bit weights: close to lossless"),
+    # On a GPU int8-wo takes a tenth of int8's time for a token, and is closer to bf16.
+    # measured: benchmarks/results/real_formats.jsonl.
+    Saver({"weights": "int8"}, "8-bit weights: close to lossless, slow", "cpu"),
+    Saver({"weights": "int8-wo"}, "8-bit weights: close to lossless", "gpu"),
     Saver({"weights": "nf4", "dequantization": "tiled"}, "4-bit weights"),
     Saver({"weights": "nf4", "lm_head": "nf4"}, "4-bit head"),
     # A tied head in 4 bits is a copy, which saves something once the table can leave.

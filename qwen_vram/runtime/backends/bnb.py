@@ -63,11 +63,11 @@ def quantization_config(weights: str, *, head: bool, dtype: torch.dtype) -> Any:
 
     # transformers skips the head unless it is given a list; an empty one skips nothing.
     options: dict[str, Any] = {"llm_int8_skip_modules": [] if head else ["lm_head"]}
-    if weights == "int8":
+    if FORMATS[weights].has_outliers:
         return BitsAndBytesConfig(load_in_8bit=True, **options)
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type=weights.removesuffix("-plain"),
+        bnb_4bit_quant_type=FORMATS[weights].quant_type,
         bnb_4bit_use_double_quant=FORMATS[weights].is_double,
         bnb_4bit_compute_dtype=dtype,
         **options,
@@ -87,7 +87,7 @@ class BnbBackend:
                 backend="bnb",
                 install=_INSTALL,
             )
-        oldest = _OLDEST_INT8 if profile.weights == "int8" else _OLDEST_4_BIT
+        oldest = _OLDEST_INT8 if FORMATS[profile.weights].has_outliers else _OLDEST_4_BIT
         if device.type == "cuda" and torch.cuda.get_device_capability(device) < oldest:
             raise BackendUnavailableError(
                 f"weights={profile.weights!r} needs a GPU of compute capability {oldest[0]}.{oldest[1]}, got "
@@ -156,14 +156,14 @@ class BnbBackend:
 
         matrix = weights["weight"].to(request.dtype)
         sizes = {"input_features": module.in_features, "output_features": module.out_features, "device": "meta"}
-        name, bias = request.profile.weights, module.bias is not None
+        storage, bias = FORMATS[request.profile.weights], module.bias is not None
         made: Any
-        if name == "int8":
+        if storage.has_outliers:
             made = bnb.nn.Linear8bitLt(**sizes, bias=bias, has_fp16_weights=False, threshold=_THRESHOLD)
             codes, scales = eight_bit(matrix, request.device)
             made.weight = bnb.nn.Int8Params(codes, requires_grad=False, CB=codes, SCB=scales)
         else:
-            quant_type, nested = name.removesuffix("-plain"), FORMATS[name].is_double
+            quant_type, nested = storage.quant_type, storage.is_double
             kind = {"quant_type": quant_type, "compress_statistics": nested}
             made = bnb.nn.Linear4bit(**sizes, bias=bias, compute_dtype=request.dtype, **kind)
             codes, state = four_bit(matrix, request.device, quant_type=quant_type, nested=nested)

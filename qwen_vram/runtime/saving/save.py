@@ -78,7 +78,7 @@ def saving_backend(weights: str) -> SavingBackend:
         UnknownNameError: there is no such format.
     """
     if weights not in FORMAT_NAMES:
-        saved = tuple(name for name, storage in FORMATS.items() if storage.library in ("bitsandbytes", "torch"))
+        saved = tuple(name for name, storage in FORMATS.items() if storage.is_quantized_on_load)
         raise UnknownNameError("format to save", weights, saved)
     backend = get_backend(weights)
     if isinstance(backend, SavingBackend):
