@@ -17,7 +17,7 @@ from qwen_vram.planning.offloaded_layers import spread
 from qwen_vram.planning.placement import place
 from qwen_vram.planning.search.search import Search
 from qwen_vram.spec.machine import DEFAULT
-from qwen_vram.spec.profile import COMPILED
+from qwen_vram.spec.rules import COMPILED
 
 SEVEN = "Qwen/Qwen2.5-7B-Instruct"
 RAM = {"ram": "64GiB"}

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
-from qwen_vram.dtypes import BF16, BY_NAME
+from qwen_vram.dtypes import BF16
 from qwen_vram.spec.architecture import Architecture, Weight
 from qwen_vram.spec.formats import BLOCK, FORMATS, FormatName
 from qwen_vram.spec.prequantized import Stored, size
@@ -21,9 +21,6 @@ _QUICK_BLOCK = 2**28
 # Tensors of a disk layer below this stay in host memory, for each would be a request of its own to the disk: norms,
 # biases, tables and the scales of scales, 0.1 % of a layer of Qwen2.5-7B.
 SMALLEST_READ = 2**16
-# Rows that share a block of the CPU's 4-bit kernel. Source: bitsandbytes 0.50.2, functional.py,
-# _convert_weight_packed_for_cpu (block_n).
-PACKED_ROWS = 32
 # Host memory that disk layers pass through: one is copied to the device while the next is read.
 _DISK_BUFFERS = 2
 
@@ -112,19 +109,6 @@ def computing_copies(architecture: Architecture, profile: Profile) -> int:
     count = sum(weight.numel for weight in architecture.block if weight.is_linear)
     layers = min(profile.host_layers, architecture.num_hidden_layers)
     return layers * (count // 2 + count // BLOCK * BF16.nbytes)
-
-
-def is_packed(shape: tuple[int, ...]) -> bool:
-    """Tell if the CPU's 4-bit kernel takes a matrix of this shape, (rows, columns)."""
-    return shape[0] % PACKED_ROWS == 0 and shape[1] % BLOCK == 0
-
-
-def may_be_on_disk(architecture: Architecture, profile: Profile) -> bool:
-    """Tell if a checkpoint's files hold layers as `profile` has them, and not what they are quantized from."""
-    if architecture.stored_format is None:
-        as_stored = set(architecture.layer_dtypes) <= {BY_NAME[profile.dtype].stored}
-        return FORMATS[profile.weights].is_dense and as_stored
-    return FORMATS[architecture.stored_format].is_bnb
 
 
 @lru_cache(maxsize=256)

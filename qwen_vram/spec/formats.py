@@ -29,6 +29,9 @@ ALLOCATION_STEP = 512
 BLOCK = 64
 NESTED_BLOCK = 256
 QUANT_TYPES = ("nf4", "fp4")
+# Rows that share a block of the CPU's 4-bit kernel. Source: bitsandbytes 0.50.2, functional.py,
+# _convert_weight_packed_for_cpu (block_n).
+PACKED_ROWS = 32
 _CODE_TABLE = 16 * FP32.nbytes
 _NESTED_CODE_TABLE = 256 * FP32.nbytes
 
@@ -194,6 +197,11 @@ class StorageFormat(NamedTuple):
 def blocks(numel: int) -> int:
     """Return the blocks of bitsandbytes' 4-bit layout that hold `numel` weights."""
     return -(-numel // BLOCK)
+
+
+def is_packed(shape: tuple[int, ...]) -> bool:
+    """Tell if the CPU's 4-bit kernel takes a matrix of this shape, (rows, columns)."""
+    return shape[0] % PACKED_ROWS == 0 and shape[1] % BLOCK == 0
 
 
 _CODES4 = Part("weight", 1, 2, "weights")  # two 4-bit codes a byte

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from qwen_vram.arithmetic.estimate import Estimate, estimate
-from qwen_vram.arithmetic.gpu_split import ONE_DEVICE, split_estimate, split_of
+from qwen_vram.arithmetic.gpu_split import split_estimate, split_of
 from qwen_vram.arithmetic.timing.bytes_moved import decode_floor_ms
 from qwen_vram.arithmetic.weights import streaming_slots
 from qwen_vram.planning.capacity.budget import Budget
@@ -19,6 +19,7 @@ from qwen_vram.planning.support import not_loadable
 from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.machine import Machine
 from qwen_vram.spec.profile import Profile
+from qwen_vram.spec.rules import ONE_GPU
 from qwen_vram.spec.workload import Workload
 
 _HOST_CACHE: dict[str, object] = {"kv_cache": "bf16", "kv_device": "host"}
@@ -95,7 +96,7 @@ class Candidates:
             return False
         table = self.architecture.vocab_size * self.architecture.hidden_size * self.start.element_bytes
         too_large = self.budget.vram is not None and move.knobs.get("embeddings") == "host" and table > self.budget.ram
-        return not too_large and not (self.several and ONE_DEVICE.keys() & move.knobs.keys())
+        return not too_large and not (self.several and ONE_GPU.keys() & move.knobs.keys())
 
     def candidates(self) -> Iterator[Candidate]:
         """Every profile on the way that loads, and needs less than all before it.
