@@ -9,7 +9,7 @@ from qwen_vram.arithmetic.pipeline import slices
 from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.machine import Machine
 from qwen_vram.spec.profile import Profile
-from qwen_vram.spec.rules import check_split
+from qwen_vram.spec.rules.table import check_split
 from qwen_vram.spec.workload import Workload
 
 

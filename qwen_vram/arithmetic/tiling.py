@@ -7,7 +7,6 @@ that is quantized for streaming, and `runtime.linear.weight_only` for the format
 
 from __future__ import annotations
 
-from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.formats import BLOCK, StorageFormat
 from qwen_vram.spec.profile import Profile
 
@@ -42,12 +41,6 @@ def is_tiled(shape: tuple[int, ...], rows: int) -> bool:
 def counts_tiles(storage: StorageFormat, profile: Profile, shape: tuple[int, ...], rows: int) -> bool:
     """The same for a matrix in a storage format."""
     return profile.tiles and storage.is_bnb_4bit and is_tiled(shape, rows)
-
-
-def head_by_tiles(architecture: Architecture, profile: Profile) -> bool:
-    """Tell if a head is quantized on the device tile by tile: where layers stream, it is the largest tensor."""
-    quantized = profile.head_format != profile.dtype and architecture.stored_format is None
-    return profile.streamed_layers > 0 and quantized
 
 
 def chunk_rows(out_features: int, in_features: int) -> int:

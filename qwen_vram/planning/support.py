@@ -10,8 +10,8 @@ from qwen_vram.planning.adapter_refusals import no_adapter_beside
 from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.formats import FORMATS
 from qwen_vram.spec.profile import Profile
-from qwen_vram.spec.rule import broken
-from qwen_vram.spec.rules import ANYWHERE_RULES, Model
+from qwen_vram.spec.rules.rule import broken
+from qwen_vram.spec.rules.table import ANYWHERE_RULES, Model
 
 
 def not_loadable(architecture: Architecture, profile: Profile) -> NotSupportedError | None:

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, get_args
 from qwen_vram.errors import UnknownNameError, WorkloadError
 from qwen_vram.spec.formats import FORMAT_NAMES, FORMATS, FormatName
 from qwen_vram.spec.kv_formats import KV_FORMAT_NAMES, KvFormat, KvFormatName, kv_format
-from qwen_vram.spec.rules import check_profile
+from qwen_vram.spec.rules.table import check_profile
 
 Device = Literal["device", "host"]
 CacheKind = Literal["preallocated", "dynamic", "static"]

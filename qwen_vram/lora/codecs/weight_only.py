@@ -9,7 +9,7 @@ import torch
 from qwen_vram.lora.codecs.base import Part
 from qwen_vram.runtime.linear.int4 import encode
 from qwen_vram.runtime.linear.int4_packing import unpair
-from qwen_vram.runtime.tensors.quantize_on_load import LINEARS, WeightOnlyConfig
+from qwen_vram.runtime.quantize_on_load import LINEARS, WeightOnlyConfig
 from qwen_vram.runtime.torch_dtypes import ROWS
 from qwen_vram.spec.formats import FORMATS
 

@@ -13,7 +13,7 @@ from qwen_vram.planning.capacity.fit import live_bytes
 from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.machine import Machine
 from qwen_vram.spec.profile import Profile
-from qwen_vram.spec.rules import check_split
+from qwen_vram.spec.rules.table import check_split
 from qwen_vram.spec.workload import Workload
 
 # Layers that are moved at once: fragments can make one more layer look better than one less.

@@ -8,7 +8,7 @@ from qwen_vram.arithmetic.estimate import Estimate
 from qwen_vram.arithmetic.timing.decode import decode_ms
 from qwen_vram.spec.formats import FORMATS, FormatName
 from qwen_vram.spec.profile import Profile
-from qwen_vram.spec.rules import CAPTURED
+from qwen_vram.spec.rules.table import CAPTURED
 
 
 def in_the_way(profile: Profile, gpus: int = 1) -> str | None:

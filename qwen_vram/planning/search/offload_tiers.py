@@ -17,7 +17,7 @@ from qwen_vram.planning.capacity.fit import fits, needed, on_device
 from qwen_vram.planning.support import not_loadable
 from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.profile import Profile
-from qwen_vram.spec.rules import may_be_on_disk
+from qwen_vram.spec.rules.table import may_be_on_disk
 from qwen_vram.spec.workload import Workload
 
 

@@ -10,7 +10,7 @@ from qwen_vram.errors import WorkloadError
 from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.formats import FORMATS
 from qwen_vram.spec.profile import Profile, resolve_profile
-from qwen_vram.spec.rules import ANYWHERE_RULES, Model
+from qwen_vram.spec.rules.table import ANYWHERE_RULES, Model
 from qwen_vram.spec.workload import Workload
 
 # Where the search begins: nothing lost, nothing expanded, nothing that grows.

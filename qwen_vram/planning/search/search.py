@@ -18,7 +18,7 @@ from qwen_vram.planning.search.savers import Saver, change_of
 from qwen_vram.planning.support import not_loadable
 from qwen_vram.spec.formats import FORMATS
 from qwen_vram.spec.profile import Profile
-from qwen_vram.spec.rules import ONE_GPU
+from qwen_vram.spec.rules.table import ONE_GPU
 from qwen_vram.spec.workload import Workload
 
 Prefer = Literal["quality", "speed", "memory"]

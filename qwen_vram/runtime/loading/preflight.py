@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 import torch
 
-from qwen_vram.arithmetic.weights import SMALLEST_READ, table_on_host
+from qwen_vram.arithmetic.weights import SMALLEST_READ
 from qwen_vram.dtypes import BF16
 from qwen_vram.errors import BackendUnavailableError, NotSupportedError
 from qwen_vram.planning.planner import Plan
@@ -19,6 +19,7 @@ from qwen_vram.runtime.backends.base import Backend, HostBackend, StreamingBacke
 from qwen_vram.runtime.tensors.checkpoint import Checkpoint
 from qwen_vram.runtime.torch_dtypes import TORCH_DTYPES, torch_dtype
 from qwen_vram.spec.profile import Profile
+from qwen_vram.spec.residency import residency
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ def check(chosen: Plan, backend: Backend, device: torch.device) -> None:
     assert architecture is not None
     if profile.streamed_layers:
         _check_streaming(profile, backend)
-    if profile.embeddings == "host" and not table_on_host(architecture, profile):
+    if profile.embeddings == "host" and not residency(architecture, profile).table_on_host:
         _LOGGER.warning(
             "embeddings='host' leaves the token table where it is: it is this model's head too (tie_word_embeddings); "
             "with quantized weights, lm_head in their format is a head of its own, and the table goes to the host"

@@ -12,7 +12,7 @@ from qwen_vram.dtypes import BY_NAME
 from qwen_vram.errors import NotSupportedError, WorkloadError
 from qwen_vram.spec.architecture import Architecture, Weight
 from qwen_vram.spec.formats import BLOCK, FORMATS, PACKED_ROWS, is_packed
-from qwen_vram.spec.rule import Knobs, Rule, broken
+from qwen_vram.spec.rules.rule import Knobs, Rule, broken
 
 # What a captured decode step can run with: all else waits for the host, or for another kernel.
 CAPTURED: dict[str, object] = {"attention": "fused", "kv_cache": "bf16", "kv_device": "device", "streamed_layers": 0}
