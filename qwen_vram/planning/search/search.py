@@ -17,7 +17,7 @@ from qwen_vram.planning.search.largest_workload import nearest
 from qwen_vram.planning.search.savers import Saver, change_of
 from qwen_vram.planning.support import not_loadable
 from qwen_vram.spec.formats import FORMATS
-from qwen_vram.spec.profile import Profile
+from qwen_vram.spec.profile import KNOBS, Profile
 from qwen_vram.spec.rules.table import ONE_GPU
 from qwen_vram.spec.workload import Workload
 
@@ -242,5 +242,4 @@ class Search(Candidates):
 
 def _turned(profile: Profile) -> Saver:
     """Every knob that steps to `profile` may have turned."""
-    turned = ("weights", "lm_head", "embeddings", "prefill_chunk_size", "streamed_layers", "host_layers", "disk_layers")
-    return Saver({knob: getattr(profile, knob) for knob in (*turned, "kv_cache", "kv_device")}, "")
+    return Saver({knob: getattr(profile, knob) for knob in KNOBS}, "")

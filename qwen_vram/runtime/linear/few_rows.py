@@ -21,6 +21,8 @@ from qwen_vram.spec.formats import BLOCK, FORMATS, NESTED_BLOCK, QUANT_TYPES
 _LOGGER = logging.getLogger(__name__)
 
 MOST_ROWS = 8
+# The format of a 16-bit matrix for these kernels.
+_DENSE = "dense"
 # Of a 16-bit matrix, which cuBLAS multiplies by two rows in the time of one.
 _MOST_DENSE_ROWS = 1
 
@@ -130,7 +132,7 @@ def _codes(linear: Any, x: Tensor) -> _Codes | None:
     if type(linear) is nn.Linear:
         if len(x) > _MOST_DENSE_ROWS or weight.dtype != x.dtype or x.shape[1] != weight.shape[1] or x.shape[1] % 8:
             return None
-        return _Codes("dense", False, weight.view(-1).view(torch.int32), (weight,))
+        return _Codes(_DENSE, False, weight.view(-1).view(torch.int32), (weight,))
     storage = getattr(linear, "format", None)
     if storage is not None and FORMATS[storage].is_dequantized:
         if x.shape[1] != linear.in_features or x.shape[1] % 16:
@@ -173,7 +175,7 @@ def _division(storage: str, rows: int, out: int, width: int, *, alone: bool) -> 
         out: Rows of the matrices together.
         alone: There is one matrix, and nothing else is made of its product.
     """
-    if storage == "dense":
+    if storage == _DENSE:
         return (2, 128, 4)
     if rows > 4:
         return (2, 32, 1)

@@ -86,7 +86,7 @@ def saving_backend(weights: str) -> SavingBackend:
     why = (
         "they are not quantized, and the checkpoint that they came from holds them already; load it with "
         "weights='nf4', or save a changed model by its own model.save_pretrained()"
-        if backend.name == "dense"
+        if FORMATS[weights].is_dense
         else f"the backend {backend.name!r} does not say how; use the library that wrote the checkpoint"
     )
     raise NotSupportedError(f"weights={weights!r} cannot be saved quantized: {why}", knob="weights", value=weights)

@@ -49,12 +49,15 @@ class Rule(Generic[Facts]):
         knob: The knob that the error names.
         message: The error's text; of scope "anywhere" what follows the knob, its value and the weights.
         scope: Where it holds: in every profile, for a model on any machine, over several GPUs, or on this machine.
+        package: What is missing here, if the error is that; and the command that installs it.
     """
 
     when: Callable[[Facts], bool]
     knob: str
     message: Callable[[Facts], str]
     scope: Scope
+    package: str = ""
+    install: str = ""
 
 
 def broken(rules: Iterable[Rule[Facts]], facts: Facts) -> Rule[Facts] | None:
