@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from qwen_vram.arithmetic import render
-from qwen_vram.arithmetic.activations import Moment, moments
 from qwen_vram.arithmetic.kv_cache import host_kv_bytes, kv_cache_bytes
 from qwen_vram.arithmetic.process import (
     Replayed,
@@ -20,6 +19,7 @@ from qwen_vram.arithmetic.process import (
     replay,
     workspace_bytes,
 )
+from qwen_vram.arithmetic.replay.live_bytes import Moment, moments
 from qwen_vram.arithmetic.weights import weight_bytes
 from qwen_vram.errors import WorkloadError
 from qwen_vram.spec.architecture import Architecture
