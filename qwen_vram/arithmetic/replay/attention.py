@@ -63,15 +63,15 @@ class Attention(Products):
         wide = rows * self.architecture.attention_width * self.element
         narrow = rows * self.architecture.key_value_width * self.element
         self.at("attention q_proj")
-        query = self.product("q_proj", rows)
+        query = self.linear("q_proj", rows)
         if self.normed_heads:
             query = self.replace(query, self.norm(rows, self.architecture.attention_width, "attention q_norm"))
         self.at("attention k_proj")
-        key = self.product("k_proj", rows)
+        key = self.linear("k_proj", rows)
         if self.normed_heads:
             key = self.replace(key, self.norm(rows, self.architecture.key_value_width))
         self.at("attention v_proj")
-        value = self.product("v_proj", rows)
+        value = self.linear("v_proj", rows)
         self.at("attention rotary")
         rotated, rotated_key = query, key
         if self.profile.kernels == "plain":
@@ -85,7 +85,7 @@ class Attention(Products):
         result, scores = self.kernel(queries, past)
         self.give(*stored)
         self.at("attention o_proj")
-        out = self.product("o_proj", rows)
+        out = self.linear("o_proj", rows)
         self.give(result, rotated)
         return out, scores
 

@@ -8,8 +8,6 @@ generation/utils.py); `replay.attention` and `replay.linear` have theirs.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from qwen_vram.arithmetic.decode_graph import step_sizes
 from qwen_vram.arithmetic.kv_cache import layer_kv_bytes
 from qwen_vram.arithmetic.replay.allocator import SMALL, CachingAllocator
@@ -39,19 +37,6 @@ def replay_generation(
     that grows is followed through them all (`grow`), for its length decides what fits where the old one was.
     """
     Generation(allocator, architecture, profile, workload).run()
-
-
-def pool_bytes(architecture: Architecture, profile: Profile, workload: Workload) -> int:
-    """What the pool of a captured decode step reserves: its temporary tensors, had it not been compiled."""
-    if not profile.captures or workload.logits == "all":
-        return 0
-    allocator = CachingAllocator()
-    generation = Generation(allocator, architecture, profile, replace(workload, padded=False))
-    generation.warm = generation.warm_lt = True
-    for held in generation.cache:
-        held.extend((0, 0))  # they are there already
-    generation.step(1, workload.context_len - 1)
-    return allocator.peak_reserved
 
 
 class Generation(Attention):
@@ -166,31 +151,29 @@ class Generation(Attention):
                 remaining %= 2  # two layers after which all is as before them: so would every two be
         return self.end(hidden, kept, queries)
 
-    def last_layer_step(self, queries: int, past: int) -> list[int]:
-        """The same through the last layer alone, before which the cache of the others is as long as after the step."""
+    def one_layer_step(self, layer: int, queries: int, past: int) -> list[int]:
+        """The same through one layer alone, as if it came last: other layers made its input."""
         hidden, kept = self.begin(queries, past)
         if kept:
-            hidden = self.take(self.hidden_size(queries))  # of the layer before; a first layer's are the embeddings
-        following = self.layer(self.architecture.num_hidden_layers - 1, queries, past)
+            hidden = self.take(self.hidden_size(queries))  # the model holds the embeddings beside the layer's input
+        following = self.layer(layer, queries, past)
         self.give(hidden)
         return self.end(following, kept, queries)
 
-    def begin_at(self, past: int, queries: int) -> tuple[int, int]:
-        """Begin a process anew with `past` tokens in the cache, for a step through the last layer.
+    def resume(self, layer: int, queries: int, past: int) -> tuple[int, int]:
+        """Begin anew with `past` tokens in the cache, before a step through one layer alone.
 
-        Returns the bytes of the layer's cache before and after it; 0 and 0 if the cache has its full length from the
-        start, or there is none.
+        Returns the bytes of the layer's cache before and after the step; 0 and 0 if the cache has its full length from
+        the start, or there is none.
         """
         self.warm = self.warm_lt = True
         self.scores = []
-        self.cache[0] = self.cache[-1] = [0, 0]
+        self.cache[0] = self.cache[layer] = [0, 0]
         if self.workload.logits == "all" or self.profile.cache != "dynamic":
             return 0, 0
-        before, after = (
-            self.batch * tokens * self.architecture.key_value_width * self.element for tokens in (past, past + queries)
-        )
-        self.cache[-1] = [before, before] if past else []
-        return 2 * before, 2 * after
+        token = self.batch * self.architecture.key_value_width * self.element
+        self.cache[layer] = [past * token] * 2 if past else []
+        return 2 * past * token, 2 * (past + queries) * token
 
     def begin(self, queries: int, past: int) -> tuple[int, list[int]]:
         """The embeddings, or the hidden states that come from the device before; and all that is held to the end."""
@@ -238,7 +221,7 @@ class Generation(Attention):
             return self.of_generate(rows * self.architecture.vocab_size * self.element)
         self.at("head")
         normed = normed or [self.take(rows * self.architecture.hidden_size * self.element)]
-        logits = self.product("lm_head", rows)
+        logits = self.product(self.architecture.head, rows)
         self.give(*normed)
         if self.architecture.starts:
             return [logits]
@@ -275,7 +258,7 @@ class Generation(Attention):
         normed = self.norm(rows, self.architecture.hidden_size, "mlp norm")
         product = self.gated_in_place(rows) if fused else self.gated(rows)
         self.at("mlp down_proj")
-        down = self.product("down_proj", rows)
+        down = self.linear("down_proj", rows)
         self.give(product, normed)
         result = down if fused else self.replace(down, self.take(size))
         self.give(residual, *scores, *copies)
@@ -285,10 +268,10 @@ class Generation(Attention):
         """The MLP's `act(gate) * up`."""
         inner = rows * self.architecture.intermediate_size * self.element
         self.at("mlp gate_proj")
-        gate = self.product("gate_proj", rows)
+        gate = self.linear("gate_proj", rows)
         self.at("mlp up_proj")
         activated = self.replace(gate, self.take(inner))
-        up = self.product("up_proj", rows)
+        up = self.linear("up_proj", rows)
         self.at("mlp product")
         product = self.take(inner)
         self.give(activated, up)
@@ -297,7 +280,7 @@ class Generation(Attention):
     def gated_in_place(self, rows: int) -> int:
         """The same in the memory of the gate."""
         self.at("mlp gate_proj")
-        gate = self.product("gate_proj", rows)
+        gate = self.linear("gate_proj", rows)
         self.at("mlp up_proj")
-        self.give(self.product("up_proj", rows))
+        self.give(self.linear("up_proj", rows))
         return gate

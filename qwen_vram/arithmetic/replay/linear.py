@@ -6,9 +6,6 @@ backends/cuda and default).
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import NamedTuple
-
 from qwen_vram.arithmetic.int8_outliers import outlier_columns
 from qwen_vram.arithmetic.replay.trace import Consumer
 from qwen_vram.arithmetic.tiling import FUSED_ROWS, counts_tiles, int8_rows, int8_tile_elements, tile_rows, unpacks
@@ -44,24 +41,6 @@ def workspaces(architecture: Architecture, profile: Profile) -> tuple[int, ...]:
     return CUBLAS_WORKSPACE if lt else CUBLAS_WORKSPACE[:1]
 
 
-class Matrix(NamedTuple):
-    """A matrix that rows are multiplied by: its weight, how it is stored, and if its product needs cuBLASLt."""
-
-    weight: Weight
-    storage: StorageFormat
-    lt: bool
-
-
-@lru_cache(maxsize=256)
-def matrices(architecture: Architecture, profile: Profile) -> dict[str, Matrix]:
-    """Return the matrices of a layer, and the head, by the names of their modules."""
-    weights = [*(weight for weight in architecture.block if weight.is_linear), architecture.head]
-    return {
-        weight.module: Matrix(weight, FORMATS[format_of(weight, profile)], needs_lt(weight, architecture, profile))
-        for weight in weights
-    }
-
-
 class Products:
     """What norms and linear layers take and give. Every method returns the block of its result; sizes are bytes."""
 
@@ -72,7 +51,11 @@ class Products:
         self.architecture = architecture
         self.profile = profile
         self.element = profile.element_bytes
-        self.matrices = matrices(architecture, profile)
+        self.linears = {weight.module: weight for weight in architecture.block if weight.is_linear}
+        products = [*self.linears.values(), architecture.head]
+        # Facts of each matrix, asked for in every layer of every step.
+        self.lt = {weight.module: needs_lt(weight, architecture, profile) for weight in products}
+        self.storages = {weight.module: FORMATS[format_of(weight, profile)] for weight in products}
         self.warm = False
         self.warm_lt = False
 
@@ -93,7 +76,7 @@ class Products:
     def norm(self, rows: int, width: int, moment: str = "") -> int:
         """RMSNorm: in float32 on the way, for rows of `width`; the heads' norms see the same bytes.
 
-        `moment` holds the two float32 tensors. What follows is as large but for a few bytes a row, and in no moment.
+        `moment` holds the two float32 tensors. What follows is larger by a few bytes a row at most, and in no moment.
         """
         take, give = self.take, self.give
         self.at(moment)
@@ -115,11 +98,15 @@ class Products:
         give(rounded, scaled, mean)
         return result
 
-    def product(self, module: str, rows: int) -> int:
+    def linear(self, name: str, rows: int) -> int:
+        """The product of one of the block's matrices, by the name of its module."""
+        return self.product(self.linears[name], rows)
+
+    def product(self, weight: Weight, rows: int) -> int:
         """A matrix product in the weight's format, and an adapter's update on top; returns the result."""
-        weight, storage, lt = self.matrices[module]
-        self.warm_up(lt)
-        result = self.base_product(weight, storage, rows)
+        module = weight.module
+        self.warm_up(self.lt[module])
+        result = self.base_product(weight, self.storages[module], rows)
         if module not in self.architecture.adapted:
             return result
         size = rows * weight.shape[0] * self.element

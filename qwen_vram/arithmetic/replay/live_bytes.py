@@ -44,17 +44,13 @@ class LiveBytes:
 
     def __init__(self) -> None:
         self.moments: dict[str, int] = {}
-        self._moment = ""
-        self._live = 0
-        self._most = 0
-        # One layer's cache, less what it is after the step.
-        self._cache = 0
+        self.begin(0, 0)
 
-    def begin_step(self, before: int, after: int) -> None:
-        """Forget everything; the traced layer's cache is to grow from `before` to `after` bytes."""
-        self.moments = {}
+    def begin(self, before: int, after: int) -> None:
+        """Begin with nothing; the cache of the traced layer is to grow from `before` to `after` bytes."""
         self._moment = ""
         self._live = self._most = 0
+        # The traced layer's cache, less what it is after the step.
         self._cache = before - after
 
     def take(self, nbytes: int, /) -> int:
@@ -82,7 +78,7 @@ class LiveBytes:
     def at(self, moment: str, /) -> None:
         """Begin a moment with what is live."""
         if self._moment:
-            self.moments[self._moment] = self._most
+            self.moments[self._moment] = max(self._most, self.moments.get(self._moment, 0))
         self._moment = moment
         self._most = self._live
 
@@ -107,16 +103,15 @@ def moments(architecture: Architecture, profile: Profile, workload: Workload) ->
     """
     live = LiveBytes()
     generation = Generation(live, architecture, profile, workload)
+    layer = architecture.num_hidden_layers - 1
     for step in _steps(profile, workload):
-        past = step.cached - step.queries
-        live.begin_step(*generation.begin_at(past, step.queries))
+        past, cache = step.cached - step.queries, 0
+        live.moments = {}
+        live.begin(*generation.resume(layer, step.queries, past))
         generation.inputs(workload.prompt_len if step.phase == "prefill" else step.cached)
-        logits = generation.last_layer_step(step.queries, past)
+        logits = generation.one_layer_step(layer, step.queries, past)
         if workload.logits == "last":
             generation.sample(logits, [], step.cached)
-        live.at("")
-        cache = 0
-        if workload.logits == "last":
             cache = kv_cache_bytes(
                 architecture,
                 profile,
@@ -124,6 +119,7 @@ def moments(architecture: Architecture, profile: Profile, workload: Workload) ->
                 batch_size=workload.batch_size,
                 context_len=workload.context_len,
             )
+        live.at("")
         for name, most in live.moments.items():
             yield Moment(step.phase, name, cache, most)
 
