@@ -116,6 +116,11 @@ def test_the_peak_as_it_was_measured(row):
     assert all(-0.001 <= before / row["prefill_peak"] - 1 <= 0.001 for before, _ in first)
 
 
+@pytest.mark.parametrize("row", [row for row in [*SIXTEEN_BIT, *FOUR_BIT] if row["what"] == "fwd"], ids=label)
+def test_the_peak_of_a_plain_forward_to_the_byte(row):
+    assert as_measured(row)[-1][0] == row["peak"]
+
+
 @pytest.mark.parametrize("row", [row for row in INT8 if row["size"] != "7B"], ids=label)
 def test_what_int8_reserved_as_it_was_measured(row):
     # 7B's layers differ by hundreds of columns that hold outliers, and so do their blocks.
