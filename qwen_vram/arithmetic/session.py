@@ -7,7 +7,7 @@ covers the others. `tests/test_session.py` holds it against all lengths.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -111,15 +111,15 @@ def outlier_bytes(architecture: Architecture, profile: Profile, workload: Worklo
     return largest + _COLUMN_SEARCH
 
 
-def least_of_session(runs: Iterable[Run], fragment: int, from_data: int = 0) -> int:
+def session_least(architecture: Architecture, profile: Profile, workload: Workload, runs: Sequence[Run]) -> int:
     """Return the bytes that torch must be able to reserve for a session whose critical workloads are `runs`.
 
     At least what each of them needs, with the search's own step if it was searched; and the highest peak with the share
     that a replay can miss. On top of it there is one fragment, or 4 % of the peak if that is less, and what the data
     take (`outlier_bytes`).
     """
-    every = list(runs)
-    peak = max(run.peak for run in every)
-    least = max(run.least + (SEARCHED_TO if run.least < run.roomy else 0) for run in every)
-    left_over = min(fragment, int(peak * _FRAGMENT))
+    peak = max(run.peak for run in runs)
+    least = max(run.least + (SEARCHED_TO if run.least < run.roomy else 0) for run in runs)
+    left_over = min(fragment_bytes(architecture, profile, workload), int(peak * _FRAGMENT))
+    from_data = outlier_bytes(architecture, profile, workload)
     return max(least, int((peak + SEARCHED_TO) * (1 + REPLAY_MISS))) + left_over + from_data + _SMALL_SEGMENTS

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from qwen_vram.arithmetic.attention import attention_parts, bias_columns, joined_rows
 from qwen_vram.arithmetic.kv_cache import HOST_CACHE_LAYERS, layer_kv_bytes
-from qwen_vram.arithmetic.replay.allocator import CachingAllocator
 from qwen_vram.arithmetic.replay.linear import Products
+from qwen_vram.arithmetic.replay.trace import Consumer
 from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.profile import Profile
 from qwen_vram.spec.workload import Workload
@@ -20,10 +20,8 @@ _FP32 = 4
 class Attention(Products):
     """What attention takes and gives in a step of `queries` new tokens after `past` ones, and what its cache holds."""
 
-    def __init__(
-        self, allocator: CachingAllocator, architecture: Architecture, profile: Profile, workload: Workload
-    ) -> None:
-        super().__init__(allocator, architecture, profile)
+    def __init__(self, consumer: Consumer, architecture: Architecture, profile: Profile, workload: Workload) -> None:
+        super().__init__(consumer, architecture, profile)
         self.workload = workload
         self.batch = workload.batch_size
         self.normed_heads = any("q_norm" in weight.name for weight in architecture.block)
@@ -33,7 +31,7 @@ class Attention(Products):
         self.cache: list[list[int]] = [[] for _ in range(architecture.num_hidden_layers)]
 
     def masked(self, queries: int, past: int) -> bool:
-        """Tell if attention gets an explicit mask; the rules are `activations`'."""
+        """Tell if attention gets an explicit mask: padding, an unfinished cache before the chunk, or a static cache."""
         kind = self.profile.attention
         if kind == "flash_attention_2":
             return False
@@ -64,20 +62,29 @@ class Attention(Products):
         rows = self.batch * queries
         wide = rows * self.architecture.attention_width * self.element
         narrow = rows * self.architecture.key_value_width * self.element
+        self.at("attention q_proj")
         query = self.linear("q_proj", rows)
         if self.normed_heads:
-            query = self.replace(query, self.norm(rows, self.architecture.attention_width))
+            query = self.replace(query, self.norm(rows, self.architecture.attention_width, "attention q_norm"))
+        self.at("attention k_proj")
         key = self.linear("k_proj", rows)
         if self.normed_heads:
             key = self.replace(key, self.norm(rows, self.architecture.key_value_width))
+        self.at("attention v_proj")
         value = self.linear("v_proj", rows)
+        self.at("attention rotary")
         rotated, rotated_key = query, key
         if self.profile.kernels == "plain":
-            rotated, rotated_key = self.rotate(wide), self.rotate(narrow)
+            rotated = self.rotate(wide)
+            self.at("")
+            rotated_key = self.rotate(narrow)
             self.give(query, key)
+        self.at("attention cache")
         stored = self.update(layer, rotated_key, value, queries, past)
+        self.at("attention kernel")
         result, scores = self.kernel(queries, past)
         self.give(*stored)
+        self.at("attention o_proj")
         out = self.linear("o_proj", rows)
         self.give(result, rotated)
         return out, scores
@@ -110,11 +117,11 @@ class Attention(Products):
                 # The first layer takes the slots, keys and values in one block, and all share them.
                 if not self.cache[0]:
                     slots = min(self.architecture.num_hidden_layers, HOST_CACHE_LAYERS)
-                    self.cache[0].extend(self.take(whole) for _ in range(slots))
+                    self.cache[0].extend(self.keep(whole) for _ in range(slots))
             elif self.profile.cache == "preallocated":
                 self.take_for_all_layers(whole)
             elif not held:
-                held.extend(self.take(whole // 2) for _ in range(2))
+                held.extend(self.keep(whole // 2) for _ in range(2))
             self.give(key, value)
             return []
         self.lengthen(held, self.batch * (past + queries) * self.architecture.key_value_width * self.element)
@@ -124,9 +131,9 @@ class Attention(Products):
     def lengthen(self, held: list[int], size: int) -> None:
         """A growing cache's keys, then its values, are made anew in `size` bytes each before the old ones go."""
         for index in range(2):
-            longer = self.take(size)
+            longer = self.keep(size)
             if len(held) > index:
-                self.give(held[index])
+                self.drop(held[index])
                 held[index] = longer
             else:
                 held.append(longer)
@@ -134,7 +141,7 @@ class Attention(Products):
     def take_for_all_layers(self, nbytes: int) -> None:
         """A preallocated cache's block, which the first layer takes: `nbytes` for each layer."""
         if not self.cache[0]:
-            self.cache[0].append(self.take(self.architecture.num_hidden_layers * nbytes))
+            self.cache[0].append(self.keep(self.architecture.num_hidden_layers * nbytes))
 
     def update_quantized(self, key: int, value: int, queries: int, past: int) -> list[int]:
         """Every token in the model's dtype for attention, and those that grow old quantized through float32."""
@@ -145,9 +152,11 @@ class Attention(Products):
         )
         every = [key, value]
         if past:
+            self.at("")  # of int4 codes one half is unpacked beside them: no measured row says if a peak is here
             half = take(self.batch * kept.quantized_tokens(past) * width // 2) if kept.is_packed else None
             every = [take(self.batch * (past + queries) * width * self.element) for _ in range(2)]
             give(*([] if half is None else [half]))
+            self.at("attention cache")
         tokens = self.batch * (kept.quantized_tokens(past + queries) - kept.quantized_tokens(past)) * width
         for _ in range(2 if tokens else 0):
             give(*(take(tokens * size) for size in (_FP32, 1)))
@@ -237,6 +246,7 @@ class Attention(Products):
             give(wide)
             weights = take(scores * self.element)
             give(softmax, masked)
+        self.at("")  # for few keys the two results are larger than the scores, and smaller than those of the MLP
         out = take(rows * self.architecture.attention_width * self.element)
         result = take(rows * self.architecture.attention_width * self.element)
         give(out)

@@ -7,7 +7,7 @@ backends/cuda and default).
 from __future__ import annotations
 
 from qwen_vram.arithmetic.int8_outliers import outlier_columns
-from qwen_vram.arithmetic.replay.allocator import CachingAllocator
+from qwen_vram.arithmetic.replay.trace import Consumer
 from qwen_vram.arithmetic.tiling import FUSED_ROWS, counts_tiles, int8_rows, int8_tile_elements, tile_rows, unpacks
 from qwen_vram.arithmetic.weights import format_of
 from qwen_vram.spec.architecture import Architecture, Weight
@@ -43,9 +43,10 @@ def workspaces(architecture: Architecture, profile: Profile) -> tuple[int, ...]:
 class Products:
     """What norms and linear layers take and give. Every method returns the block of its result; sizes are bytes."""
 
-    def __init__(self, allocator: CachingAllocator, architecture: Architecture, profile: Profile) -> None:
-        self.allocator = allocator
-        self.take, self.give = allocator.take, allocator.give
+    def __init__(self, consumer: Consumer, architecture: Architecture, profile: Profile) -> None:
+        self.consumer = consumer
+        self.take, self.give = consumer.take, consumer.give
+        self.keep, self.drop, self.at = consumer.keep, consumer.drop, consumer.at
         self.architecture = architecture
         self.profile = profile
         self.element = profile.element_bytes
@@ -71,14 +72,19 @@ class Products:
         self.give(old)
         return new
 
-    def norm(self, rows: int, width: int) -> int:
-        """RMSNorm: in float32 on the way, for rows of `width`; the heads' norms see the same bytes."""
+    def norm(self, rows: int, width: int, moment: str = "") -> int:
+        """RMSNorm: in float32 on the way, for rows of `width`; the heads' norms see the same bytes.
+
+        `moment` holds the two float32 tensors. What follows is larger by a few bytes a row at most, and in no moment.
+        """
         take, give = self.take, self.give
+        self.at(moment)
         if self.profile.kernels == "fused":
             return take(rows * width * self.element)
         wide = rows * width * _FP32
         upcast = take(wide)
         squares = take(wide)
+        self.at("")
         mean = take(rows * _FP32)
         give(squares)
         shifted = take(rows * _FP32)

@@ -46,18 +46,28 @@ def as_loaded(profile: Profile) -> Profile:
 def replay_load(architecture: Architecture, profile: Profile, limit: int | None = None) -> CachingAllocator:
     """The allocator after `load`: its `allocated` is the weights', its `peak` the load peak.
 
+    Raises:
+        OutOfRoomError: loading takes more than `limit`.
+    """
+    allocator = CachingAllocator(limit)
+    load_into(allocator, architecture, profile)
+    return allocator
+
+
+def load_into(allocator: CachingAllocator, architecture: Architecture, profile: Profile) -> None:
+    """Load through `allocator`, in place.
+
     `transformers` first takes all bytes in one piece and frees them, so that later requests are cut from it; then it
     brings tensors over in the order of their names, as they are stored, or in the model's own dtype to be quantized
     as they come. In the end the loader gives back what segments are free.
 
     Raises:
-        OutOfRoomError: loading takes more than `limit`.
+        OutOfRoomError: loading takes more than the allocator's limit.
     """
-    allocator = CachingAllocator(limit)
     if architecture.stored:
         replay_stored(allocator, architecture, architecture.stored, profile)
         allocator.loaded()
-        return allocator
+        return
     weights = _load_order(architecture, profile)
     total = sum(_announced_bytes(weight, profile) for weight in weights)
     allocator.give(allocator.take(int(total)))
@@ -69,7 +79,6 @@ def replay_load(architecture: Architecture, profile: Profile, limit: int | None 
     if profile.streamed_layers:
         _load_streamed(allocator, architecture, profile)
     allocator.loaded()
-    return allocator
 
 
 def _load_streamed(allocator: CachingAllocator, architecture: Architecture, profile: Profile) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from qwen_vram.arithmetic.estimate import Estimate, estimate
+from qwen_vram.arithmetic.device_estimate import estimate
+from qwen_vram.arithmetic.estimate import Estimate
 from qwen_vram.arithmetic.gpu_split import split_estimate, split_of
 from qwen_vram.arithmetic.pipeline import slices
 from qwen_vram.arithmetic.process import process_bytes
