@@ -217,7 +217,7 @@ def test_the_mlp_s_product_takes_no_memory_of_its_own(model, chunk):
     )
     assert (plain.peak_moment.name, fused.peak_moment.name) == ("mlp product", "mlp up_proj")
     saved = plain.peak_moment.activations - fused.peak_moment.activations
-    assert saved == (chunk or 9_300) * plain.architecture.intermediate_size * 2
+    assert saved == (chunk or 9_300) * plain.architecture.layers[0].inner_size * 2
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

@@ -1,6 +1,6 @@
 """Activations: what is alive beside weights and cache at each moment of a step, tensor by tensor.
 
-A step feeds `q` tokens of each of `b` sequences, so T = b x q rows. In the frames of `transformers`' dense Qwen models
+A step feeds `q` tokens of each of `b` sequences, so T = b x q rows. In the frames of `transformers`' dense models
 these tensors stay alive through a decoder layer, each T x hidden_size: the embeddings (held by the model), the layer's
 input (held by its caller), the sum after attention, and the normed input of the MLP. Names follow the modules.
 
@@ -21,6 +21,7 @@ from qwen_vram.arithmetic.kv_cache import kv_cache_bytes, quantized_tokens
 from qwen_vram.arithmetic.linear import linear_bytes
 from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.formats import ALLOCATION_STEP
+from qwen_vram.spec.layers import LayerSpec
 from qwen_vram.spec.profile import Profile
 from qwen_vram.spec.workload import Workload
 
@@ -59,8 +60,9 @@ class _Step(NamedTuple):
 def moments(architecture: Architecture, profile: Profile, workload: Workload) -> Iterator[Moment]:
     """The moments at which the peak can fall, over the steps that can hold it.
 
-    Prefill: the last full chunk and the shorter one after it. Decode: the last step. Each is the last layer's, when
-    the cache is fullest. Exact up to the allocator's split rule (at most 1 MiB a tensor, see `allocator`).
+    Prefill: the last full chunk and the shorter one after it. Decode: the last step. Each is of every kind of layer, as
+    if it came last, when the cache is fullest. Exact up to the allocator's split rule (at most 1 MiB a tensor, see
+    `allocator`).
     """
     for step in _steps(profile, workload):
         rows = _Rows(architecture, profile, workload, step)
@@ -104,13 +106,9 @@ class _Rows:
         self.element = profile.element_bytes
         self.hidden = architecture.hidden_size * self.element
         self.embeddings = self.rows * self.hidden if architecture.starts else 0
-        self.inner = architecture.intermediate_size * self.element
-        self.queries = architecture.attention_width * self.element
-        self.keys = architecture.key_value_width * self.element
         # Keys that attention sees: a static cache is attended to in its whole length.
         self.seen = workload.context_len if profile.attends_whole else step.cached
         self.fused = profile.kernels == "fused"
-        self.linears = {weight.module: weight for weight in architecture.block if weight.is_linear}
 
     def moments(self) -> Iterator[tuple[str, int]]:
         """Name and live bytes of each moment of this step."""
@@ -120,14 +118,23 @@ class _Rows:
             yield "embedding", self._ids() + hidden
         # The float32 copy and its product, or the result alone.
         norm = hidden if self.fused else self.rows * part.hidden_size * 2 * _FP32
-        yield "attention norm", held + hidden + norm
-        yield from ((name, held + live) for name, live in self._attention())
-        yield "mlp norm", held + 2 * hidden + norm + self._softmax()
-        yield from ((name, held + live) for name, live in self._mlp())
+        for layer, _ in part.kinds:
+            self._enter(layer)
+            yield "attention norm", held + hidden + norm
+            yield from ((name, held + live) for name, live in self._attention())
+            yield "mlp norm", held + 2 * hidden + norm + self._softmax()
+            yield from ((name, held + live) for name, live in self._mlp())
         if part.ends:
             yield "last norm", (held if part.starts else 0) + hidden + norm
         if part.starts or part.has_head:
             yield "head", self._ids() + self._head()
+
+    def _enter(self, layer: LayerSpec) -> None:
+        """Take the widths of a layer, of whose kind the moments to come are."""
+        self.layer, self.attention = layer, layer.attention
+        self.inner = layer.inner_size * self.element
+        self.queries = layer.attention.width * self.element
+        self.keys = layer.attention.key_value_width * self.element
 
     def _ids(self) -> int:
         if not self.architecture.starts:
@@ -142,7 +149,7 @@ class _Rows:
     def _rotary(self) -> int:
         """Cosines and sines, one row each of head_dim; position ids come along to a later device."""
         along = 0 if self.architecture.starts else self.rows * _INT64
-        return 2 * self.rows * self.architecture.head_dim * self.element + along
+        return 2 * self.rows * self.architecture.rotary_dim * self.element + along
 
     def _masked(self) -> bool:
         """Tell if attention gets an explicit mask: padding, an unfinished cache before the chunk, or a static cache."""
@@ -169,7 +176,7 @@ class _Rows:
         for name in ("q_proj", "k_proj", "v_proj"):
             before = {"q_proj": 0, "k_proj": self.queries, "v_proj": self.queries + self.keys}[name]
             yield f"attention {name}", held + rows * before + self._linear(name)
-        if "self_attn.q_norm.weight" in {weight.name for weight in self.architecture.block}:
+        if self.attention.head_norms:
             # The norm's float32 copy and product, its input, and the rounded result before it is scaled.
             norm = self.queries if self.fused else self.queries // self.element * 2 * _FP32
             yield "attention q_norm", held + rows * (self.queries + norm)
@@ -185,10 +192,9 @@ class _Rows:
     def _kernel(self) -> int:
         """Queries, result, and what the attention function makes of keys, values and mask."""
         batch, seen = self.workload.batch_size, self.seen
-        heads = self.architecture.num_attention_heads
+        heads = self.attention.heads
         live = 2 * self.rows * self.queries
-        grouped = heads > self.architecture.num_key_value_heads
-        expanded = 2 * batch * seen * self.queries if grouped else 0
+        expanded = 2 * batch * seen * self.queries if self.attention.is_grouped else 0
         if self.profile.attention == "eager":
             # Scores in the model's dtype, their float32 copy and the float32 softmax; without a cast, two of scores.
             scores = heads * self.rows * seen
@@ -222,7 +228,7 @@ class _Rows:
         """
         batch = self.workload.batch_size
         filled = batch * joined_rows(self.step.queries, padded=True)
-        sums = 2 * filled * self.architecture.num_attention_heads * _FP32
+        sums = 2 * filled * self.attention.heads * _FP32
         padded = filled if filled > self.rows else 0
         before = (self.rows + padded + filled) * self.queries
         if len(self._parts()) == 1:
@@ -233,7 +239,7 @@ class _Rows:
         """What eager attention returns beside its result: the layer's caller keeps it to its end."""
         if self.profile.attention != "eager":
             return 0
-        return self.architecture.num_attention_heads * self.rows * self.seen * self.element
+        return self.attention.heads * self.rows * self.seen * self.element
 
     def _dequantized_cache(self) -> int:
         """One layer's keys and values in the model's dtype: made of a quantized cache, or held where there is none."""
@@ -250,7 +256,7 @@ class _Rows:
         past = self.step.cached - self.step.queries
         whole = 2 * self.workload.batch_size * self.step.cached * self.keys if past else 0
         tokens = quantized_tokens(self.step.cached) - quantized_tokens(past)
-        return whole + self.workload.batch_size * tokens * self.architecture.key_value_width * (_FP32 + 1)
+        return whole + self.workload.batch_size * tokens * self.attention.key_value_width * (_FP32 + 1)
 
     def _concatenation(self) -> int:
         """One layer's old values, alive beside the new ones while a dynamic cache grows."""
@@ -269,7 +275,9 @@ class _Rows:
 
     def _linear(self, name: str) -> int:
         """A matrix product's result and what its format needs to make it."""
-        return linear_bytes(self.linears[name], self.profile, self.rows, adapted=name in self.architecture.adapted)
+        return linear_bytes(
+            self.layer.linears[name], self.profile, self.rows, adapted=name in self.architecture.adapted
+        )
 
     def _head(self) -> int:
         """The last hidden states, the logits, and generate's float32 copy of them."""

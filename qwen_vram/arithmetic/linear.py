@@ -8,8 +8,8 @@ from __future__ import annotations
 from qwen_vram.arithmetic.int8_outliers import outlier_columns
 from qwen_vram.arithmetic.tiling import FUSED_ROWS, counts_tiles, int8_rows, int8_tile_elements, tile_rows, unpacks
 from qwen_vram.arithmetic.weights import format_of
-from qwen_vram.spec.architecture import Weight
 from qwen_vram.spec.formats import FORMATS
+from qwen_vram.spec.layers import Weight
 from qwen_vram.spec.profile import Profile
 
 _FP32 = 4

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
-from qwen_vram.spec.architecture import Architecture, Weight
+from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.formats import FORMATS, FormatName
+from qwen_vram.spec.layers import LayerSpec, Weight
 from qwen_vram.spec.prequantized import Stored, size
 from qwen_vram.spec.profile import Profile
 
@@ -82,10 +83,28 @@ def head_bytes(architecture: Architecture, profile: Profile) -> int:
 
 @lru_cache(maxsize=256)
 def block_bytes(architecture: Architecture, profile: Profile) -> int:
-    """Bytes of one decoder layer, quantization state included. Exact; of a mixed checkpoint, the largest layer's."""
+    """Bytes of one decoder layer, quantization state included. Exact; where layers differ, the largest one's."""
     if architecture.stored:
         return max(map(size, architecture.stored.layers))
-    return sum(_block_parts(architecture, profile))
+    return max(sum(_layer_parts(layer, profile)) for layer, _ in architecture.kinds)
+
+
+def _layer_bytes(architecture: Architecture, profile: Profile, *, below: int | None = None) -> list[int]:
+    """Bytes of each decoder layer, or of its tensors below a size, the largest layer first."""
+    sizes: list[int] = []
+    for layer, count in architecture.kinds:
+        parts = _layer_parts(layer, profile)
+        sizes += [sum(part for part in parts if below is None or part < below)] * count
+    return sorted(sizes, reverse=True)
+
+
+def staying_layers(architecture: Architecture, profile: Profile) -> list[LayerSpec]:
+    """The layers that are resident, in order: where layers differ, the smallest are taken to be away."""
+    staying = list(architecture.layers)
+    by_size = sorted(architecture.layers, key=lambda layer: sum(_layer_parts(layer, profile)))
+    for layer in by_size[: profile.streamed_layers]:
+        staying.remove(layer)
+    return staying
 
 
 def streaming_slots(architecture: Architecture, profile: Profile) -> int:
@@ -108,9 +127,8 @@ def computing_copies(architecture: Architecture, profile: Profile) -> int:
     """Bytes of the copies that layers computing on the CPU need: 4-bit matrices as its kernel reads them. Exact."""
     if FORMATS[profile.weights].bits != 4:
         return 0
-    count = sum(weight.numel for weight in architecture.block if weight.is_linear)
-    layers = min(profile.host_layers, architecture.num_hidden_layers)
-    return layers * (count // 2 + count // MAXIMUM_OF * 2)
+    largest = sorted((layer.linear_numel for layer in architecture.layers), reverse=True)
+    return sum(count // 2 + count // MAXIMUM_OF * 2 for count in largest[: profile.host_layers])
 
 
 def is_packed(shape: tuple[int, ...]) -> bool:
@@ -135,13 +153,12 @@ def weight_bytes(architecture: Architecture, profile: Profile) -> WeightBytes:
     """
     if architecture.stored:
         return _stored_bytes(architecture, architecture.stored, profile)
-    block = block_bytes(architecture, profile)
-    streamed = min(profile.streamed_layers, architecture.num_hidden_layers)
-    on_device = architecture.num_hidden_layers - streamed + streaming_slots(architecture, profile)
-    small = sum(part for part in _block_parts(architecture, profile) if part < SMALLEST_READ)
+    # Where layers differ, the smallest are taken to be away for what the device holds, the largest for the host.
+    layers, small = _layer_bytes(architecture, profile), _layer_bytes(architecture, profile, below=SMALLEST_READ)
+    streamed = min(profile.streamed_layers, len(layers))
     in_files = min(profile.disk_layers, streamed)
-    device = on_device * block
-    host = (streamed - in_files + disk_buffers(profile)) * block + in_files * small
+    device = sum(layers[: len(layers) - streamed]) + streaming_slots(architecture, profile) * layers[0]
+    host = sum(layers[: streamed - in_files]) + disk_buffers(profile) * layers[0] + sum(small[:in_files])
     host += computing_copies(architecture, profile)
     for weight in architecture.outer:
         storage = FORMATS[format_of(weight, profile)]
@@ -151,12 +168,13 @@ def weight_bytes(architecture: Architecture, profile: Profile) -> WeightBytes:
             device += storage.nbytes(weight.shape)
     if architecture.has_head and head_is_a_copy(architecture, profile):
         device += head_bytes(architecture, profile)
-    return WeightBytes(device + _adapter_bytes(architecture, profile), host, in_files * (block - small))
+    read = sum(layers[:in_files]) - sum(small[len(small) - in_files :])
+    return WeightBytes(device + _adapter_bytes(architecture, profile), host, read)
 
 
-def _block_parts(architecture: Architecture, profile: Profile) -> Iterator[int]:
-    """Bytes of every tensor of one decoder layer, quantization state included."""
-    for weight in architecture.block:
+def _layer_parts(layer: LayerSpec, profile: Profile) -> Iterator[int]:
+    """Bytes of every tensor of a decoder layer, quantization state included."""
+    for weight in layer.weights:
         yield from FORMATS[format_of(weight, profile)].part_sizes(weight.shape)
 
 

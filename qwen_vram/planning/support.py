@@ -96,8 +96,8 @@ def _computing(architecture: Architecture, profile: Profile) -> str:
         return ""
     if storage.bits != 4:
         return "bitsandbytes has no fused product in 8 bits for the CPU; use weights in 4 or 16 bits, or host_layers=0"
-    for weight in architecture.block:
-        if weight.is_linear and not is_packed(weight.shape):
+    for weight in (matrix for layer, _ in architecture.kinds for matrix in layer.linears.values()):
+        if not is_packed(weight.shape):
             rows, columns = weight.shape
             return (
                 f"the CPU's kernel takes matrices whose rows are a multiple of {PACKED_ROWS} and whose columns are one "

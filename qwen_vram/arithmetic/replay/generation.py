@@ -93,16 +93,18 @@ class _Generation(Attention):
         Recorded: NVIDIA H200, torch 2.11.0+cu130, transformers 5.17.0, 2026-11-26, Qwen2.5-0.5B with 4,096 tokens in
         chunks of 1,024: its last two segments come with token 4,099 and 4,101, at the same requests as here.
         """
-        size = self.batch * (past + 1) * self.architecture.key_value_width * self.element
-        if self.profile.cache == "dynamic" and size > SMALL:
-            for held in self.cache:
+        if self.profile.cache != "dynamic":
+            return
+        for layer, held in zip(self.architecture.layers, self.cache, strict=True):
+            size = self.batch * (past + 1) * layer.attention.key_value_width * self.element
+            if size > SMALL:
                 self.lengthen(held, size)
 
     def take_decode_step(self) -> None:
         """The cache and the decode step, which are made at load and stay."""
         context = self.workload.context_len
-        whole = layer_kv_bytes(self.architecture, self.profile, tokens=context, batch_size=self.batch)
-        for held in self.cache:
+        for layer, held in zip(self.architecture.layers, self.cache, strict=True):
+            whole = layer_kv_bytes(layer, self.profile, tokens=context, batch_size=self.batch)
             held.extend(self.take(whole // 2) for _ in range(2))
         for size in step_sizes(self.architecture, self.profile, self.workload):
             self.take(size)
@@ -157,13 +159,15 @@ class _Generation(Attention):
             remaining -= 1
             states.append(self.state(hidden, past))
             if states[-1] is not None and states[-1] == states[-3]:
-                remaining %= 2  # two layers after which all is as before them: so would every two be
+                remaining %= 2  # two alike layers after which all is as before them: so would every two be
         normed = [self.norm(rows, self.architecture.hidden_size)] if self.architecture.ends else []
         give(hidden, *kept)
         return self.logits(rows if self.workload.logits == "all" else self.batch, normed)
 
     def state(self, hidden: int, past: int) -> object:
-        """What decides all that the layers to come do; `None` where each takes a cache of its own."""
+        """What decides all that the layers to come do; `None` where they differ, or each takes a cache of its own."""
+        if len(self.architecture.kinds) > 1:
+            return None
         own = self.profile.cache == "dynamic" or (self.profile.cache == "static" and not past)
         return None if own and self.workload.logits == "last" else (hidden, self.allocator.state())
 
@@ -177,7 +181,7 @@ class _Generation(Attention):
     def copies(self, rows: int, queries: int, past: int) -> list[int]:
         """The same, brought over for one layer of a later device; position ids come along."""
         mask = rows * self.seen(queries, past) * (self.element if self.profile.attention == "eager" else 1)
-        tables = rows * self.architecture.head_dim * self.element
+        tables = rows * self.architecture.rotary_dim * self.element
         sizes = [*([mask] if self.masked(queries, past) else []), tables, tables, rows * _INT64]
         return [self.take(size) for size in sizes]
 
@@ -187,7 +191,7 @@ class _Generation(Attention):
             self.give(*normed)
             return self.of_generate(rows * self.architecture.vocab_size * self.element)
         normed = normed or [self.take(rows * self.architecture.hidden_size * self.element)]
-        logits = self.product(self.architecture.head, rows)
+        logits = self.product("lm_head", self.head, rows)
         self.give(*normed)
         if self.architecture.starts:
             return [logits]
@@ -196,7 +200,7 @@ class _Generation(Attention):
 
     def rotary_tables(self, rows: int) -> list[int]:
         take, give = self.take, self.give
-        wide = rows * self.architecture.head_dim
+        wide = rows * self.architecture.rotary_dim
         positions = take(rows * _FP32)
         angles = take(wide // 2 * _FP32)
         self.warm_up()  # the rotary angles are a fresh process's first matrix product
@@ -211,34 +215,34 @@ class _Generation(Attention):
         give(angles, both, *scaled)
         return tables
 
-    def layer(self, layer: int, hidden_size: int, queries: int, past: int) -> int:
+    def layer(self, number: int, hidden_size: int, queries: int, past: int) -> int:
         take, give = self.take, self.give
         rows = self.batch * queries
         normed = self.norm(rows, self.architecture.hidden_size)
-        attended, scores = self.attention(layer, queries, past)
+        attended, scores = self.attention(number, queries, past)
         give(normed)
         fused = self.profile.kernels == "fused"
         residual = attended if fused else self.replace(attended, take(hidden_size))
         normed = self.norm(rows, self.architecture.hidden_size)
-        product = self.gated_in_place(rows) if fused else self.gated(rows)
-        down = self.linear("down_proj", rows)
+        product = self.gated_in_place(number, rows) if fused else self.gated(number, rows)
+        down = self.linear(number, "down_proj", rows)
         give(product, normed)
         result = down if fused else self.replace(down, take(hidden_size))
         give(residual, *scores)
         return result
 
-    def gated(self, rows: int) -> int:
+    def gated(self, number: int, rows: int) -> int:
         """The MLP's `act(gate) * up`."""
-        inner = rows * self.architecture.intermediate_size * self.element
-        gate = self.linear("gate_proj", rows)
+        inner = rows * self.architecture.layers[number].inner_size * self.element
+        gate = self.linear(number, "gate_proj", rows)
         activated = self.replace(gate, self.take(inner))
-        up = self.linear("up_proj", rows)
+        up = self.linear(number, "up_proj", rows)
         product = self.take(inner)
         self.give(activated, up)
         return product
 
-    def gated_in_place(self, rows: int) -> int:
+    def gated_in_place(self, number: int, rows: int) -> int:
         """The same in the memory of the gate."""
-        gate = self.linear("gate_proj", rows)
-        self.give(self.linear("up_proj", rows))
+        gate = self.linear(number, "gate_proj", rows)
+        self.give(self.linear(number, "up_proj", rows))
         return gate

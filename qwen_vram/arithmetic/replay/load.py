@@ -13,9 +13,10 @@ from typing import Any
 from qwen_vram.arithmetic.replay.allocator import CachingAllocator
 from qwen_vram.arithmetic.replay.load_prequantized import replay_stored
 from qwen_vram.arithmetic.tiling import chunk_rows, head_by_tiles, tile_rows
-from qwen_vram.arithmetic.weights import block_bytes, format_of, streaming_slots, table_on_host
-from qwen_vram.spec.architecture import Architecture, Weight
+from qwen_vram.arithmetic.weights import block_bytes, format_of, staying_layers, streaming_slots, table_on_host
+from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.formats import FORMATS
+from qwen_vram.spec.layers import Weight
 from qwen_vram.spec.profile import Profile
 
 _FP32 = 4
@@ -64,7 +65,7 @@ def replay_load(architecture: Architecture, profile: Profile, limit: int | None 
     for weight in weights:
         load(allocator, weight, profile)
     for _ in range(2 if architecture.starts else 0):  # the rotary embedding's float32 buffers
-        allocator.take(architecture.head_dim // 2 * _FP32)
+        allocator.take(architecture.rotary_dim // 2 * _FP32)
     if profile.streamed_layers:
         _load_streamed(allocator, architecture, profile)
     allocator.loaded()
@@ -78,9 +79,10 @@ def _load_streamed(allocator: CachingAllocator, architecture: Architecture, prof
     """
     if head_by_tiles(architecture, profile):
         _load_by_tiles(allocator, architecture.head, profile)
-    for weight in architecture.block:
-        if architecture.stored_format is None and not FORMATS[format_of(weight, profile)].is_dense:
-            allocator.give(*_load_by_tiles(allocator, weight, profile))
+    for layer, _ in architecture.kinds:
+        for weight in layer.linears.values():
+            if architecture.stored_format is None and not FORMATS[format_of(weight, profile)].is_dense:
+                allocator.give(*_load_by_tiles(allocator, weight, profile))
     allocator.release_unused()
     for _ in range(streaming_slots(architecture, profile)):
         allocator.take(block_bytes(architecture, profile))
@@ -111,15 +113,17 @@ def _load_by_tiles(allocator: CachingAllocator, weight: Weight, profile: Profile
 def _load_order(architecture: Architecture, profile: Profile) -> list[Weight]:
     """What goes to the device to stay, sorted by name as `transformers` does: head, embedding, layers, last norm."""
     outer = {weight.role: [weight] for weight in architecture.outer}
-    block = sorted(architecture.block, key=lambda weight: weight.name.split("."))
-    layers = architecture.num_hidden_layers - min(profile.streamed_layers, architecture.num_hidden_layers)
+    sorted_weights = {
+        layer: sorted(layer.weights, key=lambda weight: weight.name.split(".")) for layer, _ in architecture.kinds
+    }
+    layers = [weight for layer in staying_layers(architecture, profile) for weight in sorted_weights[layer]]
     head = outer.get("head", [])
     if architecture.has_head and architecture.tie_word_embeddings and profile.head_format != profile.dtype:
         head = [architecture.head]
     if head_by_tiles(architecture, profile):
         head = []  # it comes afterwards
     table = [] if table_on_host(architecture, profile) else outer.get("embedding", [])
-    return [*head, *table, *(block * layers), *outer.get("norm", []), *architecture.adapter_weights]
+    return [*head, *table, *layers, *outer.get("norm", []), *architecture.adapter_weights]
 
 
 def _announced_bytes(weight: Weight, profile: Profile) -> float:

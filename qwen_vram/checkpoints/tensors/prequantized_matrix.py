@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from qwen_vram.checkpoints.files.safetensors_header import Tensor
 from qwen_vram.checkpoints.tensors.quantized_names import FLOATS
-from qwen_vram.spec.architecture import Weight
 from qwen_vram.spec.formats import FORMATS, FormatName
+from qwen_vram.spec.layers import Weight
 from qwen_vram.spec.prequantized import StoredTensor
 from qwen_vram.spec.quantization import BITSANDBYTES, OWN_METHOD, four_bit_format, method_of, settings_of
 

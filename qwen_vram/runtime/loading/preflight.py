@@ -52,7 +52,8 @@ def check(chosen: Plan, backend: Backend, device: torch.device) -> None:
     if profile.host_layers:
         check_host(chosen, backend)
     if profile.attention == "fused":
-        reason = attention.kernel_runs(dtype_for(profile, device), architecture.head_dim, device)
+        dtype, sizes = dtype_for(profile, device), {layer.attention.head_dim for layer, _ in architecture.kinds}
+        reason = next(filter(None, (attention.kernel_runs(dtype, size, device) for size in sizes)), "")
         if reason:
             raise NotSupportedError(
                 f"attention='fused' cannot run: {reason}; use attention='sdpa'", knob="attention", value="fused"
