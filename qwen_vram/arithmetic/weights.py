@@ -11,6 +11,7 @@ from qwen_vram.spec.formats import FORMATS, FormatName
 from qwen_vram.spec.layers import LayerSpec, Weight
 from qwen_vram.spec.prequantized import Stored, size
 from qwen_vram.spec.profile import Profile
+from qwen_vram.spec.residency import residency
 
 # Layers below this cross the link faster than one token follows another: with two slots 28 NF4 layers of Qwen2.5-7B
 # (120 MB) took 65.8 ms a token, with three 64.2, where the link needs 61.1; 28 in bf16 (466 MB) keep it
@@ -70,7 +71,7 @@ def stored_weights(architecture: Architecture, profile: Profile) -> Iterator[Sto
         yield StoredWeight(weight, name, nbytes)
     for weight in architecture.adapter_weights:
         yield StoredWeight(weight, profile.dtype, weight.numel * profile.element_bytes)
-    if architecture.has_head and head_is_a_copy(architecture, profile):
+    if architecture.has_head and residency(architecture, profile).own_head:
         yield StoredWeight(architecture.head, profile.head_format, head_bytes(architecture, profile))
 
 
@@ -89,22 +90,22 @@ def block_bytes(architecture: Architecture, profile: Profile) -> int:
     return max(sum(_layer_parts(layer, profile)) for layer, _ in architecture.kinds)
 
 
+@lru_cache(maxsize=256)
+def slot_bytes(architecture: Architecture, profile: Profile) -> int:
+    """Bytes of one slot that streamed layers pass through: the largest of them. Exact."""
+    if architecture.stored:
+        return block_bytes(architecture, profile)
+    sizes = _layer_bytes(architecture, profile)
+    return max((sizes[number] for number in residency(architecture, profile).streamed), default=0)
+
+
 def _layer_bytes(architecture: Architecture, profile: Profile, *, below: int | None = None) -> list[int]:
-    """Bytes of each decoder layer, or of its tensors below a size, the largest layer first."""
-    sizes: list[int] = []
-    for layer, count in architecture.kinds:
-        parts = _layer_parts(layer, profile)
-        sizes += [sum(part for part in parts if below is None or part < below)] * count
-    return sorted(sizes, reverse=True)
-
-
-def staying_layers(architecture: Architecture, profile: Profile) -> list[LayerSpec]:
-    """The layers that are resident, in order: where layers differ, the smallest are taken to be away."""
-    staying = list(architecture.layers)
-    by_size = sorted(architecture.layers, key=lambda layer: sum(_layer_parts(layer, profile)))
-    for layer in by_size[: profile.streamed_layers]:
-        staying.remove(layer)
-    return staying
+    """Bytes of each decoder layer, or of its tensors below a size."""
+    sizes = {
+        layer: sum(part for part in _layer_parts(layer, profile) if below is None or part < below)
+        for layer, _ in architecture.kinds
+    }
+    return [sizes[layer] for layer in architecture.layers]
 
 
 def streaming_slots(architecture: Architecture, profile: Profile) -> int:
@@ -113,9 +114,9 @@ def streaming_slots(architecture: Architecture, profile: Profile) -> int:
     A third one keeps the link busy between tokens where no resident layer gives it time to catch up, every layer being
     streamed, and layers are small.
     """
-    layers = architecture.num_hidden_layers
-    pause = profile.streamed_layers >= layers and block_bytes(architecture, profile) < _QUICK_BLOCK
-    return min(profile.streamed_layers, layers, 3 if pause else 2)
+    homes = residency(architecture, profile)
+    pause = not homes.resident and block_bytes(architecture, profile) < _QUICK_BLOCK
+    return min(len(homes.streamed), 3 if pause else 2)
 
 
 def disk_buffers(profile: Profile) -> int:
@@ -127,8 +128,9 @@ def computing_copies(architecture: Architecture, profile: Profile) -> int:
     """Bytes of the copies that layers computing on the CPU need: 4-bit matrices as its kernel reads them. Exact."""
     if FORMATS[profile.weights].bits != 4:
         return 0
-    largest = sorted((layer.linear_numel for layer in architecture.layers), reverse=True)
-    return sum(count // 2 + count // MAXIMUM_OF * 2 for count in largest[: profile.host_layers])
+    computing = residency(architecture, profile).computing
+    counts = (architecture.layers[number].linear_numel for number in computing)
+    return sum(count // 2 + count // MAXIMUM_OF * 2 for count in counts)
 
 
 def is_packed(shape: tuple[int, ...]) -> bool:
@@ -153,22 +155,22 @@ def weight_bytes(architecture: Architecture, profile: Profile) -> WeightBytes:
     """
     if architecture.stored:
         return _stored_bytes(architecture, architecture.stored, profile)
-    # Where layers differ, the smallest are taken to be away for what the device holds, the largest for the host.
-    layers, small = _layer_bytes(architecture, profile), _layer_bytes(architecture, profile, below=SMALLEST_READ)
-    streamed = min(profile.streamed_layers, len(layers))
-    in_files = min(profile.disk_layers, streamed)
-    device = sum(layers[: len(layers) - streamed]) + streaming_slots(architecture, profile) * layers[0]
-    host = sum(layers[: streamed - in_files]) + disk_buffers(profile) * layers[0] + sum(small[:in_files])
+    homes, sizes = residency(architecture, profile), _layer_bytes(architecture, profile)
+    small = _layer_bytes(architecture, profile, below=SMALLEST_READ)
+    device = sum(nbytes for nbytes, home in zip(sizes, homes.layers, strict=True) if home == "device")
+    device += streaming_slots(architecture, profile) * slot_bytes(architecture, profile)
+    host = sum(sizes[number] for number in homes.streamed - homes.disk) + sum(small[number] for number in homes.disk)
+    host += disk_buffers(profile) * max((sizes[number] for number in homes.disk), default=0)
     host += computing_copies(architecture, profile)
     for weight in architecture.outer:
         storage = FORMATS[format_of(weight, profile)]
-        if weight.role == "embedding" and table_on_host(architecture, profile):
+        if weight.role == "embedding" and homes.table_on_host:
             host += storage.nbytes(weight.shape)
         else:
             device += storage.nbytes(weight.shape)
-    if architecture.has_head and head_is_a_copy(architecture, profile):
+    if architecture.has_head and homes.own_head:
         device += head_bytes(architecture, profile)
-    read = sum(layers[:in_files]) - sum(small[len(small) - in_files :])
+    read = sum(sizes[number] - small[number] for number in homes.disk)
     return WeightBytes(device + _adapter_bytes(architecture, profile), host, read)
 
 
@@ -180,15 +182,15 @@ def _layer_parts(layer: LayerSpec, profile: Profile) -> Iterator[int]:
 
 def _stored_bytes(architecture: Architecture, stored: Stored, profile: Profile) -> WeightBytes:
     """`weight_bytes` of a checkpoint whose headers say each tensor's bytes."""
-    streamed = min(profile.streamed_layers, architecture.num_hidden_layers)
+    homes = residency(architecture, profile)
+    streamed, in_files = len(homes.streamed), len(homes.disk)
     layers = stored.on_device(streamed, streaming_slots(architecture, profile))
     device = sum(map(size, layers)) + size(stored.norm) + size(stored.head)
-    in_files = min(profile.disk_layers, streamed)
     passing = disk_buffers(profile) * block_bytes(architecture, profile)
     small, disk = stored.on_disk(in_files, SMALLEST_READ)
     host, table = stored.on_host(streamed - in_files) + passing + small, size(stored.embedding)
     host += computing_copies(architecture, profile)
-    if table_on_host(architecture, profile):
+    if homes.table_on_host:
         host += table
     else:
         device += table
@@ -197,14 +199,3 @@ def _stored_bytes(architecture: Architecture, stored: Stored, profile: Profile) 
 
 def _adapter_bytes(architecture: Architecture, profile: Profile) -> int:
     return sum(weight.numel for weight in architecture.adapter_weights) * profile.element_bytes
-
-
-def table_on_host(architecture: Architecture, profile: Profile) -> bool:
-    """Tell if the token table leaves the device: not where a tied head needs it there."""
-    shared_head = architecture.tie_word_embeddings and not head_is_a_copy(architecture, profile)
-    return profile.embeddings == "host" and not shared_head
-
-
-def head_is_a_copy(architecture: Architecture, profile: Profile) -> bool:
-    """Tell if a tied head is quantized into a tensor of its own, which leaves the table to the lookup alone."""
-    return architecture.tie_word_embeddings and profile.head_format != profile.dtype

@@ -12,12 +12,13 @@ from typing import Any
 
 from qwen_vram.arithmetic.replay.allocator import CachingAllocator
 from qwen_vram.arithmetic.replay.load_prequantized import replay_stored
-from qwen_vram.arithmetic.tiling import chunk_rows, head_by_tiles, tile_rows
-from qwen_vram.arithmetic.weights import block_bytes, format_of, staying_layers, streaming_slots, table_on_host
+from qwen_vram.arithmetic.tiling import chunk_rows, tile_rows
+from qwen_vram.arithmetic.weights import format_of, slot_bytes, streaming_slots
 from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.formats import FORMATS
 from qwen_vram.spec.layers import Weight
 from qwen_vram.spec.profile import Profile
+from qwen_vram.spec.residency import residency
 
 _FP32 = 4
 _FP16 = 2
@@ -77,7 +78,7 @@ def _load_streamed(allocator: CachingAllocator, architecture: Architecture, prof
 
     What is stored quantized goes from the file to the host at once.
     """
-    if head_by_tiles(architecture, profile):
+    if residency(architecture, profile).late_head:
         _load_by_tiles(allocator, architecture.head, profile)
     for layer, _ in architecture.kinds:
         for weight in layer.linears.values():
@@ -85,7 +86,7 @@ def _load_streamed(allocator: CachingAllocator, architecture: Architecture, prof
                 allocator.give(*_load_by_tiles(allocator, weight, profile))
     allocator.release_unused()
     for _ in range(streaming_slots(architecture, profile)):
-        allocator.take(block_bytes(architecture, profile))
+        allocator.take(slot_bytes(architecture, profile))
 
 
 def _load_by_tiles(allocator: CachingAllocator, weight: Weight, profile: Profile) -> list[int]:
@@ -113,16 +114,18 @@ def _load_by_tiles(allocator: CachingAllocator, weight: Weight, profile: Profile
 def _load_order(architecture: Architecture, profile: Profile) -> list[Weight]:
     """What goes to the device to stay, sorted by name as `transformers` does: head, embedding, layers, last norm."""
     outer = {weight.role: [weight] for weight in architecture.outer}
-    sorted_weights = {
+    by_name = {
         layer: sorted(layer.weights, key=lambda weight: weight.name.split(".")) for layer, _ in architecture.kinds
     }
-    layers = [weight for layer in staying_layers(architecture, profile) for weight in sorted_weights[layer]]
+    homes = residency(architecture, profile)
+    staying = [layer for layer, home in zip(architecture.layers, homes.layers, strict=True) if home == "device"]
+    layers = [weight for layer in staying for weight in by_name[layer]]
     head = outer.get("head", [])
-    if architecture.has_head and architecture.tie_word_embeddings and profile.head_format != profile.dtype:
+    if architecture.has_head and homes.own_head:
         head = [architecture.head]
-    if head_by_tiles(architecture, profile):
+    if homes.late_head:
         head = []  # it comes afterwards
-    table = [] if table_on_host(architecture, profile) else outer.get("embedding", [])
+    table = [] if homes.table_on_host else outer.get("embedding", [])
     return [*head, *table, *layers, *outer.get("norm", []), *architecture.adapter_weights]
 
 
