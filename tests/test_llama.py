@@ -12,6 +12,7 @@ import pytest
 import qwen_vram as qv
 from qwen_vram.arithmetic.weights import stored_weights
 from tests.conftest import CHECKPOINT
+from tests.lora_models import make_adapter, peft_model
 
 LLAMA3 = {
     "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -240,3 +241,34 @@ def test_a_decode_step_of_its_own_gives_the_same_tokens(folder):
             tokens.append(int(step(torch.tensor(tokens[-1:])).argmax()))
         assert tokens == of_transformers(folder, "bf16")
         decoder.close()
+
+
+def test_an_adapter_runs_beside_it_and_is_merged(folder, tmp_path):
+    import torch
+
+    adapter = make_adapter(folder, tmp_path / "adapter", target_modules="all-linear", r=4, size=0.1)
+    with torch.inference_mode():
+        expected = peft_model(folder, adapter)(prompt()).logits
+    wide = {**ASKED, "weights": "fp32"}
+    with qv.load(folder, device="cpu", adapter=adapter, **wide) as llm, torch.inference_mode():
+        torch.testing.assert_close(llm.model(prompt()).logits, expected, rtol=1e-4, atol=1e-4)
+        assert llm.report().measured["weights"] == llm.plan.estimate.weights
+    merged = tmp_path / "merged"
+    qv.merge_lora_then_quantize(folder, adapter, merged, quantize=None, progress=False)
+    with qv.load(merged, device="cpu", **ASKED) as llm, torch.inference_mode():
+        logits = llm.model(prompt()).logits.float()
+        assert logits.argmax(-1).eq(expected.argmax(-1)).float().mean() > 0.9
+
+
+def test_a_merge_into_4_bits_loads_as_it_is_stored(folder, tmp_path):
+    adapter = make_adapter(folder, tmp_path / "adapter", target_modules=["q_proj", "down_proj"], r=4)
+    qv.merge_lora_then_quantize(folder, adapter, tmp_path / "merged", quantize="nf4", progress=False)
+    predicted = qv.estimate_vram(tmp_path / "merged", prompt_len=PROMPT, max_new_tokens=NEW)
+    assert predicted.profile.weights == "nf4"
+    with qv.load(tmp_path / "merged", device="cpu", **ASKED) as llm:
+        assert llm.report().measured["weights"] == predicted.weights == llm.plan.estimate.weights
+        tokens = written(llm.model, prompt())
+        llm.save_quantized(tmp_path / "saved", progress=False)
+    with qv.load(tmp_path / "saved", device="cpu", **ASKED) as llm:
+        assert written(llm.model, prompt()) == tokens
+        assert llm.plan.estimate.weights == predicted.weights
