@@ -74,9 +74,24 @@ def test_every_module_of_the_kinds_is_fused(llm):
 
 def test_a_model_without_such_layers_is_refused():
     with pytest.raises(
-        qv.NotSupportedError, match="transformers' Qwen models, and Linear has none; use kernels='plain'"
+        qv.NotSupportedError, match="transformers' .*qwen2, qwen3, and Linear has none; use kernels='plain'"
     ):
         fuse_layers(nn.Linear(2, 2))
+
+
+def test_a_class_that_ends_alike_is_left_alone():
+    """Qwen3-Next's norm multiplies by one plus its weight, so that the fused kernel would give other numbers."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNorm
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = Qwen3ForCausalLM(Qwen3Config(**sizes, num_hidden_layers=2, head_dim=16, vocab_size=128))
+    model.model.norm = Qwen3NextRMSNorm(64)
+    fuse_layers(model)
+    assert type(model.model.norm) is Qwen3NextRMSNorm
+    assert all(isinstance(layer.input_layernorm, FusedNorm) for layer in model.model.layers)
+    fuse_layers(model)  # what is fused already stays as it is
+    assert all(type(layer).__mro__.count(FusedLayer) == 1 for layer in model.model.layers)
 
 
 def test_another_activation_is_refused_by_name():
@@ -215,7 +230,7 @@ def test_the_mlp_s_product_takes_no_memory_of_its_own(model, chunk):
     )
     assert (plain.peak_moment.name, fused.peak_moment.name) == ("mlp product", "mlp up_proj")
     saved = plain.peak_moment.activations - fused.peak_moment.activations
-    assert saved == (chunk or 9_300) * plain.architecture.intermediate_size * 2
+    assert saved == (chunk or 9_300) * plain.architecture.layers[0].inner_size * 2
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

@@ -44,7 +44,8 @@ def test_the_bytes_are_the_predicted_ones(demo, kind, tokens, batch_size):
     )
     shape = estimate.architecture
     cache = PreallocatedCache(shape.num_hidden_layers, max_length=tokens + 1, kv_cache=kind)
-    state = torch.zeros(batch_size, shape.num_key_value_heads, 1, shape.head_dim, dtype=torch.bfloat16)
+    attention = shape.layers[0].attention
+    state = torch.zeros(batch_size, attention.key_value_heads, 1, attention.head_dim, dtype=torch.bfloat16)
     for layer in range(shape.num_hidden_layers):
         cache.update(state, state, layer)
     assert cache_bytes(cache) == estimate.kv_cache

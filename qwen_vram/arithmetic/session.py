@@ -79,13 +79,15 @@ def fragment_bytes(architecture: Architecture, profile: Profile, workload: Workl
     size. A quantized cache makes all keys and values of a layer whole in every step, in two tensors that grow with the
     context: each leaves a block that the next one does not fit. There may be a captured step of a smaller batch.
     """
-    activation = _prefill_rows(profile, workload) * architecture.intermediate_size * profile.element_bytes
+    widest = max(layer.inner_size for layer, _ in architecture.kinds)
+    activation = _prefill_rows(profile, workload) * widest * profile.element_bytes
     if profile.captures and workload.batch_size > 1:
         return activation + smaller_step_bytes(architecture, profile, workload)
     if not profile.kv_format.is_quantized:
         return activation
     tokens = workload.batch_size * workload.context_len
-    return activation + SEARCHED_TO + 2 * tokens * architecture.key_value_width * profile.element_bytes
+    width = max(layer.attention.key_value_width for layer, _ in architecture.kinds)
+    return activation + SEARCHED_TO + 2 * tokens * width * profile.element_bytes
 
 
 def _prefill_rows(profile: Profile, workload: Workload) -> int:
@@ -102,10 +104,10 @@ def outlier_bytes(architecture: Architecture, profile: Profile, workload: Worklo
     """
     if not FORMATS[profile.weights].has_outliers:
         return 0
-    matrices = [weight for weight in architecture.block if weight.is_linear]
     if not profile.tiles:
-        columns = sum(weight.shape[1] for weight in matrices)
-        return architecture.num_hidden_layers * columns * _INT64
+        columns = sum(matrix.shape[1] for layer in architecture.layers for matrix in layer.linears.values())
+        return columns * _INT64
+    matrices = [matrix for layer, _ in architecture.kinds for matrix in layer.linears.values()]
     rows = _prefill_rows(profile, workload)
     largest = max(min(rows, int8_rows(*weight.shape)) * weight.shape[1] * _FP16 for weight in matrices)
     return largest + _COLUMN_SEARCH

@@ -88,16 +88,18 @@ class Generation(Attention):
         Recorded: NVIDIA H200, torch 2.11.0+cu130, transformers 5.17.0, 2026-11-26, Qwen2.5-0.5B with 4,096 tokens in
         chunks of 1,024: its last two segments come with token 4,099 and 4,101, at the same requests as here.
         """
-        size = self.batch * (past + 1) * self.architecture.key_value_width * self.element
-        if self.profile.cache == "dynamic" and size > SMALL:
-            for held in self.cache:
+        if self.profile.cache != "dynamic":
+            return
+        for layer, held in zip(self.architecture.layers, self.cache, strict=True):
+            size = self.batch * (past + 1) * layer.attention.key_value_width * self.element
+            if size > SMALL:
                 self.lengthen(held, size)
 
     def take_decode_step(self) -> None:
         """The cache and the decode step, which are made at load and stay."""
         context = self.workload.context_len
-        whole = layer_kv_bytes(self.architecture, self.profile, tokens=context, batch_size=self.batch)
-        for held in self.cache:
+        for layer, held in zip(self.architecture.layers, self.cache, strict=True):
+            whole = layer_kv_bytes(layer, self.profile, tokens=context, batch_size=self.batch)
             held.extend(self.keep(whole // 2) for _ in range(2))
         for size in step_sizes(self.architecture, self.profile, self.workload):
             self.take(size)
@@ -148,19 +150,19 @@ class Generation(Attention):
             remaining -= 1
             states.append(self.state(hidden, past))
             if states[-1] is not None and states[-1] == states[-3]:
-                remaining %= 2  # two layers after which all is as before them: so would every two be
+                remaining %= 2  # two alike layers after which all is as before them: so would every two be
         return self.end(hidden, kept, queries)
 
-    def one_layer_step(self, layer: int, queries: int, past: int) -> list[int]:
+    def one_layer_step(self, number: int, queries: int, past: int) -> list[int]:
         """The same through one layer alone, as if it came last: other layers made its input."""
         hidden, kept = self.begin(queries, past)
         if kept:
             hidden = self.take(self.hidden_size(queries))  # the model holds the embeddings beside the layer's input
-        following = self.layer(layer, queries, past)
+        following = self.layer(number, queries, past)
         self.give(hidden)
         return self.end(following, kept, queries)
 
-    def resume(self, layer: int, queries: int, past: int) -> tuple[int, int]:
+    def resume(self, number: int, queries: int, past: int) -> tuple[int, int]:
         """Begin anew with `past` tokens in the cache, before a step through one layer alone.
 
         Returns the bytes of the layer's cache before and after the step; 0 and 0 if the cache has its full length from
@@ -168,11 +170,11 @@ class Generation(Attention):
         """
         self.warm = self.warm_lt = True
         self.scores = []
-        self.cache[0] = self.cache[layer] = [0, 0]
+        self.cache[0] = self.cache[number] = [0, 0]
         if self.workload.logits == "all" or self.profile.cache != "dynamic":
             return 0, 0
-        token = self.batch * self.architecture.key_value_width * self.element
-        self.cache[layer] = [past * token] * 2 if past else []
+        token = self.batch * self.architecture.layers[number].attention.key_value_width * self.element
+        self.cache[number] = [past * token] * 2 if past else []
         return 2 * past * token, 2 * (past + queries) * token
 
     def begin(self, queries: int, past: int) -> tuple[int, list[int]]:
@@ -194,7 +196,9 @@ class Generation(Attention):
         return self.batch * queries * self.architecture.hidden_size * self.element
 
     def state(self, hidden: int, past: int) -> object:
-        """What decides all that the layers to come do; `None` where each takes a cache of its own."""
+        """What decides all that the layers to come do; `None` where they differ, or each takes a cache of its own."""
+        if len(self.architecture.kinds) > 1:
+            return None
         own = self.profile.cache == "dynamic" or (self.profile.cache == "static" and not past)
         return None if own and self.workload.logits == "last" else (hidden, self.consumer.state())
 
@@ -209,7 +213,7 @@ class Generation(Attention):
         """The same, brought over for one layer of a later device; position ids come along."""
         rows = self.batch * queries
         mask = rows * self.seen(queries, past) * (self.element if self.profile.attention == "eager" else 1)
-        tables = rows * self.architecture.head_dim * self.element
+        tables = rows * self.architecture.rotary_dim * self.element
         sizes = [*([mask] if self.masked(queries, past) else []), tables, tables, rows * _INT64]
         return [self.take(size) for size in sizes]
 
@@ -221,7 +225,7 @@ class Generation(Attention):
             return self.of_generate(rows * self.architecture.vocab_size * self.element)
         self.at("head")
         normed = normed or [self.take(rows * self.architecture.hidden_size * self.element)]
-        logits = self.product(self.architecture.head, rows)
+        logits = self.product("lm_head", self.head, rows)
         self.give(*normed)
         if self.architecture.starts:
             return [logits]
@@ -231,7 +235,7 @@ class Generation(Attention):
     def rotary_tables(self, rows: int) -> list[int]:
         """Cosines and sines of the positions, made in float32."""
         take, give = self.take, self.give
-        wide = rows * self.architecture.head_dim
+        wide = rows * self.architecture.rotary_dim
         positions = take(rows * _FP32)
         angles = take(wide // 2 * _FP32)
         self.warm_up()  # the rotary angles are a fresh process's first matrix product
@@ -246,41 +250,41 @@ class Generation(Attention):
         give(angles, both, *scaled)
         return tables
 
-    def layer(self, layer: int, queries: int, past: int) -> int:
+    def layer(self, number: int, queries: int, past: int) -> int:
         """One decoder layer; its input goes with its caller."""
         copies = [] if self.architecture.starts else self.copies(queries, past)
         fused, size = self.profile.kernels == "fused", self.hidden_size(queries)
         rows = self.batch * queries
         normed = self.norm(rows, self.architecture.hidden_size, "attention norm")
-        attended, scores = self.attention(layer, queries, past)
+        attended, scores = self.attention(number, queries, past)
         self.give(normed)
         residual = attended if fused else self.replace(attended, self.take(size))
         normed = self.norm(rows, self.architecture.hidden_size, "mlp norm")
-        product = self.gated_in_place(rows) if fused else self.gated(rows)
+        product = self.gated_in_place(number, rows) if fused else self.gated(number, rows)
         self.at("mlp down_proj")
-        down = self.linear("down_proj", rows)
+        down = self.linear(number, "down_proj", rows)
         self.give(product, normed)
         result = down if fused else self.replace(down, self.take(size))
         self.give(residual, *scores, *copies)
         return result
 
-    def gated(self, rows: int) -> int:
+    def gated(self, number: int, rows: int) -> int:
         """The MLP's `act(gate) * up`."""
-        inner = rows * self.architecture.intermediate_size * self.element
+        inner = rows * self.architecture.layers[number].inner_size * self.element
         self.at("mlp gate_proj")
-        gate = self.linear("gate_proj", rows)
+        gate = self.linear(number, "gate_proj", rows)
         self.at("mlp up_proj")
         activated = self.replace(gate, self.take(inner))
-        up = self.linear("up_proj", rows)
+        up = self.linear(number, "up_proj", rows)
         self.at("mlp product")
         product = self.take(inner)
         self.give(activated, up)
         return product
 
-    def gated_in_place(self, rows: int) -> int:
+    def gated_in_place(self, number: int, rows: int) -> int:
         """The same in the memory of the gate."""
         self.at("mlp gate_proj")
-        gate = self.linear("gate_proj", rows)
+        gate = self.linear(number, "gate_proj", rows)
         self.at("mlp up_proj")
-        self.give(self.linear("up_proj", rows))
+        self.give(self.linear(number, "up_proj", rows))
         return gate

@@ -1,7 +1,7 @@
 """Live bytes: what is live beside the weights at each moment of a step, summed up from the trace.
 
-A step feeds new tokens of each sequence through the layers; every layer makes the same tensors. The trace is therefore
-followed through one decoder layer, the last, and through both ends of the model.
+A step feeds new tokens of each sequence through the layers; layers that are alike make the same tensors. The trace is
+therefore followed through one decoder layer of each kind, as if it came last, and through both ends of the model.
 """
 
 from __future__ import annotations
@@ -98,20 +98,23 @@ class _Step(NamedTuple):
 def moments(architecture: Architecture, profile: Profile, workload: Workload) -> Iterator[Moment]:
     """The moments at which the peak can fall, over the steps that can hold it.
 
-    Prefill: the last full chunk and the shorter one after it. Decode: the last step. Each is the last layer's, when
-    the cache is fullest. Exact up to the allocator's split rule (at most 1 MiB a tensor, see `allocator`).
+    Prefill: the last full chunk and the shorter one after it. Decode: the last step. Each is of the kind of layer with
+    the most, as if it came last, when the cache is fullest. Exact up to the allocator's split rule (at most 1 MiB a tensor, see `allocator`).
     """
     live = LiveBytes()
     generation = Generation(live, architecture, profile, workload)
-    layer = architecture.num_hidden_layers - 1
+    last = {layer: number for number, layer in enumerate(architecture.layers)}
     for step in _steps(profile, workload):
         past, cache = step.cached - step.queries, 0
         live.moments = {}
-        live.begin(*generation.resume(layer, step.queries, past))
-        generation.inputs(workload.prompt_len if step.phase == "prefill" else step.cached)
-        logits = generation.one_layer_step(layer, step.queries, past)
+        for number in last.values():
+            live.begin(*generation.resume(number, step.queries, past))
+            generation.inputs(workload.prompt_len if step.phase == "prefill" else step.cached)
+            logits = generation.one_layer_step(number, step.queries, past)
+            if workload.logits == "last":
+                generation.sample(logits, [], step.cached)
+            live.at("")
         if workload.logits == "last":
-            generation.sample(logits, [], step.cached)
             cache = kv_cache_bytes(
                 architecture,
                 profile,
@@ -119,7 +122,6 @@ def moments(architecture: Architecture, profile: Profile, workload: Workload) ->
                 batch_size=workload.batch_size,
                 context_len=workload.context_len,
             )
-        live.at("")
         for name, most in live.moments.items():
             yield Moment(step.phase, name, cache, most)
 

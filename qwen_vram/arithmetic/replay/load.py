@@ -13,9 +13,10 @@ from typing import Any
 from qwen_vram.arithmetic.replay.allocator import CachingAllocator
 from qwen_vram.arithmetic.replay.load_prequantized import replay_stored
 from qwen_vram.arithmetic.tiling import chunk_rows, tile_rows
-from qwen_vram.arithmetic.weights import block_bytes, format_of, streaming_slots
-from qwen_vram.spec.architecture import Architecture, Weight
+from qwen_vram.arithmetic.weights import format_of, slot_bytes, streaming_slots
+from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.formats import BLOCK, FORMATS, StorageFormat, blocks
+from qwen_vram.spec.layers import Weight
 from qwen_vram.spec.profile import Profile
 from qwen_vram.spec.residency import residency
 
@@ -75,7 +76,7 @@ def load_into(allocator: CachingAllocator, architecture: Architecture, profile: 
     for weight in weights:
         load(allocator, weight, profile)
     for _ in range(2 if architecture.starts else 0):  # the rotary embedding's float32 buffers
-        allocator.take(architecture.head_dim // 2 * _FP32)
+        allocator.take(architecture.rotary_dim // 2 * _FP32)
     if profile.streamed_layers:
         _load_streamed(allocator, architecture, profile)
     allocator.loaded()
@@ -88,12 +89,13 @@ def _load_streamed(allocator: CachingAllocator, architecture: Architecture, prof
     """
     if residency(architecture, profile).late_head:
         _load_by_tiles(allocator, architecture.head, profile)
-    for weight in architecture.block:
-        if architecture.stored_format is None and not FORMATS[format_of(weight, profile)].is_dense:
-            allocator.give(*_load_by_tiles(allocator, weight, profile))
+    for layer, _ in architecture.kinds:
+        for weight in layer.linears.values():
+            if architecture.stored_format is None and not FORMATS[format_of(weight, profile)].is_dense:
+                allocator.give(*_load_by_tiles(allocator, weight, profile))
     allocator.release_unused()
     for _ in range(streaming_slots(architecture, profile)):
-        allocator.take(block_bytes(architecture, profile))
+        allocator.take(slot_bytes(architecture, profile))
 
 
 def _load_by_tiles(allocator: CachingAllocator, weight: Weight, profile: Profile) -> list[int]:
@@ -121,15 +123,19 @@ def _load_by_tiles(allocator: CachingAllocator, weight: Weight, profile: Profile
 def _load_order(architecture: Architecture, profile: Profile) -> list[Weight]:
     """What goes to the device to stay, sorted by name as `transformers` does: head, embedding, layers, last norm."""
     outer = {weight.role: [weight] for weight in architecture.outer}
-    block = sorted(architecture.block, key=lambda weight: weight.name.split("."))
+    by_name = {
+        layer: sorted(layer.weights, key=lambda weight: weight.name.split(".")) for layer, _ in architecture.kinds
+    }
     homes = residency(architecture, profile)
+    staying = [layer for layer, home in zip(architecture.layers, homes.layers, strict=True) if home == "device"]
+    layers = [weight for layer in staying for weight in by_name[layer]]
     head = outer.get("head", [])
     if architecture.has_head and homes.own_head:
         head = [architecture.head]
     if homes.late_head:
         head = []  # it comes afterwards
     table = [] if homes.table_on_host else outer.get("embedding", [])
-    return [*head, *table, *(block * homes.resident), *outer.get("norm", []), *architecture.adapter_weights]
+    return [*head, *table, *layers, *outer.get("norm", []), *architecture.adapter_weights]
 
 
 def _announced_bytes(weight: Weight, profile: Profile) -> float:

@@ -14,8 +14,9 @@ from qwen_vram.checkpoints.tensors import prequantized_advice as advice
 from qwen_vram.checkpoints.tensors.prequantized_matrix import Matrix, Part, matrix_of, plain
 from qwen_vram.checkpoints.tensors.quantized_names import head_is_quantized, quantizer_of
 from qwen_vram.errors import CheckpointError, ConfigError, QwenVramError
-from qwen_vram.spec.architecture import Architecture, Weight
+from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.formats import FORMATS
+from qwen_vram.spec.layers import Weight
 from qwen_vram.spec.prequantized import Stored, StoredTensor
 from qwen_vram.spec.quantization import BITSANDBYTES, METHODS, OWN_METHOD, leaving_out, method_of, settings_of
 

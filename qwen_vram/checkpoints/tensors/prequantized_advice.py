@@ -11,8 +11,9 @@ from qwen_vram.checkpoints.tensors.prequantized_matrix import Matrix, Part, matr
 from qwen_vram.checkpoints.tensors.quantized_names import FLOATS
 from qwen_vram.dtypes import FP64
 from qwen_vram.spec import quantizers
-from qwen_vram.spec.architecture import Architecture, Weight
+from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.formats import FORMATS
+from qwen_vram.spec.layers import Weight
 from qwen_vram.spec.quantization import (
     AWQ,
     BITSANDBYTES,

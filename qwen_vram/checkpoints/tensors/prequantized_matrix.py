@@ -8,8 +8,8 @@ from typing import NamedTuple
 from qwen_vram.checkpoints.files.safetensors_header import Tensor
 from qwen_vram.checkpoints.tensors.quantized_names import FLOATS
 from qwen_vram.dtypes import BY_STORED, INT8, PLAIN, UINT8
-from qwen_vram.spec.architecture import Weight
 from qwen_vram.spec.formats import FORMATS, NESTED_BLOCK, QUANT_TYPES, FormatName
+from qwen_vram.spec.layers import Weight
 from qwen_vram.spec.prequantized import StoredTensor
 from qwen_vram.spec.quantization import (
     AWQ,

@@ -19,8 +19,9 @@ from qwen_vram.runtime.gptq.sample_texts import Calibration, calibration_texts, 
 from qwen_vram.runtime.loading.devices import working_device
 from qwen_vram.runtime.progress import progress_bar
 from qwen_vram.runtime.tensors.checkpoint import Checkpoint, open_checkpoint
-from qwen_vram.spec.architecture import Architecture, Weight
+from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.formats import FORMATS
+from qwen_vram.spec.layers import Weight
 from qwen_vram.units import parse_bytes
 
 _BITS = (4, 8)
@@ -78,7 +79,7 @@ class GptqJob:
         result = work / "result"
         work.mkdir()
         layers = checkpoint.architecture.num_hidden_layers
-        each = 2 * sum(weight.numel for weight in checkpoint.architecture.block)
+        each = 2 * sum(layer.numel for layer in checkpoint.architecture.layers) // layers
         with progress_bar("quantizing", layers * each, shown=progress) as advance:
             run_worker(
                 {

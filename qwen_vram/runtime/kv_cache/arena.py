@@ -28,7 +28,7 @@ class KvArena:
         size has. Once every layer has its part, the block lives as long as one of them.
 
         Raises:
-            ValueError: the layers before were on another device.
+            ValueError: the layers before were on another device, or of another size.
         """
         layout = Layout(wanted)
         if self._memory is None:
@@ -37,6 +37,12 @@ class KvArena:
             raise ValueError(
                 f"the cache's layers are on {self._memory.device} and on {device}, and share one block; say how many "
                 "each device has: PreallocatedCache(..., split=(14, 14))"
+            )
+        if self._memory.nbytes != self.layers * layout.nbytes:
+            raise ValueError(
+                f"the cache's layers share one block of alike parts, and layer {self._taken} of them takes "
+                f"{layout.nbytes:,} bytes where the first took {self._memory.nbytes // self.layers:,}; use "
+                "cache='dynamic'"
             )
         start = self._taken * layout.nbytes
         part = self._memory[start : start + layout.nbytes]

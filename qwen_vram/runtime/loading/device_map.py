@@ -39,13 +39,12 @@ def device_map(chosen: Plan, device: torch.device) -> dict[str, int | str | torc
         where["model.embed_tokens"] = "cpu"
     architecture = chosen.estimate.architecture
     assert architecture is not None
-    children = {weight.name.split(".")[0] for weight in architecture.block}
     # Matrices on "disk" stay torch's own, to be quantized; on "meta" they become bitsandbytes', to take what is stored.
     away = "disk" if architecture.stored_format is None else "meta"
     for number in streamed:
         del where[f"model.layers.{number}"]
         # By their children: transformers 5.17 takes "model.layers.1" for the beginning of layer 12 too.
-        where |= {f"model.layers.{number}.{child}": away for child in children}
+        where |= {f"model.layers.{number}.{child}": away for child in architecture.layers[number].children}
     if chosen.residency.late_head:
         where["lm_head"] = where["model.embed_tokens"] if architecture.tie_word_embeddings else "disk"
     return where
@@ -63,7 +62,7 @@ def left_out(chosen: Plan) -> dict[str, tuple[int, ...]]:
     return {
         f"model.layers.{number}.{weight.name}": weight.shape
         for number in chosen.residency.streamed
-        for weight in architecture.block
+        for weight in architecture.layers[number].weights
     }
 
 

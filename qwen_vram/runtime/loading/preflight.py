@@ -52,7 +52,9 @@ def _no_fused_attention(here: Here) -> str:
     """Why the fused kernel does not run; empty if it does, or if it is not asked for."""
     if here.profile.attention != "fused":
         return ""
-    return attention.kernel_runs(_dtype(here.profile, here.device), here.architecture.head_dim, here.device)
+    dtype = _dtype(here.profile, here.device)
+    sizes = {layer.attention.head_dim for layer, _ in here.architecture.kinds}
+    return next(filter(None, (attention.kernel_runs(dtype, size, here.device) for size in sizes)), "")
 
 
 _HOST_LAYERS: Rule[Here] = Rule(
