@@ -175,8 +175,8 @@ def main() -> None:
     if page:
         kept = page.read_text().split(KEPT_FROM)[0].rstrip("\n")
         intro = (
-            f"{KEPT_FROM}\n\nQwen2.5-7B, batch 1, sdpa. Bytes, and errors against what was measured. `python "
-            "benchmarks/estimators.py`; a dash is what a tool does not say."
+            f"{KEPT_FROM}\n\nQwen2.5-7B, batch 1, sdpa. Each cell has bytes and the error against the measured bytes. "
+            "A dash means that the tool gives no value. Written by `python benchmarks/estimators.py`."
         )
         page.write_text(f"{kept}\n\n{intro}\n\n{table(rows)}\n")
 

@@ -1,4 +1,4 @@
-"""What will Qwen2.5-7B-Instruct take, and what does each knob save? Nothing is loaded."""
+"""Predict the memory of Qwen2.5-7B-Instruct, and the effect of each knob. Nothing is loaded."""
 
 import qwen_vram as qv
 

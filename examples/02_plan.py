@@ -1,4 +1,4 @@
-"""The least lossy way onto a card, and what happens where there is none."""
+"""Find the least lossy plan for several GPU sizes, and show the error if no plan fits."""
 
 import qwen_vram as qv
 

@@ -1,4 +1,4 @@
-"""Load the bundled model, talk to it, and hold what it took against the prediction. Runs offline, without a GPU."""
+"""Load the bundled model, chat with it, and compare measured memory with the prediction. Runs offline on a CPU."""
 
 import qwen_vram as qv
 from qwen_vram.demo import CHECKPOINT

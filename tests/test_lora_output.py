@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from qwen_vram.lora import tensor_file as stored_module
 from qwen_vram.lora.codecs.registry import QUANTIZATIONS
 from qwen_vram.lora.merge import merge_lora_then_quantize
-from qwen_vram.runtime.tensors.quantize_on_load import LINEARS
+from qwen_vram.runtime.quantize_on_load import LINEARS
 from tests.conftest import make_checkpoint
 from tests.hub_server import serving
 from tests.lora_models import (

@@ -13,11 +13,11 @@ from qwen_vram.arithmetic.timing.generation import generation_ms
 from qwen_vram.planning.capacity import available_memory as devices
 from qwen_vram.planning.capacity import budget as budget_module
 from qwen_vram.planning.capacity.available_memory import DeviceMemory, available_ram
-from qwen_vram.planning.offloaded_layers import spread
 from qwen_vram.planning.placement import place
 from qwen_vram.planning.search.search import Search
 from qwen_vram.spec.machine import DEFAULT
 from qwen_vram.spec.profile import COMPILED
+from qwen_vram.spec.residency import spread
 
 SEVEN = "Qwen/Qwen2.5-7B-Instruct"
 RAM = {"ram": "64GiB"}

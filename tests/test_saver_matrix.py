@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DynamicCache, StaticCache
 
 import qwen_vram as qv
-from qwen_vram.arithmetic.weights import head_bytes, table_on_host
+from qwen_vram.arithmetic.weights import head_bytes
 from qwen_vram.demo.tasks import examples
 from qwen_vram.runtime.attention import fused as attention
 from qwen_vram.runtime.backends import TARGETS, get_backend
@@ -23,6 +23,7 @@ from qwen_vram.runtime.linear.cpu_4bit import kernel_library
 from qwen_vram.runtime.measure import host_bytes, weight_storages
 from qwen_vram.runtime.offload.host_embedding import HostEmbedding
 from qwen_vram.spec.formats import FORMATS
+from qwen_vram.spec.residency import residency
 from qwen_vram.tools.accuracy import make_checkpoint
 from tests.gptq_files import as_awq, tied
 
@@ -203,7 +204,7 @@ def check_weights(llm):
     profile, estimate, config = llm.plan.profile, llm.plan.estimate, llm.model.config
     real = weight_storages(llm.model, get_backend(profile.weights))
     assert sum(real.values()) == estimate.weights == llm.report().measured["weights"]
-    on_host = table_on_host(estimate.architecture, profile)
+    on_host = residency(estimate.architecture, profile).table_on_host
     assert on_host is (profile.embeddings == "host" and not config.tie_word_embeddings)
     assert isinstance(llm.model.get_input_embeddings(), HostEmbedding) is on_host
     assert host_bytes(llm.model) == estimate.architecture.head.numel * profile.element_bytes * on_host

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from qwen_vram.arithmetic.replay.linear import CUBLAS_WORKSPACE
-from qwen_vram.arithmetic.weights import table_on_host
 from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.profile import Profile
+from qwen_vram.spec.residency import residency
 from qwen_vram.spec.workload import Workload
 
 _INT64 = 8
@@ -24,5 +24,9 @@ def step_sizes(architecture: Architecture, profile: Profile, workload: Workload)
         return ()
     batch = workload.batch_size
     state = (batch * _INT64,) * 3 + (batch * _INT32, *((batch + 1) * _INT32,) * 2)
-    row = (batch * architecture.hidden_size * profile.element_bytes,) if table_on_host(architecture, profile) else ()
+    row = (
+        (batch * architecture.hidden_size * profile.element_bytes,)
+        if residency(architecture, profile).table_on_host
+        else ()
+    )
     return (*state, batch * architecture.vocab_size * _FP32, *row, *CUBLAS_WORKSPACE)

@@ -7,7 +7,6 @@ that is quantized for streaming, and `runtime.linear.weight_only` for the format
 
 from __future__ import annotations
 
-from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.formats import StorageFormat
 from qwen_vram.spec.profile import Profile
 
@@ -43,12 +42,6 @@ def counts_tiles(storage: StorageFormat, profile: Profile, shape: tuple[int, ...
     """The same for a matrix in a storage format."""
     four_bit = storage.library == "bitsandbytes" and storage.bits == 4
     return profile.tiles and four_bit and is_tiled(shape, rows)
-
-
-def head_by_tiles(architecture: Architecture, profile: Profile) -> bool:
-    """Tell if a head is quantized on the device tile by tile: where layers stream, it is the largest tensor."""
-    quantized = profile.head_format != profile.dtype and architecture.stored_format is None
-    return profile.streamed_layers > 0 and quantized
 
 
 def chunk_rows(out_features: int, in_features: int) -> int:

@@ -10,6 +10,7 @@ from qwen_vram.spec.architecture import Architecture, Weight
 from qwen_vram.spec.formats import FORMATS, FormatName
 from qwen_vram.spec.prequantized import Stored, size
 from qwen_vram.spec.profile import Profile
+from qwen_vram.spec.residency import residency
 
 # Layers below this cross the link faster than one token follows another: with two slots 28 NF4 layers of Qwen2.5-7B
 # (120 MB) took 65.8 ms a token, with three 64.2, where the link needs 61.1; 28 in bf16 (466 MB) keep it
@@ -69,7 +70,7 @@ def stored_weights(architecture: Architecture, profile: Profile) -> Iterator[Sto
         yield StoredWeight(weight, name, nbytes)
     for weight in architecture.adapter_weights:
         yield StoredWeight(weight, profile.dtype, weight.numel * profile.element_bytes)
-    if architecture.has_head and head_is_a_copy(architecture, profile):
+    if architecture.has_head and residency(architecture, profile).own_head:
         yield StoredWeight(architecture.head, profile.head_format, head_bytes(architecture, profile))
 
 
@@ -94,9 +95,9 @@ def streaming_slots(architecture: Architecture, profile: Profile) -> int:
     A third one keeps the link busy between tokens where no resident layer gives it time to catch up, every layer being
     streamed, and layers are small.
     """
-    layers = architecture.num_hidden_layers
-    pause = profile.streamed_layers >= layers and block_bytes(architecture, profile) < _QUICK_BLOCK
-    return min(profile.streamed_layers, layers, 3 if pause else 2)
+    homes = residency(architecture, profile)
+    pause = not homes.resident and block_bytes(architecture, profile) < _QUICK_BLOCK
+    return min(len(homes.streamed), 3 if pause else 2)
 
 
 def disk_buffers(profile: Profile) -> int:
@@ -109,7 +110,7 @@ def computing_copies(architecture: Architecture, profile: Profile) -> int:
     if FORMATS[profile.weights].bits != 4:
         return 0
     count = sum(weight.numel for weight in architecture.block if weight.is_linear)
-    layers = min(profile.host_layers, architecture.num_hidden_layers)
+    layers = len(residency(architecture, profile).computing)
     return layers * (count // 2 + count // MAXIMUM_OF * 2)
 
 
@@ -135,21 +136,20 @@ def weight_bytes(architecture: Architecture, profile: Profile) -> WeightBytes:
     """
     if architecture.stored:
         return _stored_bytes(architecture, architecture.stored, profile)
-    block = block_bytes(architecture, profile)
-    streamed = min(profile.streamed_layers, architecture.num_hidden_layers)
-    on_device = architecture.num_hidden_layers - streamed + streaming_slots(architecture, profile)
+    block, homes = block_bytes(architecture, profile), residency(architecture, profile)
+    on_device = homes.resident + streaming_slots(architecture, profile)
     small = sum(part for part in _block_parts(architecture, profile) if part < SMALLEST_READ)
-    in_files = min(profile.disk_layers, streamed)
+    in_files = len(homes.disk)
     device = on_device * block
-    host = (streamed - in_files + disk_buffers(profile)) * block + in_files * small
+    host = (len(homes.streamed) - in_files + disk_buffers(profile)) * block + in_files * small
     host += computing_copies(architecture, profile)
     for weight in architecture.outer:
         storage = FORMATS[format_of(weight, profile)]
-        if weight.role == "embedding" and table_on_host(architecture, profile):
+        if weight.role == "embedding" and homes.table_on_host:
             host += storage.nbytes(weight.shape)
         else:
             device += storage.nbytes(weight.shape)
-    if architecture.has_head and head_is_a_copy(architecture, profile):
+    if architecture.has_head and homes.own_head:
         device += head_bytes(architecture, profile)
     return WeightBytes(device + _adapter_bytes(architecture, profile), host, in_files * (block - small))
 
@@ -162,15 +162,15 @@ def _block_parts(architecture: Architecture, profile: Profile) -> Iterator[int]:
 
 def _stored_bytes(architecture: Architecture, stored: Stored, profile: Profile) -> WeightBytes:
     """`weight_bytes` of a checkpoint whose headers say each tensor's bytes."""
-    streamed = min(profile.streamed_layers, architecture.num_hidden_layers)
+    homes = residency(architecture, profile)
+    streamed, in_files = len(homes.streamed), len(homes.disk)
     layers = stored.on_device(streamed, streaming_slots(architecture, profile))
     device = sum(map(size, layers)) + size(stored.norm) + size(stored.head)
-    in_files = min(profile.disk_layers, streamed)
     passing = disk_buffers(profile) * block_bytes(architecture, profile)
     small, disk = stored.on_disk(in_files, SMALLEST_READ)
     host, table = stored.on_host(streamed - in_files) + passing + small, size(stored.embedding)
     host += computing_copies(architecture, profile)
-    if table_on_host(architecture, profile):
+    if homes.table_on_host:
         host += table
     else:
         device += table
@@ -179,14 +179,3 @@ def _stored_bytes(architecture: Architecture, stored: Stored, profile: Profile) 
 
 def _adapter_bytes(architecture: Architecture, profile: Profile) -> int:
     return sum(weight.numel for weight in architecture.adapter_weights) * profile.element_bytes
-
-
-def table_on_host(architecture: Architecture, profile: Profile) -> bool:
-    """Tell if the token table leaves the device: not where a tied head needs it there."""
-    shared_head = architecture.tie_word_embeddings and not head_is_a_copy(architecture, profile)
-    return profile.embeddings == "host" and not shared_head
-
-
-def head_is_a_copy(architecture: Architecture, profile: Profile) -> bool:
-    """Tell if a tied head is quantized into a tensor of its own, which leaves the table to the lookup alone."""
-    return architecture.tie_word_embeddings and profile.head_format != profile.dtype

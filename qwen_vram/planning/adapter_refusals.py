@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from qwen_vram.arithmetic.weights import head_is_a_copy, table_on_host
 from qwen_vram.errors import NotSupportedError
 from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.formats import FORMATS
 from qwen_vram.spec.profile import Profile
+from qwen_vram.spec.residency import residency
 
 _MERGE = "merge it into the 16-bit base: qv.merge_lora_then_quantize(base, adapter, out)"
 _WITH_PEFT = "merge it with PEFT itself (merge_and_unload), and pass the result as the model"
@@ -95,7 +95,7 @@ def _streamed(architecture: Architecture, profile: Profile) -> str:
 
 
 def _head(architecture: Architecture, profile: Profile) -> str:
-    if _changes(architecture, _TABLE) and head_is_a_copy(architecture, profile):
+    if _changes(architecture, _TABLE) and residency(architecture, profile).own_head:
         return (
             f"changes {_TABLE!r}, which is this model's head too (tie_word_embeddings), and a head of its own would "
             f"not follow; leave lm_head and embeddings out, or {_MERGE}"
@@ -109,7 +109,7 @@ def _head(architecture: Architecture, profile: Profile) -> str:
 
 
 def _embeddings(architecture: Architecture, profile: Profile) -> str:
-    if not _changes(architecture, _TABLE) or not table_on_host(architecture, profile):
+    if not _changes(architecture, _TABLE) or not residency(architecture, profile).table_on_host:
         return ""
     return f"changes {_TABLE!r}, which PEFT does on the device only; use embeddings='device', or {_MERGE}"
 

@@ -8,7 +8,6 @@ from typing import Literal
 
 from qwen_vram.arithmetic.estimate import Estimate
 from qwen_vram.arithmetic.gpu_split import split_of
-from qwen_vram.arithmetic.weights import table_on_host
 from qwen_vram.checkpoints.adapters.folder import AdapterChoice
 from qwen_vram.checkpoints.machine_file import current
 from qwen_vram.checkpoints.resolve import ModelLike, resolve_model, stored_knobs
@@ -17,10 +16,10 @@ from qwen_vram.planning.capacity.budget import Budget, VramLike
 from qwen_vram.planning.capacity.fit import fits, on_device
 from qwen_vram.planning.capacity.refusal import shortage
 from qwen_vram.planning.errors import DoesNotFitError
-from qwen_vram.planning.offloaded_layers import offloaded_layers
 from qwen_vram.planning.search.search import Search
 from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.profile import Profile, resolve_profile
+from qwen_vram.spec.residency import Home, residency
 from qwen_vram.spec.workload import Workload
 
 Where = int | Literal["cpu", "disk"]
@@ -75,18 +74,15 @@ class Placement:
 
 def place(architecture: Architecture, profile: Profile, *, device: Where = 0) -> Placement:
     """Where `profile` puts each module: on `device`, on the host or on the disk."""
-    layers = [device] * architecture.num_hidden_layers
-    away = offloaded_layers(architecture, profile)
-    for index in away.streamed:
-        layers[index] = "disk" if index in away.disk else "cpu"
-    table: Where = "cpu" if table_on_host(architecture, profile) else device
+    homes = residency(architecture, profile)
+    where: dict[Home, Where] = {"device": device, "host": "cpu", "computing": "cpu", "disk": "disk"}
     return Placement(
-        embeddings=table,
-        layers=tuple(layers),
+        embeddings="cpu" if homes.table_on_host else device,
+        layers=tuple(where[home] for home in homes.layers),
         rotary=device,
         norm=device,
         head=device,
-        computing=away.computing,
+        computing=homes.computing,
     )
 
 
@@ -97,7 +93,7 @@ def place_split(architecture: Architecture, profile: Profile, counts: Mapping[in
     """
     first, *_, last = counts
     return Placement(
-        embeddings="cpu" if table_on_host(architecture, profile) else first,
+        embeddings="cpu" if residency(architecture, profile).table_on_host else first,
         layers=tuple(device for device, count in counts.items() for _ in range(count)),
         rotary=first,
         norm=last,

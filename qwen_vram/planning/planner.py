@@ -24,6 +24,7 @@ from qwen_vram.planning.search.search import Prefer, Search
 from qwen_vram.planning.sequences import sequences_per_prompt
 from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.profile import KNOBS, PROFILES, Profile
+from qwen_vram.spec.residency import Residency, residency
 from qwen_vram.spec.workload import Workload
 from qwen_vram.units import format_bytes, format_gib
 
@@ -61,6 +62,12 @@ class Plan:
     def workload(self) -> Workload:
         """The tokens planned for."""
         return self.estimate.workload
+
+    @property
+    def residency(self) -> Residency:
+        """Where each layer, the token table and the head live: on the device, on the host, or in the files."""
+        assert self.estimate.architecture is not None
+        return residency(self.estimate.architecture, self.profile)
 
     @property
     def device_map(self) -> dict[str, Where]:

@@ -12,11 +12,12 @@ from typing import Any
 
 from qwen_vram.arithmetic.replay.allocator import CachingAllocator
 from qwen_vram.arithmetic.replay.load_prequantized import replay_stored
-from qwen_vram.arithmetic.tiling import chunk_rows, head_by_tiles, tile_rows
-from qwen_vram.arithmetic.weights import block_bytes, format_of, streaming_slots, table_on_host
+from qwen_vram.arithmetic.tiling import chunk_rows, tile_rows
+from qwen_vram.arithmetic.weights import block_bytes, format_of, streaming_slots
 from qwen_vram.spec.architecture import Architecture, Weight
 from qwen_vram.spec.formats import FORMATS
 from qwen_vram.spec.profile import Profile
+from qwen_vram.spec.residency import residency
 
 _FP32 = 4
 _FP16 = 2
@@ -85,7 +86,7 @@ def _load_streamed(allocator: CachingAllocator, architecture: Architecture, prof
 
     What is stored quantized goes from the file to the host at once.
     """
-    if head_by_tiles(architecture, profile):
+    if residency(architecture, profile).late_head:
         _load_by_tiles(allocator, architecture.head, profile)
     for weight in architecture.block:
         if architecture.stored_format is None and not FORMATS[format_of(weight, profile)].is_dense:
@@ -121,14 +122,14 @@ def _load_order(architecture: Architecture, profile: Profile) -> list[Weight]:
     """What goes to the device to stay, sorted by name as `transformers` does: head, embedding, layers, last norm."""
     outer = {weight.role: [weight] for weight in architecture.outer}
     block = sorted(architecture.block, key=lambda weight: weight.name.split("."))
-    layers = architecture.num_hidden_layers - min(profile.streamed_layers, architecture.num_hidden_layers)
+    homes = residency(architecture, profile)
     head = outer.get("head", [])
-    if architecture.has_head and architecture.tie_word_embeddings and profile.head_format != profile.dtype:
+    if architecture.has_head and homes.own_head:
         head = [architecture.head]
-    if head_by_tiles(architecture, profile):
+    if homes.late_head:
         head = []  # it comes afterwards
-    table = [] if table_on_host(architecture, profile) else outer.get("embedding", [])
-    return [*head, *table, *(block * layers), *outer.get("norm", []), *architecture.adapter_weights]
+    table = [] if homes.table_on_host else outer.get("embedding", [])
+    return [*head, *table, *(block * homes.resident), *outer.get("norm", []), *architecture.adapter_weights]
 
 
 def _announced_bytes(weight: Weight, profile: Profile) -> float:

@@ -9,20 +9,23 @@ Not measured.
 from __future__ import annotations
 
 from qwen_vram.arithmetic.replay.allocator import CachingAllocator
-from qwen_vram.arithmetic.weights import streaming_slots, table_on_host
+from qwen_vram.arithmetic.weights import streaming_slots
 from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.prequantized import Stored
 from qwen_vram.spec.profile import Profile
+from qwen_vram.spec.residency import residency
 
 _FP32 = 4
 
 
 def replay_stored(allocator: CachingAllocator, architecture: Architecture, stored: Stored, profile: Profile) -> None:
     """Load through `allocator`: its `allocated` is then the weights', its `peak` the load peak. An upper bound."""
-    streamed = min(profile.streamed_layers, architecture.num_hidden_layers)
-    table = () if table_on_host(architecture, profile) else stored.embedding
+    homes = residency(architecture, profile)
+    table = () if homes.table_on_host else stored.embedding
     layers = [
-        tensor for layer in stored.on_device(streamed, streaming_slots(architecture, profile)) for tensor in layer
+        tensor
+        for layer in stored.on_device(len(homes.streamed), streaming_slots(architecture, profile))
+        for tensor in layer
     ]
     sizes = [tensor.nbytes for tensor in (*stored.head, *table, *layers, *stored.norm)]
     sizes += [weight.numel * profile.element_bytes for weight in architecture.adapter_weights]

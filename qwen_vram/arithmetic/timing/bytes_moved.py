@@ -8,6 +8,7 @@ from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.formats import FORMATS
 from qwen_vram.spec.machine import Machine
 from qwen_vram.spec.profile import Profile
+from qwen_vram.spec.residency import residency
 from qwen_vram.spec.workload import Workload
 
 # Rows up to which layers compute on the CPU: with more, a product waits no longer for memory alone. Four rows take 0.97
@@ -36,7 +37,7 @@ def decode_bytes(architecture: Architecture, profile: Profile, workload: Workloa
 def computing_layers(architecture: Architecture, profile: Profile, workload: Workload) -> int:
     """Layers that compute on the CPU in this workload's decode steps."""
     few = workload.batch_size <= HOST_ROWS
-    return min(profile.host_layers, architecture.num_hidden_layers) if few else 0
+    return len(residency(architecture, profile).computing) if few else 0
 
 
 def product_rate(profile: Profile, machine: Machine) -> int | None:
@@ -55,14 +56,14 @@ def link_bytes(architecture: Architecture, profile: Profile, workload: Workload)
 
 def moving_layers(architecture: Architecture, profile: Profile, workload: Workload) -> int:
     """Layers that pass through the slots in a decode step: none where the slots hold all of them together."""
-    layers = min(profile.streamed_layers, architecture.num_hidden_layers)
+    layers = len(residency(architecture, profile).streamed)
     layers -= computing_layers(architecture, profile, workload)
     return layers if layers > streaming_slots(architecture, profile) else 0
 
 
 def streams_in_prefill(architecture: Architecture, profile: Profile) -> int:
     """Layers that pass through the slots in each chunk of a prefill, in which none computes on the CPU."""
-    layers = min(profile.streamed_layers, architecture.num_hidden_layers)
+    layers = len(residency(architecture, profile).streamed)
     return layers if layers > streaming_slots(architecture, profile) else 0
 
 

@@ -9,10 +9,10 @@ from qwen_vram.arithmetic.timing.few_rows import step_seconds
 from qwen_vram.arithmetic.timing.host import host_decode_seconds
 from qwen_vram.arithmetic.timing.launches import kv_read_seconds, launch_seconds
 from qwen_vram.arithmetic.timing.linear import head_matrix, layer_matrices
-from qwen_vram.arithmetic.weights import table_on_host
 from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.machine import Machine
 from qwen_vram.spec.profile import Profile
+from qwen_vram.spec.residency import residency
 from qwen_vram.spec.workload import Workload
 
 # Share of the rate of pinned copies at which layers and caches cross: 64.2 ms a token where the link needs 61.1, 249
@@ -65,7 +65,7 @@ def decode_ms(
     link = crossing / (LINK_SHARE * machine.pinned_copy_rate)
     launching = 0.0
     if profile.captures:
-        busy += _TABLE_ROW if table_on_host(architecture, profile) else 0.0
+        busy += _TABLE_ROW if residency(architecture, profile).table_on_host else 0.0
     else:
         launching = launch_seconds(
             architecture, profile, batch, machine, batch_size=batch, moving=moving, prefill=False

@@ -9,8 +9,8 @@ import torch
 from qwen_vram.lora.codecs.base import Part
 from qwen_vram.runtime.linear.int4 import encode
 from qwen_vram.runtime.linear.int4_packing import unpair
+from qwen_vram.runtime.quantize_on_load import LINEARS, WeightOnlyConfig
 from qwen_vram.runtime.saving.writer import KINDS
-from qwen_vram.runtime.tensors.quantize_on_load import LINEARS, WeightOnlyConfig
 from qwen_vram.spec.formats import FORMATS
 
 # `load()` runs these formats in bf16, and brings a matrix to that dtype before it quantizes it.

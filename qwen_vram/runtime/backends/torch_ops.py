@@ -49,7 +49,7 @@ class TorchBackend:
 
 
 def _config(profile: Profile) -> Any:
-    from qwen_vram.runtime.tensors.quantize_on_load import WeightOnlyConfig
+    from qwen_vram.runtime.quantize_on_load import WeightOnlyConfig
 
     return WeightOnlyConfig(profile.weights, [] if profile.head_format == profile.weights else ["lm_head"])
 

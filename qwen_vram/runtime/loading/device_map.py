@@ -13,19 +13,11 @@ from typing import Any
 
 import torch
 
-from qwen_vram.arithmetic.tiling import head_by_tiles
-from qwen_vram.planning.offloaded_layers import OffloadedLayers, offloaded_layers
 from qwen_vram.planning.planner import Plan
 from qwen_vram.runtime.backends.base import Backend, Request
 
 # What they say of modules that are left out does not hold here: ours are put in afterwards.
 _MISTAKEN = ("accelerate.big_modeling", "transformers.integrations.bitsandbytes")
-
-
-def offloaded_layers_of(chosen: Plan) -> OffloadedLayers:
-    """Which layers are not resident."""
-    assert chosen.estimate.architecture is not None
-    return offloaded_layers(chosen.estimate.architecture, chosen.profile)
 
 
 def device_map(chosen: Plan, device: torch.device) -> dict[str, int | str | torch.device]:
@@ -37,7 +29,7 @@ def device_map(chosen: Plan, device: torch.device) -> dict[str, int | str | torc
     if chosen.estimate.devices:
         return dict(chosen.device_map)
     on_host = chosen.placement.embeddings == "cpu" and device.type != "cpu"
-    streamed = offloaded_layers_of(chosen).streamed
+    streamed = chosen.residency.streamed
     if not on_host and not streamed:
         return {"": "cpu" if device.type == "cpu" else device.index}
     # "cpu" as a text would be a second device, on which bitsandbytes' quantizer leaves matrices as they are.
@@ -54,7 +46,7 @@ def device_map(chosen: Plan, device: torch.device) -> dict[str, int | str | torc
         del where[f"model.layers.{number}"]
         # By their children: transformers 5.17 takes "model.layers.1" for the beginning of layer 12 too.
         where |= {f"model.layers.{number}.{child}": away for child in children}
-    if head_by_tiles(architecture, chosen.profile):
+    if chosen.residency.late_head:
         where["lm_head"] = where["model.embed_tokens"] if architecture.tie_word_embeddings else "disk"
     return where
 
@@ -70,7 +62,7 @@ def left_out(chosen: Plan) -> dict[str, tuple[int, ...]]:
         return {}
     return {
         f"model.layers.{number}.{weight.name}": weight.shape
-        for number in offloaded_layers_of(chosen).streamed
+        for number in chosen.residency.streamed
         for weight in architecture.block
     }
 

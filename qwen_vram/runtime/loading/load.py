@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from qwen_vram.arithmetic.tiling import head_by_tiles
-from qwen_vram.arithmetic.weights import disk_buffers, head_is_a_copy, streaming_slots, table_on_host
+from qwen_vram.arithmetic.weights import disk_buffers, streaming_slots
 from qwen_vram.checkpoints.adapters.base_name import warn_of_another_base
 from qwen_vram.checkpoints.adapters.folder import AdapterChoice, check_own_adapter
 from qwen_vram.checkpoints.adapters.keys import Adapter, open_adapter
@@ -29,7 +28,7 @@ from qwen_vram.runtime.backends.bnb_notes import check_notes
 from qwen_vram.runtime.decoding.graph_decoder import decoder_where_it_runs
 from qwen_vram.runtime.kernels.fused_layers import fuse_layers
 from qwen_vram.runtime.loaded_model import LoadedModel
-from qwen_vram.runtime.loading.device_map import connect, device_map, left_out, offloaded_layers_of, undispatched
+from qwen_vram.runtime.loading.device_map import connect, device_map, left_out, undispatched
 from qwen_vram.runtime.loading.devices import budget_on, check_free, devices_for, held_beside_torch, weakest
 from qwen_vram.runtime.loading.preflight import check, check_files, check_host, dtype_for
 from qwen_vram.runtime.loading.verify import verify as check_plan
@@ -178,7 +177,7 @@ def _build(
         check_notes(checkpoint.folder, checkpoint.files.tensors, checkpoint.architecture)
     warn_of_files(checkpoint.files, profile)
     attention.register()
-    late_head = head_by_tiles(checkpoint.architecture, profile)
+    homes = chosen.residency
     request = Request(
         files=checkpoint.files,
         config=model_config(checkpoint.files.config, str(checkpoint.folder / CONFIG), checkpoint.folder),
@@ -189,8 +188,8 @@ def _build(
         device_map=device_map(chosen, device),
         attention=attention.NAME if profile.attention == "fused" else profile.attention,
         stored=checkpoint.architecture.stored_format is not None,
-        own_head=head_is_a_copy(checkpoint.architecture, profile) and not late_head,
-        late_head=late_head,
+        own_head=homes.own_head and not homes.late_head,
+        late_head=homes.late_head,
         left_out=left_out(chosen),
     )
     folders = [] if adapter is None else [adapter.folder]
@@ -214,14 +213,14 @@ def _build(
         model = undispatched(backend, request)
         if profile.kernels == "fused":
             fuse_layers(model)
-        if profile.streamed_layers:
+        if homes.streamed:
             assert isinstance(backend, StreamingBackend)
             memory = HostMemory(device)
-            blocks = pack_layers(model, offloaded_layers_of(chosen), backend, request, memory, bar)
+            blocks = pack_layers(model, homes, backend, request, memory, bar)
             slots = streaming_slots(checkpoint.architecture, profile)
             streamer = Streamer(blocks, memory, slots, disk_buffers(profile))
             after_a_failure.callback(streamer.close)
-    if table_on_host(checkpoint.architecture, profile):
+    if homes.table_on_host:
         move_embedding_to_host(model, device)
     if device.type == "cpu" and backend.name == "bnb":
         from qwen_vram.runtime.linear.flat_4bit import multiply_flat

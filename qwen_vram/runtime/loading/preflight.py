@@ -10,13 +10,14 @@ from importlib.util import find_spec
 
 import torch
 
-from qwen_vram.arithmetic.weights import SMALLEST_READ, table_on_host
+from qwen_vram.arithmetic.weights import SMALLEST_READ
 from qwen_vram.errors import BackendUnavailableError, NotSupportedError
 from qwen_vram.planning.planner import Plan
 from qwen_vram.runtime.attention import fused as attention
 from qwen_vram.runtime.backends.base import Backend, HostBackend, StreamingBackend
 from qwen_vram.runtime.tensors.checkpoint import Checkpoint
 from qwen_vram.spec.profile import Profile
+from qwen_vram.spec.residency import residency
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ def check(chosen: Plan, backend: Backend, device: torch.device) -> None:
     assert architecture is not None
     if profile.streamed_layers:
         _check_streaming(profile, backend)
-    if profile.embeddings == "host" and not table_on_host(architecture, profile):
+    if profile.embeddings == "host" and not residency(architecture, profile).table_on_host:
         _LOGGER.warning(
             "embeddings='host' leaves the token table where it is: it is this model's head too (tie_word_embeddings); "
             "with quantized weights, lm_head in their format is a head of its own, and the table goes to the host"

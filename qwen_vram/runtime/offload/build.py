@@ -8,22 +8,22 @@ from typing import Any
 
 from torch import nn
 
-from qwen_vram.planning.offloaded_layers import OffloadedLayers
 from qwen_vram.runtime.backends.base import HostBackend, Request, StreamingBackend
 from qwen_vram.runtime.offload.blocks import Block, DiskBlock, HostBlock
 from qwen_vram.runtime.tensors.mapped_checkpoint import MappedCheckpoint
 from qwen_vram.runtime.tensors.packed_layout import HostMemory
+from qwen_vram.spec.residency import Residency
 
 
 def pack_layers(
     model: Any,
-    away: OffloadedLayers,
+    homes: Residency,
     backend: StreamingBackend,
     request: Request,
     memory: HostMemory,
     progress: Callable[..., Iterable[int]],
 ) -> list[Block]:
-    """Build the decoder layers that are away, which stand on the meta device, and leave them where they belong.
+    """Build the streamed decoder layers, which are on the meta device, and put each where `homes` says.
 
     A quantized head that stands there too is built first, to stay on the device. The device holds one matrix and a tile
     at a time beside what it held before, and nothing more where matrices are stored quantized; the host, one layer in
@@ -39,7 +39,7 @@ def pack_layers(
         mapped = MappedCheckpoint(request.files, files, mapped=not request.disable_mmap)
         if request.late_head:
             _build(model, "lm_head", "model.embed_tokens" if _untie(model) else "lm_head", mapped, backend, request)
-        for number in progress(sorted(away.streamed), desc="Packing streamed layers"):
+        for number in progress(sorted(homes.streamed), desc="Packing streamed layers"):
             layer = model.model.layers[number]
             modules = []
             for name, module in list(layer.named_modules()):
@@ -47,12 +47,12 @@ def pack_layers(
                     made = _build(layer, name, f"model.layers.{number}.{name}", mapped, backend, request)
                     backend.binding(made, {key: one.to("cpu") for key, one in backend.tensors(made).items()})()
                     modules.append(made)
-            if number in away.disk:
+            if number in homes.disk:
                 nth = sum(isinstance(block, DiskBlock) for block in blocks)
                 blocks.append(DiskBlock(layer, modules, backend, mapped, nth))
             else:
                 block = HostBlock(layer, modules, backend, memory)
-                if number in away.computing:
+                if number in homes.computing:
                     assert isinstance(backend, HostBackend)
                     block.compute_on(backend)
                 blocks.append(block)

@@ -1,0 +1,93 @@
+"""Residency: where each decoder layer, the token table and the head live by a profile. Estimator and loader read it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Literal
+
+from qwen_vram.spec.architecture import Architecture
+from qwen_vram.spec.profile import Profile
+
+Home = Literal["device", "host", "computing", "disk"]
+
+
+def spread(streamed: int, layers: int) -> frozenset[int]:
+    """Return `streamed` of `layers` indices, spread evenly, so that each one is copied while resident layers compute.
+
+    >>> sorted(spread(3, 28))
+    [8, 17, 27]
+    """
+    return frozenset((index + 1) * layers // streamed - 1 for index in range(streamed))
+
+
+def among(layers: int, streamed: Collection[int]) -> frozenset[int]:
+    """Return `layers` of the streamed indices, spread evenly among them.
+
+    >>> sorted(among(2, {3, 7, 11, 15}))
+    [7, 15]
+    """
+    ordered = sorted(streamed)
+    return frozenset(ordered[index] for index in spread(layers, len(ordered))) if layers else frozenset()
+
+
+@dataclass(frozen=True)
+class Residency:
+    """Where the parts of a model live by a profile, on one device or on one device's part of a model.
+
+    Attributes:
+        layers: The home of each decoder layer: resident on the device; on the host or the disk, from which it streams
+            through slots on the device; or on the host, where it computes in decode steps too.
+        table_on_host: The token table is in host memory. It is not if a tied head needs it on the device.
+        own_head: A tied head is quantized into a tensor of its own, so that only the lookup needs the table.
+        late_head: The head is quantized tile by tile after the resident layers are loaded, because layers stream.
+    """
+
+    layers: tuple[Home, ...]
+    table_on_host: bool
+    own_head: bool
+    late_head: bool
+
+    @cached_property
+    def streamed(self) -> frozenset[int]:
+        """Numbers of the layers that are not resident."""
+        return frozenset(number for number, home in enumerate(self.layers) if home != "device")
+
+    @cached_property
+    def disk(self) -> frozenset[int]:
+        """Numbers of the layers that stay in the checkpoint's files."""
+        return self._at("disk")
+
+    @cached_property
+    def computing(self) -> frozenset[int]:
+        """Numbers of the layers that compute on the CPU in decode steps."""
+        return self._at("computing")
+
+    @property
+    def resident(self) -> int:
+        """How many layers are on the device for good."""
+        return len(self.layers) - len(self.streamed)
+
+    def _at(self, place: Home) -> frozenset[int]:
+        return frozenset(number for number, home in enumerate(self.layers) if home == place)
+
+
+@lru_cache(maxsize=4096)
+def residency(architecture: Architecture, profile: Profile) -> Residency:
+    """Return where `profile` puts the parts of a model."""
+    count = min(profile.streamed_layers, architecture.num_hidden_layers)
+    streamed = spread(count, architecture.num_hidden_layers) if count else frozenset()
+    disk = among(min(profile.disk_layers, count), streamed)
+    computing = among(min(profile.host_layers, count - len(disk)), streamed - disk)
+    homes: list[Home] = ["device"] * architecture.num_hidden_layers
+    for number in streamed:
+        homes[number] = "disk" if number in disk else "computing" if number in computing else "host"
+    tied = architecture.tie_word_embeddings
+    own_head = tied and profile.head_format != profile.dtype
+    return Residency(
+        layers=tuple(homes),
+        table_on_host=profile.embeddings == "host" and (own_head or not tied),
+        own_head=own_head,
+        late_head=count > 0 and profile.head_format != profile.dtype and architecture.stored_format is None,
+    )

@@ -1,0 +1,1 @@
+"""Rules that the text of the repository follows; no torch is imported."""
