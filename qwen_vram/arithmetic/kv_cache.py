@@ -5,13 +5,6 @@ from __future__ import annotations
 from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.profile import Profile
 
-# Quantized caches: keys share a scale and a least value per channel over 32 tokens, values per token and head; the
-# newest 128 tokens, and those of an unfinished group, stay in the model's own dtype.
-# Source of the layout: KIVI, arXiv:2402.02750.
-KEY_GROUP = 32
-RESIDUAL_TOKENS = 128
-_FP16 = 2
-
 # A cache on the host keeps the layer that computes and the one that is fetched on the device.
 HOST_CACHE_LAYERS = 2
 
@@ -30,30 +23,17 @@ def kv_bytes_per_token(architecture: Architecture, profile: Profile) -> int:
     return 2 * architecture.num_hidden_layers * architecture.key_value_width * profile.element_bytes
 
 
-def quantized_tokens(tokens: int) -> int:
-    """How many of `tokens` a quantized cache holds as codes: whole groups older than the newest 128."""
-    return max(0, tokens - RESIDUAL_TOKENS) // KEY_GROUP * KEY_GROUP
-
-
-def whole_tokens(context_len: int) -> int:
-    """Tokens for which a quantized cache of `context_len` has room in the model's own dtype."""
-    return min(context_len, RESIDUAL_TOKENS + KEY_GROUP - 1)
-
-
 def layer_kv_bytes(architecture: Architecture, profile: Profile, *, tokens: int, batch_size: int) -> int:
     """Bytes that one layer's keys and values take for `tokens` tokens of each sequence, in the cache's format.
 
     Exact.
     """
-    width = architecture.key_value_width
-    if profile.kv_cache == "bf16":
-        return 2 * width * tokens * batch_size * profile.element_bytes
-    older = quantized_tokens(tokens)
-    codes = 2 * width * older // (1 if profile.kv_cache == "int8" else 2)
-    # A scale and a least value each: of keys for each channel of a group, of values for each token and head.
-    levels = 2 * _FP16 * (older // KEY_GROUP * width + older * architecture.num_key_value_heads)
-    newest = 2 * width * whole_tokens(tokens) * profile.element_bytes
-    return (codes + levels + newest) * batch_size
+    return batch_size * profile.kv_format.nbytes(
+        tokens,
+        kv_heads=architecture.num_key_value_heads,
+        head_dim=architecture.head_dim,
+        element_bytes=profile.element_bytes,
+    )
 
 
 def kv_cache_bytes(

@@ -18,7 +18,7 @@ from qwen_vram.arithmetic.replay.linear import workspaces
 from qwen_vram.arithmetic.replay.load import as_loaded, replay_load
 from qwen_vram.arithmetic.weights import weight_bytes
 from qwen_vram.spec.architecture import Architecture
-from qwen_vram.spec.formats import ALLOCATION_STEP
+from qwen_vram.spec.formats import ALLOCATION_STEP, FORMATS
 from qwen_vram.spec.machine import Machine
 from qwen_vram.spec.profile import Profile
 from qwen_vram.spec.workload import Workload
@@ -152,6 +152,6 @@ def process_bytes(peak_reserved: int, profile: Profile, machine: Machine, held: 
         held: What the process takes beside torch's memory before it loads this model. Kernels and streams of models
             that are closed stay in the process.
     """
-    kernels = machine.lazy_kernels + (INT8_KERNELS if profile.weights == "int8" else 0)
+    kernels = machine.lazy_kernels + (INT8_KERNELS if FORMATS[profile.weights].has_outliers else 0)
     second = profile.kv_device == "host" or profile.streamed_layers or profile.captures
     return peak_reserved + max(held, machine.cuda_context + kernels + (SECOND_STREAM if second else 0))

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from qwen_vram.arithmetic.process import REPLAY_MISS, SEARCHED_TO
 from qwen_vram.arithmetic.tiling import int8_rows
 from qwen_vram.spec.architecture import Architecture
+from qwen_vram.spec.formats import FORMATS
 from qwen_vram.spec.profile import Profile
 from qwen_vram.spec.workload import Workload
 
@@ -81,7 +82,7 @@ def fragment_bytes(architecture: Architecture, profile: Profile, workload: Workl
     activation = _prefill_rows(profile, workload) * architecture.intermediate_size * profile.element_bytes
     if profile.captures and workload.batch_size > 1:
         return activation + smaller_step_bytes(architecture, profile, workload)
-    if profile.kv_cache == "bf16":
+    if not profile.kv_format.is_quantized:
         return activation
     tokens = workload.batch_size * workload.context_len
     return activation + SEARCHED_TO + 2 * tokens * architecture.key_value_width * profile.element_bytes
@@ -99,7 +100,7 @@ def outlier_bytes(architecture: Architecture, profile: Profile, workload: Worklo
     it one segment for a piece of the input's rows. bitsandbytes' own products keep the number of each outlier column of
     every matrix, 8 bytes, at most for all columns.
     """
-    if profile.weights != "int8":
+    if not FORMATS[profile.weights].has_outliers:
         return 0
     matrices = [weight for weight in architecture.block if weight.is_linear]
     if not profile.tiles:

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
+from qwen_vram.dtypes import BF16
 from qwen_vram.spec.architecture import Architecture, Weight
-from qwen_vram.spec.formats import FORMATS, FormatName
+from qwen_vram.spec.formats import BLOCK, FORMATS, FormatName
 from qwen_vram.spec.prequantized import Stored, size
 from qwen_vram.spec.profile import Profile
 from qwen_vram.spec.residency import residency
@@ -21,12 +22,6 @@ _QUICK_BLOCK = 2**28
 # Tensors of a disk layer below this stay in host memory, for each would be a request of its own to the disk: norms,
 # biases, tables and the scales of scales, 0.1 % of a layer of Qwen2.5-7B.
 SMALLEST_READ = 2**16
-# Plain dtypes as safetensors spells them.
-_FILE_DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
-# Rows that share a block of the CPU's 4-bit kernel. Source: bitsandbytes 0.50.2, functional.py,
-# _convert_weight_packed_for_cpu (block_n).
-PACKED_ROWS = 32
-MAXIMUM_OF = 64  # weights that share a block maximum, which is bf16 there
 # Host memory that disk layers pass through: one is copied to the device while the next is read.
 _DISK_BUFFERS = 2
 
@@ -106,25 +101,15 @@ def disk_buffers(profile: Profile) -> int:
 
 
 def computing_copies(architecture: Architecture, profile: Profile) -> int:
-    """Bytes of the copies that layers computing on the CPU need: 4-bit matrices as its kernel reads them. Exact."""
-    if FORMATS[profile.weights].bits != 4:
+    """Bytes of the copies that layers computing on the CPU need: 4-bit matrices as its kernel reads them.
+
+    Their block maxima are bf16 there. Exact.
+    """
+    if not FORMATS[profile.weights].is_bnb_4bit:
         return 0
     count = sum(weight.numel for weight in architecture.block if weight.is_linear)
     layers = len(residency(architecture, profile).computing)
-    return layers * (count // 2 + count // MAXIMUM_OF * 2)
-
-
-def is_packed(shape: tuple[int, ...]) -> bool:
-    """Tell if the CPU's 4-bit kernel takes a matrix of this shape, (rows, columns)."""
-    return shape[0] % PACKED_ROWS == 0 and shape[1] % MAXIMUM_OF == 0
-
-
-def may_be_on_disk(architecture: Architecture, profile: Profile) -> bool:
-    """Tell if a checkpoint's files hold layers as `profile` has them, and not what they are quantized from."""
-    if architecture.stored_format is None:
-        as_stored = set(architecture.layer_dtypes) <= {_FILE_DTYPES[profile.dtype]}
-        return FORMATS[profile.weights].is_dense and as_stored
-    return FORMATS[architecture.stored_format].library == "bitsandbytes"
+    return layers * (count // 2 + count // BLOCK * BF16.nbytes)
 
 
 @lru_cache(maxsize=256)

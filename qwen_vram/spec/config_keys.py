@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+from qwen_vram.dtypes import BY_CONFIG
+
 Check = Callable[[object], bool]
 
 
@@ -94,13 +96,6 @@ KEYS: dict[str, dict[str, Key]] = {
         "attention_bias": Key(_flag, "true or false", False),
     },
 }
-# The names of torch's dtypes that a checkpoint can name, with the storage format of those that are plain here.
-# transformers looks the text up in the module torch, so that "torch.bfloat16" is none.
-DTYPES = {
-    "bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32",
-    "float64": "bf16", "double": "bf16", "float8_e4m3fn": "bf16", "float8_e5m2": "bf16", "int8": "bf16",
-    "uint8": "bf16",
-}  # fmt: skip
 
 
 def wrong_key(model_type: str, config: Mapping[str, object]) -> str:
@@ -112,9 +107,9 @@ def wrong_key(model_type: str, config: Mapping[str, object]) -> str:
             )
         if name in config and not key.accepts(config[name]):
             return f"{name} must be {key.words}, got {config[name]!r}"
-    for name in ("dtype", "torch_dtype"):
+    for name in ("dtype", "torch_dtype"):  # transformers looks it up in the module torch: "torch.bfloat16" is not in it
         value = config.get(name)
-        if (isinstance(value, str) and value not in DTYPES) or isinstance(value, list):
+        if (isinstance(value, str) and value not in BY_CONFIG) or isinstance(value, list):
             return f"{name} must be the name of a dtype such as \"bfloat16\" (without 'torch.'), got {value!r}"
     return _wrong_layer_types(model_type, config) or _wrong_labels(config)
 

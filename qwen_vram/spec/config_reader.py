@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from qwen_vram.dtypes import BF16, BY_CONFIG
 from qwen_vram.errors import ConfigError
-from qwen_vram.spec.config_keys import DTYPES, LARGEST, value_of, wrong_key
+from qwen_vram.spec.config_keys import LARGEST, value_of, wrong_key
 from qwen_vram.spec.quantization import (
     method_of,
     quantization_of,
@@ -71,8 +72,9 @@ class ConfigReader:
         return given
 
     def dtype(self) -> str:
-        """The plain dtype, by the name that its storage format has here."""
-        return DTYPES.get(str(self.config.get("dtype") or self.config.get("torch_dtype")), "bf16")
+        """The plain dtype, by its name here; bf16 if config.json gives none that a model can run in."""
+        given = BY_CONFIG.get(str(self.config.get("dtype") or self.config.get("torch_dtype")), BF16)
+        return given.name or BF16.name
 
     def stored(self) -> dict[str, Any]:
         """`stored_format` and `stored_head` of a checkpoint that bitsandbytes quantized; empty for plain dtypes."""

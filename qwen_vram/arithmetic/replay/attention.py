@@ -7,7 +7,7 @@ library's own caches.
 from __future__ import annotations
 
 from qwen_vram.arithmetic.attention import attention_parts, bias_columns, joined_rows
-from qwen_vram.arithmetic.kv_cache import HOST_CACHE_LAYERS, layer_kv_bytes, quantized_tokens
+from qwen_vram.arithmetic.kv_cache import HOST_CACHE_LAYERS, layer_kv_bytes
 from qwen_vram.arithmetic.replay.linear import Products
 from qwen_vram.arithmetic.replay.trace import Consumer
 from qwen_vram.spec.architecture import Architecture
@@ -107,7 +107,7 @@ class Attention(Products):
         if self.workload.logits == "all":
             return [key, value]
         held = self.cache[layer]
-        if self.profile.kv_cache != "bf16":
+        if self.profile.kv_format.is_quantized:
             return self.update_quantized(key, value, queries, past)
         if self.profile.cache != "dynamic":
             whole = layer_kv_bytes(
@@ -146,18 +146,18 @@ class Attention(Products):
     def update_quantized(self, key: int, value: int, queries: int, past: int) -> list[int]:
         """Every token in the model's dtype for attention, and those that grow old quantized through float32."""
         take, give = self.take, self.give
-        width = self.architecture.key_value_width
+        width, kept = self.architecture.key_value_width, self.profile.kv_format
         self.take_for_all_layers(
             layer_kv_bytes(self.architecture, self.profile, tokens=self.workload.context_len, batch_size=self.batch)
         )
         every = [key, value]
         if past:
             self.at("")  # of int4 codes one half is unpacked beside them: no measured row says if a peak is here
-            half = take(self.batch * quantized_tokens(past) * width // 2) if self.profile.kv_cache == "int4" else None
+            half = take(self.batch * kept.quantized_tokens(past) * width // 2) if kept.is_packed else None
             every = [take(self.batch * (past + queries) * width * self.element) for _ in range(2)]
             give(*([] if half is None else [half]))
             self.at("attention cache")
-        tokens = self.batch * (quantized_tokens(past + queries) - quantized_tokens(past)) * width
+        tokens = self.batch * (kept.quantized_tokens(past + queries) - kept.quantized_tokens(past)) * width
         for _ in range(2 if tokens else 0):
             give(*(take(tokens * size) for size in (_FP32, 1)))
         if past:

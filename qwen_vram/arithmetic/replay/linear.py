@@ -11,7 +11,7 @@ from qwen_vram.arithmetic.replay.trace import Consumer
 from qwen_vram.arithmetic.tiling import FUSED_ROWS, counts_tiles, int8_rows, int8_tile_elements, tile_rows, unpacks
 from qwen_vram.arithmetic.weights import format_of
 from qwen_vram.spec.architecture import Architecture, Weight
-from qwen_vram.spec.formats import FORMATS, StorageFormat
+from qwen_vram.spec.formats import FORMATS, StorageFormat, blocks
 from qwen_vram.spec.profile import Profile
 
 # cuBLAS's workspace (32 MiB) and cuBLASLt's (1 MiB), which torch keeps from the first product on that needs them.
@@ -31,8 +31,7 @@ def needs_lt(weight: Weight, architecture: Architecture, profile: Profile) -> bo
     """
     bias = weight.name.removesuffix("weight") + "bias"
     storage = FORMATS[format_of(weight, profile)]
-    apart = storage.library == "bitsandbytes" and storage.name == "int8"
-    return not apart and any(one.name == bias for one in architecture.block)
+    return not storage.has_outliers and any(one.name == bias for one in architecture.block)
 
 
 def workspaces(architecture: Architecture, profile: Profile) -> tuple[int, ...]:
@@ -122,33 +121,33 @@ class Products:
         take, give = self.take, self.give
         out = weight.shape[0]
         result_size = rows * out * self.element
-        fused = storage.library == "bitsandbytes" and storage.bits == 4 and rows <= FUSED_ROWS
+        fused = storage.is_bnb_4bit and rows <= FUSED_ROWS
         if unpacks(storage, rows):
-            return self.unpacked_product(weight, result_size, storage.bits)
-        if storage.is_dense or storage.library == "torch" or fused:
+            return self.unpacked_product(weight, result_size, storage)
+        if storage.is_dense or storage.is_weight_only or fused:
             return take(result_size)
-        if storage.name == "int8":
+        if storage.has_outliers:
             return self.int8_in_pieces(weight, rows) if self.profile.tiles else self.int8_product(weight, rows)
         maxima = []
         if counts_tiles(storage, self.profile, weight.shape, rows):
             if storage.is_double:
-                maxima = [take(-(-weight.numel // 64) * _FP32)]
+                maxima = [take(blocks(weight.numel) * _FP32)]
             result, tile = take(result_size), take(tile_rows(*weight.shape) * weight.shape[1] * self.element)
             give(tile, *maxima)
             return result
         if storage.is_double:
-            maxima = [take(-(-weight.numel // 64) * _FP32) for _ in range(2)]
+            maxima = [take(blocks(weight.numel) * _FP32) for _ in range(2)]
         dequantized = take(weight.numel * self.element)
         result = take(result_size)
         give(*maxima, dequantized)
         return result
 
-    def unpacked_product(self, weight: Weight, result_size: int, bits: int) -> int:
+    def unpacked_product(self, weight: Weight, result_size: int, storage: StorageFormat) -> int:
         """The result, and the first and largest tile, which int4 fills from two halves of its codes."""
         take, give = self.take, self.give
         elements = tile_rows(*weight.shape) * weight.shape[1]
         result, tile = take(result_size), take(elements * self.element)
-        for _ in range(2 if bits == 4 else 0):
+        for _ in range(2 if storage.is_tinygemm else 0):
             give(take(elements // 2))
         give(tile)
         return result

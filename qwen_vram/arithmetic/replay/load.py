@@ -15,7 +15,7 @@ from qwen_vram.arithmetic.replay.load_prequantized import replay_stored
 from qwen_vram.arithmetic.tiling import chunk_rows, tile_rows
 from qwen_vram.arithmetic.weights import block_bytes, format_of, streaming_slots
 from qwen_vram.spec.architecture import Architecture, Weight
-from qwen_vram.spec.formats import FORMATS
+from qwen_vram.spec.formats import BLOCK, FORMATS, StorageFormat, blocks
 from qwen_vram.spec.profile import Profile
 from qwen_vram.spec.residency import residency
 
@@ -99,22 +99,22 @@ def _load_streamed(allocator: CachingAllocator, architecture: Architecture, prof
 def _load_by_tiles(allocator: CachingAllocator, weight: Weight, profile: Profile) -> list[int]:
     """Quantize a weight tile by tile into its codes and scales; the blocks that hold it then."""
     storage = FORMATS[format_of(weight, profile)]
-    if storage.library != "bitsandbytes":
+    if not storage.is_bnb:
         return _load_weight(allocator, weight, profile)
     rows, columns = tile_rows(*weight.shape), weight.shape[1]
-    blocks = -(-weight.numel // 64)
-    scales = weight.shape[0] if storage.name == "int8" else blocks
-    kept = [allocator.take(-(-weight.numel * storage.bits // 8)), allocator.take(scales * _FP32)]
-    tile = [allocator.take(rows * columns * (_FP16 if storage.name == "int8" else profile.element_bytes))]
-    tile += [allocator.take(rows * columns * storage.bits // 8), allocator.take(rows * columns // 64 * _FP32)]
+    sizes, maxima = storage.sizes(weight.shape), blocks(weight.numel) * _FP32
+    scales = sizes["SCB"] if storage.has_outliers else maxima
+    kept = [allocator.take(sizes["weight"]), allocator.take(scales)]
+    tile = [allocator.take(rows * columns * (_FP16 if storage.has_outliers else profile.element_bytes))]
+    tile += [allocator.take(rows * columns * storage.bits // 8), allocator.take(rows * columns // BLOCK * _FP32)]
     allocator.give(*tile)
     if storage.is_double:
-        offset, centred = allocator.take(_FP32), allocator.take(blocks * _FP32)
-        nested = [allocator.take(-(-blocks // 256) * _FP32), allocator.take(blocks), allocator.take(1024)]
+        offset, centred = allocator.take(sizes["offset"]), allocator.take(maxima)
+        nested = [allocator.take(sizes[name]) for name in ("state2.absmax", "absmax", "state2.code")]
         allocator.give(centred, kept.pop())
         kept += [offset, *nested]
-    if storage.bits == 4:
-        kept.append(allocator.take(64))  # code
+    if storage.is_bnb_4bit:
+        kept.append(allocator.take(sizes["code"]))
     return kept
 
 
@@ -135,7 +135,7 @@ def _load_order(architecture: Architecture, profile: Profile) -> list[Weight]:
 def _announced_bytes(weight: Weight, profile: Profile) -> float:
     """What `transformers` expects a weight to take: code bits alone, and scales where a model declares them."""
     storage = FORMATS[format_of(weight, profile)]
-    if storage.library == "torch":
+    if storage.is_weight_only:
         return storage.nbytes(weight.shape)
     return weight.numel * storage.bits / 8
 
@@ -156,31 +156,30 @@ def _load_weight(allocator: CachingAllocator, weight: Weight, profile: Profile) 
     arriving = allocator.take(weight.numel * profile.element_bytes)
     if storage.is_dense:
         return [arriving]
-    blocks = -(-weight.numel // 64)
+    sizes = storage.sizes(weight.shape)
     if storage.is_double:
-        maxima = allocator.take(blocks * _FP32)
-        kept = [allocator.take(-(-weight.numel // 2))]
-        kept += [allocator.take(64), allocator.take(_FP32)]  # code, offset
-        centred = allocator.take(blocks * _FP32)
-        kept += [allocator.take(-(-blocks // 256) * _FP32), allocator.take(blocks)]
-        kept += [allocator.take(1024)]  # code of the maxima
+        in_float = blocks(weight.numel) * _FP32
+        maxima = allocator.take(in_float)
+        kept = [allocator.take(sizes[name]) for name in ("weight", "code", "offset")]
+        centred = allocator.take(in_float)
+        kept += [allocator.take(sizes[name]) for name in ("state2.absmax", "absmax", "state2.code")]
         allocator.give(centred, maxima)
-    elif storage.library == "bitsandbytes" and storage.bits == 4:
-        kept = [allocator.take(size) for size in (blocks * _FP32, -(-weight.numel // 2), 64)]
-    elif storage.name == "int8":
+    elif storage.is_bnb_4bit:
+        kept = [allocator.take(sizes[name]) for name in ("absmax", "weight", "code")]
+    elif storage.has_outliers:
         half = allocator.take(weight.numel * _FP16)
-        kept = [allocator.take(size) for size in storage.part_sizes(weight.shape)]
+        kept = [allocator.take(size) for size in sizes.values()]
         allocator.give(half)
     else:
-        kept = [allocator.take(size) for size in storage.part_sizes(weight.shape)]
-        if storage.library == "torch":
-            _quantize_chunk(allocator, weight, storage.bits)
+        kept = [allocator.take(size) for size in sizes.values()]
+        if storage.is_weight_only:
+            _quantize_chunk(allocator, weight, storage)
     allocator.give(arriving)
     return kept
 
 
-def _quantize_chunk(allocator: CachingAllocator, weight: Weight, bits: int) -> None:
+def _quantize_chunk(allocator: CachingAllocator, weight: Weight, storage: StorageFormat) -> None:
     """The first and largest chunk in float32; int4 seeks its levels with two more such tensors."""
     elements = chunk_rows(*weight.shape) * weight.shape[1]
-    chunk = [allocator.take(elements * _FP32) for _ in range(3 if bits == 4 else 1)]
+    chunk = [allocator.take(elements * _FP32) for _ in range(3 if storage.is_tinygemm else 1)]
     allocator.give(*chunk)

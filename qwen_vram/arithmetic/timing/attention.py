@@ -44,7 +44,7 @@ def decode_attention_seconds(
 ) -> float:
     """Seconds of attention over `tokens` tokens of each sequence in all layers, for one new token."""
     held = layer_kv_bytes(architecture, profile, tokens=tokens, batch_size=batch_size)
-    if profile.kv_cache != "bf16":  # made whole: written, and read
+    if profile.kv_format.is_quantized:  # made whole: written, and read
         held += 4 * architecture.key_value_width * tokens * batch_size * profile.element_bytes
     return architecture.num_hidden_layers * (_DECODE_START + held / (_READ_SHARE * machine.device_bandwidth))
 

@@ -42,7 +42,7 @@ def computing_layers(architecture: Architecture, profile: Profile, workload: Wor
 
 def product_rate(profile: Profile, machine: Machine) -> int | None:
     """Bytes of weights a second that the CPU multiplies with one row; `None` where that was not measured."""
-    return machine.host_4bit_rate if FORMATS[profile.weights].bits == 4 else machine.host_product_rate
+    return machine.host_4bit_rate if FORMATS[profile.weights].is_bnb_4bit else machine.host_product_rate
 
 
 def link_bytes(architecture: Architecture, profile: Profile, workload: Workload) -> int:

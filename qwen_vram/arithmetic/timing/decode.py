@@ -70,7 +70,7 @@ def decode_ms(
         launching = launch_seconds(
             architecture, profile, batch, machine, batch_size=batch, moving=moving, prefill=False
         )
-        if profile.kv_cache != "bf16":
+        if profile.kv_format.is_quantized:
             launching += architecture.num_hidden_layers * kv_read_seconds(machine)
     memory = 0.0
     if host and machine.host_product_rate:

@@ -46,7 +46,7 @@ def first_token_ms(
         architecture, profile, rows, machine, batch_size=batch, moving=moving, prefill=True
     )
     past = workload.prompt_len - chunk
-    if profile.kv_cache != "bf16":
+    if profile.kv_format.is_quantized:
         launching += (chunks - 1) * layers * kv_read_seconds(machine)
     if profile.attention == "fused" and attention_parts(chunk, past, padded=profile.kernels == "fused"):
         launching += chunks * layers * joined_seconds(profile, machine)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 from qwen_vram.checkpoints.files.names import SINGLE
+from qwen_vram.dtypes import BY_STORED
 
-ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 # Most bytes that bitsandbytes' packed JSON takes; about 200 do. Measured: bitsandbytes 0.50.2.
 LATE_BYTES = 512
 # Index, report and the folder itself; far more than they take.
@@ -93,7 +93,7 @@ def disk_bytes(shards: Iterable[Shard[T]], files: Iterable[Path], config: str) -
 
 def in_file_order(slots: Iterable[TensorSlot]) -> list[TensorSlot]:
     """Wide dtypes first, so that every tensor is aligned to its items, as safetensors asks; unknown sizes last."""
-    return sorted(slots, key=lambda slot: (slot.shape is None, -ITEM_BYTES.get(slot.kind, 1)))
+    return sorted(slots, key=lambda slot: (slot.shape is None, -BY_STORED[slot.kind].nbytes))
 
 
 def _shard(file: str, weights: tuple[T, ...]) -> Shard[T]:

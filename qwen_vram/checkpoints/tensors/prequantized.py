@@ -128,7 +128,7 @@ def _check_left_out(
         if name is not None and key and key != "lm_head":
             raise CheckpointError(advice.left_out_and_quantized(module, key, name, source), path=source)
         eight = bool(settings_of(quantization).get("load_in_8bit"))
-        if method == BITSANDBYTES and name is not None and eight != (name == "int8"):
+        if method == BITSANDBYTES and name is not None and eight != FORMATS[name].has_outliers:
             raise CheckpointError(advice.other_bits(weight, name, source), path=source)
     if plain_ones:
         raise CheckpointError(advice.not_left_out(plain_ones, quantization, source), path=source)
@@ -137,7 +137,7 @@ def _check_left_out(
 def _is_uniform(architecture: Architecture, matrices: Mapping[str, Matrix], tensors: Mapping[str, Tensor]) -> bool:
     """Tell if the sums of one storage format say every matrix's bytes, so that no headers are needed to count."""
     storage = FORMATS[str(architecture.stored_format)]
-    if storage.library not in ("bitsandbytes", "torch"):
+    if not storage.is_quantized_on_load:
         return False
     for weight in architecture.weights():
         matrix = matrices[weight.name]

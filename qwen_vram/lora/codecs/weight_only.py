@@ -10,7 +10,7 @@ from qwen_vram.lora.codecs.base import Part
 from qwen_vram.runtime.linear.int4 import encode
 from qwen_vram.runtime.linear.int4_packing import unpair
 from qwen_vram.runtime.quantize_on_load import LINEARS, WeightOnlyConfig
-from qwen_vram.runtime.saving.writer import KINDS
+from qwen_vram.runtime.torch_dtypes import ROWS
 from qwen_vram.spec.formats import FORMATS
 
 # `load()` runs these formats in bf16, and brings a matrix to that dtype before it quantizes it.
@@ -40,7 +40,7 @@ class ByRow:
         FORMATS[self.name].part_sizes(shape)
         matrix = torch.empty(shape, dtype=_DTYPE, device="meta")
         made = {".weight": self.linear.empty_codes(matrix), f".{self.linear.scales}": self.linear.empty_scales(matrix)}
-        return tuple(Part(ending, KINDS[tensor.dtype], tuple(tensor.shape)) for ending, tensor in made.items())
+        return tuple(Part(ending, ROWS[tensor.dtype].stored, tuple(tensor.shape)) for ending, tensor in made.items())
 
     def row_step(self, columns: int) -> int:
         """Rows are independent."""
@@ -59,7 +59,7 @@ class ByRow:
 
     def decode(self, codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         """Codes times their row's scale."""
-        numbers = codes.view(torch.float8_e4m3fn) if self.name == "fp8" else codes
+        numbers = codes.view(torch.float8_e4m3fn) if FORMATS[self.name].is_float else codes
         return numbers.float().mul_(scales.float().view(-1, 1))
 
     def config(self, dtype: torch.dtype) -> dict[str, Any]:

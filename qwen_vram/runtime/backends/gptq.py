@@ -12,14 +12,17 @@ from torch import nn
 from qwen_vram.errors import UnknownNameError
 from qwen_vram.runtime.backends.base import Request, from_pretrained, stored_config
 from qwen_vram.runtime.backends.gptq_library import check_installed, import_quietly, quietly
+from qwen_vram.spec.formats import FORMATS
 from qwen_vram.spec.profile import Profile
-from qwen_vram.spec.quantization import quantization_of, settings_of
+from qwen_vram.spec.quantization import AWQ, GPTQ, quantization_of, settings_of
 
 # What a module keeps of its checkpoint. It has no parameters: all of it are buffers.
 _STORED = ("qweight", "qzeros", "scales", "g_idx", "bias")
 # Plain kernels, which start at once and leave tensors as they are stored. GPTQModel's own choice on CUDA (Machete,
 # Marlin, ExLlama) is compiled by nvcc for a minute or more when it is first used, and its choice on the CPU too.
 _PLAIN = {"cpu": "torch", "cuda": "triton"}
+# GPTQModel's names of the plain kernels for AWQ.
+_NAMED = {AWQ: {"torch": "torch_awq", "triton": "gemm_triton"}}
 # Settings of a checkpoint that say how its tensors are read.
 _DEFAULT_BITS = 4
 _READ = ("bits", "group_size", "desc_act", "sym", "checkpoint_format", "format", "version", "zero_point", "meta")
@@ -44,7 +47,7 @@ class GptqBackend:
         config = stored_config(request)
         # The checkpoint's own settings win over any that are passed, so they are changed where they stand.
         config.quantization_config = settings
-        if request.profile.weights == "awq" and request.device.type == "cuda":
+        if FORMATS[request.profile.weights].is_awq and request.device.type == "cuda":
             request = request._replace(dtype=torch.float16)  # its kernels know no bf16; transformers would say so
         with quietly():
             model = from_pretrained(request._replace(made=_missing_order(request)), config=config)
@@ -70,12 +73,11 @@ def _settings(request: Request) -> dict[str, Any]:
     kernel = _chosen_kernel() or _PLAIN[request.device.type]
     if kernel == "triton" and (block.get("bits") == 3 or find_spec("triton") is None):
         kernel = "torch"
-    if method == "awq":
-        kernel = {"torch": "torch_awq", "triton": "gemm_triton"}.get(kernel, kernel)
+    kernel = _NAMED.get(method, {}).get(kernel, kernel)
     settings = {"bits": _DEFAULT_BITS, **{key: block[key] for key in _READ if key in block}}
     tensors = request.files.tensors
     quantized = sorted(name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight"))
-    if method == "gptq":
+    if method == GPTQ:
         settings["modules_in_block_to_quantize"] = [quantized]
     else:
         plain = [name.removesuffix(".weight") for name in tensors if name.endswith("proj.weight")]
@@ -88,7 +90,7 @@ def _missing_order(request: Request) -> dict[str, torch.Tensor]:
 
     Without `desc_act` nothing else can be meant, and a checkpoint with it is refused.
     """
-    if request.profile.weights == "awq":
+    if FORMATS[request.profile.weights].is_awq:
         return {}
     tensors = request.files.tensors
     settings: Any = settings_of(quantization_of(request.files.config))

@@ -11,6 +11,7 @@ from qwen_vram.errors import BackendUnavailableError
 from qwen_vram.runtime.backends.base import Request, from_pretrained, stored_config
 from qwen_vram.runtime.linear.int4_packing import order_is_known
 from qwen_vram.runtime.linear.weight_only import WeightOnlyLinear
+from qwen_vram.spec.formats import FORMATS
 from qwen_vram.spec.profile import Profile
 
 # tinygemm multiplies by bf16 tensor cores. Source: torch 2.11, int4mm.cu.
@@ -24,7 +25,7 @@ class TorchBackend:
 
     def check(self, profile: Profile, device: torch.device) -> None:
         """Refuse int4 where its kernels do not run."""
-        reason = _int4_cannot_run(device) if profile.weights == "int4" else ""
+        reason = _int4_cannot_run(device) if FORMATS[profile.weights].is_tinygemm else ""
         if reason:
             raise BackendUnavailableError(f"weights='int4' cannot run: {reason}; use weights='nf4'", backend=self.name)
 

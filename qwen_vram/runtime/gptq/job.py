@@ -11,6 +11,7 @@ from typing import Any
 
 from qwen_vram.checkpoints.files.local import read_config
 from qwen_vram.checkpoints.files.names import CONFIG
+from qwen_vram.dtypes import BF16, FP16
 from qwen_vram.errors import ConfigError, UnknownNameError
 from qwen_vram.runtime.backends.gptq_library import check_installed
 from qwen_vram.runtime.gptq.process import run_worker
@@ -72,7 +73,7 @@ class GptqJob:
         samples = [ids for ids in tokens(checkpoint.folder, self.texts) if ids]
         _warn_of_few(samples, checkpoint.architecture)
         config = read_config(checkpoint.folder)
-        dtype = "float16" if config.get("dtype", config.get("torch_dtype")) == "float16" else "bfloat16"
+        dtype = FP16.torch if checkpoint.architecture.dtype == FP16.name else BF16.torch
         work = folder / "work"
         result = work / "result"
         work.mkdir()

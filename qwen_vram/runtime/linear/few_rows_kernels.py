@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qwen_vram.spec.formats import QUANT_TYPES
+
 _NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -304,7 +306,7 @@ def multiply(x: Tensor, matrices: tuple[Matrix, ...], storage: str, config: Conf
     """Products of x (M, width), contiguous, with one to three matrices of a storage format in one launch."""
     first, second, third = (*(tuple(one) for one in matrices), None, None)[:3]
     programs = sum(triton.cdiv(one.rows, config.rows) for one in matrices)
-    four_bit = storage in ("nf4", "fp4")
+    four_bit = storage in QUANT_TYPES
     _multiply[(programs,)](
         x.view(torch.int32), first, second, third, x.shape[1],
         M=x.shape[0], BF16=x.dtype == torch.bfloat16, FORMAT=storage, NESTED=len(matrices[0].scales) > 2,
@@ -315,7 +317,7 @@ def multiply(x: Tensor, matrices: tuple[Matrix, ...], storage: str, config: Conf
 
 def swiglu(x: Tensor, gate: Matrix, up: Matrix, storage: str, config: Config) -> None:
     """`silu(x @ gate.T) * (x @ up.T)` into the gate's result; matrices of one shape, without biases."""
-    four_bit = storage in ("nf4", "fp4")
+    four_bit = storage in QUANT_TYPES
     _swiglu[(triton.cdiv(gate.rows, config.rows),)](
         x.view(torch.int32), tuple(gate), tuple(up), x.shape[1],
         M=x.shape[0], BF16=x.dtype == torch.bfloat16, FORMAT=storage, NESTED=len(gate.scales) > 2,

@@ -17,8 +17,7 @@ from qwen_vram.checkpoints.checkpoint import CheckpointFiles
 from qwen_vram.checkpoints.files.names import GENERATION
 from qwen_vram.checkpoints.tensors.names import HEAD, TABLE
 from qwen_vram.runtime.tensors.mapped_checkpoint import open_weights
-
-_SPELLED = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+from qwen_vram.runtime.torch_dtypes import ROWS
 
 
 def load_with_own_head(files: CheckpointFiles, *, mapped: bool, config: Any, **options: Any) -> nn.Module:
@@ -97,7 +96,7 @@ class _Narrowed(_Copied):
 
     def get_dtype(self) -> str:
         """The dtype that it is cast to, as safetensors spells it."""
-        return _SPELLED[self._dtype]
+        return ROWS[self._dtype].stored
 
 
 @contextmanager
