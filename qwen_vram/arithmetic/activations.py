@@ -1,4 +1,4 @@
-"""Activations: what is alive beside weights and cache at each moment of a step, tensor by tensor.
+"""Activations: the tensors that are live beside weights and KV cache in a forward pass.
 
 A step feeds `q` tokens of each of `b` sequences, so T = b x q rows. In the frames of `transformers`' dense Qwen models
 these tensors stay alive through a decoder layer, each T x hidden_size: the embeddings (held by the model), the layer's

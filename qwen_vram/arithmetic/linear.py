@@ -1,4 +1,4 @@
-"""Matrix products: what is alive inside `x @ weight.T`, by the weight's format.
+"""Tensors that are live during `x @ weight.T`, by the format of the weight.
 
 Source: bitsandbytes 0.50.2, gemm_4bit and int8 kernels.
 """

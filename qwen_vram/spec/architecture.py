@@ -1,4 +1,4 @@
-"""The shape of a dense Qwen model, and the list of every weight.
+"""The architecture of a dense Qwen model, with the list of all weights.
 
 It knows names, shapes, roles, and the dtype that config.json names. It does not know bytes or devices.
 """

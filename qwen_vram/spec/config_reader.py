@@ -1,4 +1,4 @@
-"""Checked values of a config.json's object, with the defaults of `transformers`."""
+"""Checked values of a config.json, with the defaults of `transformers`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Generating as a sequence of allocations, tensor by tensor, for `allocator` to follow.
+"""Allocations of a generation in their order, for the replay.
 
 `activations` says what is alive at each moment and gives the allocated peak at once; here the same tensors come and go
 in the order in which `transformers` makes them, which decides how torch's allocator fragments. The two are written
