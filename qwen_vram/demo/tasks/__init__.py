@@ -1,9 +1,9 @@
-"""Seeded questions in five categories, which the demo checkpoint learned and is examined on, and in a sixth.
+"""Seeded questions that train and test the demo checkpoint and its adapter.
 
-The sixth, `SKILL`, is what the demo adapter adds; the checkpoint alone does not know it.
+The checkpoint learned five categories. The demo adapter adds the sixth, `SKILL`, which the checkpoint does not know.
 
-Standard library only. The split of a prompt follows from its text alone (`split_of`), so a
-held-out prompt can not be trained on by a different seed.
+The module uses the standard library only. The split of a prompt depends on its text alone (`split_of`), so no other
+seed can train on a held-out prompt.
 
 Example:
     >>> [example] = examples("math", "held_out", seed=7, count=1)
