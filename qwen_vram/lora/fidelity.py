@@ -62,9 +62,7 @@ class Proof:
         update = merged.sub_(base)
         products = _by_block(decoded.mul_(update), group_size).sum(dim=1)
         self._add(base, update, error, products.new_zeros(()))
-        bits = _by_block(error.abs_(), group_size).view(
-            torch.int32
-        )  # in the order of the floats, faster to compare
+        bits = _by_block(error.abs_(), group_size).view(torch.int32)  # in the order of the floats, faster to compare
         return Blocks(scales, products, bits.amax(dim=1).view(torch.float32))
 
     def settle(self, blocks: Blocks, scales: torch.Tensor) -> None:

@@ -51,7 +51,7 @@ def companions(
     """Choose the files beside the weights.
 
     The tokenizer is that of the last adapter with one, or the base's. The end token of an adapter's tokenizer is added
-    to those that end a generation: in generation_config.json, or in config.json if there is no such file.
+    to those that end a generation. They are in generation_config.json, or in config.json if that file is missing.
     """
     base = files.folder
     tables_changed = any(target.updates and target.name.removesuffix(".weight") in TABLES for target in targets.targets)

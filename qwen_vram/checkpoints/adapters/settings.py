@@ -23,7 +23,7 @@ from qwen_vram.errors import ConfigError
 # Initializations that leave the base as it is. Source: peft 0.21.2, tuners/lora/layer.py, LoraLayer.update_layer.
 _HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 # Initializations that changed the base before training. PEFT repeats the first two exactly when it loads them onto the
-# same 16-bit base; the others depend on random numbers or data that are not in the file.
+# same 16-bit base. The others depend on random numbers or data that are not in the file.
 _REPEATABLE_INITS = ("pissa", "olora")
 _BASE_CHANGING_INITS = (*_REPEATABLE_INITS, "corda", "loftq", "lora_ga")
 

@@ -59,8 +59,8 @@ def situations(category: str, split: Split, rng: Random) -> Iterator[list[Exampl
 def examples(category: str, split: Split, seed: int, count: int) -> list[Example]:
     """Draw `count` examples with distinct prompts, no two about the same context.
 
-    The same arguments give the same list on every machine and Python version that draws
-    `random.Random` alike (3.10 to 3.14 do); a longer list starts with the shorter one.
+    The same arguments give the same list on every machine and Python version that draws `random.Random` alike (3.10 to
+    3.14 do). A longer list starts with the shorter one.
 
     Raises:
         UnknownNameError: `category` is neither in `CATEGORIES` nor `SKILL`.

@@ -32,10 +32,7 @@ def codec_for(quantize: str | None) -> Codec | None:
     if quantize not in QUANTIZATIONS:
         raise UnknownNameError("quantization", quantize, (*QUANTIZATIONS, *GPTQ, "None"))
     if quantize in _OWN:
-        from qwen_vram.lora.codecs.weight_only import (
-            ByGroup,
-            ByRow,
-        )  # needs transformers, unlike others
+        from qwen_vram.lora.codecs.weight_only import ByGroup, ByRow  # needs transformers, unlike others
 
         return ByGroup(quantize) if quantize == "int4" else ByRow(quantize)
     if find_spec("bitsandbytes") is None:
