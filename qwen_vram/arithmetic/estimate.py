@@ -1,4 +1,4 @@
-"""Estimate: the predicted peak memory of a model, part by part."""
+"""The estimate: predicted peak memory of a model, part by part."""
 
 from __future__ import annotations
 

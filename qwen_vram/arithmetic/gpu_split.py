@@ -1,4 +1,4 @@
-"""Splitting: the estimate of a model whose layers lie on several GPUs, part by part."""
+"""The estimate of a model that is sharded over several GPUs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""KV cache: the bytes that keys and values take, by format, kind and place."""
+"""Bytes of the KV cache, by format, kind and device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Slices: a model's decoder layers cut into consecutive parts, one for each device; the ends stay with their layers."""
+"""Division of decoder layers into consecutive parts, one for each device.
+
+Embeddings and head stay with the first and the last layer.
+"""
 
 from __future__ import annotations
 

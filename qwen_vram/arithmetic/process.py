@@ -1,4 +1,4 @@
-"""Overhead: what libraries and driver take beside the tensors that a model asks for.
+"""Process memory beside torch's tensors: CUDA context, kernels and libraries.
 
 `workspace` is in torch's allocated bytes, the allocator's fragments only in its reserved bytes, and the CUDA context
 with its kernels in neither: only nvidia-smi shows it.

@@ -1,4 +1,4 @@
-"""Sessions: what a process needs that runs many workloads, each no larger than the planned one, in any order.
+"""Memory of a session: generations within the planned lengths, in any order.
 
 A shorter prompt, a smaller batch or a shorter answer can need more than the planned workload: torch's allocator
 fragments by the sizes of tensors, and those depend on lengths. A few critical workloads are replayed, and a margin

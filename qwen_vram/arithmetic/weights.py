@@ -1,4 +1,4 @@
-"""Weights: the bytes of every parameter in the format it is stored in, and what of it lies on the device."""
+"""Bytes of the weights in their storage formats, and of their part on the device."""
 
 from __future__ import annotations
 

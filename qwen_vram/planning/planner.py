@@ -1,4 +1,7 @@
-"""The planner: the first profile, least lossy first, that fits a budget; and `Plan`, which the loader obeys."""
+"""The planner: the first profile that fits a budget, least lossy first.
+
+`Plan` is its result, and the loader follows it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The keys of config.json that `transformers` types: their defaults, and what it accepts as their values.
+"""Keys of config.json: their defaults and accepted values in `transformers`.
 
 `transformers` refuses a config.json by these types when it loads. An estimate refuses it by the same, without torch.
 """

@@ -1,4 +1,4 @@
-"""Rotary positions: what config.json says of them, under its keys of `transformers` 4 or 5, and how to stretch them."""
+"""Rotary positions of config.json (`transformers` 4 and 5), and how to extend them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torch's caching allocator, replayed: what is reserved is more than what is asked for, by rules that can be followed.
+"""Simulation of torch's caching allocator, which computes reserved memory.
 
 Knows sizes and order, not tensors. The rules are those of c10/cuda/CUDACachingAllocator.cpp in torch 2.6 to 2.13, by
 default: sizes are rounded up to 512 bytes; requests up to 1 MiB are cut from segments of 2 MiB, those below

@@ -1,4 +1,4 @@
-"""Attention and its cache as sequences of allocations, for `replay.generation`.
+"""Allocations of attention and its KV cache in their order, for the replay.
 
 Source of the order: transformers 5.17 and 5.23 (modeling_qwen2.py, masking_utils.py, cache_utils.py), and this
 library's own caches.

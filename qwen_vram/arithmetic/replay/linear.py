@@ -1,4 +1,4 @@
-"""Norms and matrix products as sequences of allocations, for `replay.generation`.
+"""Allocations of norms and matrix products in their order, for the replay.
 
 Source of the order: transformers 5.17 and 5.23 (modeling_qwen2.py, modeling_qwen3.py), bitsandbytes 0.50.2 (ops.py of
 backends/cuda and default).

@@ -98,8 +98,9 @@ class _Step(NamedTuple):
 def moments(architecture: Architecture, profile: Profile, workload: Workload) -> Iterator[Moment]:
     """The moments at which the peak can fall, over the steps that can hold it.
 
-    Prefill: the last full chunk and the shorter one after it. Decode: the last step. Each is of the kind of layer with
-    the most, as if it came last, when the cache is fullest. Exact up to the allocator's split rule (at most 1 MiB a tensor, see `allocator`).
+    Prefill: the last full chunk and the shorter one after it. Decode: the last step. If layers differ, each moment is
+    that of the layer with the most bytes, as if it came last, when the cache is fullest. Exact up to the allocator's
+    split rule (at most 1 MiB for each tensor, see `allocator`).
     """
     live = LiveBytes()
     generation = Generation(live, architecture, profile, workload)

@@ -1,4 +1,4 @@
-"""Loading as a sequence of allocations, tensor by tensor, for `allocator` to follow.
+"""Allocations of loading a 16-bit checkpoint in their order, for the replay.
 
 Source of the order: transformers 5.17 and 5.23 (core_model_loading.py, `caching_allocator_warmup`), bitsandbytes 0.50.2
 (functional.py, `quantize_4bit` and `quantize_blockwise`).

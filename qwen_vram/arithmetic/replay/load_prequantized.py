@@ -1,4 +1,4 @@
-"""Loading a checkpoint that is quantized already, as a sequence of allocations for `allocator` to follow.
+"""Allocations of loading a prequantized checkpoint in their order, for the replay.
 
 Source of the order: transformers 5.23 (core_model_loading.py, `caching_allocator_warmup`); tensors come over as they
 are stored. What a kernel library does afterwards depends on the kernel that it picks (GPTQModel's Marlin and ExLlama

@@ -1,4 +1,4 @@
-"""Timing: the floor under milliseconds per token, bytes that must move over the rate at which they can."""
+"""Lower bound of milliseconds per token: the bytes that must move, over their rate."""
 
 from __future__ import annotations
 

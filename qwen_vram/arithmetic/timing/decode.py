@@ -1,4 +1,4 @@
-"""Milliseconds of a decode step in the middle of the answer: a prediction, held against measured rows."""
+"""Predicted milliseconds of a decode step in the middle of the answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Times of steps on the CPU: bytes over the rate at which it multiplies them, and Python's own time."""
+"""Times of steps on the CPU: bytes over the rate of products, and Python's own time."""
 
 from __future__ import annotations
 

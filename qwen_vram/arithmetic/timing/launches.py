@@ -1,4 +1,4 @@
-"""Times of launching a step's kernels on a GPU from Python, which waits for it where they are launched one by one.
+"""Times of launching kernels from Python, one by one or as a CUDA graph.
 
 Every constant is a time on the host whose `layer_launch_time` is the stated one; another host's are in proportion. They
 are differences between rows of the same run where there are such, and hosts of one kind of GPU differ by a third.

@@ -1,4 +1,4 @@
-"""Times of products with matrices on a GPU, by the format of the matrices and the rows of the input.
+"""Times of matrix products on a GPU, by format and number of rows.
 
 A kernel reads the stored bytes at its share of the memory's rate, or at a rate of its own that no faster memory lifts.
 """

@@ -1,4 +1,4 @@
-"""Milliseconds from the prompt to the first token: a prediction, held against measured rows."""
+"""Predicted milliseconds from the prompt to the first token."""
 
 from __future__ import annotations
 

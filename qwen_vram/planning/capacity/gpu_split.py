@@ -1,4 +1,7 @@
-"""How many layers each of several GPUs takes: so many that the one with the least room keeps the largest share free."""
+"""Number of layers on each of several GPUs.
+
+The division keeps the smallest free share of a GPU as large as possible.
+"""
 
 from __future__ import annotations
 

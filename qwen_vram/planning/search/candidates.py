@@ -1,4 +1,4 @@
-"""The walk: candidates from a starting profile, least lossy first, each of which needs less than all before it."""
+"""Candidate profiles from a starting profile, least lossy first."""
 
 from __future__ import annotations
 

@@ -59,10 +59,10 @@ def _plain(states: Tensor) -> bool:
 
 
 class FusedNorm:
-    """An RMSNorm in one kernel."""
+    """RMSNorm in one kernel."""
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        """(..., width) to the same."""
+        """Return the norm of (..., width), in the same shape."""
         if _plain(hidden_states) or self.weight.dtype != hidden_states.dtype:
             result: Tensor = super().forward(hidden_states)  # type: ignore[misc]
             return result
@@ -70,10 +70,10 @@ class FusedNorm:
 
 
 class FusedMlp:
-    """SwiGLU whose product is made in the gate's memory."""
+    """SwiGLU whose product is stored in the gate's memory."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        """(..., hidden_size) to the same."""
+        """Return the result for (..., hidden_size), in the same shape."""
         if _plain(x):
             plain: Tensor = super().forward(x)  # type: ignore[misc]
             return plain
@@ -82,7 +82,7 @@ class FusedMlp:
 
 
 class FusedAttention:
-    """Attention whose queries and keys are rotated in place."""
+    """Attention with queries and keys that are rotated in place."""
 
     def forward(
         self: Any,
@@ -92,7 +92,7 @@ class FusedAttention:
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """(batch, tokens, hidden_size) to the same, and what eager attention returns beside it."""
+        """Return the result for (batch, tokens, hidden_size) in the same shape, and weights as eager attention."""
         if _plain(hidden_states):
             plain: tuple[Tensor, Tensor | None] = super().forward(  # type: ignore[misc]
                 hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
@@ -124,10 +124,10 @@ class FusedAttention:
 
 
 class FusedLayer:
-    """A decoder layer whose sums go where the newer of their terms is."""
+    """A decoder layer that adds each residual in place, into the newer term."""
 
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(batch, tokens, hidden_size) to the same."""
+        """Return the result for (batch, tokens, hidden_size), in the same shape."""
         if args or _plain(hidden_states):
             plain: Tensor = super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
             return plain
@@ -149,7 +149,7 @@ _FUSED: dict[FusedPart, type] = {
 
 
 def _attention_function(name: str, kind: type) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """What `transformers` would call for a module of `kind`."""
+    """Return the function that `transformers` would call for a module of `kind`."""
     eager = sys.modules[kind.__module__].eager_attention_forward
     found: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
     return found
