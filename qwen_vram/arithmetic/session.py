@@ -2,7 +2,7 @@
 
 A shorter prompt, a smaller batch or a shorter answer can need more than the planned workload: torch's allocator
 fragments by the sizes of tensors, and those depend on lengths. A few critical workloads are replayed, and a margin
-covers the others. `tests/test_session.py` holds it against all lengths.
+covers the others. `tests/arithmetic/test_session.py` holds it against all lengths.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _INT64 = 8
 # The buffer of torch's search for a column of outliers is larger than the block before it by at most this, 1.7 MiB.
 # Recorded: NVIDIA H200, torch 2.11.0+cu130, bitsandbytes 0.50.2, 2026-11-26, pieces of more than 1,020 rows.
 _COLUMN_SEARCH = 2 * 2**20
-# The largest share of the peak that is counted for a fragment. Chosen by replay, so that tests/test_session.py holds
-# for all of its profiles; 0.02 was too little for one of them, 2026-11-30.
+# The largest share of the peak that is counted for a fragment. Chosen by replay, so that
+# tests/arithmetic/test_session.py holds for all of its profiles; 0.02 was too little for one of them, 2026-11-30.
 _FRAGMENT = 0.04
 
 

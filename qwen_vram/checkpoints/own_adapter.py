@@ -21,7 +21,7 @@ from qwen_vram.dtypes import BF16, FP16, FP32, FP64
 from qwen_vram.errors import QwenVramError
 
 # A merge holds the whole update except for rounding. These are limits on its share of the update, and on the rest.
-# Measured: bf16 merges by PEFT in tests/test_own_adapter.py and of the bundled adapter, over whole matrices.
+# Measured: bf16 merges by PEFT in tests/lora/test_own_adapter.py and of the bundled adapter, over whole matrices.
 # They have shares of 0.999 to 1.002 and leave 0.002 to 0.064 of the update. CPU, torch 2.13.0, peft 0.21.2, 2026-11-30.
 _SHARE = (0.9, 1.1)
 _REST = 0.5

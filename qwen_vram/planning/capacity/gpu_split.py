@@ -23,7 +23,7 @@ from qwen_vram.spec.workload import Workload
 # Layers that are moved at once: fragments can make one more layer look better than one less.
 _MOST_MOVED = 3
 # What GPUs need together at least is the same for every split but for what stays with blocks that torch's allocator
-# does not split: by less than a hundredth (tests/test_split.py).
+# does not split: by less than a hundredth (tests/arithmetic/test_split.py).
 _SURELY_TOO_MUCH = 1.01
 
 
