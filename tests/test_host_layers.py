@@ -17,7 +17,6 @@ from qwen_vram.arithmetic.timing import HOST_ROWS, decode_floor_ms
 from qwen_vram.arithmetic.timing_decode import decode_ms
 from qwen_vram.arithmetic.weights import computing_copies
 from qwen_vram.arithmetic.workload import Workload
-from qwen_vram.planning.planner import plan_for
 from qwen_vram.runtime import cpu_product
 from qwen_vram.runtime.cpu_product import kernel_library, multiply, pack
 from tests.test_planning import searched
@@ -278,23 +277,6 @@ def test_without_bitsandbytes_that_is_what_is_missing(demo, monkeypatch):
     monkeypatch.setattr("qwen_vram.runtime.backends.bnb.find_spec", lambda name: None)
     with pytest.raises(qv.BackendUnavailableError, match="needs bitsandbytes, which is not installed"):
         load(demo, weights="nf4", streamed_layers=3, host_layers=2)
-
-
-def test_an_auto_plan_streams_where_the_backend_cannot_compute(demo, monkeypatch):
-    """The rates are another machine's, or the backend another package's."""
-    asked = []
-
-    def planned(*asked_for, **knobs):
-        asked.append(knobs.get("host_layers"))
-        return plan_for(*asked_for, **{"host_layers": 2, **knobs, "profile": "default", "streamed_layers": 3})
-
-    monkeypatch.setattr("qwen_vram.runtime.loader.plan_for", planned)
-    monkeypatch.setattr("qwen_vram.runtime.backends.bnb.kernel_library", lambda: None)
-    with qv.load(demo, weights="nf4", progress=False) as llm:
-        assert asked == [None, 0]
-        assert (llm.plan.profile.streamed_layers, llm.plan.profile.host_layers) == (3, 0)
-    with pytest.raises(qv.BackendUnavailableError, match="host_layers=2"):
-        qv.load(demo, weights="nf4", host_layers=2, progress=False)
 
 
 def test_a_package_without_the_library_has_no_kernel(monkeypatch, tmp_path):

@@ -18,6 +18,7 @@ from qwen_vram.files.place import Place, is_hub_id, place_of
 
 if TYPE_CHECKING:
     from qwen_vram.adapters.folder import AdapterChoice
+    from qwen_vram.adapters.keys import Adapter
 
 ModelLike = str | Path | Mapping[str, object] | Architecture
 
@@ -82,8 +83,8 @@ def resolve_model(model: ModelLike, adapter: AdapterChoice = None) -> tuple[str,
     return found.label, adapted(found, adapter)
 
 
-def adapted(found: Resolved, adapter: AdapterChoice) -> Architecture:
-    """The architecture of a model with an adapter's tensors, if one is given.
+def adapted(found: Resolved, adapter: AdapterChoice | Adapter) -> Architecture:
+    """The architecture of a model with an adapter's tensors, if one is given: by name, or opened already.
 
     Raises:
         AdapterError, CheckpointError, NotSupportedError, HubError: the adapter cannot be used.

@@ -10,6 +10,7 @@ from qwen_vram.arithmetic.model import ModelLike, resolve_model
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.workload import Workload
 from qwen_vram.planning.budget import Budget, VramLike
+from qwen_vram.planning.devices import oldest_capability
 from qwen_vram.planning.reach import longest_prompt, reach
 from qwen_vram.planning.search import Search
 
@@ -96,7 +97,8 @@ def min_vram(
     """
     label, architecture = resolve_model(model, adapter)
     workload = Workload(prompt_len=prompt_len, max_new_tokens=max_new_tokens, batch_size=batch_size, padded=padded)
-    search = Search(label, architecture, workload, Budget(vram=0, ram=_ANY_HOST), profile, knobs)
+    budget = Budget(vram=0, ram=_ANY_HOST, capability=oldest_capability([]))
+    search = Search(label, architecture, workload, budget, profile, knobs)
     return min(candidate.estimate.needed_bytes for candidate in search.candidates())
 
 

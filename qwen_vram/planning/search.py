@@ -16,6 +16,7 @@ from qwen_vram.arithmetic.timing_generation import generation_ms
 from qwen_vram.arithmetic.workload import Workload
 from qwen_vram.planning.fit import fits, needed, on_device
 from qwen_vram.planning.giving_back import given_back
+from qwen_vram.planning.hardware import is_measured_here
 from qwen_vram.planning.loadable import not_loadable
 from qwen_vram.planning.moves import Move, change_of
 from qwen_vram.planning.reach import nearest
@@ -160,9 +161,11 @@ class Search(Walk):
         return _COMPUTED if profile.host_layers else ""
 
     def _should_compute(self, profile: Profile, prefer: Prefer) -> bool:
-        """Tell if layers may compute on the CPU: at a measured rate, and in 4 bits, which it rounds, for speed."""
-        rate = product_rate(profile, current())
-        return self.may_compute and rate is not None and (prefer == "speed" or FORMATS[profile.weights].is_dense)
+        """Tell if layers may compute on this CPU: at its measured rate, and in 4 bits, which it rounds, for speed."""
+        machine, storage = current(), FORMATS[profile.weights]
+        wanted = self.may_compute and (prefer == "speed" or storage.is_dense)
+        measured = wanted and product_rate(profile, machine) is not None and is_measured_here(machine)
+        return measured and self.computes(profile)
 
     def _tables(self, moved: Profile) -> Iterator[Profile]:
         """`moved`, and with its table where it was at the start, which leaves the host more room for layers."""
@@ -231,7 +234,7 @@ class Search(Walk):
     def at(self, workload: Workload) -> Search:
         """The same search for another workload."""
         known = (self.label, self.architecture, workload, self.budget, self.profile, self.knobs, self.split)
-        return Search(*known, session=self.session)
+        return Search(*known, computes=self.computes, session=self.session)
 
 
 def _turned(profile: Profile) -> Move:

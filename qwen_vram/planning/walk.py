@@ -15,6 +15,7 @@ from qwen_vram.arithmetic.weights import streaming_slots
 from qwen_vram.arithmetic.workload import Workload
 from qwen_vram.planning.budget import Budget
 from qwen_vram.planning.fit import needed
+from qwen_vram.planning.hardware import Computes, as_measured, knobs_on
 from qwen_vram.planning.loadable import not_loadable
 from qwen_vram.planning.moves import Move, change_of, cost_of, search_space
 from qwen_vram.planning.split import balanced
@@ -51,6 +52,7 @@ class Walk:
 
     Args:
         split: Layers of each of several GPUs if that is settled; otherwise every profile gets its own.
+        computes: Says whether the CPU here can compute streamed layers of a profile.
         session: Count every smaller workload too, in any order, as a plan promises; or this workload alone.
     """
 
@@ -64,6 +66,7 @@ class Walk:
         knobs: dict[str, object],
         split: Mapping[int, int] | None = None,
         *,
+        computes: Computes = as_measured,
         session: bool = True,
     ) -> None:
         self.label = label
@@ -71,11 +74,12 @@ class Walk:
         self.workload = workload
         self.budget = budget
         self.profile = profile
-        self.knobs = knobs
+        self.knobs = knobs_on(budget, knobs) if profile == "auto" else knobs
         self.split = split
+        self.computes = computes
         self.session = session
         self.several = len(budget.devices) > 1
-        self.start, moves = search_space(architecture, profile, workload, knobs)
+        self.start, moves = search_space(architecture, profile, workload, self.knobs)
         may_read = profile == "auto" and "disk_layers" not in knobs and not architecture.adapter_mutates_base
         self.may_compute = profile == "auto" and "host_layers" not in knobs
         self.tiers = Tiers(architecture, budget, self.estimate, self.start, may_read=may_read)

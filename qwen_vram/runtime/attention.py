@@ -23,6 +23,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from qwen_vram.arithmetic.attention_kernels import bias_columns
+from qwen_vram.planning.hardware import AMPERE
 from qwen_vram.runtime.elementwise import kernels_on
 from qwen_vram.runtime.fused_layers import FusedAttention
 from qwen_vram.runtime.joined_attention import flash_attention, joined_attention, joins
@@ -146,7 +147,7 @@ def kernel_runs(dtype: torch.dtype, head_dim: int, device: torch.device) -> str:
     """Why the flash kernel cannot run here; empty where it can, and off CUDA, where the plain path is taken."""
     if device.type != "cuda":
         return ""
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    if torch.cuda.get_device_capability(device) < AMPERE:
         return "the GPU is older than Ampere (compute capability 8.0)"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"the kernel takes bf16 and fp16, not {dtype}"

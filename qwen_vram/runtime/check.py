@@ -10,11 +10,14 @@ from importlib.util import find_spec
 
 import torch
 
+from qwen_vram.arithmetic.architecture import Architecture
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.weights import SMALLEST_READ, table_on_host
 from qwen_vram.errors import BackendUnavailableError, NotSupportedError
+from qwen_vram.planning.hardware import AMPERE
 from qwen_vram.planning.planner import Plan
 from qwen_vram.runtime import attention
+from qwen_vram.runtime.backends import get_backend
 from qwen_vram.runtime.backends.base import Backend, HostBackend, StreamingBackend
 from qwen_vram.runtime.checkpoint import Checkpoint
 
@@ -50,7 +53,7 @@ def check(chosen: Plan, backend: Backend, device: torch.device) -> None:
         )
     backend.check(profile, device)
     if profile.host_layers:
-        check_host(chosen, backend)
+        check_host(profile, architecture, backend)
     if profile.attention == "fused":
         reason = attention.kernel_runs(dtype_for(profile, device), architecture.head_dim, device)
         if reason:
@@ -71,14 +74,21 @@ def _check_streaming(profile: Profile, backend: Backend) -> None:
         )
 
 
-def check_host(chosen: Plan, backend: Backend) -> None:
+def can_compute(architecture: Architecture, profile: Profile) -> bool:
+    """Tell if the CPU here can compute streamed layers of a profile."""
+    try:
+        check_host(profile, architecture, get_backend(profile.weights))
+    except (NotSupportedError, BackendUnavailableError):  # another package's backend, or no kernel for this CPU
+        return False
+    return True
+
+
+def check_host(profile: Profile, architecture: Architecture, backend: Backend) -> None:
     """Refuse layers that cannot compute on this machine's CPU.
 
     Raises:
         NotSupportedError, BackendUnavailableError: they cannot.
     """
-    profile, architecture = chosen.profile, chosen.estimate.architecture
-    assert architecture is not None
     if not isinstance(backend, HostBackend):
         raise NotSupportedError(
             f"host_layers={profile.host_layers}: the backend {backend.name!r} of weights={profile.weights!r} does not "
@@ -111,7 +121,7 @@ def check_files(checkpoint: Checkpoint, profile: Profile, dtype: torch.dtype) ->
 
 def _check_flash_attention_2(device: torch.device) -> None:
     install = "pip install flash-attn --no-build-isolation"
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < AMPERE:
         raise BackendUnavailableError(
             "attention='flash_attention_2' needs a GPU of the Ampere generation or newer; use attention='fused' or "
             "'sdpa'",
@@ -128,7 +138,7 @@ def _check_flash_attention_2(device: torch.device) -> None:
 
 def dtype_for(profile: Profile, device: torch.device) -> torch.dtype:
     """The model's dtype: fp16 in bf16's place where the GPU has no bf16."""
-    if profile.dtype == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+    if profile.dtype == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < AMPERE:
         _LOGGER.warning("this GPU has no bf16 (compute capability below 8.0): the model runs in fp16, of the same size")
         return torch.float16
     return _DTYPES[profile.dtype]

@@ -14,14 +14,14 @@ from qwen_vram.adapters.base_name import warn_of_another_base
 from qwen_vram.adapters.folder import AdapterChoice, check_own_adapter
 from qwen_vram.adapters.keys import Adapter, open_adapter
 from qwen_vram.arithmetic.estimate import warn_of_positions
-from qwen_vram.arithmetic.model import ModelLike, own_adapter, resolve
+from qwen_vram.arithmetic.model import ModelLike, adapted, own_adapter, resolve
 from qwen_vram.arithmetic.profile import Profile
 from qwen_vram.arithmetic.tiles import head_by_tiles
 from qwen_vram.arithmetic.weights import disk_buffers, head_is_a_copy, streaming_slots, table_on_host
 from qwen_vram.arithmetic.workload import Workload
-from qwen_vram.errors import BackendUnavailableError, NotSupportedError
+from qwen_vram.errors import NotSupportedError
 from qwen_vram.files.local import CONFIG
-from qwen_vram.planning.budget import Budget, VramLike
+from qwen_vram.planning.budget import VramLike
 from qwen_vram.planning.planner import Plan, plan_for
 from qwen_vram.planning.search import Prefer
 from qwen_vram.runtime import attention
@@ -30,11 +30,11 @@ from qwen_vram.runtime.backends import get_backend
 from qwen_vram.runtime.backends.base import Backend, Request, StreamingBackend
 from qwen_vram.runtime.backends.bnb_notes import check_notes
 from qwen_vram.runtime.blob import HostMemory
-from qwen_vram.runtime.check import check, check_files, check_host, dtype_for
+from qwen_vram.runtime.check import can_compute, check, check_files, dtype_for
 from qwen_vram.runtime.checkpoint import Checkpoint, model_config, open_checkpoint, open_tokenizer, warn_of_files
 from qwen_vram.runtime.decoder import decoder_where_it_runs
 from qwen_vram.runtime.device_map import away_of, connect, device_map, left_out, undispatched
-from qwen_vram.runtime.devices import budget_on, check_free, devices_for, held_beside_torch, weakest
+from qwen_vram.runtime.devices import budget_on, check_free, devices_for, weakest
 from qwen_vram.runtime.fused_layers import fuse_layers
 from qwen_vram.runtime.garbage import collect_dropped, garbage_of_this_load
 from qwen_vram.runtime.host_embedding import move_embedding_to_host
@@ -98,31 +98,30 @@ def load(
     opened = None if adapter is None or adapter is False else open_adapter(adapter)
     devices = devices_for(device, vram)
     collect_dropped(devices)
-    place = weakest(devices)
-    if place.type == "cuda" and profile == "auto" and torch.cuda.get_device_capability(place) < (8, 0):
-        knobs.setdefault("attention", "sdpa")  # the flash kernel begins with Ampere
     chosen_adapter = adapter if opened is None else opened.folder
     workload = Workload(prompt_len=prompt_len, max_new_tokens=max_new_tokens, batch_size=batch_size, padded=padded)
-    offered, reserve = budget_on(devices, vram, reserve)
-    budget = Budget.of(offered, ram, reserve, held=held_beside_torch(devices))
+    budget = budget_on(devices, vram, ram, reserve)
     found = resolve(model, chosen_adapter)
-    planned = partial(
-        plan_for, model, workload, budget, found=found, profile=profile, prefer=prefer, adapter=chosen_adapter, **knobs
+    architecture = adapted(found, opened or chosen_adapter)
+    chosen = plan_for(
+        model,
+        workload,
+        budget,
+        found=found,
+        architecture=architecture,
+        profile=profile,
+        prefer=prefer,
+        adapter=adapter,
+        computes=partial(can_compute, architecture),
+        **knobs,
     )
-    chosen = planned()
     warn_of_positions(chosen.estimate)
     backend = get_backend(chosen.profile.weights)
-    if chosen.profile.host_layers and "host_layers" not in knobs and profile == "auto":
-        try:
-            check_host(chosen, backend)
-        except (NotSupportedError, BackendUnavailableError):  # another backend, or another CPU than was measured
-            chosen = planned(host_layers=0)
-            backend = get_backend(chosen.profile.weights)
     for one in devices:
         check(chosen, backend, one)
     if opened is not None:
         check_peft()
-        check_values(opened, dtype_for(chosen.profile, place))
+        check_values(opened, dtype_for(chosen.profile, weakest(devices)))
         warn_of_another_base(opened, model)
     if disable_mmap and "disk" in device_map(chosen, devices[0]).values():
         raise NotSupportedError(
@@ -139,8 +138,7 @@ def load(
         with garbage_of_this_load(), ExitStack() as after_a_failure:
             checkpoint = open_checkpoint(model, found)
             check_own_adapter(checkpoint.folder, chosen_adapter)
-            assert chosen.estimate.architecture is not None
-            order = chosen.estimate.architecture.adapter_layers
+            order = architecture.adapter_layers
             if order:
                 checkpoint = replace(checkpoint, files=checkpoint.files.with_layers(order))
             llm = _build(checkpoint, chosen, backend, devices, opened, progress, disable_mmap, after_a_failure)
