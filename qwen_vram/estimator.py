@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from qwen_vram.arithmetic.estimate import Estimate, estimate
+from qwen_vram.arithmetic.device_estimate import estimate
+from qwen_vram.arithmetic.estimate import Estimate
 from qwen_vram.checkpoints.adapters.folder import AdapterChoice
 from qwen_vram.checkpoints.machine_file import current
 from qwen_vram.checkpoints.resolve import ModelLike, resolve_model, stored_knobs

@@ -14,7 +14,7 @@ from __future__ import annotations
 from functools import lru_cache
 from math import erfc, exp, pi, sqrt
 
-from qwen_vram.spec.architecture import Weight
+from qwen_vram.spec.layers import Weight
 
 # Source: transformers 5.17, BitsAndBytesConfig.llm_int8_threshold; Qwen2Config and Qwen3Config, initializer_range.
 _THRESHOLD = 6.0

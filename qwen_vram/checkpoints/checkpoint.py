@@ -22,7 +22,7 @@ from qwen_vram.checkpoints.tensors.names import HEAD, TABLE, by_model_name
 from qwen_vram.checkpoints.tensors.quantized_names import head_is_quantized
 from qwen_vram.errors import CheckpointError
 from qwen_vram.spec.architecture import Architecture
-from qwen_vram.spec.config_reader import ConfigReader
+from qwen_vram.spec.families import open_config
 
 _LAYERS = "model.layers."
 
@@ -62,7 +62,7 @@ class CheckpointFiles(NamedTuple):
         kinds = config.get("layer_types")
         if isinstance(kinds, list):
             config["layer_types"] = [kinds[number] for number in order]
-        architecture = replace(self.architecture, num_hidden_layers=len(order))
+        architecture = replace(self.architecture, layers=tuple(self.architecture.layers[number] for number in order))
         return self._replace(config=config, tensors=tensors, architecture=architecture, of_layers=order)
 
     @property
@@ -87,7 +87,7 @@ def read_checkpoint(folder: Path, *, weights: bool) -> CheckpointFiles:
     return _read(folder, weights) if state is None else _read_once(folder, weights, state)
 
 
-# Folders that stay in memory, enough for a comparison of models; the largest takes some MB.
+# As many folders as a comparison of models goes back and forth between; the largest takes some MB.
 @lru_cache(maxsize=8)
 def _read_once(folder: Path, weights: bool, state: State) -> CheckpointFiles:
     """Return the result of `_read` for a folder in `state`, cached."""
@@ -104,11 +104,11 @@ def _read(folder: Path, weights: bool) -> CheckpointFiles:
         return CheckpointFiles(
             folder=folder, config=config, generation=generation, tensors={}, architecture=architecture
         )
-    ConfigReader(config, source)  # errors of config.json alone come before those of the weights
+    open_config(config, source)  # what config.json alone refuses comes before the weights
     tensors = _named(folder, config)
     config = _settle_head(folder, config, tensors)
     architecture = checkpoint_architecture(config, lambda: tensors, source=source, headers_here=True)
-    # The tensors of a quantized checkpoint have just been checked against config.json.
+    # Those of a quantized checkpoint were held against config.json just now.
     notes = check_tensors(architecture, tensors, folder) if architecture.stored_format is None else ()
     return CheckpointFiles(
         folder=folder,

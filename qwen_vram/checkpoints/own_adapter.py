@@ -17,16 +17,18 @@ from qwen_vram.checkpoints.files.place import is_hub_id
 from qwen_vram.checkpoints.files.safetensors_header import Tensor
 from qwen_vram.checkpoints.files.same_bytes import same_bytes
 from qwen_vram.checkpoints.hub.files import hub_cached
+from qwen_vram.dtypes import BF16, FP16, FP32, FP64
 from qwen_vram.errors import QwenVramError
 
 # A merge holds the whole update except for rounding. These are limits on its share of the update, and on the rest.
-# Measured: bf16 merges by PEFT in tests/test_own_adapter.py and of the bundled adapter, over whole matrices.
+# Measured: bf16 merges by PEFT in tests/lora/test_own_adapter.py and of the bundled adapter, over whole matrices.
 # They have shares of 0.999 to 1.002 and leave 0.002 to 0.064 of the update. CPU, torch 2.13.0, peft 0.21.2, 2026-11-30.
 _SHARE = (0.9, 1.1)
 _REST = 0.5
 # Number of rows, and of columns in each row, that are compared with the update.
 _SAMPLES = 64
-_LETTERS = {"F16": "<e", "F32": "<f", "F64": "<d"}
+# How struct unpacks an element.
+_LETTERS = {FP16.stored: "<e", FP32.stored: "<f", FP64.stored: "<d"}
 
 
 def is_merged(folder: Path) -> bool | None:
@@ -104,7 +106,7 @@ def _matrices(changes: Mapping[str, Change], here: CheckpointFiles, there: Check
         factors, one, other = changes[name].factors, here.tensors.get(name), there.tensors.get(name)
         if factors is None or one is None or other is None or one[:2] != other[:2]:
             return []
-        if not {one.dtype, factors.a.dtype, factors.b.dtype} <= {"BF16", *_LETTERS}:
+        if not {one.dtype, factors.a.dtype, factors.b.dtype} <= {BF16.stored, *_LETTERS}:
             return []
         found.append(_Matrix(here.folder / one.file, one, there.folder / other.file, other, factors))
     return found
@@ -121,6 +123,6 @@ def _row(path: Path, tensor: Tensor | AdapterTensor, row: int, columns: Iterable
 
 
 def _number(dtype: str, stored: bytes) -> float:
-    if dtype == "BF16":  # the upper half of a float32
-        dtype, stored = "F32", bytes(2) + stored
+    if dtype == BF16.stored:  # the upper half of a float32
+        dtype, stored = FP32.stored, bytes(2) + stored
     return float(struct.unpack(_LETTERS[dtype], stored)[0])

@@ -16,6 +16,8 @@ from qwen_vram.checkpoints.prequantized import checkpoint_architecture
 from qwen_vram.checkpoints.tensors.names import by_model_name
 from qwen_vram.errors import ConfigError, UnknownNameError
 from qwen_vram.spec.architecture import Architecture
+from qwen_vram.spec.formats import FORMATS
+from qwen_vram.spec.quantization import GPTQ
 
 if TYPE_CHECKING:
     from qwen_vram.checkpoints.adapters.folder import AdapterChoice
@@ -124,9 +126,9 @@ def _named(knobs: Mapping[str, object], stored: str | None) -> dict[str, object]
     """
     named = dict(knobs)
     backend = named.pop("backend", None)
-    if backend not in (None, "gptq", *_GPTQ_LIBRARIES):
+    if backend not in (None, GPTQ, *_GPTQ_LIBRARIES):
         hint = "others follow from the format: weights='nf4' is bitsandbytes'"
-        raise UnknownNameError("backend", backend, ("gptq", *_GPTQ_LIBRARIES), hint=hint)
+        raise UnknownNameError("backend", backend, (GPTQ, *_GPTQ_LIBRARIES), hint=hint)
     if backend in _GPTQ_LIBRARIES[1:] or named.get("weights") in _GPTQ_LIBRARIES[1:]:
         import logging  # slow to import, and only needed here
 
@@ -135,7 +137,7 @@ def _named(knobs: Mapping[str, object], stored: str | None) -> dict[str, object]
             'install "qwen-vram[gptq]"), and is taken in its place'
         )
     if named.get("weights") in _GPTQ_LIBRARIES or (backend is not None and "weights" not in named):
-        named["weights"] = stored if stored in ("gptq", "awq") else "gptq-int4"
+        named["weights"] = stored if stored and FORMATS[stored].is_gptqmodel else "gptq-int4"
     return named
 
 

@@ -92,7 +92,7 @@ def parsed_knobs(pairs: list[str] | None) -> dict[str, Any]:
         if not separator or not name:
             raise qv.UnknownNameError("--set", pair, ("KNOB=VALUE",))
         if name not in KNOBS:
-            raise qv.UnknownNameError("knob", name, KNOBS)
+            raise qv.UnknownNameError("knob", name, tuple(KNOBS))
         lowered = value.lower()
         knobs[name] = int(value) if value.isdecimal() else words.get(lowered, value)
     return knobs

@@ -18,6 +18,7 @@ from qwen_vram.checkpoints.adapters.scaling import alpha_is_ambiguous
 from qwen_vram.checkpoints.files.local import read_tensors
 from qwen_vram.checkpoints.files.sidecars import REPORT
 from qwen_vram.checkpoints.output.folder import OutputFolder
+from qwen_vram.dtypes import BY_STORED
 from qwen_vram.errors import CheckpointError
 from qwen_vram.lora.codecs.registry import codec_for
 from qwen_vram.lora.fidelity import Proof
@@ -34,8 +35,6 @@ from qwen_vram.runtime.tensors.checkpoint import Checkpoint, open_checkpoint
 from qwen_vram.units import parse_bytes
 
 Quantization = Literal["nf4", "nf4-plain", "fp4", "int8", "int4", "int8-wo", "fp8", "gptq-int4", "gptq-int8"]
-
-_DTYPE_NAMES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 
 
 def merge_lora_then_quantize(
@@ -165,7 +164,7 @@ def _modules(
     return tuple(
         ModuleReport(
             name=weight.target.name,
-            format=str(quantize) if weight.target.name in quantized else _DTYPE_NAMES[weight.target.base.kind],
+            format=str(quantize) if weight.target.name in quantized else BY_STORED[weight.target.base.kind].name,
             share=proofs[weight.target.name].share,
             relative_size=proofs[weight.target.name].relative_size,
             largest_error=proofs[weight.target.name].largest_error,

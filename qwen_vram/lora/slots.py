@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from qwen_vram.checkpoints.output.safetensors_layout import ITEM_BYTES, LATE_BYTES, TensorSlot
+from qwen_vram.checkpoints.output.safetensors_layout import LATE_BYTES, TensorSlot
+from qwen_vram.dtypes import BY_STORED
 from qwen_vram.lora.codecs.base import Codec, Part
 from qwen_vram.lora.targets import Target
 
@@ -29,5 +30,5 @@ def weight_of(target: Target, codec: Codec | None) -> Weight:
 
 
 def _slot(module: str, part: Part) -> TensorSlot:
-    nbytes = LATE_BYTES if part.shape is None else math.prod(part.shape) * ITEM_BYTES[part.kind]
+    nbytes = LATE_BYTES if part.shape is None else math.prod(part.shape) * BY_STORED[part.kind].nbytes
     return TensorSlot(f"{module}{part.ending}", part.kind, part.shape, nbytes)

@@ -14,11 +14,7 @@ import torch
 from qwen_vram.checkpoints.checkpoint import CheckpointFiles
 from qwen_vram.errors import CheckpointError
 from qwen_vram.lora.codecs.scratch import scratch
-
-TORCH_DTYPES = {
-    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
+from qwen_vram.runtime.torch_dtypes import TORCH_DTYPES
 
 # The most elements that are read, merged and written at a time: 4 MiB in float32. With smaller pieces, BLAS packs the
 # factors of a wide matrix too often. Larger pieces do not fit the processor's cache.

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from qwen_vram.arithmetic.estimate import Estimate, estimate
+from qwen_vram.arithmetic.device_estimate import estimate
+from qwen_vram.arithmetic.estimate import Estimate
 from qwen_vram.arithmetic.gpu_split import split_estimate, split_of
 from qwen_vram.arithmetic.timing.generation import Times, times_of
 from qwen_vram.checkpoints.adapters.folder import AdapterChoice

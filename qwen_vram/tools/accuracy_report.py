@@ -10,6 +10,7 @@ from typing import Any
 
 from qwen_vram.arithmetic.estimate import Estimate
 from qwen_vram.estimator import estimate_vram
+from qwen_vram.spec.formats import FORMATS
 
 PARTS = ("weights", "load_peak", "peak_allocated", "peak_reserved", "process_total")
 # Models and formats that no formula was derived on.
@@ -77,7 +78,7 @@ def table(rows: list[Row]) -> str:
     """
     found: dict[tuple[str, str], list[float]] = defaultdict(list)
     for row in rows:
-        whole = row["weights"] == "int8" and row["knobs"].get("dequantization") == "whole"
+        whole = FORMATS[row["weights"]].has_outliers and row["knobs"].get("dequantization") == "whole"
         for part, error in errors(row):
             found[f"`{row['weights']}`{' whole' if whole else ''}", part].append(error)
     lines = ["| weights | part | cells | mean | lowest | highest | too low |", "|---|---|---|---|---|---|---|"]

@@ -35,4 +35,4 @@ def replay_stored(allocator: CachingAllocator, architecture: Architecture, store
     packed = (*layers, *(stored.head if architecture.stored_head else ()))
     allocator.give(allocator.take(max(tensor.nbytes for tensor in packed)))
     for _ in range(2 if architecture.starts else 0):  # the rotary embedding's float32 buffers
-        allocator.take(architecture.head_dim // 2 * _FP32)
+        allocator.take(architecture.rotary_dim // 2 * _FP32)

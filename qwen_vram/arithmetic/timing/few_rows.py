@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from qwen_vram.arithmetic.timing.linear import Kernel, Matrices, kind_of, product_seconds
+from qwen_vram.arithmetic.timing.linear import Kernel, Matrices, product_seconds
+from qwen_vram.spec.formats import FORMATS
 from qwen_vram.spec.machine import Machine
 from qwen_vram.spec.profile import Profile
 
@@ -31,10 +32,10 @@ def by_few_rows(profile: Profile, name: str, rows: int) -> bool:
     """
     if profile.compiled or rows > MOST_ROWS:
         return False
-    kind, fused = kind_of(name), profile.captured and profile.kernels == "fused"
-    if kind == "dense":
+    storage, fused = FORMATS[name], profile.captured and profile.kernels == "fused"
+    if storage.is_dense:
         return fused and rows == 1
-    return kind == "wide" or (kind == "bnb4" and (fused or profile.tiles))
+    return storage.is_dequantized or (storage.is_bnb_4bit and (fused or profile.tiles))
 
 
 def step_seconds(profile: Profile, name: str, of: Matrices, rows: int, machine: Machine) -> float:
@@ -43,7 +44,7 @@ def step_seconds(profile: Profile, name: str, of: Matrices, rows: int, machine: 
         return product_seconds(of, rows, machine, compiled=profile.compiled)
     joined = profile.captured and profile.kernels == "fused" and of.number > 1
     launches = _LAYER_LAUNCHES if joined else of.number
-    kernels = _DENSE if of.kind == "dense" else _EIGHT_BIT.get(name, _NF4)
+    kernels = _DENSE if of.storage.is_dense else _EIGHT_BIT.get(name, _NF4)
     below = max(known for known in kernels if known <= rows)
     above = min(known for known in kernels if known >= rows)
     least, most = (_seconds(kernels[known], launches, of.nbytes, machine) for known in (below, above))

@@ -11,7 +11,8 @@ from qwen_vram.checkpoints.adapters.folder import CONFIG, AdapterPath
 from qwen_vram.checkpoints.adapters.keys import Adapter, AdapterTensor, open_adapter
 from qwen_vram.checkpoints.adapters.tables import HEAD, TABLES
 from qwen_vram.errors import NotSupportedError
-from qwen_vram.spec.architecture import Architecture, Weight
+from qwen_vram.spec.architecture import Architecture
+from qwen_vram.spec.layers import Weight
 
 _HEAD_WEIGHT = f"{HEAD}.weight"
 
@@ -79,7 +80,7 @@ def _of_layers(label: str, base: Architecture, adapter: Adapter) -> Architecture
             "it on a base that holds these layers as its own",
             path=path,
         )
-    return replace(base, num_hidden_layers=len(order), adapter_layers=order)
+    return replace(base, layers=tuple(base.layers[number] for number in order), adapter_layers=order)
 
 
 def base_of(source: str, architecture: Architecture) -> Base:

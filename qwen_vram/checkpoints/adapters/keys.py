@@ -12,9 +12,10 @@ from qwen_vram.checkpoints.adapters.errors import AdapterError
 from qwen_vram.checkpoints.adapters.folder import WEIGHTS, AdapterPath, adapter_folder
 from qwen_vram.checkpoints.adapters.settings import LoraSettings, read_settings
 from qwen_vram.checkpoints.files.safetensors_header import read_header
+from qwen_vram.dtypes import FLOATS
 
 _PREFIX = "base_model.model."
-_FLOATS = ("BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2")
+_FLOATS = tuple(row.stored for row in FLOATS)
 
 # The end of a key, longest first, and the tensor's field. Source: keys that peft 0.21.2 writes.
 _ENDINGS = {

@@ -12,16 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qwen_vram.checkpoints.files.absent import missing_shard
+from qwen_vram.dtypes import BY_STORED
 from qwen_vram.errors import CheckpointError
 
 # Source: safetensors' format description; the header is refused above 100 MB there too.
 _HEADER_LIMIT = 100_000_000
-_DTYPE_BITS = {
-    "F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16,
-    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I8": 8, "U8": 8, "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
-    "C64": 64,
-}  # fmt: skip
-
 _FETCH = "download the file again, or copy it again from whoever saved it"
 
 
@@ -99,7 +94,7 @@ def parse_entries(
         for name, entry in entries.items():
             shape = tuple(map(int, entry["shape"]))
             begin, end = entry["data_offsets"]
-            bits = _DTYPE_BITS[entry["dtype"]] * prod(shape)
+            bits = BY_STORED[entry["dtype"]].bits * prod(shape)
             if end - begin != (bits + 7) // 8 or (shape and min(shape) < 0):
                 raise _corrupt(source, f"{name!r} of shape {list(shape)} takes {end - begin} bytes in it")
             tensors[name] = Tensor(entry["dtype"], shape, end - begin, file, data_at + begin, name)

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 from qwen_vram.checkpoints.files.names import SINGLE
+from qwen_vram.dtypes import BY_STORED
 
-ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-# Most bytes of bitsandbytes' packed JSON, which takes about 200. Measured: bitsandbytes 0.50.2.
+# Most bytes that bitsandbytes' packed JSON takes; about 200 do. Measured: bitsandbytes 0.50.2.
 LATE_BYTES = 512
-# Bytes for the index, the report and the folder itself; far more than they take.
+# Index, report and the folder itself; far more than they take.
 _SMALL_FILES = 2**22
 
 
@@ -93,12 +93,12 @@ def disk_bytes(shards: Iterable[Shard[T]], files: Iterable[Path], config: str) -
 
 def in_file_order(slots: Iterable[TensorSlot]) -> list[TensorSlot]:
     """Return the slots with wide dtypes first, so that tensors are aligned for safetensors, and unknown sizes last."""
-    return sorted(slots, key=lambda slot: (slot.shape is None, -ITEM_BYTES.get(slot.kind, 1)))
+    return sorted(slots, key=lambda slot: (slot.shape is None, -BY_STORED[slot.kind].nbytes))
 
 
 def _shard(file: str, weights: tuple[T, ...]) -> Shard[T]:
     slots = in_file_order(slot for weight in weights for slot in weight.slots)
-    # Late tensors have at most these sizes, so a header for these sizes is long enough for the real one.
+    # Late tensors are at most this long, so a header that is written for them is long enough for the real one.
     header_bytes = len(header(slots, [slot.nbytes for slot in slots]))
     offsets = {}
     position = header_bytes

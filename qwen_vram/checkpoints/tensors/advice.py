@@ -10,7 +10,9 @@ from qwen_vram.checkpoints.files.safetensors_header import Tensor
 from qwen_vram.checkpoints.tensors.names import HEAD, TABLE
 from qwen_vram.checkpoints.tensors.wrapped_names import wrapper_of
 from qwen_vram.errors import CheckpointError
-from qwen_vram.spec.architecture import Architecture, Weight
+from qwen_vram.spec.architecture import Architecture
+from qwen_vram.spec.families import family_of
+from qwen_vram.spec.layers import LayerSpec, Weight
 
 # The key of config.json that sets the rows or the columns of a matrix, if it is a single key.
 _ROWS = {
@@ -56,8 +58,10 @@ def _fitting_key(architecture: Architecture, weight: Weight, tensor: Tensor) -> 
         return ""
     place, module = differing[0], weight.module
     size = tensor.shape[place]
-    head_dim, heads = architecture.head_dim, architecture.num_attention_heads
-    if module == "q_proj" and place == 0 and architecture.model_type == "qwen3" and size % heads == 0:
+    attention = _layer_of(architecture, weight).attention
+    head_dim, heads = attention.head_dim, attention.heads
+    has_key = "head_dim" in family_of(architecture.model_type).keys
+    if module == "q_proj" and place == 0 and has_key and size % heads == 0:
         return f"head_dim to {size // heads}"
     if module in ("k_proj", "v_proj") and place == 0 and size % head_dim == 0 and heads % (size // head_dim) == 0:
         return f"num_key_value_heads to {size // head_dim}"
@@ -65,6 +69,12 @@ def _fitting_key(architecture: Architecture, weight: Weight, tensor: Tensor) -> 
         module.removeprefix("input_layer").removeprefix("post_attention_layer")
     )
     return f"{key} to {size}" if key else ""
+
+
+def _layer_of(architecture: Architecture, weight: Weight) -> LayerSpec:
+    """The layer of a weight; the first one for a weight outside the layers."""
+    names = weight.name.split(".")
+    return architecture.layers[int(names[2]) if names[:2] == ["model", "layers"] else 0]
 
 
 def lacking_tensors(

@@ -14,8 +14,9 @@ from qwen_vram.checkpoints.tensors import prequantized_advice as advice
 from qwen_vram.checkpoints.tensors.prequantized_matrix import Matrix, Part, matrix_of, plain
 from qwen_vram.checkpoints.tensors.quantized_names import head_is_quantized, quantizer_of
 from qwen_vram.errors import CheckpointError, ConfigError, QwenVramError
-from qwen_vram.spec.architecture import Architecture, Weight
+from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.formats import FORMATS
+from qwen_vram.spec.layers import Weight
 from qwen_vram.spec.prequantized import Stored, StoredTensor
 from qwen_vram.spec.quantization import BITSANDBYTES, METHODS, OWN_METHOD, leaving_out, method_of, settings_of
 
@@ -128,7 +129,7 @@ def _check_left_out(
         if name is not None and key and key != "lm_head":
             raise CheckpointError(advice.left_out_and_quantized(module, key, name, source), path=source)
         eight = bool(settings_of(quantization).get("load_in_8bit"))
-        if method == BITSANDBYTES and name is not None and eight != (name == "int8"):
+        if method == BITSANDBYTES and name is not None and eight != FORMATS[name].has_outliers:
             raise CheckpointError(advice.other_bits(weight, name, source), path=source)
     if plain_ones:
         raise CheckpointError(advice.not_left_out(plain_ones, quantization, source), path=source)
@@ -137,7 +138,7 @@ def _check_left_out(
 def _is_uniform(architecture: Architecture, matrices: Mapping[str, Matrix], tensors: Mapping[str, Tensor]) -> bool:
     """Tell if the sums of one storage format give the bytes of every matrix, so that counting needs no headers."""
     storage = FORMATS[str(architecture.stored_format)]
-    if storage.library not in ("bitsandbytes", "torch"):
+    if not storage.is_quantized_on_load:
         return False
     for weight in architecture.weights():
         matrix = matrices[weight.name]

@@ -9,11 +9,15 @@ from typing import Any
 from qwen_vram.checkpoints.files.safetensors_header import Tensor
 from qwen_vram.checkpoints.tensors.prequantized_matrix import Matrix, Part, matrix_of
 from qwen_vram.checkpoints.tensors.quantized_names import FLOATS
+from qwen_vram.dtypes import FP64
 from qwen_vram.spec import quantizers
-from qwen_vram.spec.architecture import Architecture, Weight
+from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.formats import FORMATS
+from qwen_vram.spec.layers import Weight
 from qwen_vram.spec.quantization import (
+    AWQ,
     BITSANDBYTES,
+    GPTQ,
     KEYS,
     OWN_METHOD,
     dynamic_rule,
@@ -23,16 +27,16 @@ from qwen_vram.spec.quantization import (
 )
 
 _BLOCK = KEYS[0]
-# Layouts and bits that GPTQModel's plain kernels read (triton without 3 bits). Source: GPTQModel 7.6.0, tritonv2.py,
+# Layouts and bits that GPTQModel's plain kernels read, triton without 3 bits. Source: GPTQModel 7.6.0, tritonv2.py,
 # gemm_awq_triton.py.
-LAYOUTS = {"gptq": ("gptq", "gptq_v2"), "awq": ("gemm",)}
-BITS = {"gptq": (2, 3, 4, 8), "awq": (4,)}
+LAYOUTS = {GPTQ: ("gptq", "gptq_v2"), AWQ: ("gemm",)}
+BITS = {GPTQ: (2, 3, 4, 8), AWQ: (4,)}
 # Methods whose checkpoints load, with the key of the block that leaves modules in 16 bits.
 LISTS = {
     BITSANDBYTES: "llm_int8_skip_modules",
     OWN_METHOD: "modules_to_not_convert",
-    "awq": "modules_to_not_convert",
-    "gptq": "dynamic",
+    AWQ: "modules_to_not_convert",
+    GPTQ: "dynamic",
 }
 LOADED = tuple(LISTS)
 _MOST_NAMES = 12
@@ -142,7 +146,7 @@ def missing_parts(
     """Return the error for a matrix that lacks a part in the file."""
     names = ", ".join(repr(part.name) for part in missing[:3])
     held = next(tensors[part.name] for part in matrix.parts if part.name in tensors)
-    if FORMATS[str(matrix.format)].library == "bitsandbytes":
+    if FORMATS[str(matrix.format)].is_bnb:
         cause = (
             "it was saved without its quantization state. Save the model again with save_pretrained() of transformers, "
             "or load the 16-bit checkpoint with weights='nf4'"
@@ -174,13 +178,14 @@ def wrong_part(weight: Weight, matrix: Matrix, part: Part, held: Tensor, source:
         f"{' or '.join(part.dtypes)} of shape {shapes}, got {held.dtype} of shape {list(held.shape)} in {held.file!r}"
     )
     if held.dtype not in part.dtypes and (not part.shapes or held.shape in part.shapes):
-        if matrix.format is not None and held.dtype in (*FLOATS, "F64"):
+        if matrix.format is not None and held.dtype in (*FLOATS, FP64.stored):
             return f"{text}: it was cast when the model was saved. Save it again without .half() or .to(dtype)"
         if matrix.format is None:
             return f"{text}; save it in one of these"
-    if matrix.format is None and held.dtype not in (*FLOATS, "F64"):
+    if matrix.format is None and held.dtype not in (*FLOATS, FP64.stored):
         return f"{text}: it is quantized, which is not loaded for this module; use a checkpoint with it in 16 bits"
-    keys = "bits and group_size in quantization_config, " if matrix.format in ("gptq", "awq") else ""
+    by_groups = matrix.format is not None and FORMATS[matrix.format].is_gptqmodel
+    keys = "bits and group_size in quantization_config, " if by_groups else ""
     return f"{text}; check {keys}whether config.json and weights are of one model"
 
 
@@ -210,7 +215,7 @@ def left_out_and_quantized(module: str, key: str, name: str, source: str) -> str
 
 def other_bits(weight: Weight, name: str, source: str) -> str:
     """Return the error for 4-bit matrices if the block says 8 bits, or the reverse."""
-    is_8, says = ("load_in_8bit", "load_in_4bit") if name == "int8" else ("load_in_4bit", "load_in_8bit")
+    is_8, says = ("load_in_8bit", "load_in_4bit") if FORMATS[name].has_outliers else ("load_in_4bit", "load_in_8bit")
     return (
         f"{weight.name!r} is stored in {name}, and {source} says {says}; set {is_8} to true and {says} to false in its "
         f"{_BLOCK}"
@@ -220,7 +225,7 @@ def other_bits(weight: Weight, name: str, source: str) -> str:
 def _block(found: str, architecture: Architecture, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the `quantization_config` that a checkpoint should have, from its tensors."""
     weights = [weight for weight in architecture.weights() if weight.is_linear]
-    if found in ("gptq", "awq"):
+    if found in (GPTQ, AWQ):
         return _gptq_block(weights, tensors)
     if found == OWN_METHOD:
         dtype = next(tensors[weight.name].dtype for weight in weights if weight.role != "head")
@@ -231,8 +236,8 @@ def _block(found: str, architecture: Architecture, tensors: Mapping[str, Tensor]
     formats = [matrix_of(weight, {"load_in_4bit": True}, tensors).format for weight in weights]
     name = next((one for one in formats if one is not None), "nf4")
     block: dict[str, Any] = {"quant_method": BITSANDBYTES, "load_in_8bit": True}
-    if name != "int8":
-        kind, double = name.removesuffix("-plain"), FORMATS[name].is_double
+    if FORMATS[name].is_bnb_4bit:
+        kind, double = FORMATS[name].quant_type, FORMATS[name].is_double
         block = {"quant_method": BITSANDBYTES, "load_in_4bit": True, "bnb_4bit_quant_type": kind}
         block |= {"bnb_4bit_use_double_quant": double, "bnb_4bit_compute_dtype": "bfloat16"}
     left = _left(weights, tensors)
@@ -254,9 +259,9 @@ def _gptq_block(weights: list[Weight], tensors: Mapping[str, Tensor]) -> dict[st
         bits = 4 if awq else codes.shape[0] * 32 // columns
         size = columns // scales.shape[0] if scales.shape[0] > 1 else size
     if awq:
-        return {"quant_method": "awq", "bits": bits, "group_size": size, "version": "gemm", "zero_point": True}
+        return {"quant_method": AWQ, "bits": bits, "group_size": size, "version": "gemm", "zero_point": True}
     ordered = any(name.endswith(".g_idx") for name in tensors)
-    return {"quant_method": "gptq", "bits": bits, "group_size": size, "desc_act": ordered, "sym": True}
+    return {"quant_method": GPTQ, "bits": bits, "group_size": size, "desc_act": ordered, "sym": True}
 
 
 def _left(weights: list[Weight], tensors: Mapping[str, Tensor]) -> list[str]:

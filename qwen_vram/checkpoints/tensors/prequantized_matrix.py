@@ -7,10 +7,20 @@ from typing import NamedTuple
 
 from qwen_vram.checkpoints.files.safetensors_header import Tensor
 from qwen_vram.checkpoints.tensors.quantized_names import FLOATS
-from qwen_vram.spec.architecture import Weight
-from qwen_vram.spec.formats import FORMATS, FormatName
+from qwen_vram.dtypes import BY_STORED, INT8, PLAIN, UINT8
+from qwen_vram.spec.formats import FORMATS, NESTED_BLOCK, QUANT_TYPES, FormatName
+from qwen_vram.spec.layers import Weight
 from qwen_vram.spec.prequantized import StoredTensor
-from qwen_vram.spec.quantization import BITSANDBYTES, OWN_METHOD, four_bit_format, method_of, settings_of
+from qwen_vram.spec.quantization import (
+    AWQ,
+    BITSANDBYTES,
+    BLOCK_FP8,
+    GPTQ,
+    OWN_METHOD,
+    four_bit_format,
+    method_of,
+    settings_of,
+)
 
 # Bytes of an element in the model's own dtype, which has 16 bits beside quantized matrices.
 HALF = 2
@@ -18,9 +28,8 @@ HALF = 2
 _OFFSET = 4
 # Sizes of a block of weights that shares a maximum. Source: bitsandbytes 0.50.2, functional.py, quantize_4bit.
 _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-_NESTED_BLOCK = 256
-# Bytes of an element of each dtype that 4-bit codes are stored in (bnb_4bit_quant_storage).
-_STORAGE = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4}
+# Dtypes that 4-bit codes are stored in (bnb_4bit_quant_storage).
+_STORAGE = tuple(row.stored for row in (UINT8, INT8, *PLAIN))
 _WORD = 32
 _AWQ_CODES = 8  # of 4 bits in a word
 
@@ -68,8 +77,8 @@ def matrix_of(weight: Weight, quantization: object, tensors: Mapping[str, Tensor
     codes = tensors.get(weight.name)
     if codes is not None and codes.shape == weight.shape and codes.dtype in FLOATS:
         return plain(weight)
-    if method in ("gptq", "awq"):
-        make = _gptq if method == "gptq" else _awq
+    if method in (GPTQ, AWQ):
+        make = _gptq if method == GPTQ else _awq
         return Matrix(method, make(module, weight, settings))  # type: ignore[arg-type]
     if method == BITSANDBYTES:
         eight = f"{module}.SCB" in tensors or (codes is not None and codes.shape == weight.shape)
@@ -94,21 +103,21 @@ def _four_bit(weight: Weight, kind: str, tensors: Mapping[str, Tensor]) -> Matri
         kind: The data type in config.json; the name in the state is preferred.
     """
     name, codes = weight.name, tensors.get(weight.name)
-    kind = next((one for one in ("nf4", "fp4") if f"{name}.quant_state.bitsandbytes__{one}" in tensors), kind)
+    kind = next((one for one in QUANT_TYPES if f"{name}.quant_state.bitsandbytes__{one}" in tensors), kind)
     nested = any(f"{name}.{part}" in tensors for part in ("nested_absmax", "nested_quant_map"))
     maxima = tensors.get(f"{name}.absmax")
-    nested = nested or (maxima is not None and maxima.dtype == "U8")
+    nested = nested or (maxima is not None and maxima.dtype == UINT8.stored)
     sizes = [-(-weight.numel // size) for size in _BLOCKS]
     blocks = maxima.shape[0] if maxima is not None and maxima.shape else sizes[1]
-    item = _STORAGE.get(codes.dtype, 1) if codes is not None else 1
+    item = BY_STORED[codes.dtype].nbytes if codes is not None and codes.dtype in _STORAGE else 1
     parts = [
-        Part(name, tuple(_STORAGE), ((-(-weight.numel // (2 * item)), 1),)),
+        Part(name, _STORAGE, ((-(-weight.numel // (2 * item)), 1),)),
         Part(f"{name}.absmax", ("U8",) if nested else ("F32", "F16", "BF16"), tuple((size,) for size in sizes)),
         Part(f"{name}.quant_map", ("F32",), ((16,),)),
         Part(f"{name}.quant_state.bitsandbytes__{kind}", ("U8",), (), _OFFSET if nested else 0),
     ]
     if nested:
-        parts.append(Part(f"{name}.nested_absmax", ("F32",), ((-(-blocks // _NESTED_BLOCK),),)))
+        parts.append(Part(f"{name}.nested_absmax", ("F32",), ((-(-blocks // NESTED_BLOCK),),)))
         parts.append(Part(f"{name}.nested_quant_map", ("F32",), ((256,),)))
     return Matrix(four_bit_format(kind, double=nested), tuple(parts))
 
@@ -156,7 +165,7 @@ def _awq(module: str, weight: Weight, settings: Mapping[str, object]) -> tuple[P
 def _own(module: str, weight: Weight, name: str) -> Matrix:
     """Return this library's formats on torch's operators: codes and scales, in every dtype of the same size."""
     rows, columns = weight.shape
-    half = columns // 2 if name == "int4" else columns
+    half = columns // 2 if FORMATS[name].is_tinygemm else columns
     codes = Part(weight.name, ("U8", "I8", "F8_E4M3"), ((rows, half),))
     scales = FORMATS[name].parts[1].name
     groups = FORMATS[name].group_size
@@ -167,13 +176,13 @@ def _own(module: str, weight: Weight, name: str) -> Matrix:
 def _published(module: str, weight: Weight, settings: Mapping[str, object], tensors: Mapping[str, Tensor]) -> Matrix:
     """Return the storage of fp8 by blocks or compressed-tensors, which are counted and not loaded."""
     size = settings.get("weight_block_size")
-    if method_of(settings) == "fp8" and isinstance(size, (list, tuple)) and len(size) == 2:
+    if method_of(settings) == BLOCK_FP8 and isinstance(size, (list, tuple)) and len(size) == 2:
         blocks = tuple(-(-length // step) for length, step in zip(weight.shape, size, strict=True))
         scale = Part(f"{module}.weight_scale_inv", (*FLOATS, "U8", "F8_E8M0"), (blocks,))
         return Matrix("fp8-block", (Part(weight.name, ("F8_E4M3",), (weight.shape,)), scale))
     packed = f"{module}.weight_packed"
     name = packed if packed in tensors else weight.name
-    scale_name = f"{module}.weight_scale_inv" if method_of(settings) == "fp8" else f"{module}.weight_scale"
+    scale_name = f"{module}.weight_scale_inv" if method_of(settings) == BLOCK_FP8 else f"{module}.weight_scale"
     parts = [_packed(name, weight, tensors), Part(scale_name, (*FLOATS, "F8_E4M3", "U8"))]
     known = {part.name for part in parts}
     beside = [other for other in tensors if other.startswith(f"{module}.") and other not in known]
@@ -182,7 +191,7 @@ def _published(module: str, weight: Weight, settings: Mapping[str, object], tens
         for other in sorted(beside)
         if not other.endswith(".bias")
     ]
-    return Matrix("fp8-block" if method_of(settings) == "fp8" else "compressed-tensors", tuple(parts))
+    return Matrix("fp8-block" if method_of(settings) == BLOCK_FP8 else "compressed-tensors", tuple(parts))
 
 
 def _packed(name: str, weight: Weight, tensors: Mapping[str, Tensor]) -> Part:

@@ -8,18 +8,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from qwen_vram.checkpoints.files.safetensors_header import Tensor
+from qwen_vram.dtypes import PLAIN, UINT32
 from qwen_vram.spec.architecture import Architecture
+from qwen_vram.spec.quantization import AWQ, BLOCK_FP8, GPTQ
 
-FLOATS = ("BF16", "F16", "F32")
-# The end of a tensor's name -> its quantizer; the first match counts.
+FLOATS = tuple(row.stored for row in PLAIN)
+# The end of a tensor's name -> whose it is; the first that is found.
 _ENDS = (
     (".quant_state.bitsandbytes__nf4", "bitsandbytes"),
     (".quant_state.bitsandbytes__fp4", "bitsandbytes"),
     (".weight.absmax", "bitsandbytes"),
     (".SCB", "bitsandbytes"),
-    (".qweight", "gptq"),
+    (".qweight", GPTQ),
     (".weight_packed", "compressed-tensors"),
-    (".weight_scale_inv", "fp8"),
+    (".weight_scale_inv", BLOCK_FP8),
     (".scales_and_zeros", "qwen_vram"),
     (".weight_scale_2", "modelopt"),
     (".trellis", "exl3"),
@@ -42,11 +44,11 @@ def quantizer_of(tensors: Mapping[str, Tensor], architecture: Architecture) -> s
     named = [name for name in tensors if name.endswith(ends)]
     for end, method in _ENDS:
         if any(name.endswith(end) for name in named):
-            return "awq" if method == "gptq" and _is_awq(tensors, architecture) else method
+            return AWQ if method == GPTQ and _is_awq(tensors, architecture) else method
     codes = [tensor for name, tensor in tensors.items() if name.endswith("proj.weight") and tensor.dtype not in FLOATS]
     if not codes:
         return ""
-    if codes[0].dtype == "U32" and any(name.endswith(".scales") for name in tensors):
+    if codes[0].dtype == UINT32.stored and any(name.endswith(".scales") for name in tensors):
         return "mlx"
     return "qwen_vram" if any(name.endswith("proj.scale") for name in tensors) else "unknown"
 

@@ -11,12 +11,13 @@ from qwen_vram.errors import BackendUnavailableError, UnknownNameError
 from qwen_vram.lora.codecs.base import Codec, Part
 from qwen_vram.lora.codecs.bnb_4bit import FourBit
 from qwen_vram.runtime.backends.bnb import quantization_config
+from qwen_vram.spec.formats import FORMATS
 
-# Formats on torch's operators, which only this library stores; the others are of bitsandbytes.
-_OWN = ("int4", "int8-wo", "fp8")
+# Formats of torch's operators, which no library but this one stores so; the others are bitsandbytes'.
+_OWN = tuple(name for name, row in FORMATS.items() if row.is_weight_only)
 QUANTIZATIONS = ("nf4", "nf4-plain", "fp4", "int8", *_OWN)
-# GPTQ chooses codes by the activations of the whole model, so it needs a merged checkpoint; see `lora.gptq`.
-GPTQ = ("gptq-int4", "gptq-int8")
+# GPTQ chooses codes by what the whole model computes, so these are made of a merged checkpoint; see `lora.gptq`.
+GPTQ = tuple(name for name, row in FORMATS.items() if row.needs_calibration)
 _INSTALL = 'pip install "bitsandbytes>=0.50"'
 
 
@@ -31,19 +32,20 @@ def codec_for(quantize: str | None) -> Codec | None:
         return None
     if quantize not in QUANTIZATIONS:
         raise UnknownNameError("quantization", quantize, (*QUANTIZATIONS, *GPTQ, "None"))
-    if quantize in _OWN:
-        from qwen_vram.lora.codecs.weight_only import ByGroup, ByRow  # needs transformers, unlike others
+    storage = FORMATS[quantize]
+    if storage.is_weight_only:
+        from qwen_vram.lora.codecs.weight_only import ByGroup, ByRow  # transformers, which the other ways need not
 
-        return ByGroup(quantize) if quantize == "int4" else ByRow(quantize)
+        return ByGroup(quantize) if storage.is_tinygemm else ByRow(quantize)
     if find_spec("bitsandbytes") is None:
         raise BackendUnavailableError(
             f"quantize={quantize!r} needs bitsandbytes, which is not installed; run: {_INSTALL}",
             backend="bnb",
             install=_INSTALL,
         )
-    if quantize == "int8":
+    if storage.has_outliers:
         return Int8()
-    return FourBit("fp4" if quantize == "fp4" else "nf4", nested=quantize != "nf4-plain")
+    return FourBit(storage.quant_type, nested=storage.is_double)
 
 
 class Int8:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from qwen_vram.arithmetic.estimate import Estimate, estimate
-from qwen_vram.arithmetic.gpu_split import check_split, split_estimate, split_of
+from qwen_vram.arithmetic.device_estimate import estimate
+from qwen_vram.arithmetic.estimate import Estimate
+from qwen_vram.arithmetic.gpu_split import split_estimate, split_of
 from qwen_vram.arithmetic.pipeline import slices
 from qwen_vram.arithmetic.process import process_bytes
 from qwen_vram.errors import WorkloadError
@@ -16,12 +17,13 @@ from qwen_vram.planning.capacity.fit import live_bytes
 from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.machine import Machine
 from qwen_vram.spec.profile import Profile
+from qwen_vram.spec.rules.table import check_split
 from qwen_vram.spec.workload import Workload
 
 # Layers that are moved at once: fragments can make one more layer look better than one less.
 _MOST_MOVED = 3
 # What GPUs need together at least is the same for every split but for what stays with blocks that torch's allocator
-# does not split: by less than a hundredth (tests/test_split.py).
+# does not split: by less than a hundredth (tests/arithmetic/test_split.py).
 _SURELY_TOO_MUCH = 1.01
 
 

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
-from qwen_vram.arithmetic.estimate import Estimate, estimate
-from qwen_vram.arithmetic.gpu_split import ONE_DEVICE, split_estimate, split_of
+from qwen_vram.arithmetic.device_estimate import estimate
+from qwen_vram.arithmetic.estimate import Estimate
+from qwen_vram.arithmetic.gpu_split import split_estimate, split_of
 from qwen_vram.arithmetic.timing.bytes_moved import decode_floor_ms
 from qwen_vram.arithmetic.weights import streaming_slots
 from qwen_vram.planning.capacity.budget import Budget
@@ -19,6 +20,7 @@ from qwen_vram.planning.support import not_loadable
 from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.machine import Machine
 from qwen_vram.spec.profile import Profile
+from qwen_vram.spec.rules.table import ONE_GPU
 from qwen_vram.spec.workload import Workload
 
 _HOST_CACHE: dict[str, object] = {"kv_cache": "bf16", "kv_device": "host"}
@@ -90,16 +92,12 @@ class Candidates:
         self.caches = [cache for cache in caches if tuple(cache.values()) in forms]
 
     def _has_room(self, move: Saver) -> bool:
-        """Tell if a move can be made on these devices: some on one GPU alone, and the table only where the host is.
-
-        Of the formats of 8 bits bitsandbytes' is offered on a CPU, and weights alone on a GPU. There they take a tenth
-        of the time for a token, and are closer to bf16 (benchmarks/results/real_formats.jsonl).
-        """
-        if move.knobs.get("weights") == ("int8-wo" if self.budget.vram is None else "int8"):
+        """Tell if a move can be made on these devices: some on one GPU alone, and the table only where the host is."""
+        if move.device not in ("", "cpu" if self.budget.vram is None else "gpu"):
             return False
         table = self.architecture.vocab_size * self.architecture.hidden_size * self.start.element_bytes
         too_large = self.budget.vram is not None and move.knobs.get("embeddings") == "host" and table > self.budget.ram
-        return not too_large and not (self.several and ONE_DEVICE.keys() & move.knobs.keys())
+        return not too_large and not (self.several and ONE_GPU.keys() & move.knobs.keys())
 
     def candidates(self) -> Iterator[Candidate]:
         """Every profile on the way that loads, and needs less than all before it.

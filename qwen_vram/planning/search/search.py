@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Literal
 
 from qwen_vram.arithmetic.estimate import Estimate
-from qwen_vram.arithmetic.gpu_split import ONE_DEVICE
 from qwen_vram.arithmetic.timing.bytes_moved import product_rate
 from qwen_vram.arithmetic.timing.generation import generation_ms
 from qwen_vram.planning.capacity.fit import fits, needed, on_device
@@ -18,7 +17,8 @@ from qwen_vram.planning.search.largest_workload import nearest
 from qwen_vram.planning.search.savers import Saver, change_of
 from qwen_vram.planning.support import not_loadable
 from qwen_vram.spec.formats import FORMATS
-from qwen_vram.spec.profile import Profile
+from qwen_vram.spec.profile import KNOBS, Profile
+from qwen_vram.spec.rules.table import ONE_GPU
 from qwen_vram.spec.workload import Workload
 
 Prefer = Literal["quality", "speed", "memory"]
@@ -72,7 +72,7 @@ class Search(Candidates):
         """Moves that may make a profile faster. On GPUs, and where the search chose."""
         if self.profile == "auto" and self.budget.vram is not None:
             for move in given_back(self.start, profile, self.knobs):
-                if not (self.several and ONE_DEVICE.keys() & move.knobs.keys()):
+                if not (self.several and ONE_GPU.keys() & move.knobs.keys()):
                     yield move
 
     def _quicker(self, before: Profile, move: Saver) -> Profile | None:
@@ -242,5 +242,4 @@ class Search(Candidates):
 
 def _turned(profile: Profile) -> Saver:
     """Every knob that steps to `profile` may have turned."""
-    turned = ("weights", "lm_head", "embeddings", "prefill_chunk_size", "streamed_layers", "host_layers", "disk_layers")
-    return Saver({knob: getattr(profile, knob) for knob in (*turned, "kv_cache", "kv_device")}, "")
+    return Saver({knob: getattr(profile, knob) for knob in KNOBS}, "")

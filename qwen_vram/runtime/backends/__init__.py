@@ -7,7 +7,8 @@ from importlib.metadata import entry_points
 
 from qwen_vram.errors import BackendUnavailableError, UnknownNameError
 from qwen_vram.runtime.backends.base import Backend
-from qwen_vram.spec.formats import FORMAT_NAMES
+from qwen_vram.spec.formats import FORMAT_NAMES, FORMATS, KernelName
+from qwen_vram.spec.quantization import METHODS
 from qwen_vram.spec.quantizers import QUANTIZERS
 
 _DENSE = "qwen_vram.runtime.backends.dense:DenseBackend"
@@ -15,13 +16,17 @@ _BNB = "qwen_vram.runtime.backends.bnb:BnbBackend"
 _TORCH = "qwen_vram.runtime.backends.torch_ops:TorchBackend"
 _GPTQ = "qwen_vram.runtime.backends.gptq:GptqBackend"
 
-# Storage format -> "module:class".
-TARGETS: dict[str, str] = {
-    **dict.fromkeys(("fp32", "bf16", "fp16"), _DENSE),
-    **dict.fromkeys(("int8", "nf4", "nf4-plain", "fp4", "fp4-plain"), _BNB),
-    **dict.fromkeys(("int4", "int8-wo", "fp8"), _TORCH),
-    **dict.fromkeys(("gptq-int4", "gptq-int8", "gptq", "awq"), _GPTQ),
+# What multiplies by a format -> "module:class"; for what is plugged in, another package says it.
+_BY_KERNEL: dict[KernelName, str] = {
+    "dense": _DENSE,
+    "bnb-4bit": _BNB,
+    "bnb-int8": _BNB,
+    "tinygemm": _TORCH,
+    "dequantized": _TORCH,
+    "gptqmodel": _GPTQ,
 }
+# Storage format -> "module:class".
+TARGETS: dict[str, str] = {name: _BY_KERNEL[row.kernel] for name, row in FORMATS.items() if not row.is_plugged}
 
 ENTRY_POINTS = "qwen_vram.backends"
 
@@ -42,7 +47,7 @@ def get_backend(storage_format: str) -> Backend:
     for entry in entry_points(group=ENTRY_POINTS, name=storage_format):
         plugged: Backend = entry.load()()
         return plugged
-    runs = QUANTIZERS["fp8" if storage_format == "fp8-block" else storage_format].runs
+    runs = next(QUANTIZERS[method].runs for method, name in METHODS.items() if name == storage_format)
     raise BackendUnavailableError(
         f"no backend loads {storage_format!r}: its bytes are counted by estimate_vram() only; run the checkpoint with "
         f"{runs}, or load the 16-bit checkpoint that it was made of, with weights='fp8', 'int8' or 'nf4'",

@@ -12,12 +12,14 @@ import torch
 from torch import nn
 
 from qwen_vram.checkpoints.files.safetensors_header import Tensor
+from qwen_vram.dtypes import FP32
 from qwen_vram.errors import BackendUnavailableError
 from qwen_vram.runtime.backends.base import Request, from_pretrained, stored_config
 from qwen_vram.runtime.backends.bnb_cpu import check_scales, keep_scales
 from qwen_vram.runtime.backends.bnb_state import copied, itself, quantization_tensors, with_tensors
 from qwen_vram.runtime.backends.dense import DenseBackend, filled, parameters, twin_binding
 from qwen_vram.runtime.linear.cpu_4bit import import_quietly, kernel_library, multiply, pack
+from qwen_vram.runtime.torch_dtypes import ROWS
 from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.formats import FORMATS
 from qwen_vram.spec.profile import Profile
@@ -61,11 +63,11 @@ def quantization_config(weights: str, *, head: bool, dtype: torch.dtype) -> Any:
 
     # transformers skips the head unless it is given a list; an empty one skips nothing.
     options: dict[str, Any] = {"llm_int8_skip_modules": [] if head else ["lm_head"]}
-    if weights == "int8":
+    if FORMATS[weights].has_outliers:
         return BitsAndBytesConfig(load_in_8bit=True, **options)
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type=weights.removesuffix("-plain"),
+        bnb_4bit_quant_type=FORMATS[weights].quant_type,
         bnb_4bit_use_double_quant=FORMATS[weights].is_double,
         bnb_4bit_compute_dtype=dtype,
         **options,
@@ -85,7 +87,7 @@ class BnbBackend:
                 backend="bnb",
                 install=_INSTALL,
             )
-        oldest = _OLDEST_INT8 if profile.weights == "int8" else _OLDEST_4_BIT
+        oldest = _OLDEST_INT8 if FORMATS[profile.weights].has_outliers else _OLDEST_4_BIT
         if device.type == "cuda" and torch.cuda.get_device_capability(device) < oldest:
             raise BackendUnavailableError(
                 f"weights={profile.weights!r} needs a GPU of compute capability {oldest[0]}.{oldest[1]}, got "
@@ -105,7 +107,7 @@ class BnbBackend:
             # The checkpoint's own settings override arguments, so they are changed in the config.
             config = stored_config(request)
             config.quantization_config["llm_int8_enable_fp32_cpu_offload"] = two_devices
-            config.quantization_config["bnb_4bit_compute_dtype"] = str(request.dtype).removeprefix("torch.")
+            config.quantization_config["bnb_4bit_compute_dtype"] = ROWS[request.dtype].torch
             if request.profile.lm_head is None:
                 _leave_head(config.quantization_config)
             model: Any = from_pretrained(request._replace(narrowed=_wide(request.files.tensors)), config=config)
@@ -154,14 +156,14 @@ class BnbBackend:
 
         matrix = weights["weight"].to(request.dtype)
         sizes = {"input_features": module.in_features, "output_features": module.out_features, "device": "meta"}
-        name, bias = request.profile.weights, module.bias is not None
+        storage, bias = FORMATS[request.profile.weights], module.bias is not None
         made: Any
-        if name == "int8":
+        if storage.has_outliers:
             made = bnb.nn.Linear8bitLt(**sizes, bias=bias, has_fp16_weights=False, threshold=_THRESHOLD)
             codes, scales = eight_bit(matrix, request.device)
             made.weight = bnb.nn.Int8Params(codes, requires_grad=False, CB=codes, SCB=scales)
         else:
-            quant_type, nested = name.removesuffix("-plain"), FORMATS[name].is_double
+            quant_type, nested = storage.quant_type, storage.is_double
             kind = {"quant_type": quant_type, "compress_statistics": nested}
             made = bnb.nn.Linear4bit(**sizes, bias=bias, compute_dtype=request.dtype, **kind)
             codes, state = four_bit(matrix, request.device, quant_type=quant_type, nested=nested)
@@ -246,7 +248,7 @@ def _wide(tensors: Mapping[str, Tensor]) -> frozenset[str]:
     return frozenset(
         name
         for name, tensor in tensors.items()
-        if tensor.dtype == "F32" and name.endswith((".weight", ".bias")) and f"{name}.absmax" not in tensors
+        if tensor.dtype == FP32.stored and name.endswith((".weight", ".bias")) and f"{name}.absmax" not in tensors
     )
 
 

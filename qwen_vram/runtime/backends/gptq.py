@@ -12,15 +12,18 @@ from torch import nn
 from qwen_vram.errors import UnknownNameError
 from qwen_vram.runtime.backends.base import Request, from_pretrained, stored_config
 from qwen_vram.runtime.backends.gptq_library import check_installed, import_quietly, quietly
+from qwen_vram.spec.formats import FORMATS
 from qwen_vram.spec.profile import Profile
-from qwen_vram.spec.quantization import quantization_of, settings_of
+from qwen_vram.spec.quantization import AWQ, GPTQ, quantization_of, settings_of
 
-# Tensors that a module keeps of its checkpoint. They are buffers: the module has no parameters.
+# What a module keeps of its checkpoint. It has no parameters: all of it are buffers.
 _STORED = ("qweight", "qzeros", "scales", "g_idx", "bias")
-# Plain kernels, which need no compilation and leave tensors as they are stored. nvcc compiles GPTQModel's own choice on
-# CUDA (Machete, Marlin, ExLlama) for a minute or more at the first use. Its choice on the CPU is compiled too.
+# Plain kernels, which start at once and leave tensors as they are stored. GPTQModel's own choice on CUDA (Machete,
+# Marlin, ExLlama) is compiled by nvcc for a minute or more when it is first used, and its choice on the CPU too.
 _PLAIN = {"cpu": "torch", "cuda": "triton"}
-# Settings of a checkpoint that determine how its tensors are read.
+# GPTQModel's names of the plain kernels for AWQ.
+_NAMED = {AWQ: {"torch": "torch_awq", "triton": "gemm_triton"}}
+# Settings of a checkpoint that say how its tensors are read.
 _DEFAULT_BITS = 4
 _READ = ("bits", "group_size", "desc_act", "sym", "checkpoint_format", "format", "version", "zero_point", "meta")
 KERNEL = "QWEN_VRAM_GPTQ_KERNEL"
@@ -42,14 +45,14 @@ class GptqBackend:
         settings = _settings(request)
         import_quietly()
         config = stored_config(request)
-        # The checkpoint's own settings override arguments, so they are changed in the config.
+        # The checkpoint's own settings win over any that are passed, so they are changed where they stand.
         config.quantization_config = settings
-        if request.profile.weights == "awq" and request.device.type == "cuda":
-            request = request._replace(dtype=torch.float16)  # its kernels do not support bf16; transformers would warn
+        if FORMATS[request.profile.weights].is_awq and request.device.type == "cuda":
+            request = request._replace(dtype=torch.float16)  # its kernels know no bf16; transformers would say so
         with quietly():
             model = from_pretrained(request._replace(made=_missing_order(request)), config=config)
         for module in model.modules():
-            # torch.compile of it would run a compiler for every shape, and fail without a compiler.
+            # torch.compile of it: a compiler run for every shape, and none where there is no compiler.
             module.__dict__.pop("dequantize_weight", None)
         return model
 
@@ -70,12 +73,11 @@ def _settings(request: Request) -> dict[str, Any]:
     kernel = _chosen_kernel() or _PLAIN[request.device.type]
     if kernel == "triton" and (block.get("bits") == 3 or find_spec("triton") is None):
         kernel = "torch"
-    if method == "awq":
-        kernel = {"torch": "torch_awq", "triton": "gemm_triton"}.get(kernel, kernel)
+    kernel = _NAMED.get(method, {}).get(kernel, kernel)
     settings = {"bits": _DEFAULT_BITS, **{key: block[key] for key in _READ if key in block}}
     tensors = request.files.tensors
     quantized = sorted(name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight"))
-    if method == "gptq":
+    if method == GPTQ:
         settings["modules_in_block_to_quantize"] = [quantized]
     else:
         plain = [name.removesuffix(".weight") for name in tensors if name.endswith("proj.weight")]
@@ -88,7 +90,7 @@ def _missing_order(request: Request) -> dict[str, torch.Tensor]:
 
     The groups are in order, the only meaning without `desc_act`. A checkpoint with `desc_act` is refused.
     """
-    if request.profile.weights == "awq":
+    if FORMATS[request.profile.weights].is_awq:
         return {}
     tensors = request.files.tensors
     settings: Any = settings_of(quantization_of(request.files.config))

@@ -11,9 +11,10 @@ from qwen_vram.errors import BackendUnavailableError
 from qwen_vram.runtime.backends.base import Request, from_pretrained, stored_config
 from qwen_vram.runtime.linear.int4_packing import order_is_known
 from qwen_vram.runtime.linear.weight_only import WeightOnlyLinear
+from qwen_vram.spec.formats import FORMATS
 from qwen_vram.spec.profile import Profile
 
-# tinygemm uses bf16 tensor cores. Source: torch 2.11, int4mm.cu.
+# tinygemm multiplies by bf16 tensor cores. Source: torch 2.11, int4mm.cu.
 _OLDEST_INT4 = (8, 0)
 
 
@@ -24,13 +25,13 @@ class TorchBackend:
 
     def check(self, profile: Profile, device: torch.device) -> None:
         """Refuse int4 if its kernels do not run."""
-        reason = _int4_cannot_run(device) if profile.weights == "int4" else ""
+        reason = _int4_cannot_run(device) if FORMATS[profile.weights].is_tinygemm else ""
         if reason:
             raise BackendUnavailableError(f"weights='int4' cannot run: {reason}; use weights='nf4'", backend=self.name)
 
     def load(self, request: Request) -> nn.Module:
         """Return the model with its matrices quantized; embeddings, norms and biases keep the model's dtype."""
-        config = _config(request.profile)  # also registers the quantizer, which a stored checkpoint needs
+        config = _config(request.profile)  # registers the quantizer, which a stored checkpoint needs too
         return from_pretrained(
             request, **({"config": stored_config(request)} if request.stored else {"quantization_config": config})
         )

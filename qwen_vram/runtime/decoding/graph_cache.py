@@ -40,20 +40,20 @@ class Lender(Protocol):
 
 
 class GraphBuffers:
-    """Keys and values of every layer, (batch_size, max_length, kv_heads, head_dim) each."""
+    """Keys and values of every layer, (batch_size, max_length, kv_heads, head_dim) each, as the layer has them."""
 
     def __init__(self, model: Any, batch_size: int, max_length: int) -> None:
-        config = model.config
-        head_dim = model.model.layers[0].self_attn.head_dim
-        shape = (batch_size, max_length, config.num_key_value_heads, head_dim)
         where = {"dtype": model.dtype, "device": model.device}
         self.batch_size, self.max_length = batch_size, max_length
         # Zero-filled, because masking does not remove NaNs. Allocated outside inference mode, because inference tensors
         # cannot be updated in place outside it.
         with torch.inference_mode(False):
-            self.layers = [
-                (torch.zeros(shape, **where), torch.zeros(shape, **where)) for _ in range(config.num_hidden_layers)
-            ]
+            self.layers: list[tuple[Tensor, Tensor]] = []
+            for layer in model.model.layers:
+                attention = layer.self_attn
+                heads = attention.k_proj.out_features // attention.head_dim
+                shape = (batch_size, max_length, heads, attention.head_dim)
+                self.layers.append((torch.zeros(shape, **where), torch.zeros(shape, **where)))
 
     @property
     def size(self) -> tuple[int, int]:

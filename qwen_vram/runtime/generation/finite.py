@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor
 
 from qwen_vram.errors import NotFiniteError
+from qwen_vram.runtime.torch_dtypes import ROWS
 
 # Number of tokens between two reads of the flag on a GPU, which do not wait for the GPU.
 _EVERY = 16
 # The most tokens of the context that are processed again to find the module.
 _TRACED = 1024
-_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 _LARGEST_FP16 = torch.finfo(torch.float16).max
 
 
@@ -86,7 +86,7 @@ def explained(model: Any, context: Tensor | None) -> NotFiniteError:
 
     It runs the first tokens of the context again, to find the first module whose output is not finite.
     """
-    dtype = _NAMES.get(model.dtype, str(model.dtype).removeprefix("torch."))
+    dtype = ROWS[model.dtype].name or ROWS[model.dtype].torch
     module, stored = ("", False) if context is None else _traced(model, context[:, :_TRACED])
     where = f"; the first output that is not finite is that of {module!r}" if module else ""
     if stored:

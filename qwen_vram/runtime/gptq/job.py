@@ -11,6 +11,7 @@ from typing import Any
 
 from qwen_vram.checkpoints.files.local import read_config
 from qwen_vram.checkpoints.files.names import CONFIG
+from qwen_vram.dtypes import BF16, FP16
 from qwen_vram.errors import ConfigError, UnknownNameError
 from qwen_vram.runtime.backends.gptq_library import check_installed
 from qwen_vram.runtime.gptq.process import run_worker
@@ -18,8 +19,9 @@ from qwen_vram.runtime.gptq.sample_texts import Calibration, calibration_texts, 
 from qwen_vram.runtime.loading.devices import working_device
 from qwen_vram.runtime.progress import progress_bar
 from qwen_vram.runtime.tensors.checkpoint import Checkpoint, open_checkpoint
-from qwen_vram.spec.architecture import Architecture, Weight
+from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.formats import FORMATS
+from qwen_vram.spec.layers import Weight
 from qwen_vram.units import parse_bytes
 
 _BITS = (4, 8)
@@ -72,12 +74,12 @@ class GptqJob:
         samples = [ids for ids in tokens(checkpoint.folder, self.texts) if ids]
         _warn_of_few(samples, checkpoint.architecture)
         config = read_config(checkpoint.folder)
-        dtype = "float16" if config.get("dtype", config.get("torch_dtype")) == "float16" else "bfloat16"
+        dtype = FP16.torch if checkpoint.architecture.dtype == FP16.name else BF16.torch
         work = folder / "work"
         result = work / "result"
         work.mkdir()
         layers = checkpoint.architecture.num_hidden_layers
-        each = 2 * sum(weight.numel for weight in checkpoint.architecture.block)
+        each = 2 * sum(layer.numel for layer in checkpoint.architecture.layers) // layers
         with progress_bar("quantizing", layers * each, shown=progress) as advance:
             run_worker(
                 {

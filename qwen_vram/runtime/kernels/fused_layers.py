@@ -1,9 +1,10 @@
-"""`kernels="fused"`: decoder layers with fused norms, rotary embedding and SwiGLU.
+"""`kernels="fused"`: decoder layers whose norms, rotary embedding and SwiGLU are one kernel each, and sums in place.
 
-The modules stay `transformers`' own, with weights and hooks. Each gets a forward of the same arithmetic that allocates
-fewer tensors. Their own forward runs for gradients, and while torch compiles.
+The modules stay `transformers`' own, weights and hooks included; each gets a forward of the same arithmetic that makes
+fewer tensors. A family names the classes for which that holds: a class of another name may compute something else. If
+gradients are wanted, and while torch compiles, their own forward runs.
 
-Source of the arithmetic: transformers 5.17 and 5.23, modeling_qwen2.py and modeling_qwen3.py.
+Source of what they do: transformers 5.17 and 5.23, the modeling files of the families.
 """
 
 from __future__ import annotations
@@ -19,23 +20,28 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qwen_vram.errors import NotSupportedError
 from qwen_vram.runtime.kernels import fused_ops
+from qwen_vram.spec.families import find_family, model_types
+from qwen_vram.spec.family import FusedPart
 
 
 def fuse_layers(model: nn.Module) -> None:
-    """Give every decoder layer of a Qwen model, and its last norm, the fused forward.
+    """Let every decoder layer of a model run so, and its last norm.
 
     Raises:
-        NotSupportedError: the model has no such layers, which is possible with another package's backend.
+        NotSupportedError: it has none of those that its family names, as a plugged-in backend's model may.
     """
+    config: Any = getattr(model, "config", None)
+    family = find_family(str(getattr(config, "model_type", "")))
+    parts = {} if family is None else family.fused
     for module in model.modules():
         kind: Any = type(module)
-        for ending, fused in _FUSED.items():
-            if kind.__name__.endswith(ending):
-                module.__class__ = _joined_class(kind, fused)
+        part = parts.get(f"{kind.__module__}.{kind.__qualname__}")
+        if part is not None and not issubclass(kind, _FUSED[part]):
+            module.__class__ = _joined_class(kind, _FUSED[part])
     if not any(isinstance(module, FusedLayer) for module in model.modules()):
         raise NotSupportedError(
-            f"kernels='fused' knows the decoder layers of transformers' Qwen models, and {type(model).__name__} has "
-            "none; use kernels='plain'",
+            f"kernels='fused' knows the decoder layers of transformers' {', '.join(model_types())}, and "
+            f"{type(model).__name__} has none; use kernels='plain'",
             knob="kernels",
             value="fused",
         )
@@ -111,7 +117,7 @@ class FusedAttention:
             attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
-            sliding_window=self.sliding_window,
+            sliding_window=getattr(self, "sliding_window", None),
             **kwargs,
         )
         return self.o_proj(attended.reshape(*shape, -1).contiguous()), weights
@@ -134,11 +140,11 @@ class FusedLayer:
         return hidden_states.add_(residual)
 
 
-_FUSED: dict[str, type] = {
-    "RMSNorm": FusedNorm,
-    "MLP": FusedMlp,
-    "Attention": FusedAttention,
-    "DecoderLayer": FusedLayer,
+_FUSED: dict[FusedPart, type] = {
+    "norm": FusedNorm,
+    "mlp": FusedMlp,
+    "attention": FusedAttention,
+    "layer": FusedLayer,
 }
 
 

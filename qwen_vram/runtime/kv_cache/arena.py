@@ -22,13 +22,13 @@ class KvArena:
         self._memory: Tensor | None = None
 
     def take(self, wanted: Mapping[Key, Tensor], device: torch.device) -> dict[Key, Tensor]:
-        """Return the next layer's part on `device`: a tensor for each of `wanted`, which are on the meta device.
+        """The next layer's part on `device`: a tensor for each one `wanted`, given on the meta device.
 
-        The tensors are contiguous, sorted by the factors of two in their sizes, so each keeps the alignment of its
-        size. Once every layer has its part, the block is freed with the last of them.
+        Their bytes lie side by side, those with more factors of two first, so that each keeps the alignment that its
+        size has. Once every layer has its part, the block lives as long as one of them.
 
         Raises:
-            ValueError: the earlier layers were on another device.
+            ValueError: the layers before were on another device, or of another size.
         """
         layout = Layout(wanted)
         if self._memory is None:
@@ -38,12 +38,18 @@ class KvArena:
                 f"the cache's layers are on {self._memory.device} and on {device}, and share one block; say how many "
                 "each device has: PreallocatedCache(..., split=(14, 14))"
             )
+        if self._memory.nbytes != self.layers * layout.nbytes:
+            raise ValueError(
+                f"the cache's layers share one block of alike parts, and layer {self._taken} of them takes "
+                f"{layout.nbytes:,} bytes where the first took {self._memory.nbytes // self.layers:,}; use "
+                "cache='dynamic'"
+            )
         start = self._taken * layout.nbytes
         part = self._memory[start : start + layout.nbytes]
         self._taken += 1
         if self._taken == self.layers:
             self._memory = None
-        # Views share a version counter: a write to one layer would forbid gradients through earlier layers.
+        # Views share a version counter: one layer's write would forbid gradients through the layers before it.
         return {name: view.data for name, view in layout.views(part).items()}
 
 

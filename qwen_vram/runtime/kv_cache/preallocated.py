@@ -15,7 +15,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from qwen_vram.runtime.kv_cache.arena import KvArena, like_states, rearranged
 from qwen_vram.runtime.kv_cache.quantized import QuantizedLayer
-from qwen_vram.spec.profile import KvFormat
+from qwen_vram.spec.kv_formats import KvFormatName, kv_format
 
 
 class PreallocatedLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -104,13 +104,16 @@ class PreallocatedLayer(CacheLayerMixin):  # type: ignore[misc]
 
 
 class PreallocatedCache(Cache):  # type: ignore[misc]
-    """A cache for `model.generate(past_key_values=...)` that never grows, with `max_length` tokens in every layer.
+    """A cache for `model.generate(past_key_values=...)` that never grows: `max_length` tokens in every layer.
 
-    `kv_cache` is `"bf16"` for the model's own dtype, `"int8"` or `"int4"`. Memory is allocated at the first token, in
-    one block, with exactly the bytes that `arithmetic.kv_cache` predicts.
+    `kv_cache` is `"bf16"` for the model's own dtype, `"int8"` or `"int4"`. Memory is taken at the first token: exactly
+    what `arithmetic.kv_cache` predicts, in one block.
 
     Args:
-        split: Layers of each GPU in order, for a model on several GPUs: each GPU has its own block.
+        split: Layers of each GPU in order, where a model is on several: each has a block of its own.
+
+    Raises:
+        UnknownNameError: there is no such format.
     """
 
     def __init__(
@@ -118,17 +121,18 @@ class PreallocatedCache(Cache):  # type: ignore[misc]
         num_hidden_layers: int,
         *,
         max_length: int,
-        kv_cache: KvFormat = "bf16",
+        kv_cache: KvFormatName = "bf16",
         split: Sequence[int] = (),
     ) -> None:
         layers: list[CacheLayerMixin] = []
+        quantized = kv_format(kv_cache).is_quantized
         for count in split or (num_hidden_layers,):
             room = KvArena(count)
             for _ in range(count):
-                if kv_cache == "bf16":
-                    layers.append(PreallocatedLayer(max_length, room))
-                else:
+                if quantized:
                     layers.append(QuantizedLayer(max_length, kv_cache, room))
+                else:
+                    layers.append(PreallocatedLayer(max_length, room))
         super().__init__(layers=layers)
         self.kv_cache = kv_cache
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qwen_vram.arithmetic.weights import PACKED_ROWS
+from qwen_vram.spec.formats import PACKED_ROWS
 
 _HALF = PACKED_ROWS // 2
 

@@ -16,24 +16,25 @@ import torch
 from torch import Tensor, nn
 
 from qwen_vram.runtime.kernels.fused_ops import kernels_on
+from qwen_vram.spec.formats import BLOCK, FORMATS, NESTED_BLOCK, QUANT_TYPES
 
 _LOGGER = logging.getLogger(__name__)
 
 MOST_ROWS = 8
-# The limit for a 16-bit matrix, which cuBLAS multiplies by two rows in the time of one.
+# The format of a 16-bit matrix for these kernels.
+_DENSE = "dense"
+# Of a 16-bit matrix, which cuBLAS multiplies by two rows in the time of one.
 _MOST_DENSE_ROWS = 1
-_BLOCK = 64  # of bitsandbytes' 4-bit matrices, for its kernel and for these
-_OUTER_BLOCK = 256  # of the maxima of blocks. Source: bitsandbytes 0.50.2, functional.quantize_blockwise
 
-# The look-up of 16 values and the division of products (`_division`): a few of the divisions that
-# benchmarks/few_rows.py tried, which serve all shapes. With one row of Qwen2.5-7B they are within 10 % of the
-# fastest, except for matrices of 512 rows, which are multiplied together with others.
+# How 16 values are looked up, and how products are divided (`_division`): of the divisions that
+# benchmarks/few_rows.py tried, few that serve all shapes. With one row of Qwen2.5-7B they are within 10 % of the
+# fastest but for matrices of 512 rows, which are multiplied together with others.
 # measured: NVIDIA H200, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-30.
 _LOOKUP = "shuffle"
-_DEEP = 8_192  # columns: from this number on a program's warps share a row
-_SHORT = 8_192  # rows: up to this number there are few programs
+_DEEP = 8_192  # columns: from here on a program's warps share a row
+_SHORT = 8_192  # rows, up to which programs are few
 
-# Formats whose kernels failed in this process.
+# Formats whose kernels do not run here, for this process.
 _BROKEN: set[str] = set()
 
 
@@ -88,7 +89,7 @@ def _launch(storage: str, x: Tensor, run: Callable[[], None]) -> bool:
             run()
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # a compiler can raise any error
+    except Exception as error:  # whatever a compiler on somebody's machine may raise
         _BROKEN.add(storage)
         _LOGGER.warning(
             "products of few rows with %s matrices go by other kernels, which are slower: Triton cannot compile this "
@@ -131,9 +132,9 @@ def _codes(linear: Any, x: Tensor) -> _Codes | None:
     if type(linear) is nn.Linear:
         if len(x) > _MOST_DENSE_ROWS or weight.dtype != x.dtype or x.shape[1] != weight.shape[1] or x.shape[1] % 8:
             return None
-        return _Codes("dense", False, weight.view(-1).view(torch.int32), (weight,))
+        return _Codes(_DENSE, False, weight.view(-1).view(torch.int32), (weight,))
     storage = getattr(linear, "format", None)
-    if storage in ("int8-wo", "fp8"):
+    if storage is not None and FORMATS[storage].is_dequantized:
         if x.shape[1] != linear.in_features or x.shape[1] % 16:
             return None
         return _Codes(str(storage), False, weight.view(-1).view(torch.int32), (cast("Tensor", linear.scale),))
@@ -141,16 +142,16 @@ def _codes(linear: Any, x: Tensor) -> _Codes | None:
     if (
         state is None
         or weight.dtype != torch.uint8
-        or state.quant_type not in ("nf4", "fp4")
-        or state.blocksize != _BLOCK
+        or state.quant_type not in QUANT_TYPES
+        or state.blocksize != BLOCK
         or state.shape[1] != x.shape[1]
-        or x.shape[1] % _BLOCK
+        or x.shape[1] % BLOCK
         or getattr(state, "packing_format_for_cpu", False)
     ):
         return None
     scales: tuple[Tensor, ...] = (state.absmax, state.code)
     if state.nested:
-        if state.state2.blocksize != _OUTER_BLOCK:
+        if state.state2.blocksize != NESTED_BLOCK:
             return None
         scales = (*scales, state.state2.code, state.state2.absmax, state.offset)
     return _Codes(state.quant_type, state.nested, weight.view(-1).view(torch.int32), scales)
@@ -174,15 +175,15 @@ def _division(storage: str, rows: int, out: int, width: int, *, alone: bool) -> 
         out: Rows of the matrices together.
         alone: There is one matrix, and the kernel computes only its product.
     """
-    if storage == "dense":
+    if storage == _DENSE:
         return (2, 128, 4)
     if rows > 4:
         return (2, 32, 1)
     if width > _DEEP:
-        return (4, 128, 4) if rows > 1 or storage in ("nf4", "fp4") else (2, 128, 4)
+        return (4, 128, 4) if rows > 1 or storage in QUANT_TYPES else (2, 128, 4)
     if rows > 1 or out > _SHORT:
         return (4, 32, 1)
-    if storage in ("nf4", "fp4"):
+    if storage in QUANT_TYPES:
         return (4, 64, 2) if alone else (4, 32, 1)
     return (2, 128, 4)
 

@@ -5,7 +5,7 @@ A dequantized value is a code's float32 times its scale. It is not rounded to 16
 before a product by cuBLAS.
 """
 
-# Triton reads annotations as objects, so this module must not postpone their evaluation.
+# Triton reads annotations as they are: none of them may be put off.
 
 from typing import NamedTuple
 
@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qwen_vram.spec.formats import QUANT_TYPES
+
 _NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -23,7 +25,7 @@ _NF4 = (
 _FP4_HALF = (0.0, 0.0052083334885537624, 0.6666666865348816, 1.0, 0.3333333432674408, 0.5, 0.1666666716337204, 0.25)
 _FP4 = (*_FP4_HALF, *(-value for value in _FP4_HALF))
 
-# Methods to look up one of 16 values.
+# How 16 values are looked up.
 LOAD, SHUFFLE, PERMUTE = "load", "shuffle", "permute"
 
 # Operands below: $0 to $7 are values of a word's eight codes, $8 is the word. A byte's high nibble is its first code.
@@ -104,7 +106,7 @@ def _values(words, table, entry, BF16: tl.constexpr, FORMAT: tl.constexpr, LOOKU
         for byte in tl.static_range(4):
             values = values + (((words << (24 - 8 * byte)) >> 24).to(tl.float32),)
     elif FORMAT == "fp8":
-        # e4m3 has fp16's fields with one exponent bit less: its bits in fp16's positions are the value divided by 256.
+        # e4m3 has fp16's fields with an exponent of one bit less: its bits in their places are the value over 256.
         even = ((words & 0x800080) << 8) | ((words & 0x7F007F) << 7)
         odd = (words & -0x7FFF8000) | ((words & 0x7F007F00) >> 1)
         values = (_half(even), _half(odd), _half(even >> 16), _half(odd >> 16))
@@ -156,7 +158,7 @@ def _sums(
         sums = sums + (tl.zeros((STEP, ROWS), tl.float32),)
     words = tl.load(weight_at, mask=(chunk < chunks)[:, None, None], other=0)
     for start in range(0, chunks, STEP):
-        # The next ones are loaded while these are multiplied.
+        # The next ones are on their way while these are multiplied.
         ahead = (start + STEP + chunk < chunks)[:, None]
         next_words = tl.load(weight_at + (start + STEP) * 4, mask=ahead[:, :, None], other=0)
         here = start + chunk < chunks
@@ -304,7 +306,7 @@ def multiply(x: Tensor, matrices: tuple[Matrix, ...], storage: str, config: Conf
     """Compute products of x (M, width), contiguous, with one to three matrices of a storage format in one launch."""
     first, second, third = (*(tuple(one) for one in matrices), None, None)[:3]
     programs = sum(triton.cdiv(one.rows, config.rows) for one in matrices)
-    four_bit = storage in ("nf4", "fp4")
+    four_bit = storage in QUANT_TYPES
     _multiply[(programs,)](
         x.view(torch.int32), first, second, third, x.shape[1],
         M=x.shape[0], BF16=x.dtype == torch.bfloat16, FORMAT=storage, NESTED=len(matrices[0].scales) > 2,
@@ -315,7 +317,7 @@ def multiply(x: Tensor, matrices: tuple[Matrix, ...], storage: str, config: Conf
 
 def swiglu(x: Tensor, gate: Matrix, up: Matrix, storage: str, config: Config) -> None:
     """Compute `silu(x @ gate.T) * (x @ up.T)` into the gate's result, for matrices of one shape without biases."""
-    four_bit = storage in ("nf4", "fp4")
+    four_bit = storage in QUANT_TYPES
     _swiglu[(triton.cdiv(gate.rows, config.rows),)](
         x.view(torch.int32), tuple(gate), tuple(up), x.shape[1],
         M=x.shape[0], BF16=x.dtype == torch.bfloat16, FORMAT=storage, NESTED=len(gate.scales) > 2,

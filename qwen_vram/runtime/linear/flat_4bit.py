@@ -15,7 +15,7 @@ from bitsandbytes import functional
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 
-from qwen_vram.arithmetic.weights import is_packed
+from qwen_vram.spec.formats import is_packed
 
 
 class FlatLinear4bit(Linear4bit):  # type: ignore[misc]

@@ -20,8 +20,9 @@ from qwen_vram.errors import NotSupportedError, UnknownNameError
 from qwen_vram.runtime.backends import get_backend
 from qwen_vram.runtime.backends.base import SavingBackend
 from qwen_vram.runtime.progress import progress_bar
-from qwen_vram.runtime.saving.writer import KINDS, CheckpointWriter
+from qwen_vram.runtime.saving.writer import CheckpointWriter
 from qwen_vram.runtime.tensors.checkpoint import open_checkpoint
+from qwen_vram.runtime.torch_dtypes import ROWS
 from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.formats import FORMAT_NAMES, FORMATS
 from qwen_vram.spec.profile import Profile
@@ -77,7 +78,7 @@ def saving_backend(weights: str) -> SavingBackend:
         UnknownNameError: the format is not known.
     """
     if weights not in FORMAT_NAMES:
-        saved = tuple(name for name, storage in FORMATS.items() if storage.library in ("bitsandbytes", "torch"))
+        saved = tuple(name for name, storage in FORMATS.items() if storage.is_quantized_on_load)
         raise UnknownNameError("format to save", weights, saved)
     backend = get_backend(weights)
     if isinstance(backend, SavingBackend):
@@ -85,7 +86,7 @@ def saving_backend(weights: str) -> SavingBackend:
     why = (
         "they are not quantized, and the checkpoint that they came from holds them already; load it with "
         "weights='nf4', or save a changed model by its own model.save_pretrained()"
-        if backend.name == "dense"
+        if FORMATS[weights].is_dense
         else f"the backend {backend.name!r} does not say how; use the library that wrote the checkpoint"
     )
     raise NotSupportedError(f"weights={weights!r} cannot be saved quantized: {why}", knob="weights", value=weights)
@@ -147,7 +148,8 @@ def _modules(model: PreTrainedModel) -> Iterator[_Module]:
             continue
         tensors = module.state_dict(prefix=f"{name}.")
         slots = tuple(
-            TensorSlot(key, KINDS[tensor.dtype], tuple(tensor.shape), tensor.nbytes) for key, tensor in tensors.items()
+            TensorSlot(key, ROWS[tensor.dtype].stored, tuple(tensor.shape), tensor.nbytes)
+            for key, tensor in tensors.items()
         )
         if slots:
             yield _Module(name, slots)
@@ -184,7 +186,7 @@ def _config(source: Path, model: PreTrainedModel, quantization: dict[str, Any]) 
     """Return the text of the output's config.json: the source's, with the present formats of the weights."""
     config = {key: value for key, value in read_config(source).items() if key != NAMED_WEIGHTS}
     for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:
-        config[key] = str(model.dtype).removeprefix("torch.")
+        config[key] = ROWS[model.dtype].torch
     config |= {"tie_word_embeddings": model.config.tie_word_embeddings, "quantization_config": quantization}
     return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
 

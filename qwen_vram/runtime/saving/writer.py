@@ -14,18 +14,8 @@ import torch
 from qwen_vram.checkpoints.files.names import INDEX
 from qwen_vram.checkpoints.output.safetensors_layout import Shard, header
 
-# dtypes as safetensors spells them.
-KINDS = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int32: "I32",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-}
-
-# Bytes after which writing to the disk starts. The system itself would wait for 10 % of memory or for seconds, and then
-# have less time for the rest.
+# Bytes after which the disk is set to work. The system itself waits for 10 % of memory or for seconds, and then has the
+# rest of the time to catch up in.
 _SYNC_BYTES = 2**28
 
 

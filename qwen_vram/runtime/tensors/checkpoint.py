@@ -15,6 +15,7 @@ from qwen_vram.checkpoints.files.local import read_json
 from qwen_vram.checkpoints.files.place import Place
 from qwen_vram.checkpoints.hub.files import hub_snapshot
 from qwen_vram.checkpoints.resolve import ModelLike, Resolved, open_folder, resolve
+from qwen_vram.dtypes import BY_NAME, FP32
 from qwen_vram.errors import CheckpointError, ConfigError
 from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.profile import Profile
@@ -22,7 +23,6 @@ from qwen_vram.units import format_bytes
 
 _LOGGER = logging.getLogger(__name__)
 
-_NAMES = {"bf16": "bfloat16", "fp16": "float16"}
 _TOKENIZER_JSON = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
 )  # fmt: skip
@@ -97,15 +97,15 @@ def warn_of_files(files: CheckpointFiles, profile: Profile) -> None:
     for note in files.notes:
         _LOGGER.warning("%s: %s", files.folder, note)
     total = sum(tensor.nbytes for tensor in files.tensors.values())
-    wide = sum(tensor.nbytes for tensor in files.tensors.values() if tensor.dtype == "F32")
-    if files.architecture.stored_format is None and profile.dtype != "fp32" and 2 * wide > total:
+    wide = sum(tensor.nbytes for tensor in files.tensors.values() if tensor.dtype == FP32.stored)
+    if files.architecture.stored_format is None and profile.dtype != FP32.name and 2 * wide > total:
         _LOGGER.warning(
             "%s: the weights are stored in float32 (%s) and run in %s, so that the files are twice as large as they "
             "need to be; save them once in %s and every load reads half",
             files.folder,
             format_bytes(total),
             profile.dtype,
-            _NAMES[profile.dtype],
+            BY_NAME[profile.dtype].torch,
         )
 
 

@@ -17,8 +17,7 @@ from qwen_vram.checkpoints.checkpoint import CheckpointFiles
 from qwen_vram.checkpoints.files.names import GENERATION
 from qwen_vram.checkpoints.tensors.names import HEAD, TABLE
 from qwen_vram.runtime.tensors.mapped_checkpoint import open_weights
-
-_SPELLED = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+from qwen_vram.runtime.torch_dtypes import ROWS
 
 
 def load_with_own_head(files: CheckpointFiles, *, mapped: bool, config: Any, **options: Any) -> nn.Module:
@@ -97,7 +96,7 @@ class _Narrowed(_Copied):
 
     def get_dtype(self) -> str:
         """Return the dtype of the result, as safetensors spells it."""
-        return _SPELLED[self._dtype]
+        return ROWS[self._dtype].stored
 
 
 @contextmanager
@@ -124,7 +123,7 @@ def _from_tensors(folder: Path, tensors: Mapping[str, Any], *, config: Any, **op
 
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     model: Any = kind.from_pretrained(None, config=config, state_dict=tensors, **options)
-    # Further attributes that from_pretrained sets from a folder.
+    # What else from_pretrained takes from a folder.
     model.name_or_path = model.config.name_or_path = str(folder)
     if (folder / GENERATION).is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
