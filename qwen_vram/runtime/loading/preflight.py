@@ -33,7 +33,7 @@ _INSTALL_FLASH = "pip install flash-attn --no-build-isolation"
 
 
 class Here(NamedTuple):
-    """A model in a profile that a backend is to load on a device."""
+    """A model in a profile, with the backend and the device that are to load it."""
 
     profile: Profile
     architecture: Architecture
@@ -51,7 +51,7 @@ def _captures(knob: str) -> Rule[Here]:
 
 
 def _no_fused_attention(here: Here) -> str:
-    """Why the fused kernel does not run; empty if it does, or if it is not asked for."""
+    """Return why the fused kernel does not run; empty if it does, or if the profile does not use it."""
     if here.profile.attention != "fused":
         return ""
     dtype = _dtype(here.profile, here.device)
@@ -171,7 +171,7 @@ def check_files(checkpoint: Checkpoint, profile: Profile, dtype: torch.dtype) ->
     for weight in checkpoint.architecture.weights():
         tensor = stored.get(weight.name)
         quantized = checkpoint.architecture.stored_format is not None and weight.is_linear
-        held = None if tensor is None or quantized else TORCH_DTYPES.get(tensor.dtype)  # `None`: as its format has it
+        held = None if tensor is None or quantized else TORCH_DTYPES.get(tensor.dtype)  # `None`: as in its format
         if tensor and tensor.nbytes >= SMALLEST_READ and ".layers." in weight.name and held not in (None, dtype):
             raise NotSupportedError(
                 f"disk_layers={profile.disk_layers}: {weight.name!r} is stored as {tensor.dtype} and runs in {dtype}; "
