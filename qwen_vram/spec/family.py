@@ -6,8 +6,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from qwen_vram.spec.config_keys import Keys
-from qwen_vram.spec.config_reader import ConfigReader
+from qwen_vram.spec.config.keys import Keys
+from qwen_vram.spec.config.reader import ConfigReader
 from qwen_vram.spec.layers import Attention, LayerSpec, dense_layer
 from qwen_vram.spec.rope import RopeRules
 

@@ -108,7 +108,7 @@ MUTATIONS = (
     ),
     Mutation(
         "config.json",
-        "spec/config_reader.py",
+        "spec/config/reader.py",
         '"num_key_value_heads") is None:\n            return heads\n',
         '"num_key_value_heads") is None:\n            return 1\n',
         "tests/runtime/loading/test_config_json.py",

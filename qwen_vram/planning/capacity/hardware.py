@@ -1,4 +1,4 @@
-"""Limits of this machine's processors on a plan: kernels that an old GPU lacks, and a CPU that was not measured."""
+"""Limits of a plan by this machine: kernels that an old GPU lacks, and an unmeasured CPU."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ from functools import cache
 from importlib import import_module
 
 from qwen_vram.errors import ConfigError
-from qwen_vram.spec.config_keys import wrong_key
-from qwen_vram.spec.config_reader import ConfigReader
+from qwen_vram.spec.config.keys import wrong_key
+from qwen_vram.spec.config.reader import ConfigReader
 from qwen_vram.spec.family import Family
 
 

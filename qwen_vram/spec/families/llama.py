@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from qwen_vram.spec import config_keys as keys
-from qwen_vram.spec.config_keys import SIZE, Key
-from qwen_vram.spec.config_reader import ConfigReader
+from qwen_vram.spec.config import keys
+from qwen_vram.spec.config.keys import SIZE, Key
+from qwen_vram.spec.config.reader import ConfigReader
 from qwen_vram.spec.family import Family, dense_layers, usual_classes
 from qwen_vram.spec.layers import ATTENTION_MATRICES, MLP_MATRICES, LayerSpec
 from qwen_vram.spec.rope import RopeRules

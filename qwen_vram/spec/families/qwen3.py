@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from qwen_vram.spec import config_keys as keys
-from qwen_vram.spec.config_keys import SIZE, Key
-from qwen_vram.spec.config_reader import ConfigReader
+from qwen_vram.spec.config import keys
+from qwen_vram.spec.config.keys import SIZE, Key
+from qwen_vram.spec.config.reader import ConfigReader
 from qwen_vram.spec.families import qwen2
 from qwen_vram.spec.family import Family, dense_layers, usual_classes
 from qwen_vram.spec.layers import ATTENTION_MATRICES, LayerSpec

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import qwen_vram as qv
-from qwen_vram.spec.config_keys import wrong_key
+from qwen_vram.spec.config.keys import wrong_key
 from qwen_vram.spec.families import family_of, model_types
 from tests.helpers.odd_folders import GONE, Base, config, make_base
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from qwen_vram.dtypes import BF16, BY_CONFIG
 from qwen_vram.errors import ConfigError
-from qwen_vram.spec.config_keys import LARGEST, Keys, value_of
+from qwen_vram.spec.config.keys import LARGEST, Keys, value_of
 from qwen_vram.spec.quantization import (
     method_of,
     quantization_of,
