@@ -27,7 +27,7 @@ class QwenVramError(Exception):
 
 
 class UnitError(QwenVramError, ValueError):
-    """A size has no unit or is not a size. `got` is what was passed."""
+    """A size has no unit or is not a size. `got` is the value that was passed."""
 
     def __init__(self, message: str, *, got: object) -> None:
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""The estimate of one device: what its part of a model takes, put together from weights, cache, moments and process."""
+"""The estimate of one device, from weights, KV cache, activations and process memory."""
 
 from __future__ import annotations
 

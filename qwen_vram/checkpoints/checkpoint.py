@@ -87,7 +87,7 @@ def read_checkpoint(folder: Path, *, weights: bool) -> CheckpointFiles:
     return _read(folder, weights) if state is None else _read_once(folder, weights, state)
 
 
-# As many folders as a comparison of models goes back and forth between; the largest takes some MB.
+# Folders that stay in memory, enough for a comparison of models; the largest takes some MB.
 @lru_cache(maxsize=8)
 def _read_once(folder: Path, weights: bool, state: State) -> CheckpointFiles:
     """Return the result of `_read` for a folder in `state`, cached."""
@@ -104,11 +104,11 @@ def _read(folder: Path, weights: bool) -> CheckpointFiles:
         return CheckpointFiles(
             folder=folder, config=config, generation=generation, tensors={}, architecture=architecture
         )
-    open_config(config, source)  # what config.json alone refuses comes before the weights
+    open_config(config, source)  # errors of config.json alone come before those of the weights
     tensors = _named(folder, config)
     config = _settle_head(folder, config, tensors)
     architecture = checkpoint_architecture(config, lambda: tensors, source=source, headers_here=True)
-    # Those of a quantized checkpoint were held against config.json just now.
+    # The tensors of a quantized checkpoint have just been checked against config.json.
     notes = check_tensors(architecture, tensors, folder) if architecture.stored_format is None else ()
     return CheckpointFiles(
         folder=folder,

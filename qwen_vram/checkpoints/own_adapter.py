@@ -27,7 +27,7 @@ _SHARE = (0.9, 1.1)
 _REST = 0.5
 # Number of rows, and of columns in each row, that are compared with the update.
 _SAMPLES = 64
-# How struct unpacks an element.
+# Formats of struct for an element.
 _LETTERS = {FP16.stored: "<e", FP32.stored: "<f", FP64.stored: "<d"}
 
 

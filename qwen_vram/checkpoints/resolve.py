@@ -21,6 +21,7 @@ from qwen_vram.spec.quantization import GPTQ
 
 if TYPE_CHECKING:
     from qwen_vram.checkpoints.adapters.folder import AdapterChoice
+    from qwen_vram.checkpoints.adapters.keys import Adapter
 
 ModelLike = str | Path | Mapping[str, object] | Architecture
 
@@ -85,8 +86,8 @@ def resolve_model(model: ModelLike, adapter: AdapterChoice = None) -> tuple[str,
     return found.label, adapted(found, adapter)
 
 
-def adapted(found: Resolved, adapter: AdapterChoice) -> Architecture:
-    """Return the architecture of a model with an adapter's tensors, if one is given.
+def adapted(found: Resolved, adapter: AdapterChoice | Adapter) -> Architecture:
+    """Return the architecture of a model with an adapter's tensors, if one is given: by name, or opened already.
 
     Raises:
         AdapterError, CheckpointError, NotSupportedError, HubError: the adapter cannot be used.

@@ -103,7 +103,7 @@ def plan(
         return
     show_steps(result)
     show_estimate(result.estimate)
-    print("\n".join(result.predicted_lines))
+    print("\n".join(result.notes))
     print(
         f"within {result.room}: at most {limits['max_context']:,} tokens a sequence at batch {batch_size}, or batch "
         f"{limits['max_batch']:,} at {result.workload.context_len:,} tokens\n"

@@ -1,6 +1,10 @@
 """The bundled Qwen2 model and adapter, and the questions that they were trained on.
 
 Importing it does not import torch. The folder loads like any other checkpoint.
+
+Modules:
+    tasks/       Seeded questions that train and test the demo checkpoint and its adapter.
+    walkthrough  `qwen-vram demo`: estimate, load, ask and measure the bundled checkpoint, offline.
 """
 
 from __future__ import annotations

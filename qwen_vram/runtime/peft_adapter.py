@@ -107,7 +107,7 @@ def add_adapter(model: nn.Module, adapter: Adapter, dtype: torch.dtype) -> nn.Mo
     """Return a `PeftModel` of `model` and `adapter`.
 
     PEFT keeps adapters in float32 by default, and casts every input. Here adapters have the model's dtype, as the
-    estimator counts them. Every factor comes from the file, so none is initialized unless that changes the base.
+    estimator counts them. Every factor is in the file, so no factor is initialized, unless that changes the base.
     """
     from peft import PeftModel
 

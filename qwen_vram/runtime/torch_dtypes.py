@@ -1,4 +1,4 @@
-"""The table of dtypes, joined with torch's own."""
+"""Table of dtypes, joined with torch's own."""
 
 from __future__ import annotations
 
@@ -15,5 +15,5 @@ ROWS: dict[torch.dtype, Dtype] = {TORCH_DTYPES[row.stored]: row for row in DTYPE
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """Torch's dtype of a model that runs in `name`, such as `"bf16"`."""
+    """Return torch's dtype for a model's dtype `name`, such as `"bf16"`."""
     return TORCH_DTYPES[BY_NAME[name].stored]

@@ -1,4 +1,4 @@
-"""Checked values of a config.json's object, with the defaults of `transformers` for its family."""
+"""Checked values of a config.json, with the defaults of `transformers` for its family."""
 
 from __future__ import annotations
 

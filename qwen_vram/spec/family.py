@@ -1,4 +1,4 @@
-"""Descriptions of families: the models of one `model_type`, and what their modules have in common."""
+"""Description of a family: the common properties of one `model_type`'s models."""
 
 from __future__ import annotations
 

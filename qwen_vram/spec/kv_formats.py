@@ -1,4 +1,4 @@
-"""KV cache formats: the bytes that keys and values take, as one table that all floors read."""
+"""Table of KV cache formats: the bytes of keys and values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Descriptions of decoder layers: the weights of one layer, its attention, and the sizes that its arithmetic needs.
+"""Description of a decoder layer: its weights, its attention, and its sizes.
 
 A family (`spec.families`) makes one description for each kind of layer. All else asks the description.
 """

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 
+from qwen_vram.planning.capacity.hardware import cpu_name
 from qwen_vram.spec.formats import FORMATS
 
 # The largest matrix of a layer of Qwen2.5-7B.
@@ -58,12 +57,7 @@ def packed_product_rate(size: int) -> int | None:
 
 def host_name() -> str:
     """Return the CPU's name, if the system tells it, and the number of threads that products use."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{named[0] if named else platform.machine() or 'CPU'}, {torch.get_num_threads()} cores"
+    return f"{cpu_name()}, {torch.get_num_threads()} cores"
 
 
 def many_rows_rate() -> int:

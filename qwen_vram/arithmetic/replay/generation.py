@@ -1,4 +1,4 @@
-"""Generating as a sequence of events, tensor by tensor, in the order in which `transformers` makes and frees them.
+"""Events of a generation, tensor by tensor, in the order of `transformers`.
 
 `live_bytes` reads off it what is live at each moment; how torch's allocator fragments depends on the order.
 

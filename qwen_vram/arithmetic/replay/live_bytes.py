@@ -1,4 +1,4 @@
-"""Live bytes: what is live beside the weights at each moment of a step, summed up from the trace.
+"""Live bytes beside the weights at each moment of a step, summed from the trace.
 
 A step feeds new tokens of each sequence through the layers; layers that are alike make the same tensors. The trace is
 therefore followed through one decoder layer of each kind, as if it came last, and through both ends of the model.

@@ -1,4 +1,4 @@
-"""The trace of a run: the events that `Products`, `Attention` and `Generation` send, in the order of the real run.
+"""The trace of a run: allocations and frees as events, in the order of the real run.
 
 A consumer gets each event: `live_bytes` sums what is live at each named moment, and `allocator` follows torch's caching
 allocator, for the bytes that it reserves. Nothing else says which tensors a run makes.

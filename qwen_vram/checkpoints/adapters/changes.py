@@ -110,7 +110,7 @@ def check_layers(adapter: Adapter, base: Base) -> None:
 
 
 def _instead(adapter: Adapter) -> str:
-    """Return what to do with an adapter that does not fit, by what it belongs to."""
+    """Return the advice for an adapter that does not fit this base."""
     trained_on, task_type = adapter.settings.trained_on, adapter.settings.task_type
     if task_type not in ("", "CAUSAL_LM"):
         return (

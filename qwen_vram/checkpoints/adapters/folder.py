@@ -134,7 +134,7 @@ def holds_both(folder: Path) -> bool:
 
 
 def check_own_adapter(folder: Path, adapter: AdapterChoice) -> None:
-    """Refuse a whole model with an adapter's files in the same folder, unless the caller says what they are.
+    """Refuse a whole model with an adapter's files in the same folder, unless the caller chooses.
 
     `transformers` loads such an adapter onto the model, also if the weights are already merged.
     Source: transformers 5.23, integrations/peft.py, maybe_load_adapters.

@@ -17,7 +17,7 @@ from qwen_vram.spec.layers import Weight
 _HEAD_WEIGHT = f"{HEAD}.weight"
 
 
-def with_adapter(label: str, architecture: Architecture, adapter: AdapterPath) -> Architecture:
+def with_adapter(label: str, architecture: Architecture, adapter: AdapterPath | Adapter) -> Architecture:
     """Return `architecture` with an adapter's tensors beside its own.
 
     Raises:
@@ -26,7 +26,7 @@ def with_adapter(label: str, architecture: Architecture, adapter: AdapterPath) -
         NotSupportedError: DoRA, whose forward is not counted.
         HubError: the hub does not give the files.
     """
-    opened = open_adapter(adapter)
+    opened = adapter if isinstance(adapter, Adapter) else open_adapter(adapter)
     settings = opened.settings
     architecture = _of_layers(label, architecture, opened)
     base = base_of(label, architecture)

@@ -32,7 +32,7 @@ class TokenizerFiles:
     """The files of a tokenizer.
 
     Attributes:
-        source: The folder that it comes from.
+        source: The folder of the tokenizer.
         files: Paths by their names in the model's folder.
         end_token_ids: The tokens that end an answer by an adapter's tokenizer; empty if the base's tokenizer stays.
     """

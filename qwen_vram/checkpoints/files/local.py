@@ -138,7 +138,7 @@ def read_tensors(folder: Path, config: Mapping[str, object] | None = None) -> di
 def weights_file(folder: Path, config: Mapping[str, object] | None = None) -> Path:
     """Return the file of weights of the checkpoint in `folder`, or the index of its shards, as `transformers` chooses.
 
-    A single file comes before an index, because `transformers` reads the single file if a folder has both.
+    A single file is preferred to an index, because `transformers` reads the single file if a folder has both.
 
     Raises:
         CheckpointError: both are missing.

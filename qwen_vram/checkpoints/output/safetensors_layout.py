@@ -11,9 +11,9 @@ from typing import Generic, Protocol, TypeVar
 from qwen_vram.checkpoints.files.names import SINGLE
 from qwen_vram.dtypes import BY_STORED
 
-# Most bytes that bitsandbytes' packed JSON takes; about 200 do. Measured: bitsandbytes 0.50.2.
+# Most bytes of bitsandbytes' packed JSON, which takes about 200. Measured: bitsandbytes 0.50.2.
 LATE_BYTES = 512
-# Index, report and the folder itself; far more than they take.
+# Bytes for the index, the report and the folder itself; far more than they take.
 _SMALL_FILES = 2**22
 
 
@@ -98,7 +98,7 @@ def in_file_order(slots: Iterable[TensorSlot]) -> list[TensorSlot]:
 
 def _shard(file: str, weights: tuple[T, ...]) -> Shard[T]:
     slots = in_file_order(slot for weight in weights for slot in weight.slots)
-    # Late tensors are at most this long, so a header that is written for them is long enough for the real one.
+    # Late tensors have at most these sizes, so a header for these sizes is long enough for the real one.
     header_bytes = len(header(slots, [slot.nbytes for slot in slots]))
     offsets = {}
     position = header_bytes

@@ -72,7 +72,7 @@ def _fitting_key(architecture: Architecture, weight: Weight, tensor: Tensor) -> 
 
 
 def _layer_of(architecture: Architecture, weight: Weight) -> LayerSpec:
-    """The layer of a weight; the first one for a weight outside the layers."""
+    """Return the layer of a weight; the first layer for a weight outside the layers."""
     names = weight.name.split(".")
     return architecture.layers[int(names[2]) if names[:2] == ["model", "layers"] else 0]
 

@@ -27,7 +27,7 @@ from qwen_vram.spec.quantization import (
 )
 
 _BLOCK = KEYS[0]
-# Layouts and bits that GPTQModel's plain kernels read, triton without 3 bits. Source: GPTQModel 7.6.0, tritonv2.py,
+# Layouts and bits that GPTQModel's plain kernels read (triton without 3 bits). Source: GPTQModel 7.6.0, tritonv2.py,
 # gemm_awq_triton.py.
 LAYOUTS = {GPTQ: ("gptq", "gptq_v2"), AWQ: ("gemm",)}
 BITS = {GPTQ: (2, 3, 4, 8), AWQ: (4,)}

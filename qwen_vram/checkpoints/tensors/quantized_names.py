@@ -13,7 +13,7 @@ from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.quantization import AWQ, BLOCK_FP8, GPTQ
 
 FLOATS = tuple(row.stored for row in PLAIN)
-# The end of a tensor's name -> whose it is; the first that is found.
+# The end of a tensor's name -> its quantizer; the first match counts.
 _ENDS = (
     (".quant_state.bitsandbytes__nf4", "bitsandbytes"),
     (".quant_state.bitsandbytes__fp4", "bitsandbytes"),

@@ -9,6 +9,17 @@ Example:
     >>> [example] = examples("math", "held_out", seed=7, count=1)
     >>> example.split
     'held_out'
+
+Modules:
+    arithmetic     Arithmetic on whole numbers and linear equations, with a short worked step if it helps.
+    base           Shared parts of all categories: the example, the split, and helpers for sentences.
+    chinese        Chinese questions on facts of a small closed world, counting, and short passages.
+    chinese_words  Facts and vocabulary of the closed world that the Chinese questions ask about.
+    geometry       Perimeters and areas with the working: the category that the demo adapter adds.
+    program        Short Python functions, composed from a grammar of operations, names and arguments.
+    recall         Recall from a long text: names and their codes, planted between sentences of filler.
+    table          Look-ups in a Markdown table: a question names a row and a column.
+    words          The closed English vocabulary that the English categories draw from.
 """
 
 from __future__ import annotations

@@ -19,12 +19,12 @@ from qwen_vram.runtime.backends.bnb import quantization_config
 from qwen_vram.spec.formats import BLOCK, NESTED_BLOCK, blocks
 from qwen_vram.spec.quantization import four_bit_format
 
-# Elements that are encoded at a time. Fewer make threads wait for the interpreter between operations, more leave the
-# cache.
+# Elements that are encoded at a time. With fewer, threads wait for the interpreter between operations. More do not fit
+# the processor's cache.
 _CACHED = 2**18
-# Cells from 0 to 1: a table of 64 KiB, and about one value in 4,000 beside a midpoint.
+# Cells from 0 to 1: the table has 64 KiB, and about one value in 4,000 is in a cell with a midpoint.
 _CELLS = 2**15
-# No code. Seen in any byte of a word of eight.
+# Marks a cell without a single code. The mark is found in any byte of a word of eight.
 _UNSURE = 128
 _UNSURE_IN_WORD = int.from_bytes(bytes([_UNSURE] * 8), "little", signed=True)
 
@@ -74,7 +74,7 @@ class FourBit:
         offset = state2 = None
         absmax = scales
         if self.scales_wait:
-            offset = scales.mean()  # whose last bits depend on the number of threads, in bitsandbytes too
+            offset = scales.mean()  # its last bits depend on the number of threads, in bitsandbytes too
             with one_thread():
                 absmax, state2 = quantize_blockwise(scales - offset, blocksize=NESTED_BLOCK)
                 scales = dequantize_blockwise(absmax, state2) + offset
@@ -124,15 +124,15 @@ def _encode_on_cpu(values: torch.Tensor, quant_type: str) -> tuple[torch.Tensor,
         scaled = scratch("scaled", some.shape, torch.float32).copy_(some)
         scaled.view(-1, BLOCK).mul_(inverse[start // BLOCK : (start + len(some)) // BLOCK])
         if not finite:
-            scaled.nan_to_num_()  # NaN has no cell; who merges is told by the proof
+            scaled.nan_to_num_()  # NaN has no cell; the measured share shows it to the caller
         cell = scaled.view(torch.int32).copy_(_cell(scaled, out=scaled))
         torch.index_select(cells, 0, cell, out=found[start : start + len(some)])
-    words = found.view(torch.int64)  # 8 codes each
+    words = found.view(torch.int64)  # 8 codes in each
     marks = torch.bitwise_and(words, _UNSURE_IN_WORD, out=scratch("spare", words.shape, torch.int64))
     unsure = torch.nonzero(marks)[:, 0]
     scaled = values.view(-1, 8)[unsure] * inverse[unsure // (BLOCK // 8)]
     words[unsure] = order[torch.bucketize(scaled, midpoints)].view(torch.int64)[:, 0]
-    # The low byte of a pair is the first code: 16 times it, and the second, are the low byte of the sum.
+    # The low byte of a pair is the first code. The low byte of the sum is 16 times the first code, plus the second.
     pairs = found.view(torch.int16)
     high = torch.bitwise_right_shift(pairs, 8, out=scratch("spare", pairs.shape, torch.int16))
     return high.add_(pairs, alpha=16).to(torch.uint8).view(-1, 1), scales

@@ -13,10 +13,10 @@ from qwen_vram.lora.codecs.bnb_4bit import FourBit
 from qwen_vram.runtime.backends.bnb import quantization_config
 from qwen_vram.spec.formats import FORMATS
 
-# Formats of torch's operators, which no library but this one stores so; the others are bitsandbytes'.
+# Formats on torch's operators, which only this library stores; the others are of bitsandbytes.
 _OWN = tuple(name for name, row in FORMATS.items() if row.is_weight_only)
 QUANTIZATIONS = ("nf4", "nf4-plain", "fp4", "int8", *_OWN)
-# GPTQ chooses codes by what the whole model computes, so these are made of a merged checkpoint; see `lora.gptq`.
+# GPTQ chooses codes by the activations of the whole model, so it needs a merged checkpoint; see `lora.gptq`.
 GPTQ = tuple(name for name, row in FORMATS.items() if row.needs_calibration)
 _INSTALL = 'pip install "bitsandbytes>=0.50"'
 
@@ -34,7 +34,7 @@ def codec_for(quantize: str | None) -> Codec | None:
         raise UnknownNameError("quantization", quantize, (*QUANTIZATIONS, *GPTQ, "None"))
     storage = FORMATS[quantize]
     if storage.is_weight_only:
-        from qwen_vram.lora.codecs.weight_only import ByGroup, ByRow  # transformers, which the other ways need not
+        from qwen_vram.lora.codecs.weight_only import ByGroup, ByRow  # needs transformers, unlike others
 
         return ByGroup(quantize) if storage.is_tinygemm else ByRow(quantize)
     if find_spec("bitsandbytes") is None:

@@ -16,10 +16,10 @@ from qwen_vram.runtime.quantize_on_load import LINEARS, WeightOnlyConfig
 from qwen_vram.runtime.torch_dtypes import ROWS
 from qwen_vram.spec.formats import FORMATS
 
-# `load()` runs these formats in bf16, and brings a matrix to that dtype before it quantizes it.
+# `load()` runs these formats in bf16, and casts a matrix to that dtype before it quantizes it.
 _DTYPE = torch.bfloat16
-# Elements whose int4 levels are sought at a time. Measured with 1 MiB of second-level cache a core: 2**20 takes half as
-# long again.
+# Elements whose int4 levels are searched at a time. Measured with 1 MiB of second-level cache a core: 2**20 takes 1.5
+# times as long.
 _CACHED = 2**18
 
 

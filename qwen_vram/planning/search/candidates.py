@@ -14,6 +14,7 @@ from qwen_vram.arithmetic.weights import streaming_slots
 from qwen_vram.planning.capacity.budget import Budget
 from qwen_vram.planning.capacity.fit import needed
 from qwen_vram.planning.capacity.gpu_split import balanced
+from qwen_vram.planning.capacity.hardware import Computes, as_measured, knobs_on
 from qwen_vram.planning.search.offload_tiers import Tiers
 from qwen_vram.planning.search.savers import Saver, change_of, cost_of, search_space
 from qwen_vram.planning.support import not_loadable
@@ -55,6 +56,7 @@ class Candidates:
     Args:
         machine: The machine whose rates and overheads are counted.
         split: Layers of each of several GPUs if that is settled; otherwise every profile gets its own.
+        computes: Says whether the CPU here can compute streamed layers of a profile.
         session: Count every smaller workload too, in any order, as a plan promises; or this workload alone.
     """
 
@@ -69,6 +71,7 @@ class Candidates:
         split: Mapping[int, int] | None = None,
         *,
         machine: Machine,
+        computes: Computes = as_measured,
         session: bool = True,
     ) -> None:
         self.label = label
@@ -76,12 +79,13 @@ class Candidates:
         self.workload = workload
         self.budget = budget
         self.profile = profile
-        self.knobs = knobs
+        self.knobs = knobs_on(budget, knobs) if profile == "auto" else knobs
         self.split = split
         self.machine = machine
+        self.computes = computes
         self.session = session
         self.several = len(budget.devices) > 1
-        self.start, moves = search_space(architecture, profile, workload, knobs)
+        self.start, moves = search_space(architecture, profile, workload, self.knobs)
         may_read = profile == "auto" and "disk_layers" not in knobs and not architecture.adapter_mutates_base
         self.may_compute = profile == "auto" and "host_layers" not in knobs
         self.tiers = Tiers(architecture, budget, self.estimate, self.start, may_read=may_read)

@@ -10,6 +10,7 @@ from qwen_vram.arithmetic.estimate import Estimate
 from qwen_vram.arithmetic.timing.bytes_moved import product_rate
 from qwen_vram.arithmetic.timing.generation import generation_ms
 from qwen_vram.planning.capacity.fit import fits, needed, on_device
+from qwen_vram.planning.capacity.hardware import is_measured_here
 from qwen_vram.planning.capacity.refusal import refusal
 from qwen_vram.planning.search.candidates import Candidate, Candidates, Step
 from qwen_vram.planning.search.faster import given_back
@@ -160,9 +161,10 @@ class Search(Candidates):
         return _COMPUTED if profile.host_layers else ""
 
     def _should_compute(self, profile: Profile, prefer: Prefer) -> bool:
-        """Tell if layers may compute on the CPU: at a measured rate, and in 4 bits, which it rounds, for speed."""
-        rate = product_rate(profile, self.machine)
-        return self.may_compute and rate is not None and (prefer == "speed" or FORMATS[profile.weights].is_dense)
+        """Tell if layers may compute on this CPU: at its measured rate, and in 4 bits, which it rounds, for speed."""
+        wanted = self.may_compute and (prefer == "speed" or FORMATS[profile.weights].is_dense)
+        measured = wanted and product_rate(profile, self.machine) is not None and is_measured_here(self.machine)
+        return measured and self.computes(profile)
 
     def _tables(self, moved: Profile) -> Iterator[Profile]:
         """`moved`, and with its table where it was at the start, which leaves the host more room for layers."""
@@ -237,7 +239,7 @@ class Search(Candidates):
     def at(self, workload: Workload) -> Search:
         """The same search for another workload."""
         known = (self.label, self.architecture, workload, self.budget, self.profile, self.knobs, self.split)
-        return Search(*known, machine=self.machine, session=self.session)
+        return Search(*known, machine=self.machine, computes=self.computes, session=self.session)
 
 
 def _turned(profile: Profile) -> Saver:

@@ -25,6 +25,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from qwen_vram.arithmetic.attention import bias_columns
+from qwen_vram.planning.capacity.hardware import AMPERE
 from qwen_vram.runtime.attention.split_kv import flash_attention, joined_attention, joins
 from qwen_vram.runtime.kernels.fused_layers import FusedAttention
 from qwen_vram.runtime.kernels.fused_ops import kernels_on
@@ -148,7 +149,7 @@ def kernel_runs(dtype: torch.dtype, head_dim: int, device: torch.device) -> str:
     """Return why the flash kernel cannot run here; empty if it can, and outside CUDA, which uses the plain path."""
     if device.type != "cuda":
         return ""
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    if torch.cuda.get_device_capability(device) < AMPERE:
         return "the GPU is older than Ampere (compute capability 8.0)"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"the kernel takes bf16 and fp16, not {dtype}"

@@ -1,4 +1,18 @@
-"""Backends by storage format, imported when a format is first used."""
+"""Backends by storage format, imported when a format is first used.
+
+Modules:
+    base          The interface of quantization backends, and their common loading.
+    bnb           nf4, fp4 and int8 by bitsandbytes, quantized tensor by tensor while they load.
+    bnb_cpu       Recovery of 4-bit weights that bitsandbytes has repacked on the CPU.
+    bnb_notes     Check of the metadata that bitsandbytes wrote into a checkpoint.
+    bnb_rows      Quantization by bitsandbytes of some rows at a time, with a tile's memory.
+    bnb_state     The quantization state that bitsandbytes keeps beside the codes of a matrix.
+    bnb_stored    Modules of a checkpoint that bitsandbytes quantized, filled on the host.
+    dense         bf16, fp16 and fp32: unquantized weights.
+    gptq          Checkpoints of GPTQ and AWQ by GPTQModel, loaded as they are stored.
+    gptq_library  Import of GPTQModel without its changes to the process.
+    torch_ops     int4, int8-wo and fp8 by torch's own operators, quantized while they load.
+"""
 
 from __future__ import annotations
 

@@ -16,14 +16,14 @@ from qwen_vram.spec.formats import FORMATS
 from qwen_vram.spec.profile import Profile
 from qwen_vram.spec.quantization import AWQ, GPTQ, quantization_of, settings_of
 
-# What a module keeps of its checkpoint. It has no parameters: all of it are buffers.
+# Tensors that a module keeps of its checkpoint. They are buffers: the module has no parameters.
 _STORED = ("qweight", "qzeros", "scales", "g_idx", "bias")
-# Plain kernels, which start at once and leave tensors as they are stored. GPTQModel's own choice on CUDA (Machete,
-# Marlin, ExLlama) is compiled by nvcc for a minute or more when it is first used, and its choice on the CPU too.
+# Plain kernels, which need no compilation and leave tensors as they are stored. nvcc compiles GPTQModel's own choice on
+# CUDA (Machete, Marlin, ExLlama) for a minute or more at the first use. Its choice on the CPU is compiled too.
 _PLAIN = {"cpu": "torch", "cuda": "triton"}
 # GPTQModel's names of the plain kernels for AWQ.
 _NAMED = {AWQ: {"torch": "torch_awq", "triton": "gemm_triton"}}
-# Settings of a checkpoint that say how its tensors are read.
+# Settings of a checkpoint that determine how its tensors are read.
 _DEFAULT_BITS = 4
 _READ = ("bits", "group_size", "desc_act", "sym", "checkpoint_format", "format", "version", "zero_point", "meta")
 KERNEL = "QWEN_VRAM_GPTQ_KERNEL"
@@ -45,14 +45,14 @@ class GptqBackend:
         settings = _settings(request)
         import_quietly()
         config = stored_config(request)
-        # The checkpoint's own settings win over any that are passed, so they are changed where they stand.
+        # The checkpoint's own settings override arguments, so they are changed in the config.
         config.quantization_config = settings
         if FORMATS[request.profile.weights].is_awq and request.device.type == "cuda":
-            request = request._replace(dtype=torch.float16)  # its kernels know no bf16; transformers would say so
+            request = request._replace(dtype=torch.float16)  # its kernels do not support bf16; transformers would warn
         with quietly():
             model = from_pretrained(request._replace(made=_missing_order(request)), config=config)
         for module in model.modules():
-            # torch.compile of it: a compiler run for every shape, and none where there is no compiler.
+            # torch.compile of it would run a compiler for every shape, and fail without a compiler.
             module.__dict__.pop("dequantize_weight", None)
         return model
 

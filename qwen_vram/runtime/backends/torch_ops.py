@@ -14,7 +14,7 @@ from qwen_vram.runtime.linear.weight_only import WeightOnlyLinear
 from qwen_vram.spec.formats import FORMATS
 from qwen_vram.spec.profile import Profile
 
-# tinygemm multiplies by bf16 tensor cores. Source: torch 2.11, int4mm.cu.
+# tinygemm uses bf16 tensor cores. Source: torch 2.11, int4mm.cu.
 _OLDEST_INT4 = (8, 0)
 
 
@@ -31,7 +31,7 @@ class TorchBackend:
 
     def load(self, request: Request) -> nn.Module:
         """Return the model with its matrices quantized; embeddings, norms and biases keep the model's dtype."""
-        config = _config(request.profile)  # registers the quantizer, which a stored checkpoint needs too
+        config = _config(request.profile)  # also registers the quantizer, which a stored checkpoint needs
         return from_pretrained(
             request, **({"config": stored_config(request)} if request.stored else {"quantization_config": config})
         )

@@ -40,7 +40,7 @@ class Lender(Protocol):
 
 
 class GraphBuffers:
-    """Keys and values of every layer, (batch_size, max_length, kv_heads, head_dim) each, as the layer has them."""
+    """Keys and values of every layer, (batch_size, max_length, kv_heads, head_dim) each, in the layer's own sizes."""
 
     def __init__(self, model: Any, batch_size: int, max_length: int) -> None:
         where = {"dtype": model.dtype, "device": model.device}

@@ -191,7 +191,7 @@ def decoder_for(model: Any, workload: Workload, progress: Callable[..., Iterable
 def decoder_where_it_runs(
     model: Any, workload: Workload, progress: Callable[..., Iterable[int]], *, compiled: bool
 ) -> Decoder | None:
-    """Return as `decoder_for`, or `None` with a warning if steps cannot be captured and none had to be compiled."""
+    """Return the result of `decoder_for`; `None`, with a warning, if uncompiled steps cannot be captured."""
     try:
         return decoder_for(model, workload, progress, compiled=compiled)
     except torch.OutOfMemoryError:

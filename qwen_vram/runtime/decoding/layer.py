@@ -54,7 +54,7 @@ def decode_layer(layer: Any, hidden: Tensor, keys: Tensor, values: Tensor, place
 
 
 def fused_decode_layer(layer: Any, hidden: Tensor, keys: Tensor, values: Tensor, place: Place) -> Tensor:
-    """Return as `decode_layer`, by this library's kernels, for `kernels="fused"` and without compilation."""
+    """Return the result of `decode_layer` by this library's kernels, for `kernels="fused"` without compilation."""
     attention, batch = layer.self_attn, hidden.shape[0]
     normed = layer.input_layernorm(hidden)
     query, key, value = _products((attention.q_proj, attention.k_proj, attention.v_proj), normed)
@@ -73,7 +73,7 @@ def fused_decode_layer(layer: Any, hidden: Tensor, keys: Tensor, values: Tensor,
 
 
 def fused_decode_end(model: Any, hidden: Tensor) -> Tensor:
-    """Return as `decode_end`, with the product of few rows."""
+    """Return the result of `decode_end`, with this library's product of few rows."""
     return _products((model.lm_head,), model.model.norm(hidden))[0].float()
 
 

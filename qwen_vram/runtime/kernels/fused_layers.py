@@ -1,10 +1,10 @@
-"""`kernels="fused"`: decoder layers whose norms, rotary embedding and SwiGLU are one kernel each, and sums in place.
+"""`kernels="fused"`: decoder layers with fused norms, rotary embedding and SwiGLU.
 
-The modules stay `transformers`' own, weights and hooks included; each gets a forward of the same arithmetic that makes
-fewer tensors. A family names the classes for which that holds: a class of another name may compute something else. If
-gradients are wanted, and while torch compiles, their own forward runs.
+The modules stay `transformers`' own, with weights and hooks. Each gets a forward of the same arithmetic that allocates
+fewer tensors. A family names the classes with this arithmetic, because another class may compute something else. Their
+own forward runs for gradients, and while torch compiles.
 
-Source of what they do: transformers 5.17 and 5.23, the modeling files of the families.
+Source of the arithmetic: transformers 5.17 and 5.23, the modeling files of the families.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from qwen_vram.spec.family import FusedPart
 
 
 def fuse_layers(model: nn.Module) -> None:
-    """Let every decoder layer of a model run so, and its last norm.
+    """Give every decoder layer of a model, and its last norm, the fused forward.
 
     Raises:
-        NotSupportedError: it has none of those that its family names, as a plugged-in backend's model may.
+        NotSupportedError: the model has no class that its family names, which is possible with another package's
+            backend.
     """
     config: Any = getattr(model, "config", None)
     family = find_family(str(getattr(config, "model_type", "")))

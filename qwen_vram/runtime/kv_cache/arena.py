@@ -22,13 +22,13 @@ class KvArena:
         self._memory: Tensor | None = None
 
     def take(self, wanted: Mapping[Key, Tensor], device: torch.device) -> dict[Key, Tensor]:
-        """The next layer's part on `device`: a tensor for each one `wanted`, given on the meta device.
+        """Return the next layer's part on `device`: a tensor for each of `wanted`, which are on the meta device.
 
-        Their bytes lie side by side, those with more factors of two first, so that each keeps the alignment that its
-        size has. Once every layer has its part, the block lives as long as one of them.
+        The tensors are contiguous, sorted by the factors of two in their sizes, so each keeps the alignment of its
+        size. Once every layer has its part, the block is freed with the last of them.
 
         Raises:
-            ValueError: the layers before were on another device, or of another size.
+            ValueError: the earlier layers were on another device, or have another size.
         """
         layout = Layout(wanted)
         if self._memory is None:
@@ -49,7 +49,7 @@ class KvArena:
         self._taken += 1
         if self._taken == self.layers:
             self._memory = None
-        # Views share a version counter: one layer's write would forbid gradients through the layers before it.
+        # Views share a version counter: a write to one layer would forbid gradients through earlier layers.
         return {name: view.data for name, view in layout.views(part).items()}
 
 

@@ -104,16 +104,16 @@ class PreallocatedLayer(CacheLayerMixin):  # type: ignore[misc]
 
 
 class PreallocatedCache(Cache):  # type: ignore[misc]
-    """A cache for `model.generate(past_key_values=...)` that never grows: `max_length` tokens in every layer.
+    """A cache for `model.generate(past_key_values=...)` that never grows, with `max_length` tokens in every layer.
 
-    `kv_cache` is `"bf16"` for the model's own dtype, `"int8"` or `"int4"`. Memory is taken at the first token: exactly
-    what `arithmetic.kv_cache` predicts, in one block.
+    `kv_cache` is `"bf16"` for the model's own dtype, `"int8"` or `"int4"`. Memory is allocated at the first token, in
+    one block, with exactly the bytes that `arithmetic.kv_cache` predicts.
 
     Args:
-        split: Layers of each GPU in order, where a model is on several: each has a block of its own.
+        split: Layers of each GPU in order, for a model on several GPUs: each GPU has its own block.
 
     Raises:
-        UnknownNameError: there is no such format.
+        UnknownNameError: the format is not known.
     """
 
     def __init__(

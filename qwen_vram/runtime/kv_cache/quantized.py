@@ -47,7 +47,7 @@ class Codes:
         grouped = self._grouped(rows.to(torch.float32, copy=True))
         along = 3 if self.span else -1
         least, most = grouped.amin(along, keepdim=True), grouped.amax(along, keepdim=True)
-        # Codes are chosen for the rounded figures, and a constant group has a scale that divides.
+        # Codes are computed from the rounded values. The scale of a constant group is not zero.
         least = least.clamp_(-_LARGEST, _LARGEST).half()
         scale = ((most - least.float()) / self.stored.largest_code).half().clamp_(min=torch.finfo(torch.float16).tiny)
         codes = grouped.sub_(least.float()).div_(scale.float()).round_().clamp_(0, self.stored.largest_code)

@@ -21,20 +21,20 @@ from qwen_vram.spec.formats import BLOCK, FORMATS, NESTED_BLOCK, QUANT_TYPES
 _LOGGER = logging.getLogger(__name__)
 
 MOST_ROWS = 8
-# The format of a 16-bit matrix for these kernels.
+# Name of a 16-bit matrix's format in these kernels.
 _DENSE = "dense"
-# Of a 16-bit matrix, which cuBLAS multiplies by two rows in the time of one.
+# The limit for a 16-bit matrix, which cuBLAS multiplies by two rows in the time of one.
 _MOST_DENSE_ROWS = 1
 
-# How 16 values are looked up, and how products are divided (`_division`): of the divisions that
-# benchmarks/few_rows.py tried, few that serve all shapes. With one row of Qwen2.5-7B they are within 10 % of the
-# fastest but for matrices of 512 rows, which are multiplied together with others.
+# The look-up of 16 values and the division of products (`_division`): a few of the divisions that
+# benchmarks/few_rows.py tried, which serve all shapes. With one row of Qwen2.5-7B they are within 10 % of the
+# fastest, except for matrices of 512 rows, which are multiplied together with others.
 # measured: NVIDIA H200, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-30.
 _LOOKUP = "shuffle"
-_DEEP = 8_192  # columns: from here on a program's warps share a row
-_SHORT = 8_192  # rows, up to which programs are few
+_DEEP = 8_192  # columns: from this number on a program's warps share a row
+_SHORT = 8_192  # rows: up to this number there are few programs
 
-# Formats whose kernels do not run here, for this process.
+# Formats whose kernels failed in this process.
 _BROKEN: set[str] = set()
 
 
@@ -89,7 +89,7 @@ def _launch(storage: str, x: Tensor, run: Callable[[], None]) -> bool:
             run()
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # whatever a compiler on somebody's machine may raise
+    except Exception as error:  # a compiler can raise any error
         _BROKEN.add(storage)
         _LOGGER.warning(
             "products of few rows with %s matrices go by other kernels, which are slower: Triton cannot compile this "

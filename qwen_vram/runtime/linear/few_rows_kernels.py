@@ -5,7 +5,7 @@ A dequantized value is a code's float32 times its scale. It is not rounded to 16
 before a product by cuBLAS.
 """
 
-# Triton reads annotations as they are: none of them may be put off.
+# Triton reads annotations as objects, so this module must not postpone their evaluation.
 
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ _NF4 = (
 _FP4_HALF = (0.0, 0.0052083334885537624, 0.6666666865348816, 1.0, 0.3333333432674408, 0.5, 0.1666666716337204, 0.25)
 _FP4 = (*_FP4_HALF, *(-value for value in _FP4_HALF))
 
-# How 16 values are looked up.
+# Methods to look up one of 16 values.
 LOAD, SHUFFLE, PERMUTE = "load", "shuffle", "permute"
 
 # Operands below: $0 to $7 are values of a word's eight codes, $8 is the word. A byte's high nibble is its first code.
@@ -106,7 +106,7 @@ def _values(words, table, entry, BF16: tl.constexpr, FORMAT: tl.constexpr, LOOKU
         for byte in tl.static_range(4):
             values = values + (((words << (24 - 8 * byte)) >> 24).to(tl.float32),)
     elif FORMAT == "fp8":
-        # e4m3 has fp16's fields with an exponent of one bit less: its bits in their places are the value over 256.
+        # e4m3 has fp16's fields with one exponent bit less: its bits in fp16's positions are the value divided by 256.
         even = ((words & 0x800080) << 8) | ((words & 0x7F007F) << 7)
         odd = (words & -0x7FFF8000) | ((words & 0x7F007F00) >> 1)
         values = (_half(even), _half(odd), _half(even >> 16), _half(odd >> 16))
@@ -158,7 +158,7 @@ def _sums(
         sums = sums + (tl.zeros((STEP, ROWS), tl.float32),)
     words = tl.load(weight_at, mask=(chunk < chunks)[:, None, None], other=0)
     for start in range(0, chunks, STEP):
-        # The next ones are on their way while these are multiplied.
+        # The next ones are loaded while these are multiplied.
         ahead = (start + STEP + chunk < chunks)[:, None]
         next_words = tl.load(weight_at + (start + STEP) * 4, mask=ahead[:, :, None], other=0)
         here = start + chunk < chunks

@@ -16,7 +16,7 @@ import torch
 from qwen_vram.planning.planner import Plan
 from qwen_vram.runtime.backends.base import Backend, Request
 
-# What they say of modules that are left out does not hold here: ours are put in afterwards.
+# Loggers whose warnings about missing modules are wrong here: these modules are added afterwards.
 _MISTAKEN = ("accelerate.big_modeling", "transformers.integrations.bitsandbytes")
 
 
@@ -32,18 +32,18 @@ def device_map(chosen: Plan, device: torch.device) -> dict[str, int | str | torc
     streamed = chosen.residency.streamed
     if not on_host and not streamed:
         return {"": "cpu" if device.type == "cpu" else device.index}
-    # "cpu" as a text would be a second device, on which bitsandbytes' quantizer leaves matrices as they are.
+    # "cpu" as a text would be a second device, on which bitsandbytes' quantizer does not quantize matrices.
     here = device if device.type == "cpu" else device.index
     where: dict[str, int | str | torch.device] = dict.fromkeys(chosen.device_map, here)
     if on_host:
         where["model.embed_tokens"] = "cpu"
     architecture = chosen.estimate.architecture
     assert architecture is not None
-    # Matrices on "disk" stay torch's own, to be quantized; on "meta" they become bitsandbytes', to take what is stored.
+    # Layers on "disk" stay torch's own, to be quantized. On "meta" they become bitsandbytes', for stored codes.
     away = "disk" if architecture.stored_format is None else "meta"
     for number in streamed:
         del where[f"model.layers.{number}"]
-        # By their children: transformers 5.17 takes "model.layers.1" for the beginning of layer 12 too.
+        # By their children: in transformers 5.17 "model.layers.1" also matches the beginning of layer 12.
         where |= {f"model.layers.{number}.{child}": away for child in architecture.layers[number].children}
     if chosen.residency.late_head:
         where["lm_head"] = where["model.embed_tokens"] if architecture.tie_word_embeddings else "disk"
@@ -76,7 +76,7 @@ def undispatched(backend: Backend, request: Request) -> Any:
         model: Any = backend.load(request)
     remove_hook_from_submodules(model)
     for module in model.modules():
-        # accelerate leaves the bound method behind, which would hide the forward of a class that takes its place.
+        # accelerate leaves the bound method in the module, which would hide the forward of a replacing class.
         if getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward:
             del module.forward
     del model.hf_device_map

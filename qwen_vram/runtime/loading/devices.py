@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from qwen_vram.errors import BackendUnavailableError, UnknownNameError
-from qwen_vram.planning.capacity.available_memory import free_vram
-from qwen_vram.planning.capacity.budget import FREE_RESERVE, VramLike, by_device
+from qwen_vram.planning.capacity.budget import FREE_RESERVE, Budget, VramLike, by_device, size_of
 from qwen_vram.planning.errors import DoesNotFitError
 from qwen_vram.planning.planner import Plan
 from qwen_vram.runtime.measure import process_bytes
@@ -24,12 +24,13 @@ def devices_for(device: str | None, vram: VramLike) -> list[torch.device]:
     Raises:
         UnknownNameError: an unknown device.
         BackendUnavailableError: a GPU is missing.
-        UnitError: `vram` is a dict with other keys than device numbers.
+        UnitError: `vram` is no size, or a dict with other keys than device numbers.
     """
     if device not in (None, "cpu", "cuda"):
         raise UnknownNameError("device", device, ("cuda", "cpu"))
-    wanted = device == "cuda" or (device is None and vram not in (None, {}))
-    without = device == "cpu" or (device is None and vram == {})
+    size = size_of(vram)
+    wanted = device == "cuda" or (device is None and size is not None)
+    without = device == "cpu" or (device is None and vram is not None and size is None)
     if torch.cuda.is_available() and not without:
         numbers = list(by_device(vram)) or [torch.cuda.current_device()]
         _check_numbers(numbers)
@@ -73,28 +74,29 @@ def _check_numbers(numbers: list[int]) -> None:
         )
 
 
-def budget_on(
-    devices: list[torch.device], vram: VramLike, reserve: str | int | None
-) -> tuple[VramLike, str | int | None]:
-    """Return the `vram` and `reserve` to plan with; without a `vram`, the free memory of the GPU for the model.
+def budget_on(devices: list[torch.device], vram: VramLike, ram: str | int | None, reserve: str | int | None) -> Budget:
+    """Return the budget of a model for these devices; without a `vram`, the free memory of the GPU for the model.
 
     It logs a line if live tensors of this process, such as an earlier model, take memory of that GPU.
+
+    Raises:
+        UnitError: as for `Budget.of`.
     """
-    if devices[0].type == "cpu":
-        return {}, reserve
-    if vram is not None:
-        return vram, reserve
     device = devices[0]
-    free, held = free_vram(device.index), torch.cuda.memory_allocated(device)
-    if held > FREE_RESERVE:
+    if device.type == "cpu":
+        return Budget.of({}, ram, reserve)
+    budget = Budget.of(vram, ram, reserve, held=held_beside_torch(devices), number=device.index)
+    budget = replace(budget, capability=torch.cuda.get_device_capability(weakest(devices)))
+    held = torch.cuda.memory_allocated(device)
+    if vram is None and held > FREE_RESERVE:
         _LOGGER.warning(
             "this process already holds %s in tensors on GPU %d, such as a model that was loaded before; the plan is "
             "for the %s beside them. To plan for the whole GPU, call close() on that model first",
             format_gib(held),
             device.index,
-            format_gib(free or 0),
+            format_gib((budget.vram or 0) + budget.reserve),
         )
-    return None if free is None else max(1, free), FREE_RESERVE if reserve is None else reserve
+    return budget
 
 
 def weakest(devices: list[torch.device]) -> torch.device:

@@ -15,10 +15,10 @@ from qwen_vram.checkpoints.adapters.base_name import warn_of_another_base
 from qwen_vram.checkpoints.adapters.folder import AdapterChoice, check_own_adapter
 from qwen_vram.checkpoints.adapters.keys import Adapter, open_adapter
 from qwen_vram.checkpoints.files.names import CONFIG
-from qwen_vram.checkpoints.resolve import ModelLike, own_adapter, resolve
-from qwen_vram.errors import BackendUnavailableError, NotSupportedError
+from qwen_vram.checkpoints.resolve import ModelLike, adapted, own_adapter, resolve
+from qwen_vram.errors import NotSupportedError
 from qwen_vram.estimator import warn_of_positions
-from qwen_vram.planning.capacity.budget import Budget, VramLike
+from qwen_vram.planning.capacity.budget import VramLike
 from qwen_vram.planning.planner import Plan, plan_for
 from qwen_vram.planning.search.search import Prefer
 from qwen_vram.runtime.attention import fused as attention
@@ -29,8 +29,8 @@ from qwen_vram.runtime.decoding.graph_decoder import decoder_where_it_runs
 from qwen_vram.runtime.kernels.fused_layers import fuse_layers
 from qwen_vram.runtime.loaded_model import LoadedModel
 from qwen_vram.runtime.loading.device_map import connect, device_map, left_out, undispatched
-from qwen_vram.runtime.loading.devices import budget_on, check_free, devices_for, held_beside_torch, weakest
-from qwen_vram.runtime.loading.preflight import check, check_files, check_host, dtype_for
+from qwen_vram.runtime.loading.devices import budget_on, check_free, devices_for, weakest
+from qwen_vram.runtime.loading.preflight import can_compute, check, check_files, dtype_for
 from qwen_vram.runtime.loading.verify import verify as check_plan
 from qwen_vram.runtime.measure import PeakMeter, weight_storages
 from qwen_vram.runtime.memory.release import give_back_heap, nothing_left_after_a_failure
@@ -103,31 +103,30 @@ def load(
     opened = None if adapter is None or adapter is False else open_adapter(adapter)
     devices = devices_for(device, vram)
     collect_dropped(devices)
-    place = weakest(devices)
-    if place.type == "cuda" and profile == "auto" and torch.cuda.get_device_capability(place) < (8, 0):
-        knobs.setdefault("attention", "sdpa")  # the flash kernel begins with Ampere
     chosen_adapter = adapter if opened is None else opened.folder
     workload = Workload(prompt_len=prompt_len, max_new_tokens=max_new_tokens, batch_size=batch_size, padded=padded)
-    offered, reserve = budget_on(devices, vram, reserve)
-    budget = Budget.of(offered, ram, reserve, held=held_beside_torch(devices))
+    budget = budget_on(devices, vram, ram, reserve)
     found = resolve(model, chosen_adapter)
-    planned = partial(
-        plan_for, model, workload, budget, found=found, profile=profile, prefer=prefer, adapter=chosen_adapter, **knobs
+    architecture = adapted(found, opened or chosen_adapter)
+    chosen = plan_for(
+        model,
+        workload,
+        budget,
+        found=found,
+        architecture=architecture,
+        profile=profile,
+        prefer=prefer,
+        adapter=adapter,
+        computes=partial(can_compute, architecture),
+        **knobs,
     )
-    chosen = planned()
     warn_of_positions(chosen.estimate)
     backend = get_backend(chosen.profile.weights)
-    if chosen.profile.host_layers and "host_layers" not in knobs and profile == "auto":
-        try:
-            check_host(chosen, backend)
-        except (NotSupportedError, BackendUnavailableError):  # another backend, or another CPU than the measured one
-            chosen = planned(host_layers=0)
-            backend = get_backend(chosen.profile.weights)
     for one in devices:
         check(chosen, backend, one)
     if opened is not None:
         check_peft()
-        check_values(opened, dtype_for(chosen.profile, place))
+        check_values(opened, dtype_for(chosen.profile, weakest(devices)))
         warn_of_another_base(opened, model)
     if disable_mmap and "disk" in device_map(chosen, devices[0]).values():
         raise NotSupportedError(
@@ -144,8 +143,7 @@ def load(
         with garbage_of_this_load(), ExitStack() as after_a_failure:
             checkpoint = open_checkpoint(model, found)
             check_own_adapter(checkpoint.folder, chosen_adapter)
-            assert chosen.estimate.architecture is not None
-            order = chosen.estimate.architecture.adapter_layers
+            order = architecture.adapter_layers
             if order:
                 checkpoint = replace(checkpoint, files=checkpoint.files.with_layers(order))
             llm = _build(checkpoint, chosen, backend, devices, opened, progress, disable_mmap, after_a_failure)

@@ -15,8 +15,10 @@ import torch
 from qwen_vram.arithmetic.weights import SMALLEST_READ
 from qwen_vram.dtypes import BF16, FP16
 from qwen_vram.errors import BackendUnavailableError, NotSupportedError
+from qwen_vram.planning.capacity.hardware import AMPERE
 from qwen_vram.planning.planner import Plan
 from qwen_vram.runtime.attention import fused as attention
+from qwen_vram.runtime.backends import get_backend
 from qwen_vram.runtime.backends.base import Backend, HostBackend, StreamingBackend
 from qwen_vram.runtime.tensors.checkpoint import Checkpoint
 from qwen_vram.runtime.torch_dtypes import TORCH_DTYPES, torch_dtype
@@ -31,7 +33,7 @@ _INSTALL_FLASH = "pip install flash-attn --no-build-isolation"
 
 
 class Here(NamedTuple):
-    """A model in a profile that a backend is to load on a device."""
+    """A model in a profile, with the backend and the device that are to load it."""
 
     profile: Profile
     architecture: Architecture
@@ -49,7 +51,7 @@ def _captures(knob: str) -> Rule[Here]:
 
 
 def _no_fused_attention(here: Here) -> str:
-    """Why the fused kernel does not run; empty if it does, or if it is not asked for."""
+    """Return why the fused kernel does not run; empty if it does, or if the profile does not use it."""
     if here.profile.attention != "fused":
         return ""
     dtype = _dtype(here.profile, here.device)
@@ -136,17 +138,24 @@ def check(chosen: Plan, backend: Backend, device: torch.device) -> None:
         )
     backend.check(profile, device)
     if profile.host_layers:
-        check_host(chosen, backend)
+        check_host(profile, architecture, backend)
 
 
-def check_host(chosen: Plan, backend: Backend) -> None:
+def can_compute(architecture: Architecture, profile: Profile) -> bool:
+    """Tell if the CPU here can compute streamed layers of a profile."""
+    try:
+        check_host(profile, architecture, get_backend(profile.weights))
+    except (NotSupportedError, BackendUnavailableError):  # another package's backend, or no kernel for this CPU
+        return False
+    return True
+
+
+def check_host(profile: Profile, architecture: Architecture, backend: Backend) -> None:
     """Refuse layers that cannot compute on this machine's CPU.
 
     Raises:
         NotSupportedError, BackendUnavailableError: they cannot compute on it.
     """
-    profile, architecture = chosen.profile, chosen.estimate.architecture
-    assert architecture is not None
     _refuse((_HOST_LAYERS,), Here(profile, architecture, backend, torch.device("cpu")))
     if isinstance(backend, HostBackend):
         backend.check_host(profile, architecture)
@@ -162,7 +171,7 @@ def check_files(checkpoint: Checkpoint, profile: Profile, dtype: torch.dtype) ->
     for weight in checkpoint.architecture.weights():
         tensor = stored.get(weight.name)
         quantized = checkpoint.architecture.stored_format is not None and weight.is_linear
-        held = None if tensor is None or quantized else TORCH_DTYPES.get(tensor.dtype)  # `None`: as its format has it
+        held = None if tensor is None or quantized else TORCH_DTYPES.get(tensor.dtype)  # `None`: as in its format
         if tensor and tensor.nbytes >= SMALLEST_READ and ".layers." in weight.name and held not in (None, dtype):
             raise NotSupportedError(
                 f"disk_layers={profile.disk_layers}: {weight.name!r} is stored as {tensor.dtype} and runs in {dtype}; "
@@ -187,4 +196,4 @@ def _dtype(profile: Profile, device: torch.device) -> torch.dtype:
 
 def _has_bf16(device: torch.device) -> bool:
     """Tell if a device is a GPU of the Ampere generation or newer."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= AMPERE

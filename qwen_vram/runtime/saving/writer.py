@@ -14,8 +14,8 @@ import torch
 from qwen_vram.checkpoints.files.names import INDEX
 from qwen_vram.checkpoints.output.safetensors_layout import Shard, header
 
-# Bytes after which the disk is set to work. The system itself waits for 10 % of memory or for seconds, and then has the
-# rest of the time to catch up in.
+# Bytes after which writing to the disk starts. The system itself would wait for 10 % of memory or for seconds, and then
+# have less time for the rest.
 _SYNC_BYTES = 2**28
 
 

@@ -123,7 +123,7 @@ def _from_tensors(folder: Path, tensors: Mapping[str, Any], *, config: Any, **op
 
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     model: Any = kind.from_pretrained(None, config=config, state_dict=tensors, **options)
-    # What else from_pretrained takes from a folder.
+    # Further attributes that from_pretrained sets from a folder.
     model.name_or_path = model.config.name_or_path = str(folder)
     if (folder / GENERATION).is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)

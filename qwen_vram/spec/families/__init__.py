@@ -1,6 +1,13 @@
-"""Families of decoders, one module for each `model_type` of config.json, imported when a model is of it.
+"""Families of decoders: one module for each `model_type` of config.json.
+
+A module is imported when a model of its family is used.
 
 A module holds one `FAMILY`, a `spec.family.Family`. A new family is a new file here: nothing lists them.
+
+Modules:
+    llama  Llama and models of its architecture: dense decoders, mostly without biases.
+    qwen2  Qwen2 and Qwen2.5: dense decoders with biases on queries, keys and values.
+    qwen3  Qwen3: dense decoders with norms on queries and keys.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Llama and models of its shape, such as TinyLlama and distilled ones: dense decoders, mostly without biases."""
+"""Llama and models of its architecture: dense decoders, mostly without biases."""
 
 from __future__ import annotations
 

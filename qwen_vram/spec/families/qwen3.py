@@ -1,4 +1,4 @@
-"""Qwen3: dense decoders with norms on queries and keys, and biases in attention only if config.json asks for them."""
+"""Qwen3: dense decoders with norms on queries and keys."""
 
 from __future__ import annotations
 
