@@ -93,8 +93,7 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("new", [NEW, pytest.param(210, marks=pytest.mark.full)])
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "+".join(options))
-@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize(*thinned(1, options=OPTIONS, count=[1, 4]))
 def test_steps_give_the_tokens_of_the_ordinary_path(pairs, count, options, new):
     ordinary, steps = pairs("fp32")
     expected = sequences(ordinary, count, new, **options)
