@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from qwen_vram.demo import CHECKPOINT
+from tests.helpers.shared import made_once
 
 # Nothing that `qwen-vram calibrate` stored on this machine may change a number in a test or in what a test starts.
 _CACHE = tempfile.TemporaryDirectory(prefix="qwen_vram_tests_")
@@ -52,22 +54,22 @@ def make_checkpoint(
 
 @pytest.fixture(scope="session")
 def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("untied"))
+    return made_once(tmp_path_factory, "untied", lambda folder: make_checkpoint(folder))
 
 
 @pytest.fixture(scope="session")
 def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("tied"), tied=True)
+    return made_once(tmp_path_factory, "tied", lambda folder: make_checkpoint(folder, tied=True))
 
 
 @pytest.fixture(scope="session")
 def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("qwen3"), kind="qwen3", tied=True)
+    return made_once(tmp_path_factory, "qwen3", lambda folder: make_checkpoint(folder, kind="qwen3", tied=True))
 
 
 @pytest.fixture(scope="session")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("sharded"), max_shard_size="2MB")
+    return made_once(tmp_path_factory, "sharded", lambda folder: make_checkpoint(folder, max_shard_size="2MB"))
 
 
 @pytest.fixture(scope="session")
@@ -101,9 +103,18 @@ def gptq_demo(gptqmodel: None, calibration: list[str], tmp_path_factory: pytest.
     """The bundled checkpoint in 4 bits by GPTQ."""
     import qwen_vram as qv
 
-    out = tmp_path_factory.mktemp("gptq") / "demo"
-    qv.quantize_gptq(CHECKPOINT, out, calibration=calibration, device="cpu", progress=False)
-    return out
+    def quantize(out: Path) -> None:
+        qv.quantize_gptq(CHECKPOINT, out, calibration=calibration, device="cpu", progress=False)
+
+    return made_once(tmp_path_factory, "gptq_demo", quantize)
+
+
+@pytest.fixture(scope="session")
+def awq_demo(gptq_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same codes as AutoAWQ stores them."""
+    from tests.helpers.gptq_files import as_awq
+
+    return made_once(tmp_path_factory, "awq_demo", lambda out: as_awq(gptq_demo, out))
 
 
 @pytest.fixture(scope="session")
@@ -113,38 +124,59 @@ def adapter(untied: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     from transformers import AutoModelForCausalLM
 
-    folder = tmp_path_factory.mktemp("adapter")
-    targets = ["q_proj", "v_proj", "up_proj", "down_proj"]
-    model = peft.get_peft_model(
-        AutoModelForCausalLM.from_pretrained(untied), peft.LoraConfig(r=8, target_modules=targets, lora_alpha=16)
-    )
-    torch.manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    model.save_pretrained(folder)
-    return folder
+    def make(folder: Path) -> None:
+        targets = ["q_proj", "v_proj", "up_proj", "down_proj"]
+        model = peft.get_peft_model(
+            AutoModelForCausalLM.from_pretrained(untied), peft.LoraConfig(r=8, target_modules=targets, lora_alpha=16)
+        )
+        torch.manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.05)
+        model.save_pretrained(folder)
+
+    return made_once(tmp_path_factory, "adapter", make)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections() -> None:
+    """Keep what is imported by now out of later collections: each `close()` collects garbage, 0.2 s with torch."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_unconfigure() -> None:
     _CACHE.cleanup()
 
 
+# Folders whose tests need no torch, unless they are marked `torch` or ask for a checkpoint that torch makes.
+WITHOUT_TORCH = {Path(__file__).parent / name for name in ("spec", "arithmetic", "checkpoints", "planning")}
+MADE_BY_TORCH = {"untied", "tied", "qwen3", "sharded", "wide", "adapter", "calibration", "gptq_demo", "awq_demo"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest's own deselects by marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none."""
+    """Skip what needs a GPU where there is none; mark what needs no torch."""
+    for item in items:
+        made = MADE_BY_TORCH & set(getattr(item, "fixturenames", ()))
+        if WITHOUT_TORCH & set(item.path.parents) and not made and "torch" not in item.keywords:
+            item.add_marker(pytest.mark.no_torch)
     on_gpu = [item for item in items if "gpu" in item.keywords]
-    if on_gpu:
-        import torch
-
-        if not torch.cuda.is_available():
-            for item in on_gpu:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+    if on_gpu and not _has_gpu():
+        for item in on_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
-@pytest.fixture(scope="module")
-def wide(tmp_path_factory):
+def _has_gpu() -> bool:
+    if find_spec("torch") is None:
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@pytest.fixture(scope="session")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Layers of 25 MB in bf16, so that copies take longer than launches."""
-    return make_checkpoint(
-        tmp_path_factory.mktemp("wide"), hidden_size=1024, intermediate_size=3072, num_hidden_layers=12,
-        num_attention_heads=8,
-    )  # fmt: skip
+    shape = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 8}
+    return made_once(tmp_path_factory, "wide", lambda folder: make_checkpoint(folder, **shape))

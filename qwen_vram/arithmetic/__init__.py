@@ -1,1 +1,4 @@
-"""What a model costs: integers of bytes, and predicted times. Opens no file, imports no torch."""
+"""Memory and time of a model as arithmetic: integers of bytes and predicted times.
+
+The modules open no file and do not import torch.
+"""

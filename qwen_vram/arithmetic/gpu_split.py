@@ -1,10 +1,11 @@
-"""Splitting: the estimate of a model whose layers lie on several GPUs, part by part."""
+"""The estimate of a model that is sharded over several GPUs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from qwen_vram.arithmetic.estimate import Estimate, estimate
+from qwen_vram.arithmetic.device_estimate import estimate
+from qwen_vram.arithmetic.estimate import Estimate
 from qwen_vram.arithmetic.pipeline import slices
 from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.machine import Machine

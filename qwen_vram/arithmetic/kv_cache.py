@@ -1,8 +1,9 @@
-"""KV cache: the bytes that keys and values take, by format, kind and place."""
+"""Bytes of the KV cache, by format, kind and device."""
 
 from __future__ import annotations
 
 from qwen_vram.spec.architecture import Architecture
+from qwen_vram.spec.layers import LayerSpec
 from qwen_vram.spec.profile import Profile
 
 # A cache on the host keeps the layer that computes and the one that is fetched on the device.
@@ -12,7 +13,7 @@ HOST_CACHE_LAYERS = 2
 def kv_bytes_per_token(architecture: Architecture, profile: Profile) -> int:
     """Bytes of one token's keys and values in all layers, in the model's own dtype.
 
-        2 (K and V) x num_hidden_layers x num_key_value_heads x head_dim x element bytes
+        the sum over the layers of 2 (K and V) x key_value_heads x head_dim x element bytes
 
     Exact.
 
@@ -20,20 +21,34 @@ def kv_bytes_per_token(architecture: Architecture, profile: Profile) -> int:
     >>> kv_bytes_per_token(find("Qwen2.5-7B-Instruct"), Profile())
     57344
     """
-    return 2 * architecture.num_hidden_layers * architecture.key_value_width * profile.element_bytes
+    width = sum(count * layer.attention.key_value_width for layer, count in architecture.kinds)
+    return 2 * width * profile.element_bytes
 
 
-def layer_kv_bytes(architecture: Architecture, profile: Profile, *, tokens: int, batch_size: int) -> int:
-    """Bytes that one layer's keys and values take for `tokens` tokens of each sequence, in the cache's format.
+def layer_kv_bytes(layer: LayerSpec, profile: Profile, *, tokens: int, batch_size: int) -> int:
+    """Bytes that a layer's keys and values take for `tokens` tokens of each sequence, in the cache's format.
 
     Exact.
     """
     return batch_size * profile.kv_format.nbytes(
         tokens,
-        kv_heads=architecture.num_key_value_heads,
-        head_dim=architecture.head_dim,
+        kv_heads=layer.attention.key_value_heads,
+        head_dim=layer.attention.head_dim,
         element_bytes=profile.element_bytes,
     )
+
+
+def all_kv_bytes(architecture: Architecture, profile: Profile, *, tokens: int, batch_size: int) -> int:
+    """`layer_kv_bytes` of all layers together. Exact."""
+    return sum(
+        count * layer_kv_bytes(layer, profile, tokens=tokens, batch_size=batch_size)
+        for layer, count in architecture.kinds
+    )
+
+
+def largest_kv_bytes(architecture: Architecture, profile: Profile, *, tokens: int, batch_size: int) -> int:
+    """`layer_kv_bytes` of the layer with the most. Exact."""
+    return max(layer_kv_bytes(layer, profile, tokens=tokens, batch_size=batch_size) for layer, _ in architecture.kinds)
 
 
 def kv_cache_bytes(
@@ -44,10 +59,10 @@ def kv_cache_bytes(
     A dynamic cache holds what was fed; the other two hold the whole context from the first step.
     """
     held = tokens if profile.cache == "dynamic" else context_len
-    layers = architecture.num_hidden_layers
     if profile.kv_device == "host":
-        layers = min(layers, HOST_CACHE_LAYERS)
-    return layers * layer_kv_bytes(architecture, profile, tokens=held, batch_size=batch_size)
+        slots = min(architecture.num_hidden_layers, HOST_CACHE_LAYERS)
+        return slots * largest_kv_bytes(architecture, profile, tokens=held, batch_size=batch_size)
+    return all_kv_bytes(architecture, profile, tokens=held, batch_size=batch_size)
 
 
 def host_kv_bytes(architecture: Architecture, profile: Profile, *, batch_size: int, context_len: int) -> int:
@@ -58,5 +73,8 @@ def host_kv_bytes(architecture: Architecture, profile: Profile, *, batch_size: i
     """
     if profile.kv_device == "device":
         return 0
-    layer = layer_kv_bytes(architecture, profile, tokens=context_len, batch_size=batch_size)
-    return architecture.num_hidden_layers * (1 << (layer - 1).bit_length())
+    total = 0
+    for layer, count in architecture.kinds:
+        nbytes = layer_kv_bytes(layer, profile, tokens=context_len, batch_size=batch_size)
+        total += count * (1 << (nbytes - 1).bit_length())
+    return total

@@ -1,4 +1,4 @@
-"""Tiles: how many rows of a matrix are quantized or dequantized at once.
+"""Tiles: the rows of a matrix that are quantized or dequantized at once.
 
 The estimator counts by these functions the tiles that the runtime makes: `runtime.linear.tiled_4bit` and
 `runtime.linear.tiled_int8` for bitsandbytes' matrices if `Profile.tiles`, `runtime.backends.bnb_rows` for a matrix

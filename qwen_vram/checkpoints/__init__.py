@@ -1,1 +1,4 @@
-"""Everything that opens files or asks the hub: checkpoints, adapters, this machine's measured figures. No torch."""
+"""Reading of checkpoints, adapters and machine files, from folders and the hub.
+
+All that opens files or asks the hub is here. The modules do not import torch.
+"""

@@ -1,4 +1,4 @@
-"""What a caller may call a model, brought to one `Architecture`."""
+"""Resolution of a caller's model (name, folder or config) to an `Architecture`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 ModelLike = str | Path | Mapping[str, object] | Architecture
 
-# Libraries of GPTQ by the names that people ask for; the first reads and writes what the others did.
+# Names of GPTQ's libraries that users ask for; the first reads and writes the format of the others.
 _GPTQ_LIBRARIES = ("gptqmodel", "auto-gptq", "autogptq")
 
 
@@ -32,11 +32,11 @@ class Resolved(NamedTuple):
     """A model with its shape.
 
     Attributes:
-        label: What to call it.
-        repo_id: Its repository on the hub; empty for one that is here, or that has no files.
-        config: What its config.json says; empty if that was not read.
-        source: Where that is.
-        files: Its folder as it was read; `None` for one that is not here.
+        label: Its name in messages.
+        repo_id: Its repository on the hub; empty for a local model, or one without files.
+        config: The object of its config.json; empty if that was not read.
+        source: The origin of `config`.
+        files: The contents of its folder; `None` if it is not local.
     """
 
     label: str
@@ -48,7 +48,7 @@ class Resolved(NamedTuple):
 
 
 def own_adapter(model: ModelLike, adapter: AdapterChoice) -> AdapterChoice:
-    """The caller's adapter; if there is none, the one in the model's own folder, or `False` if that is merged already.
+    """Return the caller's adapter, or the one in the model's own folder, or `False` if that is already merged.
 
     Raises:
         ConfigError: as `resolve`.
@@ -73,12 +73,12 @@ def own_adapter(model: ModelLike, adapter: AdapterChoice) -> AdapterChoice:
 
 
 def resolve_model(model: ModelLike, adapter: AdapterChoice = None) -> tuple[str, Architecture]:
-    """A label for `model` and its architecture, with an adapter's tensors if one is given.
+    """Return a label for `model`, and its architecture with the tensors of `adapter`, if one is given.
 
     Raises:
         UnknownNameError, ConfigError, HubError: as `resolve`.
-        CheckpointError, NotSupportedError: weights or an adapter that cannot be used.
-        AdapterError: `model` is an adapter, or holds one beside a whole model that the caller does not speak of.
+        CheckpointError, NotSupportedError: the weights or the adapter cannot be used.
+        AdapterError: `model` is an adapter, or holds one beside a whole model and the caller does not choose.
     """
     adapter = own_adapter(model, adapter)
     found = resolve(model, adapter)
@@ -86,7 +86,7 @@ def resolve_model(model: ModelLike, adapter: AdapterChoice = None) -> tuple[str,
 
 
 def adapted(found: Resolved, adapter: AdapterChoice) -> Architecture:
-    """The architecture of a model with an adapter's tensors, if one is given.
+    """Return the architecture of a model with an adapter's tensors, if one is given.
 
     Raises:
         AdapterError, CheckpointError, NotSupportedError, HubError: the adapter cannot be used.
@@ -99,10 +99,10 @@ def adapted(found: Resolved, adapter: AdapterChoice) -> Architecture:
 
 
 def stored_knobs(architecture: Architecture, knobs: Mapping[str, object]) -> dict[str, object]:
-    """`knobs`, with those set that a checkpoint which is quantized already leaves no choice about.
+    """Return `knobs` with the values that a prequantized checkpoint determines.
 
     Raises:
-        ConfigError: the caller asks for another format than it is stored in.
+        ConfigError: the caller asks for another format than the stored one.
     """
     stored = architecture.stored_format
     knobs = _named(knobs, stored)
@@ -119,10 +119,10 @@ def stored_knobs(architecture: Architecture, knobs: Mapping[str, object]) -> dic
 
 
 def _named(knobs: Mapping[str, object], stored: str | None) -> dict[str, object]:
-    """`knobs` without `backend`, which only GPTQ's libraries are asked for by, and `weights` as a format.
+    """Return `knobs` without `backend`, which may only name GPTQ's libraries, and with `weights` as a format.
 
     Raises:
-        UnknownNameError: another backend.
+        UnknownNameError: `backend` has another name.
     """
     named = dict(knobs)
     backend = named.pop("backend", None)
@@ -142,18 +142,18 @@ def _named(knobs: Mapping[str, object], stored: str | None) -> dict[str, object]
 
 
 def resolve(model: ModelLike, adapter: AdapterChoice = None) -> Resolved:
-    """What `model` is: its label, its architecture, and its files if they are here.
+    """Resolve `model` to its label, its architecture, and its files if they are local.
 
     Args:
         model: An `Architecture`, a config `dict`, a checkpoint folder, a catalog name with or without its
-            organisation, or a hub id or a hub page's address, of which config.json is fetched, and the headers of its
-            safetensors if it is quantized. A folder wins over a name.
-        adapter: The adapter of the call, by which a folder that holds one beside the model is not refused.
+            organisation, a hub id, or the address of a hub page. From the hub, config.json is fetched, and the
+            safetensors headers of a quantized checkpoint. A folder is preferred to a name.
+        adapter: The adapter of the call; with it, a folder that holds an adapter beside the model is not refused.
 
     Raises:
-        AdapterError: a folder is an adapter, or holds one beside a whole model that the caller does not speak of.
-        UnknownNameError: a name that is none of these.
-        ConfigError: a config that is missing, broken or of another architecture.
+        AdapterError: a folder is an adapter, or holds one beside a whole model and the caller does not choose.
+        UnknownNameError: the name is not known.
+        ConfigError: the config is missing, broken or of another architecture.
         CheckpointError: the weights in a folder, or the headers of a quantized checkpoint on the hub, are missing,
             broken or of another model.
         HubError: the hub does not give the config.json or the headers.
@@ -170,7 +170,7 @@ def resolve(model: ModelLike, adapter: AdapterChoice = None) -> Resolved:
     if place.folder is not None:
         _check_adapter(place.folder, adapter)
         return open_folder(place, weights=False)
-    from qwen_vram.spec.catalog import catalog_row, row_architecture, unknown_model  # a folder needs no catalog
+    from qwen_vram.spec.catalog import catalog_row, row_architecture, unknown_model  # not needed for a folder
 
     row = catalog_row(place.name)
     if row is not None:
@@ -186,7 +186,7 @@ def resolve(model: ModelLike, adapter: AdapterChoice = None) -> Resolved:
 
 
 def _check_adapter(folder: Path, adapter: AdapterChoice) -> None:
-    """Refuse an adapter given as the model, and one beside the model that the call does not name."""
+    """Refuse an adapter that is given as the model, and one beside the model that the call does not name."""
     if (folder / CONFIG).is_file() and not (folder / ADAPTER_CONFIG).is_file():
         return
     from qwen_vram.checkpoints.adapters.folder import check_is_no_adapter, check_own_adapter
@@ -196,13 +196,13 @@ def _check_adapter(folder: Path, adapter: AdapterChoice) -> None:
 
 
 def open_folder(place: Place, *, weights: bool) -> Resolved:
-    """The checkpoint in a local folder.
+    """Return the checkpoint in a local folder.
 
     Args:
         weights: As for `read_checkpoint`.
 
     Raises:
-        ConfigError: config.json is missing, broken or of another architecture, or the folder hides a name of the hub.
+        ConfigError: config.json is missing, broken or of another architecture, or the folder hides a name on the hub.
         CheckpointError: the weights are missing, broken or of another model.
     """
     folder = place.folder
@@ -215,7 +215,7 @@ def open_folder(place: Place, *, weights: bool) -> Resolved:
 
 
 def _check_hides(folder: Path, name: str) -> None:
-    """Refuse a folder without config.json that hides a name of the hub."""
+    """Refuse a folder without config.json whose name hides a name on the hub."""
     from qwen_vram.checkpoints.files.absent import no_config
     from qwen_vram.spec.catalog import catalog_row
 
@@ -228,7 +228,7 @@ def _check_hides(folder: Path, name: str) -> None:
 
 
 def hub_named(repo_id: str) -> dict[str, Tensor]:
-    """The tensors of a repository from its headers, by the model's names."""
+    """Return the tensors of a repository from its headers, by the model's names."""
     from qwen_vram.checkpoints.hub.files import hub_tensors
 
     return by_model_name(hub_tensors(repo_id))[0]

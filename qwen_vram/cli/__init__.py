@@ -1,4 +1,7 @@
-"""The command line: `qwen-vram estimate`, `plan`, `chat`, `merge`, `quantize`, `calibrate`, `demo`."""
+"""The command line `qwen-vram` and its commands.
+
+They are `estimate`, `plan`, `chat`, `merge`, `quantize`, `calibrate` and `demo`.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ for command in (estimate, plan, chat, merge, quantize, calibrate, demo):
 
 
 def main() -> None:
-    """Run the command line; a refusal is one line and exit status 2."""
+    """Run the command line; an error of this library is printed as one line, with exit status 2."""
     as_json = "--json" in sys.argv
     try:
         app()

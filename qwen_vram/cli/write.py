@@ -1,4 +1,4 @@
-"""`qwen-vram merge` and `quantize`: what writes checkpoints."""
+"""`qwen-vram merge` and `quantize`: the commands that write checkpoints."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def merge(
 
 
 def _weighted(entry: str) -> tuple[str, float]:
-    """`"folder=0.5"` as a folder and its weight, 1 where there is none."""
+    """Return the folder and the weight of an entry such as `"folder=0.5"`; the weight is 1 if it is missing."""
     folder, separator, weight = entry.rpartition("=")
     if not separator:
         return entry, 1.0

@@ -1,1 +1,4 @@
-"""LoRA adapters merged into their base one piece of a tensor at a time, in float32, and quantized at once."""
+"""Merge of LoRA adapters into their base, with quantization in the same pass.
+
+One piece of a tensor at a time is merged in float32 and quantized.
+"""

@@ -1,4 +1,4 @@
-"""The slots that a merged tensor takes, in the base's dtype or in a codec's format."""
+"""Stored tensors of a merged weight, in the base's dtype or a codec's format."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Weight:
 
 
 def weight_of(target: Target, codec: Codec | None) -> Weight:
-    """The slots that `target` takes in the format of `codec`."""
+    """Return the slots that `target` takes in the format of `codec`."""
     if codec is None:
         nbytes = target.base.nbytes // math.prod(target.base.shape) * math.prod(target.shape)
         return Weight(target, (TensorSlot(target.name, target.base.kind, target.shape, nbytes),), None)

@@ -1,1 +1,4 @@
-"""Which profile fits a budget, and where each layer lies. Arithmetic, and what the driver says is free; no torch."""
+"""Choice of a profile that fits a budget, with a location for each layer.
+
+It is arithmetic over the free memory that the driver reports. The modules do not import torch.
+"""

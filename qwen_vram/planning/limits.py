@@ -1,4 +1,4 @@
-"""The inverse questions: how long, how many, and how small a card."""
+"""Inverse questions: the longest context, the largest batch, the smallest GPU."""
 
 from __future__ import annotations
 

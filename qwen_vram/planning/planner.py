@@ -1,4 +1,7 @@
-"""The planner: the first profile, least lossy first, that fits a budget; and `Plan`, which the loader obeys."""
+"""The planner: the first profile that fits a budget, least lossy first.
+
+`Plan` is its result, and the loader follows it.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from qwen_vram.arithmetic.estimate import Estimate, estimate
+from qwen_vram.arithmetic.device_estimate import estimate
+from qwen_vram.arithmetic.estimate import Estimate
 from qwen_vram.arithmetic.gpu_split import split_estimate, split_of
 from qwen_vram.arithmetic.timing.generation import Times, times_of
 from qwen_vram.checkpoints.adapters.folder import AdapterChoice

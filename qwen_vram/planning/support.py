@@ -1,4 +1,4 @@
-"""Loadable: what is counted and runs on no machine, refused by name when it is planned; `load()` obeys plans.
+"""Refusals of profiles that are counted but that no machine can load.
 
 What one machine lacks (a library, a kernel, a GPU) is `runtime.loading.preflight`'s business.
 """

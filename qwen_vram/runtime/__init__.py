@@ -1,1 +1,4 @@
-"""Load and run what a plan says. The first floor that imports torch."""
+"""Loading and running of a model as its plan says.
+
+It is the first floor that imports torch.
+"""

@@ -1,1 +1,4 @@
-"""Descriptions of models, workloads and knobs, without the bytes of a run. Opens no file, imports no torch."""
+"""Descriptions of models, workloads and knobs.
+
+The modules open no file and do not import torch.
+"""

@@ -1,4 +1,4 @@
-"""The keys of config.json that `transformers` types: their defaults, and what it accepts as their values.
+"""Keys of config.json: their defaults and accepted values in `transformers`.
 
 `transformers` refuses a config.json by these types when it loads. An estimate refuses it by the same, without torch.
 """
@@ -21,86 +21,63 @@ class Key(NamedTuple):
     default: object
 
 
-def _integer(value: object) -> bool:
+Keys = Mapping[str, Key]
+
+
+def integer(value: object) -> bool:
+    """Tell if a value is a whole number."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _real(value: object) -> bool:
+def real(value: object) -> bool:
+    """Tell if a value is a number with a decimal point or an exponent."""
     return isinstance(value, float)
 
 
-def _number(value: object) -> bool:
-    return _integer(value) or _real(value)
+def number(value: object) -> bool:
+    """Tell if a value is a number."""
+    return integer(value) or real(value)
 
 
-def _flag(value: object) -> bool:
+def flag(value: object) -> bool:
+    """Tell if a value is true or false."""
     return isinstance(value, bool)
 
 
-def _text(value: object) -> bool:
+def text(value: object) -> bool:
+    """Tell if a value is a text."""
     return isinstance(value, str)
 
 
-def _object(value: object) -> bool:
+def mapping(value: object) -> bool:
+    """Tell if a value is an object."""
     return isinstance(value, Mapping)
 
 
-def _list_of(one: Check) -> Check:
+def list_of(one: Check) -> Check:
+    """A check for lists whose entries pass `one`."""
     return lambda value: isinstance(value, (list, tuple)) and all(one(item) for item in value)
 
 
-def _either(*checks: Check) -> Check:
+def either(*checks: Check) -> Check:
+    """A check for values that pass one of `checks`."""
     return lambda value: any(check(value) for check in checks)
 
 
-def _or_null(check: Check) -> Check:
+def or_null(check: Check) -> Check:
+    """A check for null, and for values that pass `check`."""
     return lambda value: value is None or check(value)
 
 
 # Largest dimension believed. Llama-3 405B's intermediate_size is 53,248 and the largest published vocabulary about
 # 262,144; a config.json past this bound is damaged or hostile.
 LARGEST = 10_000_000
-_SIZE = f"a positive integer of at most {LARGEST}"
-
-# Source: transformers 5.23, Qwen2Config and Qwen3Config; a test holds the two against this table.
-_SHARED = {
-    "vocab_size": Key(_integer, _SIZE, 151_936),
-    "hidden_size": Key(_integer, _SIZE, 4_096),
-    "intermediate_size": Key(_integer, _SIZE, 22_016),
-    "num_hidden_layers": Key(_integer, _SIZE, 32),
-    "num_attention_heads": Key(_integer, _SIZE, 32),
-    "num_key_value_heads": Key(_or_null(_integer), f"{_SIZE}, or null", 32),
-    "hidden_act": Key(_text, "a text", "silu"),
-    "max_position_embeddings": Key(_integer, _SIZE, 32_768),
-    "initializer_range": Key(_real, "a number with a decimal point, such as 0.02", 0.02),
-    "rms_norm_eps": Key(_real, "a number with a decimal point or an exponent, such as 1e-06", 1e-6),
-    "use_cache": Key(_flag, "true or false", True),
-    "tie_word_embeddings": Key(_flag, "true or false", False),
-    "rope_parameters": Key(_or_null(_object), "an object or null", None),
-    "use_sliding_window": Key(_flag, "true or false", False),
-    "sliding_window": Key(_or_null(_integer), "an integer or null", 4_096),
-    "max_window_layers": Key(_integer, "an integer", 28),
-    "layer_types": Key(_or_null(_list_of(_text)), "a list of texts or null", None),
-    "attention_dropout": Key(_number, "a number", 0.0),
-    "pad_token_id": Key(_or_null(_integer), "an integer or null", None),
-    "bos_token_id": Key(_or_null(_integer), "an integer or null", None),
-    "eos_token_id": Key(
-        _or_null(_either(_integer, _list_of(_integer))), "an integer, a list of integers or null", None
-    ),
-}
-KEYS: dict[str, dict[str, Key]] = {
-    "qwen2": _SHARED,
-    "qwen3": {
-        **_SHARED,
-        "head_dim": Key(_integer, _SIZE, 128),
-        "attention_bias": Key(_flag, "true or false", False),
-    },
-}
+SIZE = f"a positive integer of at most {LARGEST}"
 
 
-def wrong_key(model_type: str, config: Mapping[str, object]) -> str:
+def wrong_key(keys: Keys, config: Mapping[str, object]) -> str:
     """The first key whose value `transformers` refuses, with the value and what is accepted; empty if there is none."""
-    for name, key in KEYS[model_type].items():
+    for name, key in keys.items():
         if name in config and config[name] is None and not key.accepts(None):
             return (
                 f"{name} is missing: it is null, and must be {key.words}, or be left out, which means {key.default!r}"
@@ -111,11 +88,11 @@ def wrong_key(model_type: str, config: Mapping[str, object]) -> str:
         value = config.get(name)
         if (isinstance(value, str) and value not in BY_CONFIG) or isinstance(value, list):
             return f"{name} must be the name of a dtype such as \"bfloat16\" (without 'torch.'), got {value!r}"
-    return _wrong_layer_types(model_type, config) or _wrong_labels(config)
+    return _wrong_layer_types(keys, config) or _wrong_labels(config)
 
 
-def _wrong_layer_types(model_type: str, config: Mapping[str, object]) -> str:
-    kinds, layers = config.get("layer_types"), value_of(model_type, config, "num_hidden_layers")
+def _wrong_layer_types(keys: Keys, config: Mapping[str, object]) -> str:
+    kinds, layers = config.get("layer_types"), value_of(keys, config, "num_hidden_layers")
     if isinstance(kinds, list) and len(kinds) != layers:
         return (
             f"layer_types has {len(kinds)} entries and num_hidden_layers is {layers}, and transformers asks for one "
@@ -133,6 +110,6 @@ def _wrong_labels(config: Mapping[str, object]) -> str:
     return ""
 
 
-def value_of(model_type: str, config: Mapping[str, object], name: str) -> object:
-    """The value of a key, or the default of `transformers` if config.json lacks it."""
-    return config.get(name, KEYS[model_type][name].default)
+def value_of(keys: Keys, config: Mapping[str, object], name: str) -> object:
+    """The value of a key, or the default of `transformers` if config.json lacks it; `None` for a key without one."""
+    return config.get(name, keys[name].default if name in keys else None)

@@ -1,4 +1,4 @@
-"""Storage formats: the bytes that a weight takes, as sums that a reviewer checks by eye.
+"""Storage formats: the bytes of a weight as sums that are checked by eye.
 
 Knows nothing of torch or of the library that writes a format; `runtime.backends` joins the two by the format's name,
 and a test holds every sum against the storages that the real library makes.

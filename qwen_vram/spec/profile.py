@@ -1,4 +1,4 @@
-"""Profile: every knob that changes what a model takes, in one frozen object that estimator and loader share."""
+"""The profile: a frozen object of all knobs, shared by estimator and loader."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""config.json's `quantization_config`: the method and storage format that it names, and the modules that it leaves out.
+"""`quantization_config` of config.json: method, format, and modules left out.
 
 Knows no tensors; `checkpoints.tensors.prequantized` holds them against what is read here.
 """

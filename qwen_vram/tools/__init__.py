@@ -1,1 +1,1 @@
-"""Tools around the library, each usable from Python and from the command line."""
+"""Tools that measure this machine and the accuracy of predictions."""

@@ -1,1 +1,1 @@
-"""A run's allocations in order, and torch's caching allocator, which they are replayed through."""
+"""Simulation of torch's caching allocator over the allocations of a load and a generation."""

@@ -1,4 +1,4 @@
-"""Loading as a sequence of allocations, tensor by tensor, for `allocator` to follow.
+"""Allocations of loading a 16-bit checkpoint in their order, for the replay.
 
 Source of the order: transformers 5.17 and 5.23 (core_model_loading.py, `caching_allocator_warmup`), bitsandbytes 0.50.2
 (functional.py, `quantize_4bit` and `quantize_blockwise`).
@@ -13,9 +13,10 @@ from typing import Any
 from qwen_vram.arithmetic.replay.allocator import CachingAllocator
 from qwen_vram.arithmetic.replay.load_prequantized import replay_stored
 from qwen_vram.arithmetic.tiling import chunk_rows, tile_rows
-from qwen_vram.arithmetic.weights import block_bytes, format_of, streaming_slots
-from qwen_vram.spec.architecture import Architecture, Weight
+from qwen_vram.arithmetic.weights import format_of, slot_bytes, streaming_slots
+from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.formats import BLOCK, FORMATS, StorageFormat, blocks
+from qwen_vram.spec.layers import Weight
 from qwen_vram.spec.profile import Profile
 from qwen_vram.spec.residency import residency
 
@@ -46,18 +47,28 @@ def as_loaded(profile: Profile) -> Profile:
 def replay_load(architecture: Architecture, profile: Profile, limit: int | None = None) -> CachingAllocator:
     """The allocator after `load`: its `allocated` is the weights', its `peak` the load peak.
 
+    Raises:
+        OutOfRoomError: loading takes more than `limit`.
+    """
+    allocator = CachingAllocator(limit)
+    load_into(allocator, architecture, profile)
+    return allocator
+
+
+def load_into(allocator: CachingAllocator, architecture: Architecture, profile: Profile) -> None:
+    """Load through `allocator`, in place.
+
     `transformers` first takes all bytes in one piece and frees them, so that later requests are cut from it; then it
     brings tensors over in the order of their names, as they are stored, or in the model's own dtype to be quantized
     as they come. In the end the loader gives back what segments are free.
 
     Raises:
-        OutOfRoomError: loading takes more than `limit`.
+        OutOfRoomError: loading takes more than the allocator's limit.
     """
-    allocator = CachingAllocator(limit)
     if architecture.stored:
         replay_stored(allocator, architecture, architecture.stored, profile)
         allocator.loaded()
-        return allocator
+        return
     weights = _load_order(architecture, profile)
     total = sum(_announced_bytes(weight, profile) for weight in weights)
     allocator.give(allocator.take(int(total)))
@@ -65,11 +76,10 @@ def replay_load(architecture: Architecture, profile: Profile, limit: int | None 
     for weight in weights:
         load(allocator, weight, profile)
     for _ in range(2 if architecture.starts else 0):  # the rotary embedding's float32 buffers
-        allocator.take(architecture.head_dim // 2 * _FP32)
+        allocator.take(architecture.rotary_dim // 2 * _FP32)
     if profile.streamed_layers:
         _load_streamed(allocator, architecture, profile)
     allocator.loaded()
-    return allocator
 
 
 def _load_streamed(allocator: CachingAllocator, architecture: Architecture, profile: Profile) -> None:
@@ -79,12 +89,13 @@ def _load_streamed(allocator: CachingAllocator, architecture: Architecture, prof
     """
     if residency(architecture, profile).late_head:
         _load_by_tiles(allocator, architecture.head, profile)
-    for weight in architecture.block:
-        if architecture.stored_format is None and not FORMATS[format_of(weight, profile)].is_dense:
-            allocator.give(*_load_by_tiles(allocator, weight, profile))
+    for layer, _ in architecture.kinds:
+        for weight in layer.linears.values():
+            if architecture.stored_format is None and not FORMATS[format_of(weight, profile)].is_dense:
+                allocator.give(*_load_by_tiles(allocator, weight, profile))
     allocator.release_unused()
     for _ in range(streaming_slots(architecture, profile)):
-        allocator.take(block_bytes(architecture, profile))
+        allocator.take(slot_bytes(architecture, profile))
 
 
 def _load_by_tiles(allocator: CachingAllocator, weight: Weight, profile: Profile) -> list[int]:
@@ -112,15 +123,19 @@ def _load_by_tiles(allocator: CachingAllocator, weight: Weight, profile: Profile
 def _load_order(architecture: Architecture, profile: Profile) -> list[Weight]:
     """What goes to the device to stay, sorted by name as `transformers` does: head, embedding, layers, last norm."""
     outer = {weight.role: [weight] for weight in architecture.outer}
-    block = sorted(architecture.block, key=lambda weight: weight.name.split("."))
+    by_name = {
+        layer: sorted(layer.weights, key=lambda weight: weight.name.split(".")) for layer, _ in architecture.kinds
+    }
     homes = residency(architecture, profile)
+    staying = [layer for layer, home in zip(architecture.layers, homes.layers, strict=True) if home == "device"]
+    layers = [weight for layer in staying for weight in by_name[layer]]
     head = outer.get("head", [])
     if architecture.has_head and homes.own_head:
         head = [architecture.head]
     if homes.late_head:
         head = []  # it comes afterwards
     table = [] if homes.table_on_host else outer.get("embedding", [])
-    return [*head, *table, *(block * homes.resident), *outer.get("norm", []), *architecture.adapter_weights]
+    return [*head, *table, *layers, *outer.get("norm", []), *architecture.adapter_weights]
 
 
 def _announced_bytes(weight: Weight, profile: Profile) -> float:

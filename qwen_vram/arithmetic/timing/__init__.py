@@ -1,1 +1,4 @@
-"""Predicted times of prefill and decode steps, from bytes, operations and launches over the rates of a machine."""
+"""Predicted times of prefill and decode steps.
+
+They are bytes, operations and launches over the rates of a machine.
+"""

@@ -1,4 +1,4 @@
-"""Times of products of one to eight rows by this library's kernels, and where those make them."""
+"""Times of products of one to eight rows by this library's kernels."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Times of steps on the CPU: bytes over the rate at which it multiplies them, and Python's own time."""
+"""Times of steps on the CPU: bytes over the rate of products, and Python's own time."""
 
 from __future__ import annotations
 
-from qwen_vram.arithmetic.kv_cache import layer_kv_bytes
+from qwen_vram.arithmetic.kv_cache import all_kv_bytes
 from qwen_vram.arithmetic.timing.bytes_moved import HOST_PRODUCT_RATE
 from qwen_vram.arithmetic.timing.linear import Matrices, head_matrix, layer_matrices
 from qwen_vram.spec.architecture import Architecture
@@ -54,8 +54,8 @@ def host_decode_seconds(
     layers = architecture.num_hidden_layers
     seconds = layers * weights_seconds(layer_matrices(architecture, profile), machine)
     seconds += weights_seconds(head_matrix(architecture, profile), machine)
-    held = layer_kv_bytes(architecture, profile, tokens=tokens, batch_size=workload.batch_size)
-    return seconds + layers * held / product_rate_of(machine) + (layers + _STEP_LAYERS) * _LAYER
+    held = all_kv_bytes(architecture, profile, tokens=tokens, batch_size=workload.batch_size)
+    return seconds + held / product_rate_of(machine) + (layers + _STEP_LAYERS) * _LAYER
 
 
 def host_prefill_seconds(
@@ -65,7 +65,8 @@ def host_prefill_seconds(
     layers, rows = architecture.num_hidden_layers, workload.prompt_len * workload.batch_size
     layer, rate = layer_matrices(architecture, profile), machine.host_matmul_rate or HOST_MATMUL_RATE
     products = 2 * layers * layer.numel * rows / (_MATMUL_SHARE * rate)
-    attention = 2 * layers * architecture.attention_width * rows * workload.prompt_len / (_MATMUL_SHARE * rate)
+    width = sum(one.attention.width for one in architecture.layers)
+    attention = 2 * width * rows * workload.prompt_len / (_MATMUL_SHARE * rate)
     dequantizing = 0.0
     if not layer.storage.is_dense and not layer.storage.is_bnb_4bit:
         dequantizing = chunks * layers * weights_seconds(layer, machine)

@@ -1,4 +1,4 @@
-"""Times of launching a step's kernels on a GPU from Python, which waits for it where they are launched one by one.
+"""Times of launching kernels from Python, one by one or as a CUDA graph.
 
 Every constant is a time on the host whose `layer_launch_time` is the stated one; another host's are in proportion. They
 are differences between rows of the same run where there are such, and hosts of one kind of GPU differ by a third.
@@ -10,9 +10,10 @@ from functools import lru_cache
 
 from qwen_vram.arithmetic.tiling import int8_rows, is_tiled, tile_rows, unpacks
 from qwen_vram.arithmetic.timing.few_rows import by_few_rows
-from qwen_vram.arithmetic.timing.linear import linear_shapes
+from qwen_vram.arithmetic.timing.linear import linear_shapes, mean_of_layers
 from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.formats import FORMATS, FormatName, KernelName
+from qwen_vram.spec.layers import LayerSpec
 from qwen_vram.spec.machine import LAYER_LAUNCH_TIME, Machine
 from qwen_vram.spec.profile import Profile
 
@@ -77,7 +78,8 @@ def launch_seconds(
     layers = architecture.num_hidden_layers
     plain = LAYER_LAUNCH_TIME / 1e9
     few = by_few_rows(profile, profile.weights, rows)
-    each = plain + _products(architecture, profile.weights, profile.tiles, rows, few) + _attention(profile)
+    products = mean_of_layers(architecture, lambda layer: _products(layer, profile.weights, profile.tiles, rows, few))
+    each = plain + products + _attention(profile)
     if prefill and profile.kv_format.is_quantized:
         each += _KV_WRITE
     beside = STEP_LAYERS * plain + _head(architecture, profile, batch_size)
@@ -107,15 +109,15 @@ def _attention(profile: Profile) -> float:
 
 
 @lru_cache(maxsize=256)
-def _products(architecture: Architecture, weights: FormatName, tiles: bool, rows: int, few: bool) -> float:
+def _products(layer: LayerSpec, weights: FormatName, tiles: bool, rows: int, few: bool) -> float:
     """Seconds of a layer's products beside those in 16 bits."""
     storage = FORMATS[weights]
     if few:
-        return len(linear_shapes(architecture)) * _FEW_ROWS
+        return len(linear_shapes(layer)) * _FEW_ROWS
     if not storage.is_quantized_on_load:
         return 0.0
     seconds = 0.0
-    for shape in linear_shapes(architecture):
+    for shape in linear_shapes(layer):
         if unpacks(storage, rows) or (storage.is_bnb_4bit and tiles and is_tiled(shape, rows)):
             seconds += -(-shape[0] // tile_rows(*shape)) * _TILES[storage.kernel]
         elif storage.has_outliers and tiles:

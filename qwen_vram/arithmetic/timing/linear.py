@@ -1,10 +1,11 @@
-"""Times of products with matrices on a GPU, by the format of the matrices and the rows of the input.
+"""Times of matrix products on a GPU, by format and number of rows.
 
 A kernel reads the stored bytes at its share of the memory's rate, or at a rate of its own that no faster memory lifts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from qwen_vram.arithmetic.tiling import FUSED_ROWS, unpacks
 from qwen_vram.arithmetic.weights import block_bytes, head_bytes
 from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.formats import FORMATS, KernelName, StorageFormat
+from qwen_vram.spec.layers import LayerSpec
 from qwen_vram.spec.machine import Machine
 from qwen_vram.spec.profile import Profile
 
@@ -58,17 +60,25 @@ class Matrices(NamedTuple):
     numel: int
 
 
+def mean_of_layers(architecture: Architecture, of: Callable[[LayerSpec], float]) -> float:
+    """The mean over the layers of what `of` gives for one; just that if all are alike."""
+    (first, _), *others = architecture.kinds
+    if not others:
+        return of(first)
+    return sum(count * of(layer) for layer, count in architecture.kinds) / len(architecture.layers)
+
+
 @lru_cache(maxsize=64)
-def linear_shapes(architecture: Architecture) -> tuple[tuple[int, int], ...]:
-    """The matrices of one decoder layer, (out_features, in_features) each."""
-    return tuple((weight.shape[0], weight.shape[1]) for weight in architecture.block if weight.is_linear)
+def linear_shapes(layer: LayerSpec) -> tuple[tuple[int, int], ...]:
+    """The matrices of a decoder layer, (out_features, in_features) each."""
+    return tuple((weight.shape[0], weight.shape[1]) for weight in layer.linears.values())
 
 
 def layer_matrices(architecture: Architecture, profile: Profile) -> Matrices:
-    """The matrices of one decoder layer, its norms' few bytes with them."""
-    shapes = linear_shapes(architecture)
-    numel = sum(rows * columns for rows, columns in shapes)
-    return Matrices(FORMATS[profile.weights], len(shapes), block_bytes(architecture, profile), numel)
+    """The matrices of one decoder layer, its norms' few bytes with them; of the mean layer, if layers differ."""
+    number = round(mean_of_layers(architecture, lambda layer: len(layer.linears)))
+    numel = round(mean_of_layers(architecture, lambda layer: layer.linear_numel))
+    return Matrices(FORMATS[profile.weights], number, block_bytes(architecture, profile), numel)
 
 
 def head_matrix(architecture: Architecture, profile: Profile) -> Matrices:

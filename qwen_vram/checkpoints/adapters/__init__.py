@@ -1,1 +1,1 @@
-"""The one reader of LoRA adapters: folder, settings, headers, and what they change in a base."""
+"""Reading of LoRA adapters: folder, settings, tensors, and changes to the base."""

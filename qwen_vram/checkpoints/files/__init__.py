@@ -1,1 +1,1 @@
-"""Files of a checkpoint folder: names, JSON, safetensors headers, and the causes of what is wrong with them."""
+"""Files of a checkpoint folder: names, JSON and safetensors headers, with clear errors."""

@@ -1,1 +1,1 @@
-"""Checkpoints on the hub, and its errors in this library's words."""
+"""Checkpoints on the hub, and errors of the hub as errors of this library."""

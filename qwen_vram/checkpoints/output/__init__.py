@@ -1,1 +1,1 @@
-"""A new checkpoint: its layout, and its folder, which appears whole or not at all."""
+"""Output of a new checkpoint: its layout, and a folder that appears only when complete."""

@@ -1,1 +1,1 @@
-"""The tensors of a checkpoint, each held against the model that config.json describes."""
+"""Checks of a checkpoint's tensors against the model that config.json describes."""

@@ -1,4 +1,4 @@
-"""A matrix as each library stores it: the tensors that belong together, their dtypes, shapes and bytes once loaded."""
+"""Tensors of a quantized matrix in the format of each library."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import NamedTuple
 from qwen_vram.checkpoints.files.safetensors_header import Tensor
 from qwen_vram.checkpoints.tensors.quantized_names import FLOATS
 from qwen_vram.dtypes import BY_STORED, INT8, PLAIN, UINT8
-from qwen_vram.spec.architecture import Weight
 from qwen_vram.spec.formats import FORMATS, NESTED_BLOCK, QUANT_TYPES, FormatName
+from qwen_vram.spec.layers import Weight
 from qwen_vram.spec.prequantized import StoredTensor
 from qwen_vram.spec.quantization import (
     AWQ,
@@ -22,7 +22,7 @@ from qwen_vram.spec.quantization import (
     settings_of,
 )
 
-# Bytes of what runs in the model's own dtype, which is one of 16 bits beside quantized matrices.
+# Bytes of an element in the model's own dtype, which has 16 bits beside quantized matrices.
 HALF = 2
 # bitsandbytes stores the offset of double quantization in a JSON text, and keeps it as one float32.
 _OFFSET = 4
@@ -35,14 +35,14 @@ _AWQ_CODES = 8  # of 4 bits in a word
 
 
 class Part(NamedTuple):
-    """One tensor of a stored matrix, as it should be.
+    """One expected tensor of a stored matrix.
 
     Attributes:
         name: Its name in the checkpoint.
-        dtypes: Dtypes that it may have, as safetensors spells them.
-        shapes: Shapes that it may have; empty if any will do that is not empty.
-        kept: Bytes of it that the loaded model keeps; `None` is as many as it has in the file.
-        optional: It may be missing; then nothing of it is loaded, or it is made, of `kept` bytes.
+        dtypes: Allowed dtypes, as safetensors spells them.
+        shapes: Allowed shapes; empty allows every shape with elements.
+        kept: Bytes that the loaded model keeps of it; `None` is its size in the file.
+        optional: It may be missing. Then it is not loaded, or it is created with `kept` bytes.
     """
 
     name: str
@@ -57,21 +57,21 @@ class Part(NamedTuple):
         return tensor.dtype in self.dtypes and shaped
 
     def loaded(self, tensors: Mapping[str, Tensor]) -> StoredTensor | None:
-        """The tensor that the loaded model has of it; `None` if it has none."""
+        """Return the tensor that the loaded model keeps of it; `None` if it keeps nothing."""
         held = tensors.get(self.name)
         kept = self.kept if self.kept is not None or held is None else held.nbytes
         return StoredTensor(self.name, kept) if kept else None
 
 
 class Matrix(NamedTuple):
-    """How a matrix is stored: `format` is `None` for a plain dtype, and `parts` are all of its tensors."""
+    """Storage of a matrix: `format`, which is `None` for a plain dtype, and `parts`, its tensors."""
 
     format: FormatName | None
     parts: tuple[Part, ...]
 
 
 def matrix_of(weight: Weight, quantization: object, tensors: Mapping[str, Tensor]) -> Matrix:
-    """How the checkpoint stores `weight`, by the method that its config names."""
+    """Return the storage of `weight` by the method that the config names."""
     module = weight.name.removesuffix(".weight")
     method, settings = method_of(quantization), settings_of(quantization)
     codes = tensors.get(weight.name)
@@ -90,17 +90,17 @@ def matrix_of(weight: Weight, quantization: object, tensors: Mapping[str, Tensor
 
 
 def plain(weight: Weight) -> Matrix:
-    """A tensor in a plain dtype, which is cast to the model's own."""
+    """Return a tensor in a plain dtype, which is cast to the model's own."""
     return Matrix(None, (Part(weight.name, FLOATS, (weight.shape,), HALF * weight.numel),))
 
 
 def _four_bit(weight: Weight, kind: str, tensors: Mapping[str, Tensor]) -> Matrix:
-    """bitsandbytes: two codes a byte in any dtype of storage, and the state beside them.
+    """Return bitsandbytes' storage in 4 bits: two codes per byte in any dtype, and the quantization state.
 
     Source: bitsandbytes 0.50.2, functional.py, QuantState.as_dict.
 
     Args:
-        kind: What config.json says of it; the state's own name wins.
+        kind: The data type in config.json; the name in the state is preferred.
     """
     name, codes = weight.name, tensors.get(weight.name)
     kind = next((one for one in QUANT_TYPES if f"{name}.quant_state.bitsandbytes__{one}" in tensors), kind)
@@ -123,7 +123,7 @@ def _four_bit(weight: Weight, kind: str, tensors: Mapping[str, Tensor]) -> Matri
 
 
 def _int8(module: str, weight: Weight) -> Matrix:
-    """bitsandbytes: a code a weight, a float32 a row, and a note of the layout, which is not kept."""
+    """Return bitsandbytes' storage in 8 bits: a code per weight, a float32 per row, and a layout number (not kept)."""
     return Matrix(
         "int8",
         (
@@ -135,9 +135,9 @@ def _int8(module: str, weight: Weight) -> Matrix:
 
 
 def _gptq(module: str, weight: Weight, settings: Mapping[str, object]) -> tuple[Part, ...]:
-    """GPTQ: codes down the columns in words of 32 bits; scales and zeros for each group of columns.
+    """Return the parts of GPTQ: codes in words of 32 bits along the columns, scales and zeros per group of columns.
 
-    Without an order of its own (`desc_act`), the group of each column is its number over the size of a group.
+    Without `desc_act`, the group of a column is its number divided by the group size.
     """
     rows, columns = weight.shape
     bits = _size(settings, "bits", 4)
@@ -152,7 +152,7 @@ def _gptq(module: str, weight: Weight, settings: Mapping[str, object]) -> tuple[
 
 
 def _awq(module: str, weight: Weight, settings: Mapping[str, object]) -> tuple[Part, ...]:
-    """AWQ: codes along the rows, eight in a word."""
+    """Return the parts of AWQ: codes along the rows, eight in a word."""
     rows, columns = weight.shape
     groups = _groups(columns, settings)
     return (
@@ -163,7 +163,7 @@ def _awq(module: str, weight: Weight, settings: Mapping[str, object]) -> tuple[P
 
 
 def _own(module: str, weight: Weight, name: str) -> Matrix:
-    """This library's formats on torch's operators: the parts of the storage format, in any dtype that has its bytes."""
+    """Return this library's formats on torch's operators: codes and scales, in every dtype of the same size."""
     rows, columns = weight.shape
     half = columns // 2 if FORMATS[name].is_tinygemm else columns
     codes = Part(weight.name, ("U8", "I8", "F8_E4M3"), ((rows, half),))
@@ -174,7 +174,7 @@ def _own(module: str, weight: Weight, name: str) -> Matrix:
 
 
 def _published(module: str, weight: Weight, settings: Mapping[str, object], tensors: Mapping[str, Tensor]) -> Matrix:
-    """fp8 by blocks and compressed-tensors, which are counted: codes, scales, and all else that is beside them."""
+    """Return the storage of fp8 by blocks or compressed-tensors, which are counted and not loaded."""
     size = settings.get("weight_block_size")
     if method_of(settings) == BLOCK_FP8 and isinstance(size, (list, tuple)) and len(size) == 2:
         blocks = tuple(-(-length // step) for length, step in zip(weight.shape, size, strict=True))
@@ -195,7 +195,7 @@ def _published(module: str, weight: Weight, settings: Mapping[str, object], tens
 
 
 def _packed(name: str, weight: Weight, tensors: Mapping[str, Tensor]) -> Part:
-    """Codes of one to eight bits a weight, packed or one a byte."""
+    """Return the part of codes with one to eight bits per weight, packed or one per byte."""
     held = tensors.get(name)
     dtypes = ("F8_E4M3", "I8", "U8", "I32")
     if held is None or held.dtype not in ("I32", "U8"):
@@ -205,7 +205,7 @@ def _packed(name: str, weight: Weight, tensors: Mapping[str, Tensor]) -> Part:
 
 
 def _groups(columns: int, settings: Mapping[str, object]) -> int:
-    """Groups of columns that share a scale; -1 is one for all."""
+    """Return the number of groups of columns that share a scale; a group size of -1 is one group."""
     size = settings.get("group_size", 128)
     return -(-columns // size) if isinstance(size, int) and size > 0 else 1
 

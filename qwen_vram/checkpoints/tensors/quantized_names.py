@@ -1,4 +1,4 @@
-"""Who quantized a checkpoint, by the names and dtypes of its tensors.
+"""Recognition of a checkpoint's quantizer by the names and dtypes of its tensors.
 
 Source of the names: each library's own module of a linear layer.
 """
@@ -36,9 +36,9 @@ _ENDS = (
 
 
 def quantizer_of(tensors: Mapping[str, Tensor], architecture: Architecture) -> str:
-    """The `quant_method` whose tensors these are, "unknown" for codes of none that is known, empty for plain dtypes.
+    """Return the `quant_method` of the tensors: "unknown" for codes without a known method, empty for plain dtypes.
 
-    AWQ packs along the rows of a matrix and GPTQ down its columns, so that the shape of the codes says which it is.
+    AWQ packs along the rows of a matrix, and GPTQ along its columns, so the shape of the codes tells them apart.
     """
     ends = tuple(end for end, _ in _ENDS)
     named = [name for name in tensors if name.endswith(ends)]
@@ -62,6 +62,6 @@ def _is_awq(tensors: Mapping[str, Tensor], architecture: Architecture) -> bool:
 
 
 def head_is_quantized(tensors: Mapping[str, Tensor]) -> bool:
-    """Tell if the file has a head of its own with scales, or codes, beside it."""
+    """Tell if the file has a separate head with codes, or with scales beside it."""
     own = {name: tensor for name, tensor in tensors.items() if name.startswith("lm_head.")}
     return bool(own) and (set(own) > {"lm_head.weight"} or own["lm_head.weight"].dtype not in FLOATS)

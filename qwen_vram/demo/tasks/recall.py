@@ -12,7 +12,7 @@ CATEGORY = "recall"
 MIN_TEXT_CHARS = 380
 MAX_TEXT_CHARS = 14_000
 """Text lengths in characters. With the demo tokenizer a prompt is then 100 to 3,000 tokens long;
-`tests/test_demo_tasks.py` holds it to that."""
+`tests/demo/test_demo_tasks.py` holds it to that."""
 
 _OPENINGS = (
     "Read the text and answer the question.",

@@ -1,1 +1,1 @@
-"""Storage formats of merged weights, a piece of rows at a time."""
+"""Storage formats of merged weights, encoded some rows at a time."""

@@ -1,6 +1,6 @@
-"""NF4 and FP4 by bitsandbytes, a piece of rows at a time.
+"""NF4 and FP4 of bitsandbytes, encoded some rows at a time.
 
-Codes, scales and names are what bitsandbytes makes of the whole tensor: a block never crosses the edge of a piece, and
+Codes, scales and names are those of bitsandbytes for the whole tensor. A block never crosses the edge of a piece, and
 double quantization waits until the block maxima of the whole tensor are known.
 """
 
@@ -40,7 +40,7 @@ class FourBit:
         self.scales_wait = nested
 
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
-        """The packed state of bitsandbytes: codes, block maxima, tables, and one JSON text in bytes."""
+        """Return the parts of bitsandbytes' packed state: codes, block maxima, tables, and a JSON text in bytes."""
         count = blocks(math.prod(shape))
         nested = (
             Part(".weight.nested_absmax", "F32", (-(-count // NESTED_BLOCK),)),
@@ -55,11 +55,11 @@ class FourBit:
         )
 
     def row_step(self, columns: int) -> int:
-        """Blocks run on from row to row, and none may be cut."""
+        """Return the number of rows that end at the end of a block, because blocks continue from row to row."""
         return BLOCK // math.gcd(BLOCK, columns)
 
     def encode(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Packed codes, the first of two in the high bits, and block maxima in float32."""
+        """Return packed codes, the first of two in the high bits, and block maxima in float32."""
         if rows.device.type == "cpu" and rows.numel() % BLOCK == 0:
             return _encode_on_cpu(rows.reshape(-1), self.quant_type)
         codes, scales = torch.ops.bitsandbytes.quantize_4bit.default(rows, BLOCK, self.quant_type, torch.uint8)
@@ -68,7 +68,7 @@ class FourBit:
     def finish(
         self, scales: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """The packed state, and block maxima after double quantization."""
+        """Return the packed state, and block maxima after double quantization."""
         from bitsandbytes.functional import QuantState, dequantize_blockwise, get_4bit_type, quantize_blockwise
 
         offset = state2 = None
@@ -91,24 +91,28 @@ class FourBit:
         return {f".weight.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}, scales
 
     def decode(self, codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-        """Codes' values times their block's maximum; as one row, for the CPU's kernel ends a block with its row."""
+        """Return the codes' values times their block's maximum, in float32.
+
+        They are dequantized as one row, because the CPU's kernel ends a block at the end of a row.
+        """
         decoded: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
             codes, scales, BLOCK, self.quant_type, (1, math.prod(shape)), torch.float32
         )
         return decoded.view(shape)
 
     def config(self, dtype: torch.dtype) -> dict[str, Any]:
-        """The head is not quantized, and products are computed in the checkpoint's dtype."""
+        """Return the `quantization_config`: the head is not quantized, and products are in the checkpoint's dtype."""
         name = four_bit_format(self.quant_type, double=self.scales_wait)
         config: dict[str, Any] = quantization_config(name, head=False, dtype=dtype).to_dict()
         return config
 
 
 def _encode_on_cpu(values: torch.Tensor, quant_type: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `bitsandbytes::quantize_4bit` gives on the CPU, many times as fast: codes are looked up, not searched.
+    """Return the result of `bitsandbytes::quantize_4bit` on the CPU, faster, because codes are looked up in a table.
 
-    The range from -1 to 1 is divided into cells. A value's cell never falls as the value grows, whatever is rounded, so
-    all of a cell has one code, unless a midpoint is in it: the few values there are compared with it.
+    The range from -1 to 1 is divided into cells. The number of a cell never falls as the value grows, also with
+    rounding. All values of a cell therefore have one code, unless a midpoint is in it. The few values of such cells are
+    compared with the midpoint.
     """
     midpoints, order, cells = _tables(quant_type)
     scales = _block_maxima(values)
@@ -135,25 +139,25 @@ def _encode_on_cpu(values: torch.Tensor, quant_type: str) -> tuple[torch.Tensor,
 
 
 def _block_maxima(values: torch.Tensor) -> torch.Tensor:
-    """The largest absolute value of each block in float32. Floats without a sign are in the order of their bits."""
+    """Return the largest absolute value of each block in float32; floats without a sign sort by their bits."""
     absolute = torch.abs(values, out=scratch("work", values.shape, values.dtype))
     bits = absolute.view(torch.int32 if values.dtype == torch.float32 else torch.int16)
     return bits.view(-1, BLOCK).amax(dim=1).view(values.dtype).float()
 
 
 def _cell(scaled: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Numbers from -1 to 1 as those of their cells, 0 to 2 * `_CELLS`, with what is to be cut off.
+    """Return the cells of numbers from -1 to 1: 0 to 2 * `_CELLS`, with a fraction to be cut off.
 
-    `_CELLS` is a power of 2, so that sums are the same with and without a fused multiply-add.
+    `_CELLS` is a power of 2, so sums are equal with and without a fused multiply-add.
     """
     return torch.add(torch.tensor(float(_CELLS)), scaled, alpha=_CELLS, out=out)
 
 
 @cache
 def _tables(quant_type: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Halfway points between neighbouring values, the code of each value in order, and the code of each cell.
+    """Return the midpoints between neighbouring values, the code of each value in order, and the code of each cell.
 
-    Cells with a midpoint have `_UNSURE`.
+    The code of a cell with a midpoint is `_UNSURE`.
     """
     from bitsandbytes.functional import get_4bit_type
 

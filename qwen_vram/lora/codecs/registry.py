@@ -1,4 +1,4 @@
-"""The formats that a merged weight can be quantized to, by name; and int8."""
+"""The formats that a merged weight can be quantized to, by name, and int8."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _INSTALL = 'pip install "bitsandbytes>=0.50"'
 
 
 def codec_for(quantize: str | None) -> Codec | None:
-    """The codec called `quantize`; `None` keeps the base's own dtypes.
+    """Return the codec called `quantize`; `None` keeps the base's own dtypes.
 
     Raises:
         BackendUnavailableError: bitsandbytes is missing, or the format needs more than weights.
@@ -49,22 +49,22 @@ def codec_for(quantize: str | None) -> Codec | None:
 
 
 class Int8:
-    """LLM.int8: a row of codes and its largest value."""
+    """LLM.int8: codes of 8 bits, and the largest value of each row."""
 
     bits = 8
     group_size = 0
     scales_wait = False
 
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
-        """Codes, row maxima, and the marker that rows are stored as rows."""
+        """Return the parts: codes, row maxima, and the number of the row-wise layout."""
         return Part(".weight", "I8", shape), Part(".SCB", "F32", shape[:1]), Part(".weight_format", "U8", ())
 
     def row_step(self, columns: int) -> int:
-        """Rows are independent."""
+        """Return 1, because rows are independent."""
         return 1
 
     def encode(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes and row maxima; bitsandbytes rounds to fp16 first."""
+        """Return codes and row maxima, rounded to fp16 first as by bitsandbytes."""
         from bitsandbytes.functional import int8_vectorwise_quant
 
         codes, scales, _ = int8_vectorwise_quant(rows.to(torch.float16))
@@ -73,14 +73,14 @@ class Int8:
     def finish(
         self, scales: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Row maxima and the marker."""
+        """Return row maxima and the number of the layout."""
         return {".SCB": scales, ".weight_format": torch.tensor(0, dtype=torch.uint8)}, scales
 
     def decode(self, codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-        """Codes times a 127th of their row's maximum."""
+        """Return the codes times 1/127 of their row's maximum, in float32."""
         return codes.float().mul_((scales / 127.0).view(-1, 1))
 
     def config(self, dtype: torch.dtype) -> dict[str, Any]:
-        """The head is not quantized."""
+        """Return the `quantization_config`: the head is not quantized."""
         config: dict[str, Any] = quantization_config("int8", head=False, dtype=dtype).to_dict()
         return config

@@ -1,1 +1,1 @@
-"""Memory that devices offer, and whether an estimate fits it."""
+"""Memory that devices offer, and the check if an estimate fits it."""

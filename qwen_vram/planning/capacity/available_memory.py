@@ -1,4 +1,4 @@
-"""Memory that this machine offers now: of GPUs by the driver (nvidia-ml-py), of the host by the system."""
+"""Free memory of this machine: of GPUs by the driver, of the host by the system."""
 
 from __future__ import annotations
 

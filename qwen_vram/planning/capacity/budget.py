@@ -1,4 +1,4 @@
-"""Budget: what each device offers, in bytes."""
+"""The budget: bytes that each device offers."""
 
 from __future__ import annotations
 

@@ -1,10 +1,14 @@
-"""How many layers each of several GPUs takes: so many that the one with the least room keeps the largest share free."""
+"""Number of layers on each of several GPUs.
+
+The division keeps the smallest free share of a GPU as large as possible.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from qwen_vram.arithmetic.estimate import Estimate, estimate
+from qwen_vram.arithmetic.device_estimate import estimate
+from qwen_vram.arithmetic.estimate import Estimate
 from qwen_vram.arithmetic.gpu_split import split_estimate, split_of
 from qwen_vram.arithmetic.pipeline import slices
 from qwen_vram.arithmetic.process import process_bytes
@@ -19,7 +23,7 @@ from qwen_vram.spec.workload import Workload
 # Layers that are moved at once: fragments can make one more layer look better than one less.
 _MOST_MOVED = 3
 # What GPUs need together at least is the same for every split but for what stays with blocks that torch's allocator
-# does not split: by less than a hundredth (tests/test_split.py).
+# does not split: by less than a hundredth (tests/arithmetic/test_split.py).
 _SURELY_TOO_MUCH = 1.01
 
 

@@ -1,4 +1,4 @@
-"""Refusals: which device, or whether the host, is short of what a plan needs, in words and in bytes."""
+"""Refusals: the device or host that lacks memory for a plan, in words and bytes."""
 
 from __future__ import annotations
 

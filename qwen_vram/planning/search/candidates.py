@@ -1,4 +1,4 @@
-"""The walk: candidates from a starting profile, least lossy first, each of which needs less than all before it."""
+"""Candidate profiles from a starting profile, least lossy first."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
-from qwen_vram.arithmetic.estimate import Estimate, estimate
+from qwen_vram.arithmetic.device_estimate import estimate
+from qwen_vram.arithmetic.estimate import Estimate
 from qwen_vram.arithmetic.gpu_split import split_estimate, split_of
 from qwen_vram.arithmetic.timing.bytes_moved import decode_floor_ms
 from qwen_vram.arithmetic.weights import streaming_slots

@@ -1,4 +1,4 @@
-"""Capturing: why a profile's decode steps cannot be one CUDA graph, and what launching them one by one costs."""
+"""Reasons why decode steps are not captured, and the cost of single launches."""
 
 from __future__ import annotations
 

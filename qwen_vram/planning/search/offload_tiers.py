@@ -1,4 +1,4 @@
-"""Tiers: as many layers on the device as it holds, then as many on the host, and the rest on the disk."""
+"""Tiers of layers: on the device, in host memory, and on the disk."""
 
 from __future__ import annotations
 

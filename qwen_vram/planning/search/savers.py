@@ -1,4 +1,4 @@
-"""Moves: what the planner may change from a starting profile, least lossy first, and what each change costs."""
+"""Savers that the planner may apply, least lossy first, with their cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The search: the walk's candidates, least lossy first, with their layers where they fit, held against a budget."""
+"""Search of the candidates, least lossy first, for one that fits the budget."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Attention kernels: grouped heads without a mask, long pasts in parts, and one token of every sequence."""
+"""Attention kernels without masks, for prefill, long contexts and decode steps."""

@@ -1,4 +1,4 @@
-"""Backends by storage format. A backend's module is imported when one of its formats is first asked for."""
+"""Backends by storage format, imported when a format is first used."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ ENTRY_POINTS = "qwen_vram.backends"
 
 
 def get_backend(storage_format: str) -> Backend:
-    """The backend that loads `storage_format`: the library's own, or one that another package registers.
+    """Return the backend that loads `storage_format`: the library's own, or one that another package registers.
 
     Raises:
-        UnknownNameError: no such storage format.
-        BackendUnavailableError: the format is known, and nothing here loads it.
+        UnknownNameError: the storage format is not known.
+        BackendUnavailableError: the format is known, but no backend here loads it.
     """
     if storage_format not in FORMAT_NAMES:
         raise UnknownNameError("storage format", storage_format, FORMAT_NAMES)

@@ -1,6 +1,8 @@
-"""Matrices quantized some rows at a time: bitsandbytes' bytes for the whole, and a tile's memory on the way.
+"""Quantization by bitsandbytes of some rows at a time, with a tile's memory.
 
-A head of 152,064 x 3,584 takes 1.09 GB in 16 bits, more than all else that a streamed model holds.
+The bytes are those of quantizing the whole matrix.
+
+A head of 152,064 x 3,584 takes 1.09 GB in 16 bits, more than all other tensors of a streamed model on the device.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from qwen_vram.spec.formats import BLOCK, NESTED_BLOCK, blocks
 def four_bit(
     weight: Tensor, device: torch.device, *, quant_type: str, nested: bool
 ) -> tuple[Tensor, functional.QuantState]:
-    """Codes and state on `device`, as `quantize_4bit` makes them of a whole (out_features, in_features) matrix."""
+    """Return codes and state on `device`, equal to `quantize_4bit` of the whole (out_features, in_features) matrix."""
     codes = torch.empty(-(-weight.numel() // 2), 1, dtype=torch.uint8, device=device)
     absmax = torch.empty(blocks(weight.numel()), device=device)
     for start, rows in _tiles(weight):
@@ -45,7 +47,7 @@ def four_bit(
 
 
 def eight_bit(weight: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Codes and row scales on `device`, as `int8_vectorwise_quant` makes them of a whole matrix."""
+    """Return codes and row scales on `device`, equal to `int8_vectorwise_quant` of the whole matrix."""
     codes = torch.empty(weight.shape, dtype=torch.int8, device=device)
     scales = torch.empty(weight.shape[0], device=device)
     for start, rows in _tiles(weight):

@@ -1,4 +1,4 @@
-"""Checkpoints of GPTQ and AWQ by GPTQModel, through `transformers`' own quantizers; they load as they are stored."""
+"""Checkpoints of GPTQ and AWQ by GPTQModel, loaded as they are stored."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ KERNELS = ("auto", "machete", "marlin", "exllama_v2", "triton", "torch")
 
 
 class GptqBackend:
-    """GPTQModel's kernels. A 16-bit checkpoint is quantized beforehand, by `quantize_gptq()`."""
+    """The backend of GPTQModel's kernels. `quantize_gptq()` quantizes a 16-bit checkpoint beforehand."""
 
     name = "gptq"
 
     def check(self, profile: Profile, device: torch.device) -> None:
-        """Refuse a missing library, and a kernel that is none."""
+        """Refuse a missing library, and an unknown kernel."""
         check_installed(f"weights={profile.weights!r}")
         _chosen_kernel()
 
     def load(self, request: Request) -> nn.Module:
-        """The model with the checkpoint's tensors under its matrices, and a kernel for the device."""
+        """Return the model with the checkpoint's tensors in its matrices, and a kernel for the device."""
         settings = _settings(request)
         import_quietly()
         config = stored_config(request)
@@ -57,7 +57,7 @@ class GptqBackend:
         return model
 
     def storages(self, module: nn.Module) -> list[torch.Tensor]:
-        """Codes, zeros, scales, the order of columns, and the bias."""
+        """Return codes, zeros, scales, the order of columns, and the bias."""
         if not isinstance(getattr(module, "qweight", None), torch.Tensor):
             return []
         found = (getattr(module, name, None) for name in _STORED)
@@ -65,9 +65,9 @@ class GptqBackend:
 
 
 def _settings(request: Request) -> dict[str, Any]:
-    """The checkpoint's `quantization_config` with the kernel in it, and only what loading needs of the rest.
+    """Return the checkpoint's `quantization_config` with the kernel, and only the settings that loading needs.
 
-    Which modules are quantized is said by their full names: rules of the file's own spelling are not read on the way.
+    Quantized modules are listed by their full names, so the file's own rules for names are not needed.
     """
     method, block = request.profile.weights, settings_of(quantization_of(request.files.config))
     kernel = _chosen_kernel() or _PLAIN[request.device.type]
@@ -86,9 +86,9 @@ def _settings(request: Request) -> dict[str, Any]:
 
 
 def _missing_order(request: Request) -> dict[str, torch.Tensor]:
-    """The group of each column, by the name of its tensor, of every matrix whose file has none: they follow in order.
+    """Return the group of each column for every matrix without `g_idx`, by the name of that tensor.
 
-    Without `desc_act` nothing else can be meant, and a checkpoint with it is refused.
+    The groups are in order, the only meaning without `desc_act`. A checkpoint with `desc_act` is refused.
     """
     if FORMATS[request.profile.weights].is_awq:
         return {}
@@ -105,7 +105,7 @@ def _missing_order(request: Request) -> dict[str, torch.Tensor]:
 
 
 def _chosen_kernel() -> str | None:
-    """What the environment variable asks for; `None` where it is not set."""
+    """Return the kernel that the environment variable names; `None` if it is not set."""
     kernel = os.environ.get(KERNEL)
     if kernel is not None and kernel not in KERNELS:
         raise UnknownNameError(f"kernel in {KERNEL}", kernel, KERNELS)

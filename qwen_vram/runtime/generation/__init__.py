@@ -1,1 +1,1 @@
-"""Generations by a plan: the cache, the options that change memory, and answers while they are made."""
+"""Generations by a plan: cache, options that change memory, and streamed answers."""

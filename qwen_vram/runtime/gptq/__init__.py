@@ -1,1 +1,1 @@
-"""GPTQModel in a process of its own: 16-bit checkpoints to GPTQ codes."""
+"""Quantization of 16-bit checkpoints by GPTQModel in a separate process."""

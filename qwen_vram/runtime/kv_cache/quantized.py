@@ -1,7 +1,9 @@
-"""A KV cache in 8 or 4 bits: keys scaled per channel over 32 tokens, values per token and head, the newest kept whole.
+"""KV cache in 8 or 4 bits, with the newest tokens unquantized.
 
-A token is quantized once, when a whole group of 32 has become older than the newest 128, and never again. Its scale and
-least value are stored in float16, and its code is chosen for the stored ones.
+Keys are scaled per channel over 32 tokens, values per token and head.
+
+A token is quantized once, when a whole group of 32 is older than the newest 128. Its scale and smallest value are
+stored in float16, and its code is computed from the stored values.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ class Codes:
 
     @staticmethod
     def wanted(like: Tensor, tokens: int, stored: KvFormat, span: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes, scales and least values for `tokens` tokens, on the meta device."""
+        """Return codes, scales and smallest values for `tokens` tokens, on the meta device."""
         batch, heads, _, channels = like.shape
         shape = (batch, heads, tokens // span, channels) if span else (batch, heads, tokens, 1)
         codes = torch.empty((batch, heads, tokens, channels * stored.bits // 8), dtype=torch.uint8, device="meta")
@@ -39,7 +41,7 @@ class Codes:
         return codes, scale, least
 
     def write(self, rows: Tensor, start: int) -> None:
-        """Quantize `rows` to the tokens from `start` on; both are multiples of `span`."""
+        """Quantize `rows` into the tokens from `start` on; both are multiples of `span`."""
         end = start + rows.shape[2]
         scales = slice(start // self.span, end // self.span) if self.span else slice(start, end)
         grouped = self._grouped(rows.to(torch.float32, copy=True))
@@ -74,14 +76,14 @@ class Codes:
         grouped.mul_(scale).add_(least)
 
     def _grouped(self, rows: Tensor) -> Tensor:
-        """Keys as (batch, kv_heads, groups, span, head_dim); values as they are."""
+        """Return keys as (batch, kv_heads, groups, span, head_dim), and values unchanged."""
         if not self.span:
             return rows
         batch, heads, tokens, channels = rows.shape
         return rows.view(batch, heads, tokens // self.span, self.span, channels)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Everything that is stored."""
+        """Return all stored tensors."""
         return self.data, self.scale, self.least
 
     def rebatch(self, indices: Tensor) -> None:
@@ -90,9 +92,9 @@ class Codes:
 
 
 class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
-    """One layer's keys and values for `max_length` tokens: codes of the older ones, then the newest as they came.
+    """One layer's keys and values for `max_length` tokens: codes of the older ones, the newest unquantized.
 
-    `keys` and `values` are the codes. Attention gets every token in the model's own dtype, made anew at each step.
+    `keys` and `values` are the codes. Attention gets all tokens in the model's own dtype, dequantized at each step.
     """
 
     is_croppable = True
@@ -111,7 +113,7 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
         return self.stored.bits
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Take the memory, in the dtype and on the device of the first keys and values."""
+        """Allocate the memory, in the dtype and on the device of the first keys and values."""
         self.dtype, self.device = key_states.dtype, key_states.device
         stored, tokens = self.stored, self.stored.quantized_tokens(self.max_length)
         newest = like_states(key_states, stored.whole_tokens(self.max_length))
@@ -151,7 +153,7 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
         return keys, values
 
     def _all(self, codes: Codes, newest: Tensor, appended: Tensor) -> Tensor:
-        """Every token in the model's dtype; on the first call what was appended itself."""
+        """Return all tokens in the model's dtype; on the first call, the appended tensor itself."""
         held = self.get_seq_length()
         if not held:
             return appended
@@ -165,32 +167,32 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
         return every
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Keys that `query_length` more queries will see, and the first one's position."""
+        """Return the number of keys that `query_length` more queries will see, and the first key's position."""
         return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Tokens held."""
+        """Return the number of tokens held."""
         return self.quantized + self.whole
 
     def get_max_length(self) -> int:
-        """Tokens that can be held."""
+        """Return the number of tokens that can be held."""
         return self.max_length
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Everything that is stored."""
+        """Return all stored tensors."""
         if not self.is_initialized:
             return ()
         return (*self.key_codes.tensors(), *self.value_codes.tensors(), self.new_keys, self.new_values)
 
     def reset(self) -> None:
-        """Forget all tokens and keep the memory."""
+        """Remove all tokens and keep the memory."""
         self.quantized = self.whole = 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest tokens, at most those that are not quantized yet; the count may be negative.
+        """Remove the newest tokens, at most those that are not quantized yet; the count may be negative.
 
         Raises:
-            ValueError: more than that.
+            ValueError: the count includes quantized tokens.
         """
         count = abs(tokens_to_remove)
         if count > self.whole:

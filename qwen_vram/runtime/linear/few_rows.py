@@ -1,7 +1,7 @@
-"""Products of one to eight rows: where the kernels of `few_rows_kernels` make them.
+"""Products of one to eight rows, if a kernel of `few_rows_kernels` applies.
 
-Each function returns `None` where they do not apply, and the caller multiplies as it would without them. Nothing here
-waits for the GPU or allocates more than the result, so that it may be captured in a CUDA graph.
+A function returns `None` if they do not apply, and the caller then multiplies without them. The functions never wait
+for the GPU and allocate only the result, so a CUDA graph can capture them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _BROKEN: set[str] = set()
 
 
 class _Codes(NamedTuple):
-    """The tensors that a kernel reads of a matrix, and the format that it is in."""
+    """The tensors of a matrix that a kernel reads, and its storage format."""
 
     storage: str
     nested: bool
@@ -48,13 +48,13 @@ class _Codes(NamedTuple):
 
 
 def multiply(linear: nn.Module, x: Tensor) -> Tensor | None:
-    """`x @ matrix.T + bias`: (rows, in_features) to (rows, out_features)."""
+    """Return `x @ matrix.T + bias`: (rows, in_features) to (rows, out_features)."""
     products = multiply_each((linear,), x)
     return None if products is None else products[0]
 
 
 def multiply_each(linears: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...] | None:
-    """The products of up to three matrices of one format with the same rows: for one row in one launch."""
+    """Return the products of up to three matrices of one format with the same rows, in one launch for one row."""
     read = _read(linears, x)
     if read is None:
         return None
@@ -70,7 +70,7 @@ def multiply_each(linears: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...]
 
 
 def swiglu(gate: nn.Module, up: nn.Module, x: Tensor) -> Tensor | None:
-    """`silu(x @ gate.T) * (x @ up.T)` of one row and two matrices of one shape without biases, in one launch."""
+    """Return `silu(x @ gate.T) * (x @ up.T)` of one row, for matrices of one shape without biases, in one launch."""
     if len(x) > 1 or getattr(gate, "bias", None) is not None or gate.out_features != up.out_features:
         return None
     read = _read((gate, up), x)
@@ -83,7 +83,7 @@ def swiglu(gate: nn.Module, up: nn.Module, x: Tensor) -> Tensor | None:
 
 
 def _launch(storage: str, x: Tensor, run: Callable[[], None]) -> bool:
-    """Tell if a kernel was launched. One that this machine's Triton cannot compile is not tried again."""
+    """Launch a kernel, and tell if it ran. A kernel that this machine's Triton cannot compile is not tried again."""
     try:
         with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
             run()
@@ -102,7 +102,7 @@ def _launch(storage: str, x: Tensor, run: Callable[[], None]) -> bool:
 
 
 def _read(linears: Sequence[nn.Module], x: Tensor) -> tuple[Any, tuple[Any, ...], str] | None:
-    """The kernels, and the matrices with their results; `None` where the kernels do not apply."""
+    """Return the kernels, the matrices with their results, and the format; `None` if the kernels do not apply."""
     fits = x.dim() == 2 and 0 < len(x) <= MOST_ROWS and x.dtype in (torch.bfloat16, torch.float16)
     if not (fits and x.is_contiguous() and _aligned(x)) or (torch.is_grad_enabled() and x.requires_grad):
         return None
@@ -123,7 +123,7 @@ def _read(linears: Sequence[nn.Module], x: Tensor) -> tuple[Any, tuple[Any, ...]
 
 
 def _codes(linear: Any, x: Tensor) -> _Codes | None:
-    """Return what is read of a layer's matrix, if the kernels know it and a call does nothing else."""
+    """Return the tensors of a layer's matrix, if the kernels support it and its call does nothing else."""
     if not isinstance(linear, nn.Linear) or linear._forward_hooks or linear._forward_pre_hooks:
         return None
     weight = linear.weight
@@ -159,7 +159,7 @@ def _codes(linear: Any, x: Tensor) -> _Codes | None:
 
 @lru_cache(maxsize=16)
 def kernels_for(device: torch.device) -> ModuleType | None:
-    """The kernels, if Triton runs on `device`."""
+    """Return the kernels, if Triton runs on `device`."""
     if kernels_on(device) is None:
         return None
     from qwen_vram.runtime.linear import few_rows_kernels
@@ -168,12 +168,12 @@ def kernels_for(device: torch.device) -> ModuleType | None:
 
 
 def _division(storage: str, rows: int, out: int, width: int, *, alone: bool) -> tuple[int, int, int]:
-    """Rows of the matrix for a program, chunks of 16 bytes a step, and warps.
+    """Return the division of a product: rows of the matrix per program, chunks of 16 bytes per step, and warps.
 
     Args:
-        rows: Of x.
+        rows: Rows of x.
         out: Rows of the matrices together.
-        alone: There is one matrix, and nothing else is made of its product.
+        alone: There is one matrix, and the kernel computes only its product.
     """
     if storage == _DENSE:
         return (2, 128, 4)
@@ -189,5 +189,5 @@ def _division(storage: str, rows: int, out: int, width: int, *, alone: bool) -> 
 
 
 def _aligned(tensor: Tensor) -> bool:
-    """Begins where the kernels' loads of 16 bytes may."""
+    """Tell if the tensor begins at an address that the kernels' loads of 16 bytes allow."""
     return tensor.data_ptr() % 16 == 0

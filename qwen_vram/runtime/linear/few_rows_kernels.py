@@ -1,8 +1,8 @@
-"""Products of one to eight rows with matrices, each matrix read once, at the rate of the GPU's memory.
+"""Triton kernels for products of one to eight rows, which read each matrix once.
 
-A program makes a few columns of the result over the whole of K, so that sums are the same in every run. Sums are in
-float32; a dequantized value is a code's float32 times its scale and is not rounded to 16 bits, as bitsandbytes rounds
-it before a product by cuBLAS.
+A program computes a few columns of the result over the whole of K, so sums are equal in every run. Sums are in float32.
+A dequantized value is a code's float32 times its scale. It is not rounded to 16 bits, while bitsandbytes rounds it
+before a product by cuBLAS.
 """
 
 # Triton reads annotations as they are: none of them may be put off.
@@ -32,9 +32,9 @@ LOAD, SHUFFLE, PERMUTE = "load", "shuffle", "permute"
 
 
 def _permute_asm(values: tuple[float, ...]) -> str:
-    """PTX that looks up eight values in registers: the bytes of 16 numbers in fp16 are in eight of them.
+    """Return PTX that looks up eight values in registers; eight registers hold the bytes of 16 numbers in fp16.
 
-    fp16 holds these values with 11 bits, bf16 would with 8.
+    fp16 holds these values with 11 bits, and bf16 would hold them with 8.
     """
     bits = np.array(values, dtype=np.float16).view(np.uint16)
     low, high = (
@@ -58,9 +58,9 @@ def _permute_asm(values: tuple[float, ...]) -> str:
 
 
 def _shuffle_asm() -> str:
-    """PTX that looks up eight values among a warp's lanes: $9 is entry `lane % 16` of the table.
+    """Return PTX that looks up eight values among a warp's lanes: $9 is entry `lane % 16` of the table.
 
-    Of an index the shuffle reads the lowest five bits, and the fifth does not matter.
+    The shuffle reads the lowest five bits of an index, and the fifth has no effect.
     """
     lines = ["{ .reg .b32 i;", "shfl.sync.idx.b32 $1, $9, $8, 31, 0xffffffff;"]
     for nibble in range(1, 8):
@@ -79,13 +79,13 @@ _FLOATS = tl.constexpr((tl.float32,) * 8)
 
 @triton.jit
 def _half(bits):
-    """fp16 in the low half of an int32."""
+    """Return the fp16 number in the low half of an int32, as float32."""
     return (bits & 65535).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
 def _floats(pair, BF16: tl.constexpr):
-    """Two neighbours of x, which are one int32."""
+    """Return two neighbours of x, which are one int32, as float32."""
     if BF16:
         even, odd = (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
     else:
@@ -95,7 +95,7 @@ def _floats(pair, BF16: tl.constexpr):
 
 @triton.jit
 def _values(words, table, entry, BF16: tl.constexpr, FORMAT: tl.constexpr, LOOKUP: tl.constexpr):
-    """Values of a word: eight codes of four bits, four of eight, or two numbers of 16 bits."""
+    """Return the values of a word: eight codes of four bits, four of eight, or two numbers of 16 bits."""
     if FORMAT == "dense":
         if BF16:
             values = ((words << 16).to(tl.float32, bitcast=True), (words & -65536).to(tl.float32, bitcast=True))
@@ -130,11 +130,11 @@ def _sums(
     M: tl.constexpr, BF16: tl.constexpr, FORMAT: tl.constexpr, NESTED: tl.constexpr, LOOKUP: tl.constexpr,
     ROWS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """For each row of x its products with rows of a matrix.
+    """Return, for each row of x, its products with rows of a matrix.
 
-    Of each row of the matrix `STEP` chunks of 16 bytes are read at a time, each by one thread, which reads what of x
-    belongs to it. Chunks are the first dimension: Triton gives a warp's threads to the first one among equals, all
-    tensors have one layout then, and nothing goes through shared memory.
+    It reads `STEP` chunks of 16 bytes of each row of the matrix at a time. One thread reads a chunk and its part of x.
+    Chunks are the first dimension, because Triton distributes a warp's threads over the first of equal dimensions. All
+    tensors then have one layout, and no data pass through shared memory.
     """
     FOUR_BIT: tl.constexpr = FORMAT == "nf4" or FORMAT == "fp4"
     PAIRS: tl.constexpr = 4 if FOUR_BIT else 1 if FORMAT == "dense" else 2  # of x, for a word of the matrix
@@ -221,7 +221,7 @@ def _columns(
     M: tl.constexpr, BF16: tl.constexpr, FORMAT: tl.constexpr, NESTED: tl.constexpr, LOOKUP: tl.constexpr,
     BIAS: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Some columns of one product: `matrix` is weight, bias, result, how many rows, scales."""
+    """Compute some columns of one product; `matrix` is weight, bias, result, number of rows, and scales."""
     row = program * ROWS + tl.arange(0, ROWS)
     count = matrix[3]
     there = tl.minimum(row, count - 1)
@@ -239,7 +239,7 @@ def _multiply(
     M: tl.constexpr, BF16: tl.constexpr, FORMAT: tl.constexpr, NESTED: tl.constexpr, LOOKUP: tl.constexpr,
     BIAS: tl.constexpr, COUNT: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Products with up to three matrices: programs are divided among them."""
+    """Compute products with up to three matrices, among which the programs are divided."""
     program = tl.program_id(0)
     if COUNT == 1:
         _columns(x, first, program, width, M, BF16, FORMAT, NESTED, LOOKUP, BIAS, ROWS, STEP)
@@ -260,7 +260,7 @@ def _swiglu(
     M: tl.constexpr, BF16: tl.constexpr, FORMAT: tl.constexpr, NESTED: tl.constexpr, LOOKUP: tl.constexpr,
     ROWS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """`silu(x @ gate.T) * (x @ up.T)`, rounded after each operation, as `transformers` does it."""
+    """Compute `silu(x @ gate.T) * (x @ up.T)`, rounded after each operation, as in `transformers`."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     count = gate[3]
     there = tl.minimum(row, count - 1)
@@ -275,15 +275,15 @@ def _swiglu(
 
 
 class Matrix(NamedTuple):
-    """A matrix and where its product goes.
+    """A matrix, and the memory of its product.
 
     Attributes:
         weight: Codes, or numbers of 16 bits, as words of int32, contiguous.
         bias: (rows,) or `None`.
         out: (M, rows), contiguous.
-        rows: How many the matrix has.
-        scales: `(scale,)` of rows; `(absmax, table)` of blocks of 64, or `(absmax, table, code, absmax_2, offset)`; of
-            a dense matrix any tensor.
+        rows: The number of rows of the matrix.
+        scales: `(scale,)` for rows; `(absmax, table)` for blocks of 64, or `(absmax, table, code, absmax_2, offset)`;
+            any tensor for a dense matrix.
     """
 
     weight: Tensor
@@ -294,7 +294,7 @@ class Matrix(NamedTuple):
 
 
 class Config(NamedTuple):
-    """The division of a product: rows of the matrix for a program, blocks or chunks a step, warps, and the look-up."""
+    """The division of a product: rows of the matrix per program, blocks or chunks per step, warps, and the look-up."""
 
     rows: int
     step: int
@@ -303,7 +303,7 @@ class Config(NamedTuple):
 
 
 def multiply(x: Tensor, matrices: tuple[Matrix, ...], storage: str, config: Config) -> None:
-    """Products of x (M, width), contiguous, with one to three matrices of a storage format in one launch."""
+    """Compute products of x (M, width), contiguous, with one to three matrices of a storage format in one launch."""
     first, second, third = (*(tuple(one) for one in matrices), None, None)[:3]
     programs = sum(triton.cdiv(one.rows, config.rows) for one in matrices)
     four_bit = storage in QUANT_TYPES
@@ -316,7 +316,7 @@ def multiply(x: Tensor, matrices: tuple[Matrix, ...], storage: str, config: Conf
 
 
 def swiglu(x: Tensor, gate: Matrix, up: Matrix, storage: str, config: Config) -> None:
-    """`silu(x @ gate.T) * (x @ up.T)` into the gate's result; matrices of one shape, without biases."""
+    """Compute `silu(x @ gate.T) * (x @ up.T)` into the gate's result, for matrices of one shape without biases."""
     four_bit = storage in QUANT_TYPES
     _swiglu[(triton.cdiv(gate.rows, config.rows),)](
         x.view(torch.int32), tuple(gate), tuple(up), x.shape[1],

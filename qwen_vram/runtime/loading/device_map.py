@@ -1,7 +1,7 @@
-"""Where `transformers` is told to put modules, and the model with hooks between GPUs alone.
+"""The device map for `transformers`, and hooks between GPUs only.
 
-Those that it adds for a second device would copy a whole token table and every offloaded parameter, one by one,
-whenever a module runs.
+`transformers`' own hooks for a second device would copy all token embeddings and every offloaded parameter, one by one,
+each time that a module runs.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _MISTAKEN = ("accelerate.big_modeling", "transformers.integrations.bitsandbytes"
 
 
 def device_map(chosen: Plan, device: torch.device) -> dict[str, int | str | torch.device]:
-    """Everything on `device`, but for a token table on the host, and what is left on "meta" to be built afterwards.
+    """Return `device` for all modules, except embeddings on the host and modules on "meta" that are built afterwards.
 
-    That is streamed layers, and beside them a head to be quantized: `transformers` would bring it to the device whole
-    first. Over several GPUs it is the plan's own, where no layer streams.
+    Those modules are streamed layers, and with them a head to quantize, which `transformers` would first copy to the
+    device in 16 bits. Over several GPUs the result is the plan's own map, and no layer streams.
     """
     if chosen.estimate.devices:
         return dict(chosen.device_map)
@@ -39,22 +39,21 @@ def device_map(chosen: Plan, device: torch.device) -> dict[str, int | str | torc
         where["model.embed_tokens"] = "cpu"
     architecture = chosen.estimate.architecture
     assert architecture is not None
-    children = {weight.name.split(".")[0] for weight in architecture.block}
     # Matrices on "disk" stay torch's own, to be quantized; on "meta" they become bitsandbytes', to take what is stored.
     away = "disk" if architecture.stored_format is None else "meta"
     for number in streamed:
         del where[f"model.layers.{number}"]
         # By their children: transformers 5.17 takes "model.layers.1" for the beginning of layer 12 too.
-        where |= {f"model.layers.{number}.{child}": away for child in children}
+        where |= {f"model.layers.{number}.{child}": away for child in architecture.layers[number].children}
     if chosen.residency.late_head:
         where["lm_head"] = where["model.embed_tokens"] if architecture.tie_word_embeddings else "disk"
     return where
 
 
 def left_out(chosen: Plan) -> dict[str, tuple[int, ...]]:
-    """Parameters of the layers that stream, with their shapes in the model, where they are stored quantized.
+    """Return the parameters of streamed layers, with their shapes in the model, if they are stored quantized.
 
-    `transformers` is not shown them: it would unpack them, and write them to the disk again.
+    They are hidden from `transformers`, which would unpack them and write them to the disk again.
     """
     architecture = chosen.estimate.architecture
     assert architecture is not None
@@ -63,12 +62,12 @@ def left_out(chosen: Plan) -> dict[str, tuple[int, ...]]:
     return {
         f"model.layers.{number}.{weight.name}": weight.shape
         for number in chosen.residency.streamed
-        for weight in architecture.block
+        for weight in architecture.layers[number].weights
     }
 
 
 def undispatched(backend: Backend, request: Request) -> Any:
-    """The model that `backend` loads, as if all of it were on the request's device."""
+    """Return the model that `backend` loads, as if all modules were on the request's device."""
     if len(request.device_map) == 1:
         return backend.load(request)
     from accelerate.hooks import remove_hook_from_submodules
@@ -85,9 +84,9 @@ def undispatched(backend: Backend, request: Request) -> Any:
 
 
 def connect(model: Any, chosen: Plan, first: torch.device) -> None:
-    """Put accelerate's hooks between GPUs: every layer gets its tensors, and `generate` the logits on the first.
+    """Add accelerate's hooks between GPUs: every layer gets its inputs, and `generate` the logits on the first GPU.
 
-    It is done last: a hook keeps the forward that it finds.
+    It is called last, because a hook keeps the forward that it finds.
     """
     from accelerate import dispatch_model
 

@@ -1,4 +1,4 @@
-"""The devices that a model is loaded on: which they are, and whether they have the memory that a plan needs now."""
+"""The devices that a model is loaded on, and the check of their free memory."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _LOGGER = logging.getLogger(__name__)
 
 
 def devices_for(device: str | None, vram: VramLike) -> list[torch.device]:
-    """Where to load: the GPUs that `vram` names or the current one, the CPU for `{}`, or what the caller says.
+    """Return the devices to load on: the GPUs that `vram` names or the current one, the CPU for `{}`, or `device`.
 
     Raises:
         UnknownNameError: an unknown device.
-        BackendUnavailableError: a GPU that is not here.
+        BackendUnavailableError: a GPU is missing.
         UnitError: `vram` is a dict with other keys than device numbers.
     """
     if device not in (None, "cpu", "cuda"):
@@ -45,11 +45,11 @@ def devices_for(device: str | None, vram: VramLike) -> list[torch.device]:
 
 
 def working_device(device: str | None) -> torch.device:
-    """Where arithmetic is done on files: the GPU where there is one, unless the caller says otherwise.
+    """Return the device for arithmetic on files: `device`, or by default the GPU if there is one.
 
     Raises:
         UnknownNameError: an unknown device.
-        BackendUnavailableError: a GPU that is not here.
+        BackendUnavailableError: the GPU is missing.
     """
     if device not in (None, "cpu", "cuda"):
         raise UnknownNameError("device", device, ("cuda", "cpu"))
@@ -76,9 +76,9 @@ def _check_numbers(numbers: list[int]) -> None:
 def budget_on(
     devices: list[torch.device], vram: VramLike, reserve: str | int | None
 ) -> tuple[VramLike, str | int | None]:
-    """The `vram` and `reserve` to plan with: without a `vram`, what the GPU that the model goes to has free now.
+    """Return the `vram` and `reserve` to plan with; without a `vram`, the free memory of the GPU for the model.
 
-    Says so if live tensors of this process, such as a model loaded before, take memory of that GPU.
+    It logs a line if live tensors of this process, such as an earlier model, take memory of that GPU.
     """
     if devices[0].type == "cpu":
         return {}, reserve
@@ -98,7 +98,7 @@ def budget_on(
 
 
 def weakest(devices: list[torch.device]) -> torch.device:
-    """The device of the oldest compute capability, which says what all can run."""
+    """Return the device with the oldest compute capability, which determines what all devices can run."""
     return devices[0] if len(devices) == 1 else min(devices, key=torch.cuda.get_device_capability)
 
 
@@ -119,9 +119,9 @@ def held_beside_torch(devices: Sequence[torch.device]) -> dict[int, int]:
 
 
 def check_free(chosen: Plan, devices: list[torch.device]) -> None:
-    """Hold a plan against what is free now, whatever budget it was made for.
+    """Compare a plan with the memory that is free now, which may be less than its budget.
 
-    Asking the driver makes the CUDA context, which the plan counts: it is not asked for again.
+    Asking the driver creates the CUDA context, which the plan counts, so it is not required again.
 
     Raises:
         DoesNotFitError: other processes, or other tensors of this one, leave too little.
@@ -146,7 +146,7 @@ def check_free(chosen: Plan, devices: list[torch.device]) -> None:
 
 
 def _holders(device: torch.device) -> str:
-    """Who holds the rest of a GPU's memory, and how to free it."""
+    """Return who holds the rest of a GPU's memory, and how to free it."""
     held = torch.cuda.memory_allocated(device)
     if held <= FREE_RESERVE:
         return "other processes hold the rest; end them"

@@ -1,4 +1,4 @@
-"""`load()`: plan first, refuse early, then build exactly what was planned."""
+"""`load()`: plan, check, and build exactly what was planned."""
 
 from __future__ import annotations
 
@@ -76,27 +76,27 @@ def load(
 ) -> LoadedModel:
     """Load a checkpoint as `plan()` would, with the same arguments, and return it with its plan.
 
-    The plan is made and checked before a file is downloaded or a byte allocated. Without a GPU the model is loaded on
-    the CPU. `model, tokenizer = load(...)` unpacks.
+    The plan is made and checked before a file is downloaded or a byte is allocated. Without a GPU the model is loaded
+    on the CPU. `model, tokenizer = load(...)` unpacks the result.
 
     Args:
         model: A checkpoint folder, a catalog name, or a hub id.
-        padded: As for `plan()`. A padded batch that was not planned has to fit all the same before it runs.
+        padded: As for `plan()`. A padded batch that was not planned is also checked before it runs.
         vram: As for `plan()`; needs a GPU, and every GPU that a dict names.
         adapter: Folder or hub id of a LoRA adapter, run beside the base by PEFT; the model is then a `PeftModel`.
-            `False` if the one in the model's own folder is merged already.
-        device: `"cuda"` or `"cpu"`; `None` takes the GPU where there is one.
+            `False` if the one in the model's own folder is already merged.
+        device: `"cuda"` or `"cpu"`; `None` uses the GPU if there is one.
         progress: Show transformers' bars while weights load and streamed layers are packed.
-        disable_mmap: Read the weights through instead of mapping them, for network drives, on which a mapped file is
-            fetched page by page.
+        disable_mmap: Read the weights completely instead of mapping them, for network drives, which fetch a mapped file
+            page by page.
         verify: Run one prefill of `prompt_len` random tokens and one decode step before returning.
 
     Raises:
-        DoesNotFitError: no plan fits, or the one asked for does not, or not into what other processes leave free now.
-        NotSupportedError: a knob that is counted but cannot be run yet, or a combination that cannot.
-        BackendUnavailableError: a library, or the GPU that was asked for, is not here.
+        DoesNotFitError: no plan fits, or the requested one does not, or other processes leave too little memory.
+        NotSupportedError: a knob or combination that is counted but cannot be run.
+        BackendUnavailableError: a library or the requested GPU is missing.
         CheckpointError, ConfigError, HubError: the checkpoint cannot be used.
-        PlanNotHeldError: `verify=True`, and what was loaded takes more than was planned.
+        PlanNotHeldError: `verify=True`, and the loaded model takes more than planned.
         UnknownNameError, UnitError, WorkloadError: as for `plan()`.
     """
     adapter = own_adapter(model, adapter)
@@ -120,7 +120,7 @@ def load(
     if chosen.profile.host_layers and "host_layers" not in knobs and profile == "auto":
         try:
             check_host(chosen, backend)
-        except (NotSupportedError, BackendUnavailableError):  # another backend, or another CPU than was measured
+        except (NotSupportedError, BackendUnavailableError):  # another backend, or another CPU than the measured one
             chosen = planned(host_layers=0)
             backend = get_backend(chosen.profile.weights)
     for one in devices:
@@ -138,7 +138,7 @@ def load(
             value=True,
         )
     if found.config:
-        model_config(found.config, found.source)  # what transformers refuses is refused before a download
+        model_config(found.config, found.source)  # refusals of transformers come before a download
     check_free(chosen, devices)
     with nothing_left_after_a_failure():
         with garbage_of_this_load(), ExitStack() as after_a_failure:
@@ -258,11 +258,11 @@ def _build(
 
 
 def _loaded(model: Any, backend: Backend, meters: list[PeakMeter]) -> dict[torch.device, dict[str, int]]:
-    """What loading took of each device; what torch has reserved beside that goes back to all of them."""
+    """Return the bytes that loading took on each device; first return unused reserved memory of all devices."""
     found = [(meter, meter.stop()) for meter in meters]
     if meters[0].cuda:
         gc.collect()
-        torch.cuda.empty_cache()  # a segment that held what was quantized would never be whole again
+        torch.cuda.empty_cache()  # segments of unquantized tensors would never be free as a whole again
     loaded = {}
     for meter, peaks in found:
         load_peak = {"load_peak": peaks["peak_allocated"] - meter.before} if peaks else {}

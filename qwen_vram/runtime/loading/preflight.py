@@ -1,6 +1,6 @@
-"""What can be run here: libraries, kernels and devices, checked before anything is read or allocated.
+"""Checks of libraries, kernels and devices before anything is allocated.
 
-What can be run nowhere is refused when it is planned; see `planning.support`.
+The planner refuses profiles that no machine can run; see `planning.support`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def _no_fused_attention(here: Here) -> str:
     """Why the fused kernel does not run; empty if it does, or if it is not asked for."""
     if here.profile.attention != "fused":
         return ""
-    return attention.kernel_runs(_dtype(here.profile, here.device), here.architecture.head_dim, here.device)
+    dtype = _dtype(here.profile, here.device)
+    sizes = {layer.attention.head_dim for layer, _ in here.architecture.kinds}
+    return next(filter(None, (attention.kernel_runs(dtype, size, here.device) for size in sizes)), "")
 
 
 _HOST_LAYERS: Rule[Here] = Rule(
@@ -118,11 +120,11 @@ def _refuse(rules: Iterable[Rule[Here]], here: Here) -> None:
 
 
 def check(chosen: Plan, backend: Backend, device: torch.device) -> None:
-    """Refuse by name what cannot be run here, before anything is allocated.
+    """Refuse by name a plan that cannot run here, before anything is allocated.
 
     Raises:
-        NotSupportedError: a knob that does not run on the device, or a combination.
-        BackendUnavailableError: a missing library or GPU feature.
+        NotSupportedError: a knob or a combination does not run on the device.
+        BackendUnavailableError: a library or a GPU feature is missing.
     """
     profile, architecture = chosen.profile, chosen.estimate.architecture
     assert architecture is not None
@@ -141,7 +143,7 @@ def check_host(chosen: Plan, backend: Backend) -> None:
     """Refuse layers that cannot compute on this machine's CPU.
 
     Raises:
-        NotSupportedError, BackendUnavailableError: they cannot.
+        NotSupportedError, BackendUnavailableError: they cannot compute on it.
     """
     profile, architecture = chosen.profile, chosen.estimate.architecture
     assert architecture is not None
@@ -151,10 +153,10 @@ def check_host(chosen: Plan, backend: Backend) -> None:
 
 
 def check_files(checkpoint: Checkpoint, profile: Profile, dtype: torch.dtype) -> None:
-    """Refuse disk layers that the model runs in another dtype than the checkpoint holds them in.
+    """Refuse disk layers if the model's dtype differs from the dtype in the checkpoint.
 
     Raises:
-        NotSupportedError: there are.
+        NotSupportedError: the dtypes differ.
     """
     stored = checkpoint.files.tensors
     for weight in checkpoint.architecture.weights():
@@ -171,7 +173,7 @@ def check_files(checkpoint: Checkpoint, profile: Profile, dtype: torch.dtype) ->
 
 
 def dtype_for(profile: Profile, device: torch.device) -> torch.dtype:
-    """The model's dtype: fp16 in bf16's place where the GPU has no bf16."""
+    """Return the model's dtype: fp16 instead of bf16 if the GPU has no bf16."""
     dtype = _dtype(profile, device)
     if dtype != torch_dtype(profile.dtype):
         _LOGGER.warning("this GPU has no bf16 (compute capability below 8.0): the model runs in fp16, of the same size")

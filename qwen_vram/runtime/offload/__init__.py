@@ -1,1 +1,1 @@
-"""Decoder layers and tables that stay on the host or the disk."""
+"""Decoder layers and token embeddings that stay on the host or the disk."""

@@ -1,1 +1,1 @@
-"""A checkpoint's tensors for torch: opened, mapped, packed, and quantized as they arrive."""
+"""A checkpoint's tensors for torch: opened, mapped and packed."""

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 from qwen_vram.dtypes import BY_NAME
 from qwen_vram.errors import NotSupportedError, WorkloadError
-from qwen_vram.spec.architecture import Architecture, Weight
+from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.formats import BLOCK, FORMATS, PACKED_ROWS, is_packed
+from qwen_vram.spec.layers import Weight
 from qwen_vram.spec.rules.rule import Knobs, Rule, broken
 
 # What a captured decode step can run with: all else waits for the host, or for another kernel.
@@ -161,7 +162,7 @@ def _not_on_disk(model: Model) -> bool:
 
 def _unpacked(model: Model) -> Weight | None:
     """The first matrix of a layer that the CPU's 4-bit kernel does not take."""
-    matrices = (weight for weight in model.architecture.block if weight.is_linear)
+    matrices = (weight for layer, _ in model.architecture.kinds for weight in layer.linears.values())
     return next((weight for weight in matrices if not is_packed(weight.shape)), None)
 
 

@@ -1,0 +1,97 @@
+"""Models by hub id, against a server on this machine that speaks the hub's protocol."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.hub_server import serving
+
+RUN = """
+import json, sys
+import qwen_vram as qv
+try:
+    print(json.dumps({code}))
+except qv.QwenVramError as error:
+    print(json.dumps({{"error": type(error).__name__, "text": str(error)}}))
+"""
+ESTIMATE = "qv.estimate_vram({repo!r}).weights"
+LOAD = (
+    "qv.load({repo!r}, profile='default', weights='nf4', progress=False)"
+    ".chat('What is 12 + 30?', max_new_tokens=16, do_sample=False)"
+)
+
+
+def run(code: str, repo: str, endpoint: str, cache: Path):
+    """The value of `code` in a fresh process that knows only our hub."""
+    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
+    environment["HF_HUB_DOWNLOAD_TIMEOUT"] = "5"
+    environment["HF_HUB_CACHE"] = str(cache / "hub")  # PEFT imports GPTQModel where it is, which sets this for all
+    command = [sys.executable, "-c", RUN.format(code=code.format(repo=repo))]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert result.stdout, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.fixture
+def hub(demo, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "README.md").write_text("no config here")
+    both = tmp_path / "both"
+    shutil.copytree(demo, both)
+    (both / "pytorch_model.bin").write_bytes(b"a pickle")
+    (both / "modeling.py").write_text("raise SystemExit('remote code ran')")
+    with serving({"someone/demo": both, "someone/empty": empty}, gated=("someone/gated",)) as hub:
+        yield hub
+
+
+def test_an_estimate_fetches_the_config_and_nothing_else(hub, tmp_path, demo):
+    import qwen_vram as qv
+
+    assert run(ESTIMATE, "someone/demo", hub.endpoint, tmp_path / "cache") == qv.estimate_vram(demo).weights
+    assert {name for _, name, _ in hub.served} == {"config.json"}
+
+
+@pytest.mark.torch
+def test_a_model_is_downloaded_without_pickles_and_code_and_answers(hub, tmp_path):
+    assert run(LOAD, "someone/demo", hub.endpoint, tmp_path / "cache") == "12 + 30 = 42"
+    fetched = {name for command, name, _ in hub.served if command == "GET"}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= fetched
+    assert not fetched & {"pytorch_model.bin", "modeling.py"}
+
+
+@pytest.mark.torch
+def test_what_was_downloaded_loads_again_without_the_hub(hub, tmp_path):
+    run(LOAD, "someone/demo", hub.endpoint, tmp_path / "cache")
+    hub.served.clear()
+    assert run(LOAD, "someone/demo", "http://127.0.0.1:9", tmp_path / "cache") == "12 + 30 = 42"
+    assert hub.served == []
+
+
+@pytest.mark.parametrize(
+    ("repo", "error", "text"),
+    [
+        (
+            "someone/gated",
+            "HubError",
+            "'someone/gated' is gated: accept its terms on its page, then log in",
+        ),
+        ("someone/absent", "HubError", "no repository 'someone/absent' on the hub (or it is private); check the name"),
+        ("someone/empty", "HubError", "'someone/empty' has no config.json; it is not a transformers checkpoint"),
+    ],
+)
+def test_what_the_hub_refuses_is_explained(hub, tmp_path, repo, error, text):
+    got = run(ESTIMATE, repo, hub.endpoint, tmp_path / "cache")
+    assert got["error"] == error
+    assert got["text"].startswith(text)
+
+
+def test_a_hub_that_cannot_be_reached_is_explained(tmp_path):
+    got = run(ESTIMATE, "someone/demo", "http://127.0.0.1:9", tmp_path / "cache")
+    assert got["error"] == "HubError"
+    assert got["text"].startswith("cannot reach the hub for 'someone/demo', and it is not in the local cache")

@@ -1,0 +1,51 @@
+"""The command line in a process of its own, forked from one that has imported torch and transformers."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+from subprocess import CompletedProcess, TimeoutExpired
+from tempfile import TemporaryDirectory
+
+_FLAGS = {"in": os.O_RDONLY, "out": os.O_WRONLY | os.O_CREAT, "err": os.O_WRONLY | os.O_CREAT}
+
+
+def qwen_vram(*arguments: object, stdin: str = "", timeout: float = 300) -> CompletedProcess[str]:
+    """`python -m qwen_vram ARGUMENTS`, without the seconds that the imports take. The environment is this one's."""
+    words = [str(one) for one in arguments]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["qwen_vram.cli", "qwen_vram.runtime.loading.load", "transformers.models.qwen2.modeling_qwen2"]
+    )
+    with TemporaryDirectory(prefix="qwen_vram_command_") as folder:
+        (Path(folder) / "in").write_text(stdin, encoding="utf-8")
+        process = context.Process(target=_main, args=(words, folder, os.getcwd(), dict(os.environ)), daemon=True)
+        process.start()
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            raise TimeoutExpired(words, timeout)
+        out, err = ((Path(folder) / name).read_text(encoding="utf-8") for name in ("out", "err"))
+        return CompletedProcess(words, process.exitcode, out, err)
+
+
+def _main(words: list[str], folder: str, directory: str, environment: dict[str, str]) -> None:
+    for descriptor, (name, flags) in enumerate(_FLAGS.items()):
+        opened = os.open(Path(folder) / name, flags, 0o600)
+        os.dup2(opened, descriptor)
+        os.close(opened)
+    sys.stdin = os.fdopen(0, encoding="utf-8")
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8") for number in (1, 2))
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(directory)
+    sys.argv = ["qwen-vram", *words]
+    from qwen_vram.cli import main
+
+    try:
+        main()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()

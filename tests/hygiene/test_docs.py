@@ -1,0 +1,71 @@
+"""What the documentation shows is what the library does."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import qwen_vram
+from qwen_vram.spec.profile import CHOICES, CHOICES_OR_NONE, KNOBS
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# Written in Triton, which torch for the CPU does not bring.
+TRITON = ("qwen_vram.runtime.kernels.triton_kernels", "qwen_vram.runtime.linear.few_rows_kernels")
+MODULES = sorted(
+    module.name
+    for module in pkgutil.walk_packages(qwen_vram.__path__, "qwen_vram.")
+    if not module.name.endswith("__main__") and (module.name not in TRITON or find_spec("triton"))
+)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_sessions_on_a_page_give_what_they_show(page):
+    result = doctest.testfile(str(page), module_relative=False, optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings_give_what_they_show(name):
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_inside_the_repository_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_the_reference_names_every_knob_profile_and_error():
+    rows = dict(
+        re.findall(r"^\| `\"?(\w[\w-]*)\"?`[^|]*\| (.*)\|$", (ROOT / "docs" / "reference.md").read_text(), re.M)
+    )
+    plain = qwen_vram.Profile()
+    named = CHOICES | {"dequantization": CHOICES_OR_NONE["dequantization"]}
+    for knob in KNOBS:
+        assert rows[knob].startswith(f"`{getattr(plain, knob)!r}`".replace("'", '"')), knob
+        assert all(f'`"{value}"`' in rows[knob] for value in named.get(knob, ())), knob
+    assert rows.keys() >= {"auto", *qwen_vram.PROFILES}
+    assert rows.keys() >= {name for name in qwen_vram.__all__ if name.endswith("Error")} - {"QwenVramError"}
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+def test_examples_run(example):
+    result = subprocess.run([sys.executable, str(example)], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.slow
+def test_the_readme_shows_the_demos_real_output():
+    shown = (ROOT / "README.md").read_text().split("```text\n", 1)[1].split("```", 1)[0]
+    real = subprocess.run(
+        [sys.executable, "-m", "qwen_vram", "demo"], capture_output=True, text=True, check=True, timeout=300
+    ).stdout
+    for line in shown.splitlines():
+        assert line in real, line

@@ -1,0 +1,269 @@
+"""The faults. Each is a change of one line, and a test that fails with it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Mutation(NamedTuple):
+    """One fault.
+
+    Attributes:
+        mechanism: What is wrong then.
+        file: Below `qwen_vram/`.
+        old, new: Text that is there once, and what takes its place.
+        test: The test of `make test` that finds it, as pytest names it.
+        before: The test that found it in the suite of 2026-11-30, before products were thinned: a test of the same
+            name and assertions in a file of `tests/`, or the test whose product was thinned.
+    """
+
+    mechanism: str
+    file: str
+    old: str
+    new: str
+    test: str
+    before: str
+
+
+MUTATIONS = (
+    Mutation(
+        "bytes of storage formats",
+        "spec/formats.py",
+        '_CODE = Part("code", 64, 1, "tensor")',
+        '_CODE = Part("code", 60, 1, "tensor")',
+        "tests/arithmetic/test_measured_loader.py",
+        "test_measured_loader.py",
+    ),
+    Mutation(
+        "the allocator's replay",
+        "arithmetic/replay/allocator.py",
+        "else rest > _UNSPLIT:",
+        "else rest > 2 * _UNSPLIT:",
+        "tests/arithmetic/test_replay.py::test_a_rest_of_up_to_1_mib_stays_with_a_large_block",
+        "test_replay.py::test_a_rest_of_up_to_1_mib_stays_with_a_large_block",
+    ),
+    Mutation(
+        "activations",
+        "arithmetic/activations.py",
+        'yield "mlp product", held + 3 * rows * self.inner',
+        'yield "mlp product", held + 2 * rows * self.inner',
+        "tests/arithmetic/test_replay.py::test_the_closed_form_and_the_replay_agree_on_every_pair",
+        "test_replay.py::test_the_closed_form_and_the_replay_agree",
+    ),
+    Mutation(
+        "bytes of the KV cache",
+        "arithmetic/kv_cache.py",
+        "levels = 2 * _FP16 * (",
+        "levels = _FP16 * (",
+        "tests/arithmetic/test_measured_loader.py",
+        "test_measured_loader.py",
+    ),
+    Mutation(
+        "slots of streamed layers",
+        "arithmetic/weights.py",
+        "3 if pause else 2)",
+        "2)",
+        "tests/runtime/offload/test_streaming.py::test_resident_layers_and_slots_are_what_was_predicted",
+        "test_streaming.py::test_resident_layers_and_slots_are_what_was_predicted",
+    ),
+    Mutation(
+        "the margin of a session",
+        "arithmetic/session.py",
+        "_FRAGMENT = 0.04",
+        "_FRAGMENT = 0.0",
+        "tests/arithmetic/test_session.py::test_no_smaller_workload_needs_more_than_the_session",
+        "test_session.py::test_no_smaller_workload_needs_more_than_the_session",
+    ),
+    Mutation(
+        "the order of the search",
+        "planning/search/savers.py",
+        'Saver({"weights": "nf4", "dequantization": "tiled"}, "4-bit weights"),\n',
+        "",
+        "tests/planning/test_planning.py",
+        "test_planning.py",
+    ),
+    Mutation(
+        "refusals",
+        "planning/support.py",
+        "    if storage.bits != 4:\n",
+        "    if storage.bits == 16:\n",
+        "tests/runtime/offload/test_host_layers.py::test_int8_is_refused_by_name",
+        "test_host_layers.py::test_int8_is_refused_by_name",
+    ),
+    Mutation(
+        "tiers of offloaded layers",
+        "planning/search/offload_tiers.py",
+        "        return streaming(layers - resident)\n",
+        "        return streaming(layers)\n",
+        "tests/planning/test_planning.py",
+        "test_planning.py",
+    ),
+    Mutation(
+        "the split over GPUs",
+        "planning/capacity/gpu_split.py",
+        "        if following is best:\n",
+        "        if following is not None:\n",
+        "tests/arithmetic/test_split.py",
+        "test_split.py",
+    ),
+    Mutation(
+        "config.json",
+        "spec/config_reader.py",
+        '"num_key_value_heads") is None:\n            return heads\n',
+        '"num_key_value_heads") is None:\n            return 1\n',
+        "tests/runtime/loading/test_config_json.py",
+        "test_config_json.py",
+    ),
+    Mutation(
+        "headers of safetensors files",
+        "checkpoints/files/safetensors_header.py",
+        "        if begin != position:\n",
+        "        if begin < position:\n",
+        "tests/runtime/loading/test_bad_input.py",
+        "test_bad_input.py",
+    ),
+    Mutation(
+        "files of a hub's repository",
+        "checkpoints/hub/files.py",
+        "    if (folder / AUTO_GPTQ_CONFIG).is_file():\n        single, index",
+        "    if (folder / AUTO_AWQ_CONFIG).is_file():\n        single, index",
+        "tests/checkpoints/test_quantized.py::test_auto_gptqs_own_names_are_found",
+        "test_quantized.py::test_auto_gptqs_own_names_are_found",
+    ),
+    Mutation(
+        "what an adapter keeps on the device",
+        "checkpoints/adapters/kept_tensors.py",
+        "if tensor.name in kept]",
+        "if tensor.name not in kept]",
+        "tests/lora/test_adapter_beside.py",
+        "test_adapter_beside.py",
+    ),
+    Mutation(
+        "the scale of a LoRA",
+        "checkpoints/adapters/scaling.py",
+        "return alpha / math.sqrt(rank) if settings.use_rslora",
+        "return alpha / rank if settings.use_rslora",
+        "tests/lora/test_lora_random.py::test_a_random_adapter",
+        "test_lora_random.py::test_a_random_adapter",
+    ),
+    Mutation(
+        "rounding of a merge",
+        "lora/delta.py",
+        "        if abs(math.frexp(scale)[0]) != 0.5:\n",
+        "        if scale == 0:\n",
+        "tests/lora/test_lora_random.py::test_a_random_adapter",
+        "test_lora_random.py::test_a_random_adapter",
+    ),
+    Mutation(
+        "the 4-bit codec of a merge",
+        "lora/codecs/bnb_4bit.py",
+        "quantize_blockwise(scales - offset, blocksize",
+        "quantize_blockwise(scales, blocksize",
+        "tests/lora/test_lora_quantize.py",
+        "test_lora_quantize.py",
+    ),
+    Mutation(
+        "tiles of 4-bit matrices",
+        "runtime/linear/tiled.py",
+        "torch.addmm(bias[start:end], x,",
+        "torch.addmm(bias[: end - start], x,",
+        "tests/runtime/linear/test_tiled_linear.py",
+        "test_tiled_linear.py",
+    ),
+    Mutation(
+        "outlier columns of int8",
+        "runtime/linear/tiled_int8.py",
+        "    if columns is None or not columns.numel():\n",
+        "    if columns is not None:\n",
+        "tests/runtime/linear/test_tiled_int8.py",
+        "test_tiled_int8.py",
+    ),
+    Mutation(
+        "packing of int4",
+        "runtime/linear/int4_packing.py",
+        "return codes[:, ::2] << 4 | codes[:, 1::2]",
+        "return codes[:, 1::2] << 4 | codes[:, ::2]",
+        "tests/runtime/linear/test_weight_only.py",
+        "test_weight_only.py",
+    ),
+    Mutation(
+        "int8 matrices scaled by row",
+        "runtime/linear/int8_fp8.py",
+        "scale[start:end] = _scale(rows, _LARGEST_INT8)",
+        "scale[start:end] = _scale(rows, 64)",
+        "tests/runtime/linear/test_weight_only.py",
+        "test_weight_only.py",
+    ),
+    Mutation(
+        "attention in parts",
+        "runtime/attention/split_kv.py",
+        "        sums = both\n",
+        "        pass\n",
+        "tests/runtime/attention/test_joined_attention.py",
+        "test_joined_attention.py",
+    ),
+    Mutation(
+        "the quantized cache",
+        "runtime/kv_cache/quantized.py",
+        "(most - least.float()) / (2**self.bits - 1))",
+        "(most - least.float()) / 2**self.bits)",
+        "tests/runtime/kv_cache/test_quantized_cache.py",
+        "test_quantized_cache.py",
+    ),
+    Mutation(
+        "slots of a broken forward",
+        "runtime/offload/streamer.py",
+        "        slot.block = None  # in case this is interrupted\n",
+        "",
+        "tests/runtime/offload/test_streaming.py::test_the_ring_is_right_after_an_interrupt_of_its_own_work",
+        "test_streaming.py::test_the_ring_is_right_after_an_interrupt_of_its_own_work",
+    ),
+    Mutation(
+        "positions of decode steps",
+        "runtime/decoding/graph_step.py",
+        "for counter in (self.positions, self.slots, self.filled):",
+        "for counter in (self.slots, self.filled):",
+        "tests/runtime/decoding/test_decode_steps.py::test_steps_give_the_tokens_of_the_ordinary_path",
+        "test_decode_steps.py::test_steps_give_the_tokens_of_the_ordinary_path",
+    ),
+    Mutation(
+        "ranges of sampling options",
+        "runtime/requests/sampling.py",
+        '"top_p": _Range("a number from 0 to 1", 0, 1),',
+        '"top_p": _Range("a number from 0 to 1", 0, 2),',
+        "tests/runtime/requests/test_chat_options.py",
+        "test_chat_options.py",
+    ),
+    Mutation(
+        "the choice of a chat template",
+        "runtime/requests/template.py",
+        'if options.get("tools") and "tool_use" in named',
+        'if "tool_use" in named',
+        "tests/runtime/requests/test_conversations.py::test_a_template_is_chosen_by_its_name",
+        "test_conversations.py::test_a_template_is_chosen_by_its_name",
+    ),
+    Mutation(
+        "saving a quantized model",
+        "runtime/saving/save.py",
+        'config |= {"tie_word_embeddings": model.config.tie_word_embeddings, ',
+        "config |= {",
+        "tests/runtime/saving/test_save_quantized.py::test_it_loads_again_bit_for_bit_with_no_knob",
+        "test_save_quantized.py::test_it_loads_again_bit_for_bit_with_no_knob",
+    ),
+    Mutation(
+        "the check of a plan",
+        "runtime/loading/verify.py",
+        "measured > predicted * (1 + _TOLERANCE) + _SLACK",
+        "measured > 2 * predicted + _SLACK",
+        "tests/runtime/loading/test_verify.py",
+        "test_verify.py",
+    ),
+    Mutation(
+        "options of the command line",
+        "cli/chat.py",
+        "enable_thinking=thinking,",
+        "enable_thinking=None,",
+        "tests/runtime/requests/test_conversations.py::test_options_are_checked_before_weights_load",
+        "test_conversations.py::test_options_are_checked_before_weights_load",
+    ),
+)
