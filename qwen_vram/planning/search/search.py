@@ -243,5 +243,6 @@ class Search(Candidates):
 
 
 def _turned(profile: Profile) -> Saver:
-    """Every knob that steps to `profile` may have turned."""
-    return Saver({knob: getattr(profile, knob) for knob in KNOBS}, "")
+    """Every knob that steps to `profile` may have turned, those of the cache last."""
+    ordered = sorted(KNOBS, key=("kv_cache", "kv_device").__contains__)
+    return Saver({knob: getattr(profile, knob) for knob in ordered}, "")
