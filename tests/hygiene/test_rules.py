@@ -7,15 +7,17 @@ import pytest
 
 import qwen_vram as qv
 from qwen_vram.planning.support import not_loadable
-from qwen_vram.spec.architecture import Architecture, Weight
+from qwen_vram.spec.architecture import Architecture
+from qwen_vram.spec.layers import Weight
 from qwen_vram.spec.profile import CHOICES, CHOICES_OR_NONE, COUNTS, KNOBS
 from qwen_vram.spec.rules import table
 from tests.hygiene import layout
 
-MODEL = Architecture.from_config(
-    {"model_type": "qwen2", "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2, "vocab_size": 512,
-     "num_key_value_heads": 1, "intermediate_size": 256, "tie_word_embeddings": False}
-)  # fmt: skip
+CONFIG = {
+    "model_type": "qwen2", "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2, "vocab_size": 512,
+    "num_key_value_heads": 1, "intermediate_size": 256, "tie_word_embeddings": False,
+}  # fmt: skip
+MODEL = Architecture.from_config(CONFIG)
 LORA = Weight("model.layers.0.self_attn.q_proj.lora_A.weight", (8, 128), "adapter")
 FIXED = {"attention": "fused", "cache": "preallocated"}
 # Knobs that exclude each other, and the knob that is named.
@@ -44,7 +46,7 @@ NOWHERE = [
     (replace(MODEL, adapter_weights=(LORA,)), {"streamed_layers": 1, "host_layers": 1}, "host_layers"),
     (MODEL, {"weights": "int8", "streamed_layers": 1, "host_layers": 1}, "host_layers"),
     (
-        replace(MODEL, intermediate_size=240),
+        Architecture.from_config({**CONFIG, "intermediate_size": 240}),
         {"weights": "nf4", "streamed_layers": 1, "host_layers": 1},
         "host_layers",
     ),

@@ -12,7 +12,7 @@ import pytest
 import qwen_vram as qv
 from qwen_vram.arithmetic.weights import stored_weights
 from tests.conftest import CHECKPOINT
-from tests.lora_models import make_adapter, peft_model
+from tests.helpers.lora_models import make_adapter, peft_model
 
 LLAMA3 = {
     "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
