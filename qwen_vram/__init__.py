@@ -1,6 +1,6 @@
 """Run Qwen models in as little GPU memory as possible, and know the peak before you load.
 
-Importing this loads nothing outside the standard library; torch comes in with the first `load()`.
+Importing the package loads nothing outside the standard library. The first `load()` imports torch.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Every public name by the module that has it, imported on first use; a test holds it against the imports above.
+# Every public name by the module that defines it, imported on first use. A test compares it with the imports above.
 _MODULES = {
     "spec.architecture": ("Architecture",),
     "spec.catalog": ("CATALOG",),

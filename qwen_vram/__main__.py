@@ -1,4 +1,4 @@
-"""`python -m qwen_vram` is `qwen-vram`."""
+"""Entry point of `python -m qwen_vram`, which is the command `qwen-vram`."""
 
 from qwen_vram.cli import main
 

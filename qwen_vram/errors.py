@@ -1,22 +1,22 @@
 """The errors that the library raises on purpose.
 
-QwenVramError
-├── UnitError (ValueError)                 a size without a unit, or not a size
-├── UnknownNameError (ValueError)          an unknown model, profile, format, knob, option or device
-├── WorkloadError (ValueError)             a length, batch, message or option that cannot be run
-├── ConfigError (ValueError)               a config.json that is missing, broken or of another architecture
-├── CheckpointError                        safetensors that are missing, truncated, corrupt or somewhere else
-├── HubError                               a hub that cannot be reached, or does not hold what was asked for
-├── NotFiniteError                         a model that computes NaN or infinities
-├── NotSupportedError                      a knob or combination that is counted but cannot be run
-├── BackendUnavailableError (ImportError)  a library or device that is not on this machine
-├── DoesNotFitError                        a budget that nothing fits (`planning.errors`)
-├── QuantizationFailedError                another library's process that was to quantize, and failed
-├── GenerationStoppedError                 a generation that somebody else stopped
-└── PlanNotHeldError                       a loaded model that takes more than was promised
+    QwenVramError
+    ├── UnitError (ValueError)                 a size without a unit, or not a size
+    ├── UnknownNameError (ValueError)          an unknown model, profile, format, knob, option or device
+    ├── WorkloadError (ValueError)             a length, batch, message or option that cannot be run
+    ├── ConfigError (ValueError)               a config.json that is missing, broken or of another architecture
+    ├── CheckpointError                        safetensors that are missing, truncated, corrupt or somewhere else
+    ├── HubError                               a hub that does not answer, or lacks what was asked for
+    ├── NotFiniteError                         a model that computes NaN or infinities
+    ├── NotSupportedError                      a knob or combination that is counted but cannot be run
+    ├── BackendUnavailableError (ImportError)  a library or device that is not on this machine
+    ├── DoesNotFitError                        a budget that nothing fits (`planning.errors`)
+    ├── QuantizationFailedError                a quantizer's process that failed
+    ├── GenerationStoppedError                 a generation that another caller stopped
+    └── PlanNotHeldError                       a loaded model that takes more memory than its plan promised
 
-A message says what failed, what was got, what is allowed and what to do next. The same facts are attributes, so that
-no program has to read the text.
+A message says what failed, what was got, what is allowed and what to do next. Attributes hold the same facts, so a
+program does not have to parse the text.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class QwenVramError(Exception):
 
 
 class UnitError(QwenVramError, ValueError):
-    """A size has no unit or is not a size. `got` is what was passed."""
+    """A size has no unit or is not a size. `got` is the value that was passed."""
 
     def __init__(self, message: str, *, got: object) -> None:
         super().__init__(message)
@@ -35,7 +35,7 @@ class UnitError(QwenVramError, ValueError):
 
 
 class UnknownNameError(QwenVramError, ValueError):
-    """A name is not known. `kind`, `got` and `allowed` say which, what and instead of what."""
+    """A name is not known. `kind` says what it names, `got` is the name, and `allowed` lists the known ones."""
 
     def __init__(self, kind: str, got: object, allowed: tuple[str, ...], *, hint: str = "") -> None:
         choices = ", ".join(allowed)
@@ -71,7 +71,7 @@ class CheckpointError(QwenVramError):
 
 
 class HubError(QwenVramError):
-    """The hub did not give what was asked for. `repo_id` is what was asked."""
+    """The hub did not give a file. `repo_id` is the repository that was asked for."""
 
     def __init__(self, message: str, *, repo_id: str) -> None:
         super().__init__(message)
@@ -111,7 +111,7 @@ class BackendUnavailableError(QwenVramError, ImportError):
 
 
 class QuantizationFailedError(QwenVramError):
-    """A process that was to quantize failed. `returncode` is its exit status, `log` the end of what it said."""
+    """A quantizer's process failed. `returncode` is its exit status, and `log` is the end of its output."""
 
     def __init__(self, message: str, *, returncode: int, log: str) -> None:
         super().__init__(message)
@@ -120,7 +120,7 @@ class QuantizationFailedError(QwenVramError):
 
 
 class GenerationStoppedError(QwenVramError):
-    """Somebody else stopped the generation. `tokens` is how many new tokens each sequence had by then."""
+    """Another caller stopped the generation. `tokens` is the number of new tokens of each sequence by then."""
 
     def __init__(self, message: str, *, tokens: int) -> None:
         super().__init__(message)
@@ -128,10 +128,10 @@ class GenerationStoppedError(QwenVramError):
 
 
 class PlanNotHeldError(QwenVramError):
-    """What was loaded takes more than its plan promised.
+    """A loaded model takes more memory than its plan promised.
 
     Attributes:
-        parts: Predicted and measured bytes of each part that is too large; empty where memory ran out.
+        parts: Predicted and measured bytes of each part that is too large; empty if memory ran out.
     """
 
     def __init__(self, message: str, *, parts: dict[str, tuple[int, int]]) -> None:

@@ -1,8 +1,9 @@
-"""`estimate_vram()`: resolve a model, a profile and this machine, and count what they take."""
+"""`estimate_vram()`: predict the memory and the times of a model before loading it."""
 
 from __future__ import annotations
 
-from qwen_vram.arithmetic.estimate import Estimate, estimate
+from qwen_vram.arithmetic.device_estimate import estimate
+from qwen_vram.arithmetic.estimate import Estimate
 from qwen_vram.checkpoints.adapters.folder import AdapterChoice
 from qwen_vram.checkpoints.machine_file import current
 from qwen_vram.checkpoints.resolve import ModelLike, resolve_model, stored_knobs
@@ -25,12 +26,12 @@ def estimate_vram(
     adapter: AdapterChoice = None,
     **knobs: object,
 ) -> Estimate:
-    """What a model will take on one GPU, before anything is loaded. Pure arithmetic; the defaults are the article's.
+    """Predict the memory and times of a model on one GPU, before it is loaded. The defaults are those of the article.
 
     Weights and cache are exact; docs/accuracy.md holds the rest against measurements.
 
     Args:
-        model: A catalog name, checkpoint folder, hub id (config.json, and headers where quantized), config `dict` or
+        model: A catalog name, checkpoint folder, hub id (config.json, and headers if quantized), config `dict` or
             `Architecture`; or `None` with `params`.
         profile: A name from `PROFILES`, or a `Profile`.
         params: With `model=None`: a number of parameters, for the rule of thumb parameters x bytes (weights alone).

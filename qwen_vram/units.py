@@ -1,4 +1,4 @@
-"""Bytes to text and back: the only place that knows 10**9 and 2**30.
+"""Conversion of bytes to text and back; no other module uses 10**9 and 2**30 as units.
 
 Inside the library a size is always an `int` of bytes. Text says GB (10**9) or GiB (2**30), never one for the other.
 """
@@ -23,20 +23,20 @@ _BYTES_PER_UNIT = {
 _SIZE = r" *([0-9]+(?:\.[0-9]+)?) *([A-Za-z]+) *"  # compiled on first use, which most estimates do not need
 _SPELLING = {unit.lower(): unit for unit in _BYTES_PER_UNIT}
 
-# No card has less, so a smaller integer is a number of gigabytes whose unit was forgotten.
+# No GPU has less, so a smaller integer is a number of gigabytes without its unit.
 SMALLEST_BUDGET = 2**20
 
 _ALLOWED = 'write a size with its unit, such as "8GiB" or "8GB", or an int of bytes such as 8 * 2**30'
 
 
 def parse_bytes(size: str | int, *, name: str = "size") -> int:
-    """Bytes of `size`; a bare number such as `8` or `"8"` is refused because its unit is a guess.
+    """Return the bytes of `size`; refuse a bare number such as `8` or `"8"`, because its unit would be a guess.
 
-    Exact: a fraction of a unit is rounded down to whole bytes.
+    The result is exact: a fraction of a unit is rounded down to whole bytes.
 
     Args:
         size: `"8GiB"` (8 x 2**30), `"8GB"` (8 x 10**9), or an `int` of bytes of at least 1 MiB.
-        name: What the size is for, used in the error.
+        name: The purpose of the size, for the error.
 
     Raises:
         UnitError: `size` has no unit, an unknown unit, or is not a size at all.
@@ -64,7 +64,7 @@ def parse_bytes(size: str | int, *, name: str = "size") -> int:
 
 
 def format_gib(num_bytes: int) -> str:
-    """`num_bytes` in GiB (2**30), two decimals.
+    """Return `num_bytes` in GiB (2**30), two decimals.
 
     >>> format_gib(8 * 2**30)
     '8.00 GiB'
@@ -73,7 +73,7 @@ def format_gib(num_bytes: int) -> str:
 
 
 def format_gb(num_bytes: int) -> str:
-    """`num_bytes` in GB (10**9), two decimals.
+    """Return `num_bytes` in GB (10**9), two decimals.
 
     >>> format_gb(15_231_233_024)
     '15.23 GB'
@@ -82,7 +82,7 @@ def format_gb(num_bytes: int) -> str:
 
 
 def format_bytes(num_bytes: int) -> str:
-    """`num_bytes` in the largest binary unit that leaves at least 1.
+    """Return `num_bytes` in the largest binary unit that leaves at least 1.
 
     >>> format_bytes(34_603_008)
     '33.0 MiB'

@@ -1,4 +1,4 @@
-"""What attention's kernels ask of their arguments: lengths by which the estimator counts and the runtime calls."""
+"""Lengths and alignments that attention kernels require, for estimator and runtime."""
 
 from __future__ import annotations
 

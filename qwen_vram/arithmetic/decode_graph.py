@@ -1,4 +1,4 @@
-"""The captured decode step's own memory: what it keeps from load on beside the cache."""
+"""Memory of captured decode steps beside the KV cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Estimate: the predicted peak memory of a model, part by part."""
+"""The estimate: predicted peak memory of a model, part by part."""
 
 from __future__ import annotations
 
@@ -8,20 +8,15 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from qwen_vram.arithmetic import render
-from qwen_vram.arithmetic.activations import Moment, moments
-from qwen_vram.arithmetic.kv_cache import host_kv_bytes, kv_cache_bytes
 from qwen_vram.arithmetic.process import (
     Replayed,
     least_reserved,
     least_reserved_is_at_most,
-    load_peak_bytes,
     load_reserved_bytes,
     process_bytes,
     replay,
-    workspace_bytes,
 )
-from qwen_vram.arithmetic.weights import weight_bytes
-from qwen_vram.errors import WorkloadError
+from qwen_vram.arithmetic.replay.live_bytes import Moment
 from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.machine import Machine
 from qwen_vram.spec.profile import Profile
@@ -181,11 +176,10 @@ class Estimate:
     def _session_least(self) -> int:
         """The least that torch must be able to reserve for a session of workloads up to this one, in any order."""
         assert self.architecture is not None
-        from qwen_vram.arithmetic.session import Run, fragment_bytes, least_of_session, outlier_bytes
+        from qwen_vram.arithmetic.session import Run, session_least
 
         runs = [Run(one._replayed.peak, one._roomy, one._least) for one in (self, *self.covered)]
-        what = (self.architecture, self.profile, self.workload)
-        return least_of_session(runs, fragment_bytes(*what), outlier_bytes(*what))
+        return session_least(self.architecture, self.profile, self.workload, runs)
 
     def needs_at_most(self, limit: int) -> bool:
         """Tell if `needed_bytes` is at most `limit`: the same answer, sooner. For one device."""
@@ -266,68 +260,6 @@ class Estimate:
             BackendUnavailableError: matplotlib is not installed.
         """
         return render.plot(self.shown())
-
-
-def estimate(
-    label: str,
-    architecture: Architecture,
-    profile: Profile,
-    workload: Workload,
-    *,
-    machine: Machine,
-    session: bool = False,
-    held: int = 0,
-) -> Estimate:
-    """Return the estimate of an architecture, a profile and a workload that are resolved already.
-
-    Args:
-        machine: The machine whose CUDA context and kernels the process counts.
-        session: Count a session, of workloads up to this one, as a plan does: `Estimate.covered`.
-        held: As for `Estimate`.
-
-    Raises:
-        WorkloadError: a context past the model's positions, or more streamed layers than there are.
-    """
-    workload.check(architecture)
-    if profile.streamed_layers > architecture.num_hidden_layers:
-        raise WorkloadError(
-            f"streamed_layers {profile.streamed_layers} is more than the model's num_hidden_layers "
-            f"{architecture.num_hidden_layers}; stream at most that many",
-            name="streamed_layers",
-            got=profile.streamed_layers,
-        )
-    stored = weight_bytes(architecture, profile)
-    workspace = workspace_bytes(architecture, profile, workload)
-    every = tuple(moments(architecture, profile, workload))
-    peak = max(moment.total for moment in every)
-    context, batch = workload.context_len, workload.batch_size
-    cache = 0
-    if workload.logits == "last":
-        cache = kv_cache_bytes(architecture, profile, tokens=context, batch_size=batch, context_len=context)
-    # A workload whose last decode step holds one token less than its context must not count below the full cache.
-    peak = max(peak, cache)
-    smaller: list[Workload] = []
-    if session:
-        from qwen_vram.arithmetic.session import critical_workloads  # a plan's, and not an estimate's
-
-        smaller = critical_workloads(profile, workload)
-    return Estimate(
-        model=label,
-        architecture=architecture,
-        profile=profile,
-        workload=workload,
-        weights=stored.device,
-        kv_cache=cache,
-        tensors=peak - cache,
-        workspace=workspace,
-        load_peak=load_peak_bytes(architecture, profile),
-        host=stored.host + host_kv_bytes(architecture, profile, batch_size=batch, context_len=context),
-        disk=stored.disk,
-        moments=every,
-        machine=machine,
-        held=held,
-        covered=tuple(estimate(label, architecture, profile, one, machine=machine) for one in smaller),
-    )
 
 
 def _span(part: Architecture) -> str:

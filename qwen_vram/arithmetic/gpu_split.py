@@ -1,19 +1,17 @@
-"""Splitting: the estimate of a model whose layers lie on several GPUs, part by part."""
+"""The estimate of a model that is sharded over several GPUs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from qwen_vram.arithmetic.estimate import Estimate, estimate
+from qwen_vram.arithmetic.device_estimate import estimate
+from qwen_vram.arithmetic.estimate import Estimate
 from qwen_vram.arithmetic.pipeline import slices
-from qwen_vram.errors import NotSupportedError
 from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.machine import Machine
 from qwen_vram.spec.profile import Profile
+from qwen_vram.spec.rules.table import check_split
 from qwen_vram.spec.workload import Workload
-
-# Knobs that work on one device alone, and what turns them off.
-ONE_DEVICE: dict[str, object] = {"streamed_layers": 0, "captured": False, "compiled": False}
 
 
 def split_estimate(
@@ -55,22 +53,6 @@ def split_estimate(
         machine=machine,
         devices=devices,
     )
-
-
-def check_split(profile: Profile, devices: int) -> None:
-    """Refuse a knob that works on one GPU alone.
-
-    Raises:
-        NotSupportedError: there is one.
-    """
-    for knob, off in ONE_DEVICE.items():
-        value = getattr(profile, knob)
-        if value != off:
-            raise NotSupportedError(
-                f"{knob}={value!r} over {devices} GPUs cannot be loaded yet; use {knob}={off!r}, or one GPU",
-                knob=knob,
-                value=value,
-            )
 
 
 def split_of(known: Estimate) -> dict[int, int]:

@@ -1,4 +1,6 @@
-"""int8's outlier columns: inputs of which any is 6 or more are multiplied in 16 bit, beside copies of their weights.
+"""Memory of the outlier columns in products with int8 matrices.
+
+Columns with an input of 6 or more are multiplied in 16 bits, beside copies of their weights.
 
 bitsandbytes' LLM.int8() takes such columns of a matrix product out (threshold 6.0, `BitsAndBytesConfig`'s default).
 How many there are depends on the data. Counted here is what the published shapes give before training: normed inputs
@@ -12,7 +14,7 @@ from __future__ import annotations
 from functools import lru_cache
 from math import erfc, exp, pi, sqrt
 
-from qwen_vram.spec.architecture import Weight
+from qwen_vram.spec.layers import Weight
 
 # Source: transformers 5.17, BitsAndBytesConfig.llm_int8_threshold; Qwen2Config and Qwen3Config, initializer_range.
 _THRESHOLD = 6.0

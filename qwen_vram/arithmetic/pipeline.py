@@ -1,11 +1,15 @@
-"""Slices: a model's decoder layers cut into consecutive parts, one for each device; the ends stay with their layers."""
+"""Division of decoder layers into consecutive parts, one for each device.
+
+Embeddings and head stay with the first and the last layer.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from qwen_vram.spec.architecture import Architecture, Weight
+from qwen_vram.spec.architecture import Architecture
+from qwen_vram.spec.layers import Weight
 from qwen_vram.spec.prequantized import Stored
 
 
@@ -29,7 +33,10 @@ def slices(architecture: Architecture, counts: Sequence[int]) -> Iterator[Archit
     for count in counts:
         end = first + count
         part = replace(
-            architecture, num_hidden_layers=count, first_layer=first, layers_after=architecture.num_hidden_layers - end
+            architecture,
+            layers=architecture.layers[first:end],
+            first_layer=first,
+            layers_after=architecture.num_hidden_layers - end,
         )
         adapter = tuple(weight for weight in architecture.adapter_weights if _belongs(weight, part))
         yield replace(part, adapter_weights=adapter, stored=_stored(architecture.stored, part))

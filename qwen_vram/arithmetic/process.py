@@ -1,4 +1,4 @@
-"""Overhead: what libraries and driver take beside the tensors that a model asks for.
+"""Process memory beside torch's tensors: CUDA context, kernels and libraries.
 
 `workspace` is in torch's allocated bytes, the allocator's fragments only in its reserved bytes, and the CUDA context
 with its kernels in neither: only nvidia-smi shows it.
@@ -7,17 +7,18 @@ with its kernels in neither: only nvidia-smi shows it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
 from qwen_vram.arithmetic.decode_graph import step_sizes
 from qwen_vram.arithmetic.replay.allocator import CachingAllocator, OutOfRoomError
-from qwen_vram.arithmetic.replay.generation import pool_bytes, replay_generation
+from qwen_vram.arithmetic.replay.generation import Generation, replay_generation
 from qwen_vram.arithmetic.replay.linear import workspaces
 from qwen_vram.arithmetic.replay.load import as_loaded, replay_load
 from qwen_vram.arithmetic.weights import weight_bytes
 from qwen_vram.spec.architecture import Architecture
-from qwen_vram.spec.formats import ALLOCATION_STEP
+from qwen_vram.spec.formats import ALLOCATION_STEP, FORMATS
 from qwen_vram.spec.machine import Machine
 from qwen_vram.spec.profile import Profile
 from qwen_vram.spec.workload import Workload
@@ -61,6 +62,19 @@ def load_peak_bytes(architecture: Architecture, profile: Profile) -> int:
 def load_reserved_bytes(architecture: Architecture, profile: Profile) -> int:
     """The most that torch reserves while loading."""
     return _loaded(architecture, profile).peak_reserved
+
+
+def pool_bytes(architecture: Architecture, profile: Profile, workload: Workload) -> int:
+    """What the pool of a captured decode step reserves: its temporary tensors, had it not been compiled."""
+    if not profile.captures or workload.logits == "all":
+        return 0
+    allocator = CachingAllocator()
+    generation = Generation(allocator, architecture, profile, replace(workload, padded=False))
+    generation.warm = generation.warm_lt = True
+    for held in generation.cache:
+        held.extend((0, 0))  # they are there already
+    generation.step(1, workload.context_len - 1)
+    return allocator.peak_reserved
 
 
 class Replayed(NamedTuple):
@@ -138,6 +152,6 @@ def process_bytes(peak_reserved: int, profile: Profile, machine: Machine, held: 
         held: What the process takes beside torch's memory before it loads this model. Kernels and streams of models
             that are closed stay in the process.
     """
-    kernels = machine.lazy_kernels + (INT8_KERNELS if profile.weights == "int8" else 0)
+    kernels = machine.lazy_kernels + (INT8_KERNELS if FORMATS[profile.weights].has_outliers else 0)
     second = profile.kv_device == "host" or profile.streamed_layers or profile.captures
     return peak_reserved + max(held, machine.cuda_context + kernels + (SECOND_STREAM if second else 0))

@@ -1,4 +1,4 @@
-"""An estimate as text, as HTML and as a picture."""
+"""Rendering of an estimate as text, HTML and a picture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sessions: what a process needs that runs many workloads, each no larger than the planned one, in any order.
+"""Memory of a session: generations within the planned lengths, in any order.
 
 A shorter prompt, a smaller batch or a shorter answer can need more than the planned workload: torch's allocator
 fragments by the sizes of tensors, and those depend on lengths. A few critical workloads are replayed, and a margin
@@ -7,13 +7,14 @@ covers the others. `tests/arithmetic/test_session.py` holds it against all lengt
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 from qwen_vram.arithmetic.process import REPLAY_MISS, SEARCHED_TO
 from qwen_vram.arithmetic.tiling import int8_rows
 from qwen_vram.spec.architecture import Architecture
+from qwen_vram.spec.formats import FORMATS
 from qwen_vram.spec.profile import Profile
 from qwen_vram.spec.workload import Workload
 
@@ -78,13 +79,15 @@ def fragment_bytes(architecture: Architecture, profile: Profile, workload: Workl
     size. A quantized cache makes all keys and values of a layer whole in every step, in two tensors that grow with the
     context: each leaves a block that the next one does not fit. There may be a captured step of a smaller batch.
     """
-    activation = _prefill_rows(profile, workload) * architecture.intermediate_size * profile.element_bytes
+    widest = max(layer.inner_size for layer, _ in architecture.kinds)
+    activation = _prefill_rows(profile, workload) * widest * profile.element_bytes
     if profile.captures and workload.batch_size > 1:
         return activation + smaller_step_bytes(architecture, profile, workload)
-    if profile.kv_cache == "bf16":
+    if not profile.kv_format.is_quantized:
         return activation
     tokens = workload.batch_size * workload.context_len
-    return activation + SEARCHED_TO + 2 * tokens * architecture.key_value_width * profile.element_bytes
+    width = max(layer.attention.key_value_width for layer, _ in architecture.kinds)
+    return activation + SEARCHED_TO + 2 * tokens * width * profile.element_bytes
 
 
 def _prefill_rows(profile: Profile, workload: Workload) -> int:
@@ -99,26 +102,26 @@ def outlier_bytes(architecture: Architecture, profile: Profile, workload: Worklo
     it one segment for a piece of the input's rows. bitsandbytes' own products keep the number of each outlier column of
     every matrix, 8 bytes, at most for all columns.
     """
-    if profile.weights != "int8":
+    if not FORMATS[profile.weights].has_outliers:
         return 0
-    matrices = [weight for weight in architecture.block if weight.is_linear]
     if not profile.tiles:
-        columns = sum(weight.shape[1] for weight in matrices)
-        return architecture.num_hidden_layers * columns * _INT64
+        columns = sum(matrix.shape[1] for layer in architecture.layers for matrix in layer.linears.values())
+        return columns * _INT64
+    matrices = [matrix for layer, _ in architecture.kinds for matrix in layer.linears.values()]
     rows = _prefill_rows(profile, workload)
     largest = max(min(rows, int8_rows(*weight.shape)) * weight.shape[1] * _FP16 for weight in matrices)
     return largest + _COLUMN_SEARCH
 
 
-def least_of_session(runs: Iterable[Run], fragment: int, from_data: int = 0) -> int:
+def session_least(architecture: Architecture, profile: Profile, workload: Workload, runs: Sequence[Run]) -> int:
     """Return the bytes that torch must be able to reserve for a session whose critical workloads are `runs`.
 
     At least what each of them needs, with the search's own step if it was searched; and the highest peak with the share
     that a replay can miss. On top of it there is one fragment, or 4 % of the peak if that is less, and what the data
     take (`outlier_bytes`).
     """
-    every = list(runs)
-    peak = max(run.peak for run in every)
-    least = max(run.least + (SEARCHED_TO if run.least < run.roomy else 0) for run in every)
-    left_over = min(fragment, int(peak * _FRAGMENT))
+    peak = max(run.peak for run in runs)
+    least = max(run.least + (SEARCHED_TO if run.least < run.roomy else 0) for run in runs)
+    left_over = min(fragment_bytes(architecture, profile, workload), int(peak * _FRAGMENT))
+    from_data = outlier_bytes(architecture, profile, workload)
     return max(least, int((peak + SEARCHED_TO) * (1 + REPLAY_MISS))) + left_over + from_data + _SMALL_SEGMENTS

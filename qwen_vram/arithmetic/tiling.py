@@ -1,4 +1,4 @@
-"""Tiles: how many rows of a matrix are quantized or dequantized at once.
+"""Tiles: the rows of a matrix that are quantized or dequantized at once.
 
 The estimator counts by these functions the tiles that the runtime makes: `runtime.linear.tiled_4bit` and
 `runtime.linear.tiled_int8` for bitsandbytes' matrices if `Profile.tiles`, `runtime.backends.bnb_rows` for a matrix
@@ -7,7 +7,7 @@ that is quantized for streaming, and `runtime.linear.weight_only` for the format
 
 from __future__ import annotations
 
-from qwen_vram.spec.formats import StorageFormat
+from qwen_vram.spec.formats import BLOCK, StorageFormat
 from qwen_vram.spec.profile import Profile
 
 # Elements of a tile: 32 MiB in 16 bits.
@@ -30,7 +30,7 @@ def tile_rows(out_features: int, in_features: int) -> int:
     >>> tile_rows(18944, 3584), tile_rows(3584, 3584)
     (4672, 3584)
     """
-    return min(out_features, max(64, _TILE_ELEMENTS // in_features // 64 * 64))
+    return min(out_features, max(BLOCK, _TILE_ELEMENTS // in_features // BLOCK * BLOCK))
 
 
 def is_tiled(shape: tuple[int, ...], rows: int) -> bool:
@@ -40,8 +40,7 @@ def is_tiled(shape: tuple[int, ...], rows: int) -> bool:
 
 def counts_tiles(storage: StorageFormat, profile: Profile, shape: tuple[int, ...], rows: int) -> bool:
     """The same for a matrix in a storage format."""
-    four_bit = storage.library == "bitsandbytes" and storage.bits == 4
-    return profile.tiles and four_bit and is_tiled(shape, rows)
+    return profile.tiles and storage.is_bnb_4bit and is_tiled(shape, rows)
 
 
 def chunk_rows(out_features: int, in_features: int) -> int:
@@ -50,12 +49,12 @@ def chunk_rows(out_features: int, in_features: int) -> int:
     >>> chunk_rows(18944, 3584), chunk_rows(512, 3584)
     (1152, 512)
     """
-    return min(out_features, max(64, _CHUNK_ELEMENTS // in_features // 64 * 64))
+    return min(out_features, max(BLOCK, _CHUNK_ELEMENTS // in_features // BLOCK * BLOCK))
 
 
 def unpacks(storage: StorageFormat, rows: int) -> bool:
     """Tell if a format of torch's own operators is dequantized by tiles for a product of `rows` rows, on a GPU."""
-    return storage.library == "torch" and (storage.bits > 4 or rows >= UNPACK_FROM_ROWS)
+    return storage.is_dequantized or (storage.is_tinygemm and rows >= UNPACK_FROM_ROWS)
 
 
 def int8_rows(out_features: int, in_features: int) -> int:

@@ -1,4 +1,4 @@
-"""Weights: the bytes of every parameter in the format it is stored in, and what of it lies on the device."""
+"""Bytes of the weights in their storage formats, and of their part on the device."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
-from qwen_vram.spec.architecture import Architecture, Weight
-from qwen_vram.spec.formats import FORMATS, FormatName
+from qwen_vram.dtypes import BF16
+from qwen_vram.spec.architecture import Architecture
+from qwen_vram.spec.formats import BLOCK, FORMATS, FormatName
+from qwen_vram.spec.layers import LayerSpec, Weight
 from qwen_vram.spec.prequantized import Stored, size
 from qwen_vram.spec.profile import Profile
 from qwen_vram.spec.residency import residency
@@ -21,12 +23,6 @@ _QUICK_BLOCK = 2**28
 # Tensors of a disk layer below this stay in host memory, for each would be a request of its own to the disk: norms,
 # biases, tables and the scales of scales, 0.1 % of a layer of Qwen2.5-7B.
 SMALLEST_READ = 2**16
-# Plain dtypes as safetensors spells them.
-_FILE_DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
-# Rows that share a block of the CPU's 4-bit kernel. Source: bitsandbytes 0.50.2, functional.py,
-# _convert_weight_packed_for_cpu (block_n).
-PACKED_ROWS = 32
-MAXIMUM_OF = 64  # weights that share a block maximum, which is bf16 there
 # Host memory that disk layers pass through: one is copied to the device while the next is read.
 _DISK_BUFFERS = 2
 
@@ -83,10 +79,28 @@ def head_bytes(architecture: Architecture, profile: Profile) -> int:
 
 @lru_cache(maxsize=256)
 def block_bytes(architecture: Architecture, profile: Profile) -> int:
-    """Bytes of one decoder layer, quantization state included. Exact; of a mixed checkpoint, the largest layer's."""
+    """Bytes of one decoder layer, quantization state included. Exact; where layers differ, the largest one's."""
     if architecture.stored:
         return max(map(size, architecture.stored.layers))
-    return sum(_block_parts(architecture, profile))
+    return max(sum(_layer_parts(layer, profile)) for layer, _ in architecture.kinds)
+
+
+@lru_cache(maxsize=256)
+def slot_bytes(architecture: Architecture, profile: Profile) -> int:
+    """Bytes of one slot that streamed layers pass through: the largest of them. Exact."""
+    if architecture.stored:
+        return block_bytes(architecture, profile)
+    sizes = _layer_bytes(architecture, profile)
+    return max((sizes[number] for number in residency(architecture, profile).streamed), default=0)
+
+
+def _layer_bytes(architecture: Architecture, profile: Profile, *, below: int | None = None) -> list[int]:
+    """Bytes of each decoder layer, or of its tensors below a size."""
+    sizes = {
+        layer: sum(part for part in _layer_parts(layer, profile) if below is None or part < below)
+        for layer, _ in architecture.kinds
+    }
+    return [sizes[layer] for layer in architecture.layers]
 
 
 def streaming_slots(architecture: Architecture, profile: Profile) -> int:
@@ -106,25 +120,15 @@ def disk_buffers(profile: Profile) -> int:
 
 
 def computing_copies(architecture: Architecture, profile: Profile) -> int:
-    """Bytes of the copies that layers computing on the CPU need: 4-bit matrices as its kernel reads them. Exact."""
-    if FORMATS[profile.weights].bits != 4:
+    """Bytes of the copies that layers computing on the CPU need: 4-bit matrices as its kernel reads them.
+
+    Their block maxima are bf16 there. Exact.
+    """
+    if not FORMATS[profile.weights].is_bnb_4bit:
         return 0
-    count = sum(weight.numel for weight in architecture.block if weight.is_linear)
-    layers = len(residency(architecture, profile).computing)
-    return layers * (count // 2 + count // MAXIMUM_OF * 2)
-
-
-def is_packed(shape: tuple[int, ...]) -> bool:
-    """Tell if the CPU's 4-bit kernel takes a matrix of this shape, (rows, columns)."""
-    return shape[0] % PACKED_ROWS == 0 and shape[1] % MAXIMUM_OF == 0
-
-
-def may_be_on_disk(architecture: Architecture, profile: Profile) -> bool:
-    """Tell if a checkpoint's files hold layers as `profile` has them, and not what they are quantized from."""
-    if architecture.stored_format is None:
-        as_stored = set(architecture.layer_dtypes) <= {_FILE_DTYPES[profile.dtype]}
-        return FORMATS[profile.weights].is_dense and as_stored
-    return FORMATS[architecture.stored_format].library == "bitsandbytes"
+    computing = residency(architecture, profile).computing
+    counts = (architecture.layers[number].linear_numel for number in computing)
+    return sum(count // 2 + count // BLOCK * BF16.nbytes for count in counts)
 
 
 @lru_cache(maxsize=256)
@@ -136,12 +140,12 @@ def weight_bytes(architecture: Architecture, profile: Profile) -> WeightBytes:
     """
     if architecture.stored:
         return _stored_bytes(architecture, architecture.stored, profile)
-    block, homes = block_bytes(architecture, profile), residency(architecture, profile)
-    on_device = homes.resident + streaming_slots(architecture, profile)
-    small = sum(part for part in _block_parts(architecture, profile) if part < SMALLEST_READ)
-    in_files = len(homes.disk)
-    device = on_device * block
-    host = (len(homes.streamed) - in_files + disk_buffers(profile)) * block + in_files * small
+    homes, sizes = residency(architecture, profile), _layer_bytes(architecture, profile)
+    small = _layer_bytes(architecture, profile, below=SMALLEST_READ)
+    device = sum(nbytes for nbytes, home in zip(sizes, homes.layers, strict=True) if home == "device")
+    device += streaming_slots(architecture, profile) * slot_bytes(architecture, profile)
+    host = sum(sizes[number] for number in homes.streamed - homes.disk) + sum(small[number] for number in homes.disk)
+    host += disk_buffers(profile) * max((sizes[number] for number in homes.disk), default=0)
     host += computing_copies(architecture, profile)
     for weight in architecture.outer:
         storage = FORMATS[format_of(weight, profile)]
@@ -151,12 +155,13 @@ def weight_bytes(architecture: Architecture, profile: Profile) -> WeightBytes:
             device += storage.nbytes(weight.shape)
     if architecture.has_head and homes.own_head:
         device += head_bytes(architecture, profile)
-    return WeightBytes(device + _adapter_bytes(architecture, profile), host, in_files * (block - small))
+    read = sum(sizes[number] - small[number] for number in homes.disk)
+    return WeightBytes(device + _adapter_bytes(architecture, profile), host, read)
 
 
-def _block_parts(architecture: Architecture, profile: Profile) -> Iterator[int]:
-    """Bytes of every tensor of one decoder layer, quantization state included."""
-    for weight in architecture.block:
+def _layer_parts(layer: LayerSpec, profile: Profile) -> Iterator[int]:
+    """Bytes of every tensor of a decoder layer, quantization state included."""
+    for weight in layer.weights:
         yield from FORMATS[format_of(weight, profile)].part_sizes(weight.shape)
 
 

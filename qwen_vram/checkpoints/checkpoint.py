@@ -1,6 +1,6 @@
-"""The reader of checkpoint folders: config.json, the set of weights, names and shapes, read once and held together.
+"""The reader of checkpoint folders: config.json, weights, names and shapes, read once.
 
-Estimates, plans, loading, streaming, merging and saving read a folder through it alone, so that all say the same of it.
+Estimates, plans, loading, streaming, merging and saving read a folder only through it, so all agree about the folder.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from qwen_vram.checkpoints.tensors.names import HEAD, TABLE, by_model_name
 from qwen_vram.checkpoints.tensors.quantized_names import head_is_quantized
 from qwen_vram.errors import CheckpointError
 from qwen_vram.spec.architecture import Architecture
-from qwen_vram.spec.config_reader import ConfigReader
+from qwen_vram.spec.families import open_config
 
 _LAYERS = "model.layers."
 
 
 class CheckpointFiles(NamedTuple):
-    """A folder as it was read.
+    """The contents of a folder.
 
     Attributes:
-        config: What config.json says, `tie_word_embeddings` as `transformers` ends up with.
-        generation: What generation_config.json says; empty if there is none.
+        config: The object of config.json, with the `tie_word_embeddings` that `transformers` finally uses.
+        generation: The object of generation_config.json; empty if the file does not exist.
         tensors: Every tensor, by the model's names; empty if the folder has no weights.
-        notes: What is worth a warning when the model is loaded.
-        of_layers: The numbers in the folder of the layers; empty if they are the folder's own.
+        notes: Texts that loading logs as warnings.
+        of_layers: The number in the folder of each layer; empty if the layers are those of the folder.
     """
 
     folder: Path
@@ -47,7 +47,7 @@ class CheckpointFiles(NamedTuple):
     of_layers: tuple[int, ...] = ()
 
     def with_layers(self, order: tuple[int, ...]) -> CheckpointFiles:
-        """The files of a model whose layers are those of these numbers, each with tensors of its own."""
+        """Return the files of a model with the layers of these numbers, each with separate tensors."""
         by_layer: dict[int, dict[str, Tensor]] = {}
         tensors = {}
         for name, tensor in self.tensors.items():
@@ -62,22 +62,22 @@ class CheckpointFiles(NamedTuple):
         kinds = config.get("layer_types")
         if isinstance(kinds, list):
             config["layer_types"] = [kinds[number] for number in order]
-        architecture = replace(self.architecture, num_hidden_layers=len(order))
+        architecture = replace(self.architecture, layers=tuple(self.architecture.layers[number] for number in order))
         return self._replace(config=config, tensors=tensors, architecture=architecture, of_layers=order)
 
     @property
     def renamed(self) -> bool:
-        """Tell if a tensor has another name in its file than in the model."""
+        """True if a tensor has another name in its file than in the model."""
         return any(name != tensor.name for name, tensor in self.tensors.items())
 
 
 def read_checkpoint(folder: Path, *, weights: bool) -> CheckpointFiles:
-    """The checkpoint in `folder`, its tensors held against its config.json.
+    """Return the checkpoint in `folder`, with its tensors checked against its config.json.
 
-    It is read again only if an entry of the folder is another than at the last call, or changed just before it.
+    It is read again only if an entry of the folder differs from the last call, or changed just before it.
 
     Args:
-        weights: Whether there have to be weights; otherwise a folder that has config.json alone is read too.
+        weights: Require weights; otherwise a folder with only config.json is accepted.
 
     Raises:
         ConfigError: config.json, or generation_config.json, is missing, broken or of another architecture.
@@ -87,10 +87,10 @@ def read_checkpoint(folder: Path, *, weights: bool) -> CheckpointFiles:
     return _read(folder, weights) if state is None else _read_once(folder, weights, state)
 
 
-# As many folders as a comparison of models goes back and forth between; the largest takes some MB.
+# Folders that stay in memory, enough for a comparison of models; the largest takes some MB.
 @lru_cache(maxsize=8)
 def _read_once(folder: Path, weights: bool, state: State) -> CheckpointFiles:
-    """`_read` of a folder that is in `state`."""
+    """Return the result of `_read` for a folder in `state`, cached."""
     return _read(folder, weights)
 
 
@@ -104,11 +104,11 @@ def _read(folder: Path, weights: bool) -> CheckpointFiles:
         return CheckpointFiles(
             folder=folder, config=config, generation=generation, tensors={}, architecture=architecture
         )
-    ConfigReader(config, source)  # what config.json alone refuses comes before the weights
+    open_config(config, source)  # errors of config.json alone come before those of the weights
     tensors = _named(folder, config)
     config = _settle_head(folder, config, tensors)
     architecture = checkpoint_architecture(config, lambda: tensors, source=source, headers_here=True)
-    # Those of a quantized checkpoint were held against config.json just now.
+    # The tensors of a quantized checkpoint have just been checked against config.json.
     notes = check_tensors(architecture, tensors, folder) if architecture.stored_format is None else ()
     return CheckpointFiles(
         folder=folder,
@@ -134,7 +134,7 @@ def _named(folder: Path, config: Mapping[str, object]) -> dict[str, Tensor]:
 
 
 def _settle_head(folder: Path, config: dict[str, object], tensors: dict[str, Tensor]) -> dict[str, object]:
-    """What `transformers` makes of tied embeddings whose files hold the head: one table, or two that differ."""
+    """Return config.json as `transformers` treats tied embeddings: not tied if the files hold a head that differs."""
     head, table = tensors.get(HEAD), tensors.get(TABLE)
     if config.get("tie_word_embeddings") is not True or head is None or head_is_quantized(tensors):
         return config

@@ -1,7 +1,9 @@
-"""The file that keeps measured machines in the user's cache folder, and `current()`, which the estimator reads.
+"""The file of measured machines in the user's cache folder.
 
-Standard library alone, and the driver is never asked: an estimate must not need a GPU. So the machine that was
-measured last is the current one, and what an estimate used stands in it (`Estimate.machine`).
+`current()` gives the machine that the estimator uses.
+
+The module uses the standard library only and never asks the driver, because an estimate must not need a GPU. The
+machine that was measured last is therefore the current one, and an estimate holds the one it used (`Estimate.machine`).
 """
 
 from __future__ import annotations
@@ -30,16 +32,16 @@ class CalibrationError(QwenVramError):
 
 
 class Stored(NamedTuple):
-    """What the file holds: every machine by its key, and the key of the one measured last."""
+    """Contents of the file: every machine by its key, and the key of the machine that was measured last."""
 
     current: str
     machines: dict[str, Machine]
 
 
 def cache_file() -> Path:
-    """Where machines are kept: in `QWEN_VRAM_CACHE`, or beside the hub's models, whose cache has the same rule.
+    """Return the path of the file of machines: in `QWEN_VRAM_CACHE`, or in the user's cache folder as the hub's cache.
 
-    That is `qwen_vram/` in `XDG_CACHE_HOME`, which is `~/.cache` where it is not set.
+    The default is `qwen_vram/` in `XDG_CACHE_HOME`, which is `~/.cache` if it is not set.
     """
     folder = os.environ.get("QWEN_VRAM_CACHE")
     if not folder:
@@ -48,10 +50,10 @@ def cache_file() -> Path:
 
 
 def read() -> Stored | None:
-    """What is stored; `None` where there is no file.
+    """Return the stored machines; `None` if there is no file.
 
     Raises:
-        CalibrationError: the file cannot be read, or is none that `store` writes.
+        CalibrationError: the file cannot be read, or was not written by `store`.
     """
     path = cache_file()
     try:
@@ -73,9 +75,9 @@ def read() -> Stored | None:
 
 @cache
 def current() -> Machine:
-    """The machine measured last, or the stated defaults; read once a process.
+    """Return the machine that was measured last, or the stated defaults; the file is read once in a process.
 
-    A file that cannot be used is a warning, and the defaults are taken: no estimate fails for it.
+    A file that cannot be used leads to a warning and the defaults, so no estimate fails because of it.
     """
     try:
         stored = read()
@@ -86,7 +88,7 @@ def current() -> Machine:
 
 
 def store(machine: Machine) -> Path:
-    """Keep a measured machine, current from now on, beside others; a file that cannot be used is replaced.
+    """Store a measured machine as the current one, beside the others; replace a file that cannot be used.
 
     Raises:
         CalibrationError: the file cannot be written.
@@ -104,7 +106,7 @@ def store(machine: Machine) -> Path:
 
 
 def make_folder() -> Path:
-    """The file's path, its folder made where it is missing.
+    """Return the file's path, and make its folder if it is missing.
 
     Raises:
         CalibrationError: the folder cannot be made or written.
@@ -120,7 +122,7 @@ def make_folder() -> Path:
 
 
 def _replace(path: Path, text: str) -> None:
-    """The whole text or, whatever interrupts this, what was there before."""
+    """Replace a file atomically: an interrupt leaves the earlier text or the new one."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with temporary.open("w", encoding="utf-8") as file:
@@ -135,7 +137,7 @@ def _replace(path: Path, text: str) -> None:
 
 
 def reset() -> bool:
-    """Delete the file, and say whether there was one.
+    """Delete the file, and tell if it existed.
 
     Raises:
         CalibrationError: it cannot be deleted.

@@ -1,4 +1,4 @@
-"""An adapter in the folder of a whole model: merged into it or not, as the base that the adapter names tells."""
+"""Detection of an adapter that is already merged into the model of its own folder."""
 
 from __future__ import annotations
 
@@ -17,23 +17,25 @@ from qwen_vram.checkpoints.files.place import is_hub_id
 from qwen_vram.checkpoints.files.safetensors_header import Tensor
 from qwen_vram.checkpoints.files.same_bytes import same_bytes
 from qwen_vram.checkpoints.hub.files import hub_cached
+from qwen_vram.dtypes import BF16, FP16, FP32, FP64
 from qwen_vram.errors import QwenVramError
 
-# A merge holds the whole update but for rounding: its share of the update, and what is left over beside the update.
-# Measured: bf16 merges by PEFT in tests/lora/test_own_adapter.py and of the bundled adapter have shares of 0.999 to
-# 1.002 and leave 0.002 to 0.064 of the update, over whole matrices, CPU, torch 2.13.0, peft 0.21.2, 2026-11-30.
+# A merge holds the whole update except for rounding. These are limits on its share of the update, and on the rest.
+# Measured: bf16 merges by PEFT in tests/lora/test_own_adapter.py and of the bundled adapter, over whole matrices.
+# They have shares of 0.999 to 1.002 and leave 0.002 to 0.064 of the update. CPU, torch 2.13.0, peft 0.21.2, 2026-11-30.
 _SHARE = (0.9, 1.1)
 _REST = 0.5
-# Rows, and columns of each, that are held against the update.
+# Number of rows, and of columns in each row, that are compared with the update.
 _SAMPLES = 64
-_LETTERS = {"F16": "<e", "F32": "<f", "F64": "<d"}
+# Formats of struct for an element.
+_LETTERS = {FP16.stored: "<e", FP32.stored: "<f", FP64.stored: "<d"}
 
 
 def is_merged(folder: Path) -> bool | None:
-    """Tell whether the adapter in `folder` is merged into the model there; `None` if that cannot be told.
+    """Tell if the adapter in `folder` is merged into the model there; `None` if that cannot be told.
 
-    Three of the matrices that it adapts are held against those of its base, if that is in another folder here.
-    The base's own bytes are not merged. Those that differ by the adapter's update are.
+    Three of the adapted matrices are compared with those of the base, if the base is in another local folder. Equal
+    bytes mean that the adapter is not merged. A difference by the update means that it is merged.
     """
     try:
         adapter = open_adapter(folder)
@@ -58,7 +60,7 @@ def is_merged(folder: Path) -> bool | None:
 
 
 def _base(named: str, folder: Path) -> Path | None:
-    """The base's folder on this machine."""
+    """Return the base's folder on this machine; `None` if it is not here, or is `folder` itself."""
     base = Path(named).expanduser()
     if named and (base / CONFIG).is_file():
         return None if base.resolve() == folder.resolve() else base
@@ -66,7 +68,7 @@ def _base(named: str, folder: Path) -> Path | None:
 
 
 class _Matrix(NamedTuple):
-    """An adapted matrix in its file, the same of the base, and the factors of its update."""
+    """An adapted matrix in its file, the same matrix of the base, and the factors of its update."""
 
     file: Path
     tensor: Tensor
@@ -75,11 +77,11 @@ class _Matrix(NamedTuple):
     factors: Factors
 
     def is_the_bases(self) -> bool:
-        """Tell whether the two are the same, byte for byte."""
+        """Tell if the two matrices are equal, byte for byte."""
         return same_bytes(self.file, self.tensor.offset, self.base_file, self.base.offset, self.tensor.nbytes)
 
     def holds_update(self, adapter: Path) -> bool:
-        """Tell whether the matrix is the base's with the update on it."""
+        """Tell if the matrix is the base's with the update added."""
         factors, (height, width) = self.factors, self.tensor.shape
         rows, columns = (range(0, size, -(-size // _SAMPLES)) for size in (height, width))
         a = [_row(adapter / WEIGHTS, factors.a, rank, columns) for rank in range(factors.a.shape[0])]
@@ -97,21 +99,21 @@ class _Matrix(NamedTuple):
 
 
 def _matrices(changes: Mapping[str, Change], here: CheckpointFiles, there: CheckpointFiles) -> list[_Matrix]:
-    """The first, the middle and the last adapted matrix; none if the base has them of another kind, or in 8 bits."""
+    """Return the first, middle and last adapted matrix; empty if one cannot be compared with the base's."""
     names = [name for name, change in changes.items() if change.factors is not None and not change.factors.embedding]
     found = []
     for name in sorted({names[0], names[len(names) // 2], names[-1]} if names else ()):
         factors, one, other = changes[name].factors, here.tensors.get(name), there.tensors.get(name)
         if factors is None or one is None or other is None or one[:2] != other[:2]:
             return []
-        if not {one.dtype, factors.a.dtype, factors.b.dtype} <= {"BF16", *_LETTERS}:
+        if not {one.dtype, factors.a.dtype, factors.b.dtype} <= {BF16.stored, *_LETTERS}:
             return []
         found.append(_Matrix(here.folder / one.file, one, there.folder / other.file, other, factors))
     return found
 
 
 def _row(path: Path, tensor: Tensor | AdapterTensor, row: int, columns: Iterable[int]) -> list[float]:
-    """Some columns of a row of a matrix, read from its file."""
+    """Return some columns of one row of a matrix, read from its file."""
     width = tensor.shape[1]
     size = tensor.nbytes // (tensor.shape[0] * width)
     with path.open("rb") as file:
@@ -121,6 +123,6 @@ def _row(path: Path, tensor: Tensor | AdapterTensor, row: int, columns: Iterable
 
 
 def _number(dtype: str, stored: bytes) -> float:
-    if dtype == "BF16":  # the upper half of a float32
-        dtype, stored = "F32", bytes(2) + stored
+    if dtype == BF16.stored:  # the upper half of a float32
+        dtype, stored = FP32.stored, bytes(2) + stored
     return float(struct.unpack(_LETTERS[dtype], stored)[0])

@@ -1,4 +1,4 @@
-"""The architecture of a checkpoint's files: config.json alone, or held against the safetensors headers."""
+"""The architecture of a checkpoint, from config.json and the headers if needed."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ def checkpoint_architecture(
     source: str,
     headers_here: bool = False,
 ) -> Architecture:
-    """The architecture that `config` describes, with the bytes of its tensors where only headers say them.
+    """Return the architecture that `config` describes, with the bytes of its tensors if only the headers show them.
 
     Args:
-        read: Brings the tensors of the checkpoint's headers; `None` if `config` alone is to be counted. It is called
-            for quantized checkpoints, and for others only if `headers_here`: a hub's are not fetched for an estimate.
-        source: Where `config` came from.
-        headers_here: Whether reading the headers costs nothing, as for a folder.
+        read: Returns the tensors of the checkpoint's headers; `None` if only `config` is counted. It is called for
+            quantized checkpoints, and for others only if `headers_here`: an estimate does not fetch them from the hub.
+        source: The origin of `config`.
+        headers_here: The headers are cheap to read, as in a folder.
 
     Raises:
-        ConfigError: as `Architecture.from_config`, and a quantization that is not loaded here.
-        CheckpointError: the headers do not hold the model that `config` describes; and whatever `read` raises.
+        ConfigError: as `Architecture.from_config`, and a quantization that this library does not load.
+        CheckpointError: the headers do not match `config`. Errors of `read` are passed on.
     """
     quantization = quantization_of(config)
     if read is None or (quantization is None and not headers_here):
@@ -48,6 +48,6 @@ def checkpoint_architecture(
 
 
 def needs_headers(config: Mapping[str, object]) -> bool:
-    """Tell if only the safetensors headers say the bytes of the quantized checkpoint that `config` describes."""
+    """Tell if only the safetensors headers show the bytes of the quantized checkpoint that `config` describes."""
     quantization = quantization_of(config)
     return quantization is not None and stored_format(quantization)[1]

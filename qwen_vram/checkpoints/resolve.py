@@ -1,4 +1,4 @@
-"""What a caller may call a model, brought to one `Architecture`."""
+"""Resolution of a caller's model (name, folder or config) to an `Architecture`."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ from qwen_vram.checkpoints.prequantized import checkpoint_architecture
 from qwen_vram.checkpoints.tensors.names import by_model_name
 from qwen_vram.errors import ConfigError, UnknownNameError
 from qwen_vram.spec.architecture import Architecture
+from qwen_vram.spec.formats import FORMATS
+from qwen_vram.spec.quantization import GPTQ
 
 if TYPE_CHECKING:
     from qwen_vram.checkpoints.adapters.folder import AdapterChoice
+    from qwen_vram.checkpoints.adapters.keys import Adapter
 
 ModelLike = str | Path | Mapping[str, object] | Architecture
 
-# Libraries of GPTQ by the names that people ask for; the first reads and writes what the others did.
+# Names of GPTQ's libraries that users ask for; the first reads and writes the format of the others.
 _GPTQ_LIBRARIES = ("gptqmodel", "auto-gptq", "autogptq")
 
 
@@ -30,11 +33,11 @@ class Resolved(NamedTuple):
     """A model with its shape.
 
     Attributes:
-        label: What to call it.
-        repo_id: Its repository on the hub; empty for one that is here, or that has no files.
-        config: What its config.json says; empty if that was not read.
-        source: Where that is.
-        files: Its folder as it was read; `None` for one that is not here.
+        label: Its name in messages.
+        repo_id: Its repository on the hub; empty for a local model, or one without files.
+        config: The object of its config.json; empty if that was not read.
+        source: The origin of `config`.
+        files: The contents of its folder; `None` if it is not local.
     """
 
     label: str
@@ -46,7 +49,7 @@ class Resolved(NamedTuple):
 
 
 def own_adapter(model: ModelLike, adapter: AdapterChoice) -> AdapterChoice:
-    """The caller's adapter; if there is none, the one in the model's own folder, or `False` if that is merged already.
+    """Return the caller's adapter, or the one in the model's own folder, or `False` if that is already merged.
 
     Raises:
         ConfigError: as `resolve`.
@@ -71,20 +74,20 @@ def own_adapter(model: ModelLike, adapter: AdapterChoice) -> AdapterChoice:
 
 
 def resolve_model(model: ModelLike, adapter: AdapterChoice = None) -> tuple[str, Architecture]:
-    """A label for `model` and its architecture, with an adapter's tensors if one is given.
+    """Return a label for `model`, and its architecture with the tensors of `adapter`, if one is given.
 
     Raises:
         UnknownNameError, ConfigError, HubError: as `resolve`.
-        CheckpointError, NotSupportedError: weights or an adapter that cannot be used.
-        AdapterError: `model` is an adapter, or holds one beside a whole model that the caller does not speak of.
+        CheckpointError, NotSupportedError: the weights or the adapter cannot be used.
+        AdapterError: `model` is an adapter, or holds one beside a whole model and the caller does not choose.
     """
     adapter = own_adapter(model, adapter)
     found = resolve(model, adapter)
     return found.label, adapted(found, adapter)
 
 
-def adapted(found: Resolved, adapter: AdapterChoice) -> Architecture:
-    """The architecture of a model with an adapter's tensors, if one is given.
+def adapted(found: Resolved, adapter: AdapterChoice | Adapter) -> Architecture:
+    """Return the architecture of a model with an adapter's tensors, if one is given: by name, or opened already.
 
     Raises:
         AdapterError, CheckpointError, NotSupportedError, HubError: the adapter cannot be used.
@@ -97,10 +100,10 @@ def adapted(found: Resolved, adapter: AdapterChoice) -> Architecture:
 
 
 def stored_knobs(architecture: Architecture, knobs: Mapping[str, object]) -> dict[str, object]:
-    """`knobs`, with those set that a checkpoint which is quantized already leaves no choice about.
+    """Return `knobs` with the values that a prequantized checkpoint determines.
 
     Raises:
-        ConfigError: the caller asks for another format than it is stored in.
+        ConfigError: the caller asks for another format than the stored one.
     """
     stored = architecture.stored_format
     knobs = _named(knobs, stored)
@@ -117,16 +120,16 @@ def stored_knobs(architecture: Architecture, knobs: Mapping[str, object]) -> dic
 
 
 def _named(knobs: Mapping[str, object], stored: str | None) -> dict[str, object]:
-    """`knobs` without `backend`, which only GPTQ's libraries are asked for by, and `weights` as a format.
+    """Return `knobs` without `backend`, which may only name GPTQ's libraries, and with `weights` as a format.
 
     Raises:
-        UnknownNameError: another backend.
+        UnknownNameError: `backend` has another name.
     """
     named = dict(knobs)
     backend = named.pop("backend", None)
-    if backend not in (None, "gptq", *_GPTQ_LIBRARIES):
+    if backend not in (None, GPTQ, *_GPTQ_LIBRARIES):
         hint = "others follow from the format: weights='nf4' is bitsandbytes'"
-        raise UnknownNameError("backend", backend, ("gptq", *_GPTQ_LIBRARIES), hint=hint)
+        raise UnknownNameError("backend", backend, (GPTQ, *_GPTQ_LIBRARIES), hint=hint)
     if backend in _GPTQ_LIBRARIES[1:] or named.get("weights") in _GPTQ_LIBRARIES[1:]:
         import logging  # slow to import, and only needed here
 
@@ -135,23 +138,23 @@ def _named(knobs: Mapping[str, object], stored: str | None) -> dict[str, object]
             'install "qwen-vram[gptq]"), and is taken in its place'
         )
     if named.get("weights") in _GPTQ_LIBRARIES or (backend is not None and "weights" not in named):
-        named["weights"] = stored if stored in ("gptq", "awq") else "gptq-int4"
+        named["weights"] = stored if stored and FORMATS[stored].is_gptqmodel else "gptq-int4"
     return named
 
 
 def resolve(model: ModelLike, adapter: AdapterChoice = None) -> Resolved:
-    """What `model` is: its label, its architecture, and its files if they are here.
+    """Resolve `model` to its label, its architecture, and its files if they are local.
 
     Args:
         model: An `Architecture`, a config `dict`, a checkpoint folder, a catalog name with or without its
-            organisation, or a hub id or a hub page's address, of which config.json is fetched, and the headers of its
-            safetensors if it is quantized. A folder wins over a name.
-        adapter: The adapter of the call, by which a folder that holds one beside the model is not refused.
+            organisation, a hub id, or the address of a hub page. From the hub, config.json is fetched, and the
+            safetensors headers of a quantized checkpoint. A folder is preferred to a name.
+        adapter: The adapter of the call; with it, a folder that holds an adapter beside the model is not refused.
 
     Raises:
-        AdapterError: a folder is an adapter, or holds one beside a whole model that the caller does not speak of.
-        UnknownNameError: a name that is none of these.
-        ConfigError: a config that is missing, broken or of another architecture.
+        AdapterError: a folder is an adapter, or holds one beside a whole model and the caller does not choose.
+        UnknownNameError: the name is not known.
+        ConfigError: the config is missing, broken or of another architecture.
         CheckpointError: the weights in a folder, or the headers of a quantized checkpoint on the hub, are missing,
             broken or of another model.
         HubError: the hub does not give the config.json or the headers.
@@ -168,7 +171,7 @@ def resolve(model: ModelLike, adapter: AdapterChoice = None) -> Resolved:
     if place.folder is not None:
         _check_adapter(place.folder, adapter)
         return open_folder(place, weights=False)
-    from qwen_vram.spec.catalog import catalog_row, row_architecture, unknown_model  # a folder needs no catalog
+    from qwen_vram.spec.catalog import catalog_row, row_architecture, unknown_model  # not needed for a folder
 
     row = catalog_row(place.name)
     if row is not None:
@@ -184,7 +187,7 @@ def resolve(model: ModelLike, adapter: AdapterChoice = None) -> Resolved:
 
 
 def _check_adapter(folder: Path, adapter: AdapterChoice) -> None:
-    """Refuse an adapter given as the model, and one beside the model that the call does not name."""
+    """Refuse an adapter that is given as the model, and one beside the model that the call does not name."""
     if (folder / CONFIG).is_file() and not (folder / ADAPTER_CONFIG).is_file():
         return
     from qwen_vram.checkpoints.adapters.folder import check_is_no_adapter, check_own_adapter
@@ -194,13 +197,13 @@ def _check_adapter(folder: Path, adapter: AdapterChoice) -> None:
 
 
 def open_folder(place: Place, *, weights: bool) -> Resolved:
-    """The checkpoint in a local folder.
+    """Return the checkpoint in a local folder.
 
     Args:
         weights: As for `read_checkpoint`.
 
     Raises:
-        ConfigError: config.json is missing, broken or of another architecture, or the folder hides a name of the hub.
+        ConfigError: config.json is missing, broken or of another architecture, or the folder hides a name on the hub.
         CheckpointError: the weights are missing, broken or of another model.
     """
     folder = place.folder
@@ -213,7 +216,7 @@ def open_folder(place: Place, *, weights: bool) -> Resolved:
 
 
 def _check_hides(folder: Path, name: str) -> None:
-    """Refuse a folder without config.json that hides a name of the hub."""
+    """Refuse a folder without config.json whose name hides a name on the hub."""
     from qwen_vram.checkpoints.files.absent import no_config
     from qwen_vram.spec.catalog import catalog_row
 
@@ -226,7 +229,7 @@ def _check_hides(folder: Path, name: str) -> None:
 
 
 def hub_named(repo_id: str) -> dict[str, Tensor]:
-    """The tensors of a repository from its headers, by the model's names."""
+    """Return the tensors of a repository from its headers, by the model's names."""
     from qwen_vram.checkpoints.hub.files import hub_tensors
 
     return by_model_name(hub_tensors(repo_id))[0]

@@ -1,4 +1,16 @@
-"""The command line: `qwen-vram estimate`, `plan`, `chat`, `merge`, `quantize`, `calibrate`, `demo`."""
+"""The command line `qwen-vram` and its commands.
+
+They are `estimate`, `plan`, `chat`, `merge`, `quantize`, `calibrate` and `demo`.
+
+Modules:
+    chat      `qwen-vram chat`: a conversation with a model in the terminal.
+    consoles  Consoles of the commands: results on standard output, errors on standard error.
+    machine   `qwen-vram calibrate` and `demo`: measure this machine, and show the bundled model.
+    options   Options that several commands share, and the parsing of their values.
+    plans     `qwen-vram estimate` and `plan`: predictions, without loading a model.
+    show      Tables of estimates and plans for the terminal.
+    write     `qwen-vram merge` and `quantize`: the commands that write checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +57,7 @@ for command in (estimate, plan, chat, merge, quantize, calibrate, demo):
 
 
 def main() -> None:
-    """Run the command line; a refusal is one line and exit status 2."""
+    """Run the command line; an error of this library is printed as one line, with exit status 2."""
     as_json = "--json" in sys.argv
     try:
         app()

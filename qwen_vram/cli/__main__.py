@@ -1,4 +1,4 @@
-"""`python -m qwen_vram.cli`."""
+"""Entry point of `python -m qwen_vram.cli`."""
 
 from qwen_vram.cli import main
 

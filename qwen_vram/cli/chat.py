@@ -1,4 +1,4 @@
-"""`qwen-vram chat`: a conversation in the terminal."""
+"""`qwen-vram chat`: a conversation with a model in the terminal."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _given(**options: Any) -> dict[str, Any]:
 
 
 def _converse(llm: qv.LoadedModel, first: list[dict[str, str]], options: dict[str, Any]) -> None:
-    """Questions and answers until the input ends; `first` is what each conversation begins with."""
+    """Ask and answer until the input ends; each conversation begins with the messages of `first`."""
     console.print(f"{llm!r}; Ctrl-C stops an answer, Ctrl-D leaves, /help lists commands", markup=False)
     history = list(first)
     while True:
@@ -122,7 +122,7 @@ def _take_turn(llm: qv.LoadedModel, history: list[dict[str, str]], question: str
 
 
 def _say(llm: qv.LoadedModel, history: list[dict[str, str]], options: dict[str, Any]) -> str:
-    """Print an answer as it is made; Ctrl-C keeps what was said so far."""
+    """Print an answer as it is generated, and return its text; Ctrl-C ends it and keeps the text so far."""
     pieces: list[str] = []
     try:
         for piece in llm.stream(history, **options):

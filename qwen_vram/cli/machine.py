@@ -1,4 +1,4 @@
-"""`qwen-vram calibrate` and `demo`: this machine, and the bundled model on it."""
+"""`qwen-vram calibrate` and `demo`: measure this machine, and show the bundled model."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def calibrate(
 
 
 def _show_machines(as_json: bool) -> None:
-    """What estimates use, where it is stored, and what else is."""
+    """Print the machine that estimates use, its file, and the other machines in that file."""
     from qwen_vram.checkpoints.machine_file import cache_file, read
     from qwen_vram.spec.machine import DEFAULT
 

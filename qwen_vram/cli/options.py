@@ -1,4 +1,4 @@
-"""Options that several commands share, and how their texts are read."""
+"""Options that several commands share, and the parsing of their values."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ CalibrationFile = Annotated[
 
 
 def budgets(text: str | None) -> str | dict[int, str] | None:
-    """`"8GiB"` as it is, `"0=20GiB,1=20GiB"` as a dict by device number."""
+    """Return `"8GiB"` unchanged, and `"0=20GiB,1=20GiB"` as a dict by device number."""
     if text is None or "=" not in text:
         return text
     sizes: dict[int, str] = {}
@@ -64,7 +64,7 @@ def budgets(text: str | None) -> str | dict[int, str] | None:
 
 
 def parsed_settings(pairs: list[str] | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Knobs of the profile, and options of the chat: what is no knob is one, with its value read as JSON if it is."""
+    """Return the settings that are knobs, and the others as options of the chat, with their values parsed as JSON."""
     knobs, options = [], {}
     for pair in pairs or []:
         name, separator, value = pair.partition("=")
@@ -84,7 +84,7 @@ def parsed_settings(pairs: list[str] | None) -> tuple[dict[str, Any], dict[str, 
 
 
 def parsed_knobs(pairs: list[str] | None) -> dict[str, Any]:
-    """`["weights=nf4", "prefill_chunk_size=512"]` as keyword arguments, numbers and flags read as such."""
+    """Return `["weights=nf4", "prefill_chunk_size=512"]` as keyword arguments, with numbers and flags parsed."""
     words = {"true": True, "false": False, "none": None}
     knobs: dict[str, Any] = {}
     for pair in pairs or []:
@@ -92,7 +92,7 @@ def parsed_knobs(pairs: list[str] | None) -> dict[str, Any]:
         if not separator or not name:
             raise qv.UnknownNameError("--set", pair, ("KNOB=VALUE",))
         if name not in KNOBS:
-            raise qv.UnknownNameError("knob", name, KNOBS)
+            raise qv.UnknownNameError("knob", name, tuple(KNOBS))
         lowered = value.lower()
         knobs[name] = int(value) if value.isdecimal() else words.get(lowered, value)
     return knobs

@@ -1,4 +1,4 @@
-"""`qwen-vram estimate` and `plan`: nothing is loaded."""
+"""`qwen-vram estimate` and `plan`: predictions, without loading a model."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def estimate(
     knobs: Knobs = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a model will take, part by part, without loading it."""
+    """Predict the memory of a model, part by part, without loading it."""
     result = qv.estimate_vram(
         model,
         profile,
@@ -74,8 +74,8 @@ def plan(
     knobs: Knobs = None,
     as_json: AsJson = False,
 ) -> None:
-    """Find the least lossy way to run a model within a budget."""
-    with errors.status("planning"):  # seconds, or minutes where every chunk has a mask of its own
+    """Find the least lossy profile that runs a model within a budget."""
+    with errors.status("planning"):  # seconds, or minutes if every chunk has its own mask
         result = qv.plan(
             model,
             profile=profile,
@@ -103,7 +103,7 @@ def plan(
         return
     show_steps(result)
     show_estimate(result.estimate)
-    print("\n".join(result.predicted_lines))
+    print("\n".join(result.notes))
     print(
         f"within {result.room}: at most {limits['max_context']:,} tokens a sequence at batch {batch_size}, or batch "
         f"{limits['max_batch']:,} at {result.workload.context_len:,} tokens\n"

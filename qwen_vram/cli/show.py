@@ -1,4 +1,4 @@
-"""Estimates and plans as tables."""
+"""Tables of estimates and plans for the terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`qwen-vram merge` and `quantize`: what writes checkpoints."""
+"""`qwen-vram merge` and `quantize`: the commands that write checkpoints."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 
 import qwen_vram as qv
 from qwen_vram.cli.options import AsJson, CalibrationFile
+from qwen_vram.spec.formats import FORMATS
 
 MERGED = (
     "nf4, nf4-plain, fp4, int8, or none for 16 bit; int4, int8-wo or fp8, which load with this library, not with plain "
@@ -48,7 +49,7 @@ def merge(
 
 
 def _weighted(entry: str) -> tuple[str, float]:
-    """`"folder=0.5"` as a folder and its weight, 1 where there is none."""
+    """Return the folder and the weight of an entry such as `"folder=0.5"`; the weight is 1 if it is missing."""
     folder, separator, weight = entry.rpartition("=")
     if not separator:
         return entry, 1.0
@@ -72,7 +73,8 @@ def quantize(
     as_json: AsJson = False,
 ) -> None:
     """Quantize a checkpoint and write it: it loads in a fraction of the time, and without the 16-bit file."""
-    if weights in ("gptq-int4", "gptq-int8"):
+    storage = FORMATS.get(weights)
+    if storage is not None and storage.needs_calibration:
         if lm_head is not None:
             raise qv.NotSupportedError(
                 f"lm_head={lm_head!r} with weights={weights!r}: GPTQ leaves the head in 16 bits; leave --lm-head out",
@@ -83,7 +85,7 @@ def quantize(
             model,
             out,
             calibration=calibration,  # type: ignore[arg-type]  # None is refused with what to pass
-            bits=int(weights[-1]),
+            bits=storage.bits,
             device=device,
             max_shard_size=max_shard_size,
             overwrite=overwrite,

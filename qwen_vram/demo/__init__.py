@@ -1,6 +1,10 @@
-"""A small Qwen2 model that ships with the package, and the questions it was trained to answer.
+"""The bundled Qwen2 model and adapter, and the questions that they were trained on.
 
-Importing this loads no torch. Load the folder like any other checkpoint.
+Importing it does not import torch. The folder loads like any other checkpoint.
+
+Modules:
+    tasks/       Seeded questions that train and test the demo checkpoint and its adapter.
+    walkthrough  `qwen-vram demo`: estimate, load, ask and measure the bundled checkpoint, offline.
 """
 
 from __future__ import annotations

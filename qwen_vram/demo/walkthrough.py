@@ -1,4 +1,4 @@
-"""`qwen-vram demo`: the whole job offline, on the bundled checkpoint."""
+"""`qwen-vram demo`: estimate, load, ask and measure the bundled checkpoint, offline."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def walk_through(console: Console) -> None:
 
 
 def _titled(console: Console, title: str, table: Table) -> None:
-    """A table under a title that is not squeezed to its width."""
+    """Print a table under a title; the title does not wrap to the width of the table."""
     console.print(f"\n{title}", style="bold", soft_wrap=True, highlight=False)
     console.print(table)
 
 
 def _article() -> Table:
-    """The article's headline figures beside the exact ones."""
+    """Return the article's headline figures, with the exact ones beside them."""
     ours = qv.estimate_vram(_ARTICLE_MODEL)
     thumb = qv.estimate_vram(None, params=7.62e9)
     table = Table()
@@ -47,7 +47,7 @@ def _article() -> Table:
 
 
 def _split() -> Table:
-    """The 65-25-10 split, for the workload that has it."""
+    """Return a table of the 65-25-10 split, for the workload that has it."""
     full = qv.estimate_vram(_ARTICLE_MODEL, "default", **qv.FULL_CARD_WORKLOAD)  # type: ignore[arg-type]
     table = Table()
     for name in ("part", "GB (10^9)", "share"):
@@ -58,7 +58,7 @@ def _split() -> Table:
 
 
 def _load_and_ask(console: Console, weights: str) -> None:
-    """Load the bundled model, ask one held-out question of each category, and print predicted beside measured."""
+    """Load the bundled model, ask one held-out question of each category, and print predicted and measured memory."""
     console.print(f"\nbundled model, {weights} weights", style="bold")
     before = qv.estimate_vram(CHECKPOINT, weights=weights, prompt_len=1024)
     parts = ", ".join(f"{part} {size:,}" for part, size in before.parts().items())
@@ -75,6 +75,6 @@ def _load_and_ask(console: Console, weights: str) -> None:
 
 
 def _short(text: str, width: int = 88) -> str:
-    """One line of a text: its end where it is long, because that is where the question stands."""
+    """Return one line of a text. A long text is cut at its beginning, because the question is at its end."""
     line = " / ".join(part for part in text.splitlines() if part.strip())
     return line if len(line) <= width else "... " + line[-width:]

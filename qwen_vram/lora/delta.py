@@ -1,6 +1,6 @@
-"""What an adapter makes of one tensor, in float32, a piece of rows at a time.
+"""The update of one tensor by an adapter, computed in float32, some rows at a time.
 
-The operations and their order are PEFT's `merge_and_unload` on a float32 base, so that results agree bit for bit.
+The operations and their order are those of PEFT's `merge_and_unload` on a float32 base, so results agree bit for bit.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from qwen_vram.lora.codecs.scratch import scratch
 from qwen_vram.lora.tensor_file import SMALLEST_PIECE_ROWS, StoredTensor, pieces
 
-# Elements of the column block that a DoRA embedding's norms are taken over: 256 MiB in float32.
+# Elements of a block of columns for the norms of a DoRA embedding: 256 MiB in float32.
 _NORM_BLOCK = 2**26
 
 
@@ -23,9 +23,9 @@ class LowRank:
     """`scale * b @ a`, added to a weight.
 
     Attributes:
-        a, b: `(rank, in)` and `(out, rank)`; of an embedding `(rank, vocab_size)` and `(hidden_size, rank)`.
+        a, b: `(rank, in)` and `(out, rank)`; for an embedding `(rank, vocab_size)` and `(hidden_size, rank)`.
         magnitude: DoRA's vector, one number for each output of the module; `None` without DoRA.
-        embedding: The product is transposed, because a table holds its outputs in columns.
+        embedding: The product is transposed, because an embedding matrix has its outputs in columns.
     """
 
     a: StoredTensor
@@ -37,7 +37,7 @@ class LowRank:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenRows:
-    """Rows of a table that were trained: `values[i]` takes the place of row `indices[i]`."""
+    """Trained rows of an embedding matrix: `values[i]` replaces row `indices[i]`."""
 
     values: StoredTensor
     indices: tuple[int, ...]
@@ -45,12 +45,12 @@ class TokenRows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Update:
-    """All that one adapter does to one tensor, in this order: replace it, add to it, replace rows of it.
+    """All changes of one adapter to one tensor, in this order: replace it, add to it, replace rows of it.
 
     Attributes:
         adapter: Number of the adapter, counted from 0.
         weight: The adapter's factor in the sum.
-        replacement: Takes the tensor's place.
+        replacement: Replaces the tensor.
         shift: Added to a bias, times its scale.
     """
 
@@ -63,23 +63,23 @@ class Update:
 
     @property
     def is_sum(self) -> bool:
-        """Tell if it adds something that does not depend on the tensor, so that weights are plain factors."""
+        """True if it adds a term that does not depend on the tensor, so that `weight` is a plain factor."""
         dora = self.low_rank is not None and self.low_rank.magnitude is not None
         return self.replacement is None and self.tokens is None and not dora
 
     def source(self, base: StoredTensor) -> StoredTensor:
-        """The tensor that is adapted: the base's own, or the one that takes its place."""
+        """Return the tensor that is adapted: the base's own, or its replacement."""
         return self.replacement or base
 
 
 class LoadedUpdate:
-    """An update with its factors in float32 on `device`. It knows nothing of rounding and formats."""
+    """An update with its factors in float32 on `device`, without rounding and storage formats."""
 
     def __init__(self, update: Update, base: StoredTensor, device: torch.device) -> None:
         self.update = update
         self.base = base
         self.device = device
-        # PEFT multiplies the product by alpha / rank; the adapter's weight is part of that one number.
+        # PEFT multiplies the product by alpha / rank. The adapter's weight is a factor of that number.
         self.factor = update.weight if update.is_sum else 1.0
         if update.low_rank is not None:
             self.a = update.low_rank.a.float32(device)
@@ -95,7 +95,7 @@ class LoadedUpdate:
             self.token_indices = torch.tensor(update.tokens.indices, device=device)
 
     def apply(self, rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """Rows `start` to `stop` as this adapter alone makes them; `rows` are the base's, and stay as they are.
+        """Return rows `start` to `stop` as changed by this adapter alone; `rows` are those of the base, unchanged.
 
         The result is valid until this thread's next call.
         """
@@ -114,7 +114,7 @@ class LoadedUpdate:
         return merged
 
     def add_to(self, merged: torch.Tensor, rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """`merged`, made by the adapters before, with what this one changes in the base's `rows` added."""
+        """Return `merged`, the result of earlier adapters, plus the change of this one to the base's `rows`."""
         if self.update.is_sum:
             return self.apply(merged, start, stop)
         return merged + (self.apply(rows, start, stop) - rows)
@@ -124,7 +124,7 @@ class LoadedUpdate:
         if abs(math.frexp(scale)[0]) != 0.5:
             product.mul_(scale)
             scale = 1.0
-        # A power of 2 is left to the sum: what it scales is exact, with and without a fused multiply-add.
+        # A scale that is a power of 2 is applied in the sum: it is exact with and without a fused multiply-add.
         merged = torch.add(rows, product, alpha=scale, out=product)
         if low_rank.magnitude is None:
             return merged
@@ -134,16 +134,16 @@ class LoadedUpdate:
         return merged.mul_((self.magnitude[start:stop] / norms).view(-1, 1))
 
     def _product(self, low_rank: LowRank, start: int, stop: int) -> torch.Tensor:
-        """Rows `start` to `stop` of the product, not scaled."""
+        """Return rows `start` to `stop` of the product, without the scale."""
         b, a = (self.b, self.a[:, start:stop]) if low_rank.embedding else (self.b[start:stop], self.a)
         name = f"product {self.update.adapter}"
         product = torch.mm(b, a, out=scratch(name, (len(b), a.shape[1]), torch.float32, self.device))
         return product.T if low_rank.embedding else product
 
     def _column_norms(self, low_rank: LowRank) -> torch.Tensor:
-        """DoRA on an embedding: the norm of each column of the adapted table, `(hidden_size,)`.
+        """Return the norm of each column of an adapted embedding matrix, `(hidden_size,)`, for DoRA.
 
-        A column runs over the whole vocabulary, so the table is read once for every block of columns.
+        A column extends over the whole vocabulary, so the matrix is read once for every block of columns.
         """
         source = self.update.source(self.base)
         num_rows, width = source.shape

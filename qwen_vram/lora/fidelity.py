@@ -1,4 +1,4 @@
-"""The proof: how much of an update survived rounding or quantization, summed up piece by piece."""
+"""The share of an update that survives rounding or quantization."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 
 from qwen_vram.lora.codecs.scratch import scratch
 
-# Relative size of what float32 leaves of updates that cancel, as of an adapter with the weights 1 and -1: half a unit
-# in the last place (2**-24) for each sum. No share of that means anything.
+# Relative size of the rest in float32 of updates that cancel, such as an adapter with the weights 1 and -1. It is half
+# a unit in the last place (2**-24) for each sum. A share of this rest has no meaning.
 _RESIDUE = 2.0**-21
 
 
 class Blocks(NamedTuple):
-    """What a piece adds block by block, because the scale of each block is still to be quantized itself.
+    """Sums of a piece by block, for scales that are still to be quantized themselves.
 
     Attributes:
         scales: Scale of each block as the piece was decoded with it.
@@ -30,13 +30,13 @@ class Blocks(NamedTuple):
 
 
 class Proof:
-    """Sums over one tensor. Any thread may add to it.
+    """Sums over one tensor, which show the share of its update that is kept. Any thread may add to it.
 
         share = <stored - base, update> / <update, update>
 
-    with `update = merged - base` in float32 and `stored` the weights as they will be computed with. 1 means that the
-    whole update is there on average; 0 that the stored weights are the base's, or differ from it at random only. What
-    rounding adds at random cancels, with a standard deviation of about (rounding error / update size) / sqrt(weights).
+    with `update = merged - base` in float32, and `stored` the weights that products will use. 1 means that the whole
+    update is kept on average. 0 means that the stored weights are those of the base, or differ from them only at
+    random. Random rounding cancels, with a standard deviation of about (rounding error / update size) / sqrt(weights).
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class Proof:
         self.largest_error = 0.0
 
     def add(self, base: torch.Tensor, merged: torch.Tensor, stored: torch.Tensor) -> None:
-        """Count a piece: three float32 tensors of the same shape. `merged` and `stored` are used up."""
+        """Add a piece: three float32 tensors of the same shape. `merged` and `stored` are overwritten."""
         base, merged, stored = base.reshape(-1), merged.reshape(-1), stored.reshape(-1)
         error = stored.sub_(merged)
         low, high = torch.aminmax(error)
@@ -56,19 +56,19 @@ class Proof:
     def add_blocks(
         self, base: torch.Tensor, merged: torch.Tensor, decoded: torch.Tensor, scales: torch.Tensor, group_size: int
     ) -> Blocks:
-        """Count a piece that was decoded with `scales`, one for `group_size` weights, which are not final."""
+        """Add a piece that was decoded with `scales` that are not final, one for `group_size` weights."""
         base, merged, decoded = base.reshape(-1), merged.reshape(-1), decoded.reshape(-1)
         error = torch.sub(decoded, merged, out=scratch("error", merged.shape, torch.float32, merged.device))
         update = merged.sub_(base)
         products = _by_block(decoded.mul_(update), group_size).sum(dim=1)
         self._add(base, update, error, products.new_zeros(()))
-        bits = _by_block(error.abs_(), group_size).view(torch.int32)  # in the order of the floats, quicker to compare
+        bits = _by_block(error.abs_(), group_size).view(torch.int32)  # in the order of the floats, faster to compare
         return Blocks(scales, products, bits.amax(dim=1).view(torch.float32))
 
     def settle(self, blocks: Blocks, scales: torch.Tensor) -> None:
-        """Correct what `add_blocks` counted, now that `scales` are final.
+        """Correct the sums of `add_blocks` with the final `scales`.
 
-        Exact for the share. The largest error is then an upper bound, too high by at most the change of a scale.
+        The share is then exact. The largest error is an upper bound, too high by at most the change of a scale.
         """
         change = scales - blocks.scales
         relative = torch.where(blocks.scales > 0, change / blocks.scales, 0.0)
@@ -76,7 +76,7 @@ class Proof:
         self._count(kept, 0.0, 0.0, float((blocks.errors + change.abs()).max()))
 
     def _add(self, base: torch.Tensor, update: torch.Tensor, error: torch.Tensor, largest: torch.Tensor) -> None:
-        """Count sums of a piece, and the largest error given; `stored - base` is `update + error`."""
+        """Add the sums of a piece, with the given largest error; `stored - base` is `update + error`."""
         update_squared = torch.dot(update, update)
         kept = torch.dot(error, update) + update_squared
         self._count(*torch.stack([kept, update_squared, torch.dot(base, base), largest]).tolist())
@@ -91,18 +91,18 @@ class Proof:
 
     @property
     def share(self) -> float | None:
-        """Share of the update that is left; `None` where there is no update but float32's own rounding."""
+        """Share of the update that is kept; `None` if the update is only the rounding of float32."""
         if self.update_squared <= _RESIDUE**2 * self.base_squared:
             return None
         return self.kept / self.update_squared
 
     @property
     def relative_size(self) -> float | None:
-        """Norm of the update over the norm of the base; `None` where that is zero."""
+        """Norm of the update over the norm of the base; `None` if the base is zero."""
         return math.sqrt(self.update_squared / self.base_squared) if self.base_squared else None
 
 
 def _by_block(values: torch.Tensor, size: int) -> torch.Tensor:
-    """One row for each block; zeros fill up the last one."""
+    """Return `values` with one row for each block; zeros fill the last row."""
     missing = -values.numel() % size
     return (torch.nn.functional.pad(values, (0, missing)) if missing else values).view(-1, size)

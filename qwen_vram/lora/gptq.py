@@ -1,4 +1,6 @@
-"""A merge in GPTQ's format: its 16-bit checkpoint first, which GPTQModel quantizes, then the proof, matrix by matrix.
+"""A merge in GPTQ's format, and its comparison with the merge in float32.
+
+The merge is written in 16 bits first, and GPTQModel quantizes it.
 
 Source of the layout: AutoGPTQ 0.7.1, and GPTQModel 7.6.0 with format "gptq".
 """
@@ -29,7 +31,7 @@ _WORD = 32
 def merge_job(
     quantize: str | None, calibration: Calibration | None, device: str | None, max_shard_size: str | int
 ) -> GptqJob | None:
-    """What GPTQModel is to do with the merge; `None` for a format that is not GPTQ's.
+    """Return the job of GPTQModel for the merge; `None` for a format that is not GPTQ's.
 
     Raises:
         WorkloadError: sample texts are missing, or not needed.
@@ -56,10 +58,13 @@ def write_gptq(
     device: torch.device,
     progress: bool,
 ) -> tuple[dict[str, Proof], tuple[str, ...]]:
-    """Write the weights and config.json of `plan`, quantized by `job`, into `folder`; the proofs, and the files' names.
+    """Write the weights and config.json of `plan`, quantized by `job`, into `folder`.
 
     Args:
-        write_merged: Writes the merge in 16 bits into a folder.
+        write_merged: Writes the merge in 16 bits into a folder, and returns its proofs.
+
+    Returns:
+        The proofs by tensor, and the names of the files.
     """
     merged = folder / "merged"
     merged.mkdir()
@@ -71,7 +76,7 @@ def write_gptq(
 
 
 def _prove(plan: MergePlan, folder: Path, bits: int, device: torch.device) -> dict[str, Proof]:
-    """Hold every quantized matrix that the adapters change against the merge in float32."""
+    """Compare every quantized matrix that the adapters change with the merge in float32."""
     proofs = {}
     quantized = matrices(plan.checkpoint)
     for target in plan.targets.targets:
@@ -98,7 +103,7 @@ def _parts(folder: Path, module: str) -> dict[str, torch.Tensor]:
 
 
 def dequantized(parts: Mapping[str, torch.Tensor], bits: int, start: int, stop: int) -> torch.Tensor:
-    """Rows `start` to `stop` of a matrix in float32, (rows, columns), as the kernels compute with them.
+    """Return rows `start` to `stop` of a matrix in float32, (rows, columns), as the kernels compute with them.
 
     Args:
         parts: `qweight` (columns * bits / 32, rows), `qzeros` (groups, rows * bits / 32) with one taken off, `scales`

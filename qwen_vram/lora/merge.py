@@ -1,4 +1,4 @@
-"""`merge_lora_then_quantize()`: adapters into their base, and at once into the format that is loaded."""
+"""`merge_lora_then_quantize()`: merge adapters, quantize, and write a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from qwen_vram.checkpoints.adapters.scaling import alpha_is_ambiguous
 from qwen_vram.checkpoints.files.local import read_tensors
 from qwen_vram.checkpoints.files.sidecars import REPORT
 from qwen_vram.checkpoints.output.folder import OutputFolder
+from qwen_vram.dtypes import BY_STORED
 from qwen_vram.errors import CheckpointError
 from qwen_vram.lora.codecs.registry import codec_for
 from qwen_vram.lora.fidelity import Proof
@@ -34,8 +35,6 @@ from qwen_vram.runtime.tensors.checkpoint import Checkpoint, open_checkpoint
 from qwen_vram.units import parse_bytes
 
 Quantization = Literal["nf4", "nf4-plain", "fp4", "int8", "int4", "int8-wo", "fp8", "gptq-int4", "gptq-int8"]
-
-_DTYPE_NAMES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 
 
 def merge_lora_then_quantize(
@@ -54,30 +53,31 @@ def merge_lora_then_quantize(
 
         merged = base + sum over adapters of weight * (base with that adapter alone - base)
 
-    One piece of a tensor is in memory at a time. Without quantization the result is PEFT's `merge_and_unload` in
-    float32, rounded once to the base's dtype; with it, that result quantized as it would be on load. The head stays in
-    the base's dtype. Nothing appears at `out` before all of it is there, and then all at once.
+    One piece of a tensor is in memory at a time. Without quantization the result is that of PEFT's `merge_and_unload`
+    in float32, rounded once to the base's dtype. With quantization, that result is quantized as it would be on load.
+    The head stays in the base's dtype. The output appears at `out` only when it is complete.
 
     Args:
         base: The checkpoint that the adapter was trained on, not quantized: a folder, a catalog name or a hub id.
-        adapter: PEFT's folder or hub id; a list of them, alone or in pairs with a weight; or a dict to weights.
+        adapter: PEFT's folder or hub id; a list of them, alone or in pairs with a weight; or a dict from them to
+            weights.
         out: A new folder.
-        quantize: The format of attention's and MLP's matrices; `None` keeps the base's dtypes. bitsandbytes' `"nf4"`,
-            `"nf4-plain"`, `"fp4"` and `"int8"` load with plain transformers too; `"int4"`, `"int8-wo"` and `"fp8"`, on
-            torch's own operators, with this library's `load()` only; `"gptq-int4"` and `"gptq-int8"` are made by
-            `quantize_gptq()` of the merge in 16 bits, which is on the disk until then.
+        quantize: The format of the matrices of attention and MLP; `None` keeps the base's dtypes. bitsandbytes' formats
+            `"nf4"`, `"nf4-plain"`, `"fp4"` and `"int8"` load with plain transformers too. `"int4"`, `"int8-wo"` and
+            `"fp8"`, on torch's own operators, load with this library's `load()` only. For `"gptq-int4"` and
+            `"gptq-int8"`, `quantize_gptq()` quantizes the merge in 16 bits, which is on the disk until then.
         calibration: For GPTQ, sample texts as for `quantize_gptq()`.
-        device: `"cuda"` or `"cpu"`, where the arithmetic is done; `None` takes the GPU where there is one.
-        max_shard_size: The most tensor data in one file, a single larger tensor apart.
-        overwrite: Replace a checkpoint that is at `out`; it stays there until the new one is complete.
+        device: `"cuda"` or `"cpu"`, the device of the arithmetic; `None` uses the GPU if there is one.
+        max_shard_size: The most tensor data in one file, except for a single larger tensor.
+        overwrite: Replace a checkpoint at `out`; it stays there until the new one is complete.
         progress: Show a bar on standard error.
 
     Raises:
         AdapterError: an adapter is broken, belongs to another base, or cannot be merged exactly.
         CheckpointError, ConfigError, HubError: the base or the output folder cannot be used, or a matrix has a shape
-            that `quantize` has no place for.
-        BackendUnavailableError: bitsandbytes, or the GPU, is not here, or a format cannot be written while merging.
-        UnknownNameError, UnitError: `quantize` or `max_shard_size` is not one.
+            that `quantize` cannot hold.
+        BackendUnavailableError: bitsandbytes or the GPU is missing, or a format cannot be written while merging.
+        UnknownNameError, UnitError: `quantize` is not a format, or `max_shard_size` is not a size.
 
     Warns:
         UserWarning: less than 90 % of an update survived in some module.
@@ -139,7 +139,7 @@ def _open_base(base: str | Path) -> Checkpoint:
 
 
 def _write_weights(plan: MergePlan, folder: Path, *, device: torch.device, progress: bool) -> dict[str, Proof]:
-    """Write the shards and their index; the proofs by tensor."""
+    """Write the shards and their index, and return the proofs by tensor."""
     writer = CheckpointWriter(folder, plan.shards)
     try:
         total = sum(target.base.nbytes for target in plan.targets.targets)
@@ -164,7 +164,7 @@ def _modules(
     return tuple(
         ModuleReport(
             name=weight.target.name,
-            format=str(quantize) if weight.target.name in quantized else _DTYPE_NAMES[weight.target.base.kind],
+            format=str(quantize) if weight.target.name in quantized else BY_STORED[weight.target.base.kind].name,
             share=proofs[weight.target.name].share,
             relative_size=proofs[weight.target.name].relative_size,
             largest_error=proofs[weight.target.name].largest_error,

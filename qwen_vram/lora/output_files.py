@@ -1,4 +1,4 @@
-"""The files beside the weights: config.json brought up to date, tokenizer, chat template and generation settings."""
+"""Files beside the merged weights: config.json, tokenizer and generation settings."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Companions:
     Attributes:
         copied: Files to copy, by their name in the output.
         texts: Texts to write, by the name of their file: config.json, and generation_config.json if it changes.
-        tokenizer: The folder that the tokenizer comes from.
+        tokenizer: The folder of the tokenizer.
     """
 
     copied: dict[str, Path]
@@ -35,7 +35,7 @@ class Companions:
     tokenizer: Path
 
     def write(self, folder: Path, *, config: bool) -> None:
-        """Write them into `folder`, config.json if `config` says so."""
+        """Write the files into `folder`; write config.json only if `config` is true."""
         copy_files(self.copied, folder)
         for name, text in self.texts.items():
             if config or name != CONFIG:
@@ -50,8 +50,8 @@ def companions(
 ) -> Companions:
     """Choose the files beside the weights.
 
-    The tokenizer is the last adapter's that has one, or the base's. The end token of an adapter's tokenizer is added to
-    those that end a generation: in generation_config.json, or in config.json if there is no such file.
+    The tokenizer is that of the last adapter with one, or the base's. The end token of an adapter's tokenizer is added
+    to those that end a generation. They are in generation_config.json, or in config.json if that file is missing.
     """
     base = files.folder
     tables_changed = any(target.updates and target.name.removesuffix(".weight") in TABLES for target in targets.targets)
@@ -74,7 +74,7 @@ def companions(
 
 
 def _with_end(copied: dict[str, Path], config: dict[str, Any], chosen: TokenizerFiles) -> dict[str, str]:
-    """The texts of config.json and, if an adapter's end token is new in it, of generation_config.json."""
+    """Return the texts of config.json and, if an adapter's end token is new in it, of generation_config.json."""
     texts = {}
     if chosen.end_token_ids:
         generation = read_object(copied, _GENERATION)

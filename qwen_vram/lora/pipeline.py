@@ -1,7 +1,7 @@
-"""The merge itself: pieces of rows read, merged, stored and proved by a few threads, weight after weight.
+"""The merge pipeline: threads read, merge, store and check pieces of rows.
 
-A thread carries a piece through all steps, so that reading, computing and writing overlap, and the memory in use is a
-few pieces. What is left of them, scales and sums by block, is put together when a weight's last piece is done.
+A thread processes a piece in all steps, so reading, computing and writing overlap, and the memory in use is a few
+pieces. The scales and sums of the pieces are combined when a weight's last piece is done.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from qwen_vram.lora.targets import Target
 from qwen_vram.lora.tensor_file import byte_pieces, pieces
 from qwen_vram.runtime.saving.writer import CheckpointWriter
 
-# More threads than this wait for the disk.
+# With more threads than this, threads wait for the disk.
 _MOST_THREADS = 8
 # Weights whose factors are in memory at a time, so that threads have work while the last piece of one is done.
 _UNDER_WAY = 4
@@ -33,11 +33,11 @@ _UNDER_WAY = 4
 
 @dataclass(slots=True)
 class _Job:
-    """A weight under way.
+    """A weight that is being merged.
 
     Attributes:
-        dense: Its pieces, where they keep the base's dtype.
-        quantized: Its pieces, where they are quantized: their scales, and what is to be settled when those are final.
+        dense: Its pieces, if they keep the base's dtype.
+        quantized: Its pieces, if they are quantized: their scales, and the sums to correct when the scales are final.
     """
 
     shard: Shard[Weight]
@@ -49,10 +49,10 @@ class _Job:
 
 
 class Streamer:
-    """Writes every weight of the plan's shards.
+    """Writer of all weights of the plan's shards.
 
     Args:
-        advance: Called with the number of bytes of the base that were dealt with, by any thread.
+        advance: Called by any thread with the number of the base's bytes that were processed.
     """
 
     def __init__(self, writer: CheckpointWriter, device: torch.device, advance: Callable[[int], None]) -> None:
@@ -62,7 +62,7 @@ class Streamer:
         self.proofs: dict[str, Proof] = {}
 
     def run(self, shards: tuple[Shard[Weight], ...]) -> dict[str, Proof]:
-        """Write the shards; the proofs of the weights that the adapters change, by name."""
+        """Write the shards, and return the proofs of the weights that the adapters change, by name."""
         under_way: deque[_Job] = deque()
         self.missing = Counter({shard.file: len(shard.weights) for shard in shards})
         with _threads() as self.pool:
@@ -91,7 +91,7 @@ class Streamer:
         return job
 
     def _finish(self, job: _Job) -> None:
-        """Wait for a weight's pieces, write what needs all of them, and close its shard where it is the last one."""
+        """Wait for a weight's pieces, write the tensors that need all of them, and finish the shard after its last."""
         target, codec = job.weight.target, job.weight.codec
         for piece in job.dense:
             piece.result()
@@ -110,18 +110,18 @@ class Streamer:
             self.writer.finish(job.shard)
 
     def _copy(self, job: _Job, start: int, stop: int) -> None:
-        """Carry some bytes over as they are."""
+        """Copy some bytes unchanged."""
         self.writer.write(job.weight.target.name, job.weight.target.base.read_bytes(start, stop), start)
         self.advance(stop - start)
 
     def _round(self, job: _Job, start: int, stop: int) -> None:
-        """Merge a piece into the base's own dtype, and prove it."""
+        """Merge a piece into the base's own dtype, and add it to the proof."""
         base, merged, rounded = self._merged(job, start, stop)
         self.writer.write(job.weight.target.name, rounded, start * rounded[0].nbytes)
         job.proof.add(base, merged, scratch("stored", rounded.shape, torch.float32, self.device).copy_(rounded))
 
     def _quantize(self, job: _Job, codec: Codec, start: int, stop: int) -> tuple[torch.Tensor, Blocks | None]:
-        """Merge a piece into codes, and prove it; its scales, and what they have to be settled with when final."""
+        """Merge a piece into codes; return its scales, and the sums to correct when they are final."""
         base, merged, rounded = self._merged(job, start, stop)
         codes, scales = codec.encode(rounded)
         self.writer.write(job.weight.target.name, codes, start * rounded.shape[1] * codec.bits // 8)
@@ -142,15 +142,15 @@ class Streamer:
 def merged_rows(
     target: Target, updates: Sequence[LoadedUpdate], start: int, stop: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows of the base and of the merge in float32, and of the merge in the base's dtype.
+    """Return rows of the base in float32, of the merge in float32, and of the merge in the base's dtype.
 
-    All are valid until this thread's next piece.
+    They are valid until this thread's next piece.
     """
     stored = target.base
     shape = (stop - start, *stored.shape[1:])
     raw = scratch("raw", shape, stored.dtype)
     known = max(min(stop, stored.num_rows) - start, 0)
-    raw[known:] = 0  # rows of a larger vocabulary, of which the base has none
+    raw[known:] = 0  # rows of a larger vocabulary, which the base does not have
     stored.read(start, start + known, into=raw[:known])
     base = merged = scratch("base", shape, torch.float32, device).copy_(raw)
     for number, update in enumerate(updates):
@@ -160,10 +160,10 @@ def merged_rows(
 
 @contextmanager
 def _threads() -> Iterator[ThreadPoolExecutor]:
-    """Threads that each compute alone, in plain float32. After an error, what has not begun is dropped."""
+    """Run threads that each compute alone, in plain float32. After an error, pieces that have not begun are dropped."""
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
-    # A piece is too small to be divided, and threads that wait for each other waste half their time.
+    # A piece is too small to be divided: threads that wait for each other would lose half their time.
     pool = ThreadPoolExecutor(min(threads, _MOST_THREADS), thread_name_prefix="merge", initializer=compute_alone)
     try:
         yield pool

@@ -1,4 +1,4 @@
-"""The whole merge settled and checked before a byte is written: tensors, formats, shards, files and room."""
+"""The plan of a merge: tensors, formats, shards and files, checked before writing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qwen_vram.runtime.tensors.checkpoint import Checkpoint
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergePlan:
-    """What will be written.
+    """The contents of the output, computed before anything is written.
 
     Attributes:
         companions: The files beside the weights.
@@ -32,7 +32,7 @@ class MergePlan:
 
     @property
     def needed_bytes(self) -> int:
-        """The most that the output takes on the disk; exact but for a few MiB of small files."""
+        """The most bytes that the output takes on the disk; exact except for a few MiB of small files."""
         texts = "".join(self.companions.texts.values())
         return disk_bytes(self.shards, self.companions.copied.values(), texts)
 
@@ -45,7 +45,7 @@ class MergePlan:
 def plan_merge(
     checkpoint: Checkpoint, adapters: Sequence[WeightedAdapter], codec: Codec | None, max_shard_bytes: int
 ) -> MergePlan:
-    """The plan of merging `checkpoints.adapters` into `checkpoint` in the format of `codec`.
+    """Return the plan of merging `adapters` into `checkpoint` in the format of `codec`.
 
     Raises:
         AdapterError: an adapter does not fit, or holds a NaN.
@@ -71,5 +71,5 @@ def plan_merge(
 
 
 def matrices(checkpoint: Checkpoint) -> set[str]:
-    """Names of the weights that are quantized: the matrices of attention and MLP, not the head."""
+    """Return the names of the weights that are quantized: the matrices of attention and MLP, not the head."""
     return {weight.name for weight in checkpoint.architecture.weights() if weight.is_linear and weight.role != "head"}

@@ -1,4 +1,4 @@
-"""What a merge did, module by module, and how much of the adapters is left after rounding and quantization."""
+"""The report of a merge: the share kept of the update in each module."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from qwen_vram.units import format_bytes
 
-# Below this share of its update a module is warned about.
+# A module that keeps less than this share of its update is named in a warning.
 ENOUGH = 0.9
 
 _SHOWN = 40
@@ -21,12 +21,12 @@ class ModuleReport:
 
     Attributes:
         name: The tensor in the checkpoint.
-        format: How it is stored, `"nf4"` or a dtype such as `"bf16"`.
-        share: Share of the update that survived, `<stored - base, update> / <update, update>`; `None` where the
-            adapters change nothing, or cancel but for rounding.
-        relative_size: Norm of the update over the norm of the base's weights; `None` where those are zero.
-        largest_error: Largest difference of a stored weight from the merged one in float32; where scales are quantized
-            themselves, an upper bound that is at most the largest change of a scale too high.
+        format: Its storage format, `"nf4"` or a dtype such as `"bf16"`.
+        share: Share kept of the update, `<stored - base, update> / <update, update>`; `None` if the adapters change
+            nothing, or cancel except for rounding.
+        relative_size: Norm of the update over the norm of the base's weights; `None` if those are zero.
+        largest_error: Largest difference of a stored weight from the merged one in float32. If the scales are quantized
+            themselves, it is an upper bound, too high by at most the largest change of a scale.
     """
 
     name: str
@@ -38,14 +38,14 @@ class ModuleReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeReport:
-    """What a merge did.
+    """The result of a merge.
 
     Attributes:
         adapters: Folder and weight of each.
-        quantize: The format of the matrices; `None` where the base's dtypes were kept.
+        quantize: The format of the matrices; `None` if the base's dtypes were kept.
         modules: Every tensor that an adapter changed.
-        untied: Whether tied embeddings came apart.
-        tokenizer: The folder that the tokenizer came from.
+        untied: Tied embeddings became two different matrices.
+        tokenizer: The folder of the tokenizer.
         total_bytes: Bytes of all tensors.
     """
 
@@ -70,24 +70,24 @@ class MergeReport:
 
     @property
     def share(self) -> float | None:
-        """Share of the update that survived, averaged over modules; `None` where nothing was changed."""
+        """Share kept of the update, averaged over modules; `None` if nothing was changed."""
         kept = [module.share for module in self.modules if module.share is not None]
         return math.fsum(kept) / len(kept) if kept else None
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain data."""
+        """Return the report as plain data."""
         return asdict(self)
 
     def to_json(self) -> str:
-        """The text of merge_report.json."""
+        """Return the text of merge_report.json."""
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
     def table(self) -> str:
-        """Every module in a line of its own."""
+        """Return a table with one line for each module."""
         return "\n".join([_head("module"), *(_line(module.name, module) for module in self.modules)])
 
     def __str__(self) -> str:
-        """A line of summary and the table; of many modules, one line for each kind and those that lost much."""
+        """Return a summary and the table; for many modules, one line for each kind, and those that lost much."""
         share = "nothing to keep" if self.share is None else f"{self.share:.1%} of the update kept on average"
         first = f"{len(self.modules)} tensors merged into {self.out} ({format_bytes(self.total_bytes)}): {share}"
         if len(self.modules) <= _SHOWN:
@@ -102,7 +102,7 @@ class MergeReport:
 
 
 def _kind(module: ModuleReport) -> str:
-    """The tensor's name without the number of its layer."""
+    """Return the tensor's name without the number of its layer."""
     return ".".join(part for part in module.name.split(".") if not part.isdigit())
 
 

@@ -1,11 +1,12 @@
-"""The slots that a merged tensor takes, in the base's dtype or in a codec's format."""
+"""Stored tensors of a merged weight, in the base's dtype or a codec's format."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-from qwen_vram.checkpoints.output.safetensors_layout import ITEM_BYTES, LATE_BYTES, TensorSlot
+from qwen_vram.checkpoints.output.safetensors_layout import LATE_BYTES, TensorSlot
+from qwen_vram.dtypes import BY_STORED
 from qwen_vram.lora.codecs.base import Codec, Part
 from qwen_vram.lora.targets import Target
 
@@ -20,7 +21,7 @@ class Weight:
 
 
 def weight_of(target: Target, codec: Codec | None) -> Weight:
-    """The slots that `target` takes in the format of `codec`."""
+    """Return the slots that `target` takes in the format of `codec`."""
     if codec is None:
         nbytes = target.base.nbytes // math.prod(target.base.shape) * math.prod(target.shape)
         return Weight(target, (TensorSlot(target.name, target.base.kind, target.shape, nbytes),), None)
@@ -29,5 +30,5 @@ def weight_of(target: Target, codec: Codec | None) -> Weight:
 
 
 def _slot(module: str, part: Part) -> TensorSlot:
-    nbytes = LATE_BYTES if part.shape is None else math.prod(part.shape) * ITEM_BYTES[part.kind]
+    nbytes = LATE_BYTES if part.shape is None else math.prod(part.shape) * BY_STORED[part.kind].nbytes
     return TensorSlot(f"{module}{part.ending}", part.kind, part.shape, nbytes)

@@ -1,4 +1,4 @@
-"""The tensors of the merged checkpoint: where each starts, what adapters do to it, ties and sizes settled."""
+"""The tensors of the merged checkpoint: their source, updates, ties and sizes."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _HEAD_WEIGHT = f"{HEAD}.weight"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """One tensor of the merged checkpoint, not knowing its format.
+    """One tensor of the merged checkpoint, without its storage format.
 
     Attributes:
-        base: What it starts from.
-        updates: What the adapters do to it, in their order; empty where it stays as it is.
+        base: The base's tensor.
+        updates: Updates by the adapters, in their order; empty if the tensor does not change.
     """
 
     name: str
@@ -33,13 +33,13 @@ class Target:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape after merging: the base's, or that of a table with another number of rows."""
+        """Shape after merging: the base's, or that of an embedding matrix with another number of rows."""
         return self.updates[0].source(self.base).shape if self.updates else self.base.shape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Targets:
-    """All tensors of the merged checkpoint, in the base's order, and what config.json has to say about them."""
+    """All tensors of the merged checkpoint, in the base's order, and their settings in config.json."""
 
     targets: tuple[Target, ...]
     tie_word_embeddings: bool
@@ -50,10 +50,10 @@ class Targets:
 def merge_targets(
     architecture: Architecture, source: str, stored: Mapping[str, StoredTensor], adapters: Sequence[WeightedAdapter]
 ) -> Targets:
-    """What the merged checkpoint holds.
+    """Return the tensors of the merged checkpoint.
 
     Raises:
-        AdapterError: an adapter does not fit the base, or two of them want the same tensor for themselves.
+        AdapterError: an adapter does not fit the base, or two of them replace the same tensor.
     """
     tensors = dict(stored)
     tied = architecture.tie_word_embeddings and _is_tied(tensors)
@@ -85,7 +85,7 @@ def merge_targets(
 
 
 def _is_tied(tensors: Mapping[str, StoredTensor]) -> bool:
-    """Tell if one tensor serves both sides; transformers unties a checkpoint that holds two different ones."""
+    """Tell if head and embeddings are one tensor; transformers unties a checkpoint that holds two different ones."""
     head = tensors.get(_HEAD_WEIGHT)
     return head is None or same_bytes(head, tensors[_EMBEDDING_WEIGHT])
 
@@ -93,7 +93,7 @@ def _is_tied(tensors: Mapping[str, StoredTensor]) -> bool:
 def _check_conflicts(
     name: str, base: StoredTensor, updates: Sequence[Update], adapters: Sequence[WeightedAdapter]
 ) -> None:
-    """Refuse adapters that do not add up: one replaces what another one changes too."""
+    """Refuse adapters that cannot be added: one replaces a tensor that another one changes too."""
     for update in updates if len(updates) > 1 else ():
         others = [other for other in updates if other is not update]
         rows = set(update.tokens.indices) if update.tokens else set()
@@ -114,7 +114,7 @@ def _check_conflicts(
 
 
 def _same_change(embedding: Sequence[Update], head: Sequence[Update]) -> bool:
-    """Tell if the adapters do the same to both sides of tied embeddings."""
+    """Tell if the adapters change both sides of tied embeddings equally."""
     if [update.adapter for update in embedding] != [update.adapter for update in head]:
         return False
     return all(
@@ -138,7 +138,7 @@ def _same_tokens(one: TokenRows | None, other: TokenRows | None) -> bool:
 
 
 def _same_product(embedding: LowRank | None, head: LowRank | None) -> bool:
-    """Tell if the head's factors are the embedding's the other way round, as PEFT's ensure_weight_tying makes them."""
+    """Tell if the head's factors are the embedding's transposed, as PEFT's ensure_weight_tying makes them."""
     if embedding is None or head is None:
         return embedding is head
     if embedding.magnitude is not None or head.magnitude is not None or embedding.scale != head.scale:

@@ -1,4 +1,4 @@
-"""Tensors on disk, read piece by piece with bounded memory: nothing is mapped, nothing is kept."""
+"""Tensors on disk, read piece by piece with bounded memory."""
 
 from __future__ import annotations
 
@@ -14,31 +14,27 @@ import torch
 from qwen_vram.checkpoints.checkpoint import CheckpointFiles
 from qwen_vram.errors import CheckpointError
 from qwen_vram.lora.codecs.scratch import scratch
+from qwen_vram.runtime.torch_dtypes import TORCH_DTYPES
 
-TORCH_DTYPES = {
-    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
-
-# The most elements that are read, merged and written at a time: 4 MiB in float32. Smaller pieces make a wide matrix's
-# factors be packed too often, larger ones leave the processor's cache.
+# The most elements that are read, merged and written at a time: 4 MiB in float32. With smaller pieces, BLAS packs the
+# factors of a wide matrix too often. Larger pieces do not fit the processor's cache.
 PIECE = 2**20
 
-# A piece has at least so many rows, because BLAS takes other kernels, which round otherwise, below 16.
+# The fewest rows of a piece. Below 16 rows BLAS uses other kernels, which round differently.
 # Measured: MKL on AVX-512, torch 2.13; pieces of 16 rows and more equal the rows of the whole product bit for bit.
 SMALLEST_PIECE_ROWS = 32
 
 
-# What the system is asked to fetch at a time: no disk's largest request is known to be smaller.
+# Bytes that the system is asked to fetch at a time: no disk is known whose largest request is smaller.
 _FETCHED = 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One tensor of a safetensors file: where it lies, and how to read rows of it.
+    """One tensor of a safetensors file: its position, and methods that read rows of it.
 
     Attributes:
-        kind: dtype as safetensors spells it.
+        kind: The dtype as safetensors spells it.
         offset: First byte in the file.
     """
 
@@ -65,10 +61,10 @@ class StoredTensor:
         return math.prod(self.shape[1:])
 
     def read(self, start: int = 0, stop: int | None = None, *, into: torch.Tensor | None = None) -> torch.Tensor:
-        """Rows `start` to `stop` as they are stored, `(stop - start, *shape[1:])`, on the CPU.
+        """Return rows `start` to `stop` as they are stored, `(stop - start, *shape[1:])`, on the CPU.
 
         Args:
-            into: A contiguous tensor of that shape and dtype to be filled.
+            into: A contiguous tensor of that shape and dtype to fill.
 
         Raises:
             CheckpointError: the file has become shorter, or cannot be read.
@@ -81,7 +77,7 @@ class StoredTensor:
         return rows
 
     def read_bytes(self, start: int, stop: int) -> torch.Tensor:
-        """Bytes `start` to `stop` of the tensor, whatever its dtype, as uint8; valid until this thread's next call.
+        """Return bytes `start` to `stop` of the tensor as uint8, valid until this thread's next call.
 
         Raises:
             CheckpointError: the file has become shorter, or cannot be read.
@@ -91,9 +87,9 @@ class StoredTensor:
         return piece
 
     def announce(self) -> None:
-        """Have the system fetch the tensor from the disk in the background, where it can be told to.
+        """Ask the system to read the tensor from the disk in the background, if it supports that.
 
-        Linux fetches no more for a call than one request of the disk, some megabytes: mm/readahead.c,
+        Linux reads at most one request of the disk, some megabytes, for a call: mm/readahead.c,
         force_page_cache_ra.
         """
         if hasattr(os, "posix_fadvise"):
@@ -103,12 +99,12 @@ class StoredTensor:
                     os.posix_fadvise(file.fileno(), self.offset + start, size, os.POSIX_FADV_WILLNEED)
 
     def float32(self, device: torch.device, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Rows `start` to `stop` in float32 on `device`."""
+        """Return rows `start` to `stop` in float32 on `device`."""
         return self.read(start, stop).to(device).float()
 
 
 def stored_tensors(files: CheckpointFiles) -> dict[str, StoredTensor]:
-    """Every tensor of a checkpoint, by the model's name."""
+    """Return every tensor of a checkpoint, by the model's name."""
     return {
         name: StoredTensor(name, files.folder / tensor.file, tensor.dtype, tensor.shape, tensor.offset, tensor.nbytes)
         for name, tensor in files.tensors.items()
@@ -137,9 +133,9 @@ def read_into(path: Path, rows: torch.Tensor, offset: int) -> None:
 
 
 def pieces(num_rows: int, row_numel: int, *, step: int = 1) -> list[tuple[int, int]]:
-    """Rows of a tensor in pieces of nearly the same size, at most `PIECE` elements: first row, row after the last.
+    """Return the pieces of a tensor: first row and row after the last, of nearly equal sizes up to `PIECE` elements.
 
-    Every piece but the last has a multiple of `step` rows. Wide rows and large steps make larger pieces.
+    Every piece except the last has a multiple of `step` rows. Wide rows and large steps make larger pieces.
 
     >>> pieces(2048, 1024)
     [(0, 1024), (1024, 2048)]
@@ -172,6 +168,6 @@ def same_values(first: StoredTensor, second: StoredTensor) -> bool:
 
 
 def byte_pieces(nbytes: int) -> Iterator[tuple[int, int]]:
-    """Bytes of a tensor in pieces of twice `PIECE`."""
+    """Yield bytes of a tensor in pieces of twice `PIECE`."""
     for start in range(0, nbytes, 2 * PIECE):
         yield start, min(start + 2 * PIECE, nbytes)

@@ -1,4 +1,4 @@
-"""From what an adapter changes to updates with tensors that can be read."""
+"""Updates with readable tensors, from the changes that an adapter's headers show."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ class BaseTensors:
 
     @property
     def shapes(self) -> Base:
-        """The same, without the files."""
+        """The shapes of the tensors, without the files."""
         shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
         return Base(source=self.source, shapes=shapes, tied=self.tied)
 
 
 def updates_of(one: WeightedAdapter, number: int, base: BaseTensors) -> dict[str, Update]:
-    """Say what an adapter, the one with this `number`, does to each tensor of the base, by the tensor's name.
+    """Return the updates of the adapter with this `number`, by the name of the base's tensor.
 
     Raises:
-        AdapterError: it belongs to another base, lacks a tensor, or holds one that has no place.
+        AdapterError: it belongs to another base, lacks a tensor, or holds one that the base has no module for.
     """
     check_layers(one.adapter, base.shapes)
     updates = {}
@@ -48,7 +48,7 @@ def updates_of(one: WeightedAdapter, number: int, base: BaseTensors) -> dict[str
 
 
 def _update(one: WeightedAdapter, number: int, name: str, change: Change, base: StoredTensor) -> Update | None:
-    """Turn a change into an update; `None` if it is a copy of the base, which PEFT saves of an adapted table."""
+    """Return a change as an update; `None` if it is a copy of the base, which PEFT saves for adapted embeddings."""
     replacement = None if change.replacement is None else one.stored(change.replacement)
     if change.second_copy is not None and change.replacement is not None:
         twice = one.stored(change.second_copy)

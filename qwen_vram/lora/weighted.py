@@ -30,18 +30,18 @@ class WeightedAdapter:
         return self.adapter.folder
 
     def stored(self, tensor: AdapterTensor) -> StoredTensor:
-        """Return a tensor of the adapter's file, to be read piece by piece."""
+        """Return a tensor of the adapter's file, which is read piece by piece."""
         return StoredTensor(tensor.name, self.adapter.file, tensor.dtype, tensor.shape, tensor.offset, tensor.nbytes)
 
 
 def open_adapters(adapter: AdapterLike) -> tuple[WeightedAdapter, ...]:
-    """Open the adapters of a merge, their settings and headers checked; no weight is read.
+    """Open the adapters of a merge, and check their settings and headers; no weight is read.
 
     Args:
         adapter: A folder or hub id, several of them with or without a weight, or a dict from folder to weight.
 
     Raises:
-        AdapterError: there is none, a weight is not a number, or an adapter cannot be merged exactly.
+        AdapterError: the list is empty, a weight is not a number, or an adapter cannot be merged exactly.
         HubError: the hub does not give the files.
     """
     if isinstance(adapter, (str, Path)):
@@ -73,10 +73,10 @@ def _open(path: AdapterPath, weight: float) -> WeightedAdapter:
 
 
 def check_finite(one: WeightedAdapter) -> None:
-    """Refuse an adapter with a NaN or an infinity in it.
+    """Refuse an adapter that contains a NaN or an infinity.
 
     Raises:
-        AdapterError: there is one.
+        AdapterError: it contains one.
     """
     for key, tensor in one.adapter.tensors.items():
         stored = one.stored(tensor)

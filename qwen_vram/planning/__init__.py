@@ -1,1 +1,15 @@
-"""Which profile fits a budget, and where each layer lies. Arithmetic, and what the driver says is free; no torch."""
+"""Choice of a profile that fits a budget, with a location for each layer.
+
+It is arithmetic over the free memory that the driver reports. The modules do not import torch.
+
+Modules:
+    adapter_refusals  Refusals of knobs that do not work with an adapter beside the base.
+    capacity/         Memory that devices offer, and the check if an estimate fits it.
+    errors            The error for a budget that no plan fits.
+    limits            Inverse questions: the longest context, the largest batch, the smallest GPU.
+    placement         The location of each module of a plan, by the module's name in the model.
+    planner           The planner: the first profile that fits a budget, least lossy first.
+    search/           Candidate profiles, least lossy first, and the search for the one to load.
+    sequences         Number of sequences per prompt, by a checkpoint's generation_config.json.
+    support           Refusals of profiles that are counted but that no machine can load.
+"""

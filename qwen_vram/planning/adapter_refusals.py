@@ -1,4 +1,4 @@
-"""Refusals of knobs that do not go with an adapter beside the base, made when it is planned."""
+"""Refusals of knobs that do not work with an adapter beside the base."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The error that says no: a budget that no plan fits."""
+"""The error for a budget that no plan fits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The inverse questions: how long, how many, and how small a card."""
+"""Inverse questions: the longest context, the largest batch, the smallest GPU."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 from qwen_vram.checkpoints.adapters.folder import AdapterChoice
 from qwen_vram.checkpoints.machine_file import current
 from qwen_vram.checkpoints.resolve import ModelLike, resolve_model
+from qwen_vram.planning.capacity.available_memory import oldest_capability
 from qwen_vram.planning.capacity.budget import Budget, VramLike
 from qwen_vram.planning.search.largest_workload import largest_workload, longest_prompt
 from qwen_vram.planning.search.search import Search
@@ -97,7 +98,8 @@ def min_vram(
     """
     label, architecture = resolve_model(model, adapter)
     workload = Workload(prompt_len=prompt_len, max_new_tokens=max_new_tokens, batch_size=batch_size, padded=padded)
-    search = Search(label, architecture, workload, Budget(vram=0, ram=_ANY_HOST), profile, knobs, machine=current())
+    budget = Budget(vram=0, ram=_ANY_HOST, capability=oldest_capability([]))
+    search = Search(label, architecture, workload, budget, profile, knobs, machine=current())
     return min(candidate.estimate.needed_bytes for candidate in search.candidates())
 
 

@@ -1,4 +1,4 @@
-"""Placement: which module lives where, under the names that the model's modules really have."""
+"""The location of each module of a plan, by the module's name in the model."""
 
 from __future__ import annotations
 

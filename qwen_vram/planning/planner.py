@@ -1,4 +1,7 @@
-"""The planner: the first profile, least lossy first, that fits a budget; and `Plan`, which the loader obeys."""
+"""The planner: the first profile that fits a budget, least lossy first.
+
+`Plan` is its result, and the loader follows it.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from qwen_vram.arithmetic.estimate import Estimate, estimate
+from qwen_vram.arithmetic.device_estimate import estimate
+from qwen_vram.arithmetic.estimate import Estimate
 from qwen_vram.arithmetic.gpu_split import split_estimate, split_of
 from qwen_vram.arithmetic.timing.generation import Times, times_of
 from qwen_vram.checkpoints.adapters.folder import AdapterChoice
@@ -16,6 +20,7 @@ from qwen_vram.checkpoints.resolve import ModelLike, Resolved, adapted, own_adap
 from qwen_vram.errors import ConfigError, QwenVramError, UnknownNameError
 from qwen_vram.estimator import warn_of_positions
 from qwen_vram.planning.capacity.budget import Budget, VramLike
+from qwen_vram.planning.capacity.hardware import Computes, as_measured, limits_of
 from qwen_vram.planning.placement import Placement, Where, place_on
 from qwen_vram.planning.search.candidates import Step
 from qwen_vram.planning.search.decode_graph import not_captured, said_of
@@ -98,6 +103,12 @@ class Plan:
         """The predicted times in words, and why decode steps are not captured and what that costs, if they are not."""
         launched = None if self.on_cpu else said_of(self.estimate)
         return (f"predicted: {self.times}", *([launched] if launched else []))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """The predicted times in words, and what an old GPU changes about the plan, if it does."""
+        limited = limits_of(self.budget, self.profile)
+        return (*self.predicted_lines, *([limited] if limited else []))
 
     @property
     def call(self) -> str:
@@ -184,14 +195,14 @@ class Plan:
             asked = "as num_beams and num_return_sequences in generation_config.json ask"
             lines.append(f"  {self.sequences} sequences for each prompt, {asked}")
         lines.append(f"  fits in {self.room}")
-        lines += [f"  {line}" for line in self.predicted_lines]
+        lines += [f"  {line}" for line in self.notes]
         return "\n".join([*lines, str(self.estimate), self.call])
 
     def _repr_html_(self) -> str:
         """The estimate's table and the predicted times, for a notebook."""
         from html import escape  # slow to import, and only needed here
 
-        lines = "<br>".join(escape(line) for line in self.predicted_lines)
+        lines = "<br>".join(escape(line) for line in self.notes)
         return f"{self.estimate._repr_html_()}<p>{lines}</p><pre>{escape(self.call)}</pre>"
 
 
@@ -222,7 +233,8 @@ def plan(
         profile: `"auto"`, a name from `PROFILES`, or a `Profile`.
         vram: The most that nvidia-smi may show for the process: `"8GiB"`, an `int` of bytes, a dict by GPU number, or
             `None` for what is free now; without a GPU the plan is for the host. A dict of several GPUs
-            (`{0: "20GiB", 1: "20GiB"}`) splits the layers over all of them.
+            (`{0: "20GiB", 1: "20GiB"}`) splits the layers over all of them. A GPU that is in this machine limits the
+            kernels by its age; one that is not counts as Ampere or newer.
         ram: Likewise for the host.
         reserve: Kept free of each GPU, or of the host where there is no GPU: a size, or 0. `None` is 256 MiB where
             `vram` is read from the machine, and 0 where it is given.
@@ -242,7 +254,18 @@ def plan(
     budget = Budget.of(vram, ram, reserve)
     adapter = own_adapter(model, adapter)
     found = resolve(model, adapter)
-    result = plan_for(model, workload, budget, found=found, profile=profile, prefer=prefer, adapter=adapter, **knobs)
+    result = plan_for(
+        model,
+        workload,
+        budget,
+        found=found,
+        architecture=adapted(found, adapter),
+        profile=profile,
+        prefer=prefer,
+        adapter=adapter,
+        computes=as_measured,
+        **knobs,
+    )
     warn_of_positions(result.estimate)
     return result
 
@@ -253,23 +276,26 @@ def plan_for(
     budget: Budget,
     *,
     found: Resolved,
+    architecture: Architecture,
     profile: str | Profile = "auto",
     prefer: Prefer = "quality",
     adapter: AdapterChoice = None,
+    computes: Computes,
     **knobs: object,
 ) -> Plan:
     """Plan as `plan()` does, for a budget that is known already, without its warnings.
 
     Args:
         found: What `resolve(model)` gave, so that a folder is read once.
+        architecture: The same with the adapter's tensors, so that an adapter is read once too.
+        computes: As for `Search`.
     """
-    architecture = adapted(found, adapter)
     if prefer not in ("quality", "speed", "memory"):
         raise UnknownNameError("prefer", prefer, ("quality", "speed", "memory"))
     workload.check(architecture)
     sequences = sequences_per_prompt(found)
     workload = replace(workload, batch_size=workload.batch_size * sequences)
-    search = Search(found.label, architecture, workload, budget, profile, knobs, machine=current())
+    search = Search(found.label, architecture, workload, budget, profile, knobs, machine=current(), computes=computes)
     best = search.run(prefer)
     named = str(model) if isinstance(model, str | Path) else None
     beside = str(adapter) if isinstance(adapter, Path) else adapter

@@ -1,4 +1,4 @@
-"""How many sequences run for each prompt, by the generation_config.json of a checkpoint."""
+"""Number of sequences per prompt, by a checkpoint's generation_config.json."""
 
 from __future__ import annotations
 

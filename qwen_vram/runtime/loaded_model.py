@@ -1,4 +1,4 @@
-"""LoadedModel: a model, its tokenizer and its plan; it answers, and reports what it took beside what was promised."""
+"""`LoadedModel`: a model with tokenizer and plan, which generates and reports its memory."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ from qwen_vram.runtime.scheduling.turns import CLOSED
 class LoadedModel:
     """A plain `transformers` model with the plan that it was loaded by.
 
-    `model, tokenizer = loaded` unpacks, and `with load(...) as loaded:` gives the memory back at the end. `model` works
-    in pipelines, with PEFT and with its own `generate`; `generate`, `chat` and `stream` here also obey the plan's cache
-    and chunk size, and refuse, before anything is allocated, a workload that would not fit the plan's budget.
+    `model, tokenizer = loaded` unpacks it, and `with load(...) as loaded:` frees the memory at the end. `model` works
+    in pipelines, with PEFT and with its own `generate`. `generate`, `chat` and `stream` of this class also use the
+    plan's cache and chunk size. They refuse a workload that does not fit the plan's budget, before they allocate.
 
-    Threads may share it: one generation runs at a time, the others wait in the order in which they were asked for. Each
-    runs in a thread of its own; autocast and other settings that PyTorch keeps for each thread do not reach it, except
-    for the current CUDA stream.
+    Threads may share it: one generation runs at a time, and the others wait in the order of their calls. Each runs in a
+    separate thread. It uses the caller's current CUDA stream, but not autocast and other settings that PyTorch keeps
+    for each thread.
 
     Attributes:
         model: The `transformers` model.
         tokenizer: Its tokenizer.
-        plan: What was promised.
-        device: Where inputs go: the first of `devices`.
-        devices: Where its layers are, in order.
+        plan: The plan, with the promised memory.
+        device: The device of inputs, which is the first of `devices`.
+        devices: The devices of its layers, in order.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class LoadedModel:
 
     @property
     def compile_seconds(self) -> float:
-        """Seconds that capturing and compiling decode steps took so far; 0 if the plan captures none."""
+        """Seconds of capturing and compiling decode steps so far; 0 if the plan captures no steps."""
         decoder = self._generations.decoder
         return 0.0 if decoder is None else decoder.seconds
 
@@ -116,20 +116,20 @@ class LoadedModel:
         return f"<LoadedModel {self.plan.estimate.model}, {self.plan.profile.weights} weights, {state}>"
 
     def stop(self) -> None:
-        """Stop the generation that runs now, with its next token; any thread may call this, and it does not wait.
+        """Stop the running generation at its next token, without waiting. Any thread may call this.
 
         The generation's caller gets a `GenerationStoppedError`; a stream's reader gets it after the pieces so far.
-        Generations that wait for their turn are not stopped.
+        Waiting generations are not stopped.
         """
         self._generations.turns.stop("was stopped by stop()")
 
     def close(self) -> None:
-        """Give the memory back; calling it again changes nothing. Any thread may call this.
+        """Free the memory; further calls change nothing. Any thread may call this.
 
-        A generation that runs is stopped with its next token, as by `stop()`, and those that wait are refused.
+        It stops a running generation at its next token, as `stop()`, and refuses those that wait.
 
         Raises:
-            QwenVramError: it is called inside a generation of this model, for whose end it would wait.
+            QwenVramError: it is called inside a generation of this model, whose end it would wait for.
         """
         self._generations.turns.close()
         with self._freeing:
@@ -147,15 +147,15 @@ class LoadedModel:
         max_new_tokens: int | None = None,
         **options: Any,
     ) -> str | list[str]:
-        """The answer to a question, or to a conversation of `{"role": ..., "content": ...}` messages.
+        """Return the answer to a question, or to a conversation of `{"role": ..., "content": ...}` messages.
 
-        Several answers, as `num_return_sequences` asks for, come back as a list. An answer ends with the token that
-        ends a turn in the chat template, whatever end token the model's files name.
+        Several answers (`num_return_sequences`) are returned as a list. An answer ends at the token that ends a turn in
+        the chat template, also if the model's files name another end token.
 
         Args:
-            message: A text, or messages. Their content is a text, a list of parts (`{"type": "text", "text": ...}`), or
-                absent beside `tool_calls`.
-            max_new_tokens: `None` is what was planned for.
+            message: A text, or messages. The content of a message is a text or a list of parts (`{"type": "text",
+                "text": ...}`); it may be absent beside `tool_calls`.
+            max_new_tokens: `None` is the planned number.
             **options: Arguments of the chat template (`tools`, `enable_thinking`, `chat_template`, ..., or a dict of
                 them as `chat_template_kwargs`), and of `transformers`' `generate` (`temperature`, `stop_strings`, ...).
                 `seed` makes sampling reproducible. `temperature=0` is greedy; other options of sampling imply
@@ -164,12 +164,12 @@ class LoadedModel:
         Raises:
             DoesNotFitError: the conversation is longer than planned, and does not fit the budget.
             WorkloadError: it does not fit the model's positions, the template refuses it, or an option is out of range.
-            UnknownNameError: an option that neither the template nor `generate` takes.
+            UnknownNameError: neither the template nor `generate` accepts an option.
             CheckpointError: the template is missing or broken, or the tokenizer has tokens that the model lacks.
             ConfigError: a setting of generation_config.json cannot be run.
             NotFiniteError: the logits are NaN or infinite.
-            NotSupportedError: an option takes memory that no plan counts.
-            GenerationStoppedError: `stop()` or `close()` was called in the meantime.
+            NotSupportedError: an option needs memory that no plan counts.
+            GenerationStoppedError: `stop()` or `close()` was called during the generation.
         """
         prompt = self._prompts.of_conversation(self.model, message, system, max_new_tokens, options)
         answers = self._answers(prompt)
@@ -178,9 +178,9 @@ class LoadedModel:
     def generate(
         self, prompt: str | Sequence[str], *, max_new_tokens: int | None = None, **options: Any
     ) -> str | list[str]:
-        """The text that continues a prompt, or a list of them as one batch; without the prompt itself.
+        """Return the text that continues a prompt, or a list of prompts as one batch, without the prompt itself.
 
-        Several answers to a prompt come back as a list; those to a list of prompts follow each other in one list.
+        Several answers to a prompt are returned as a list. Those to several prompts are in one list, in order.
 
         Raises:
             QwenVramError: as for `chat`.
@@ -198,16 +198,16 @@ class LoadedModel:
         max_new_tokens: int | None = None,
         **options: Any,
     ) -> AnswerStream:
-        """The answer to a question or a conversation, piece by piece as it is made.
+        """Return the answer to a question or a conversation as a stream of pieces while it is generated.
 
-        The first piece that is read starts the generation. It goes on by itself, whether more is read or not: leaving
-        the loop early, dropping the stream, or its `close()`, which any thread may call, stops it. A `streamer` among
-        the options gets the tokens too. Beams and several answers are refused.
+        The first read starts the generation, which continues without further reads. It stops if the loop is left early,
+        if the stream is dropped, or by its `close()`, which any thread may call. A `streamer` among the options gets
+        the tokens too. Beams and several answers are refused.
 
         Raises:
             DoesNotFitError: as for `chat`, before the first piece.
-            GenerationStoppedError, NotFiniteError: as for `chat`, after the last piece that was made.
-            QwenVramError: as for `chat`, at once.
+            GenerationStoppedError, NotFiniteError: as for `chat`, after the last generated piece.
+            QwenVramError: as for `chat`, immediately.
         """
         prompt = self._prompts.of_conversation(self.model, message, system, max_new_tokens, options, streamed=True)
         own = prompt.options.get("streamer")
@@ -219,20 +219,20 @@ class LoadedModel:
         return AnswerStream(self.tokenizer, make)
 
     def new_cache(self, *, max_length: int) -> Cache:
-        """A preallocated cache of `max_length` tokens, where the plan has it, for `generate(past_key_values=...)`.
+        """Return a preallocated cache of `max_length` tokens for `generate(past_key_values=...)`, on the plan's device.
 
-        Where decode steps are compiled, it has the memory that the plan counts for as long as it lives, if that is
-        long enough; whatever else is generated meanwhile takes memory of its own.
+        If decode steps are captured, the cache uses the memory that the plan counts, if that is long enough, until it
+        is freed. Other generations meanwhile take additional memory.
 
         Raises:
-            WorkloadError: `max_length` is no positive number.
+            WorkloadError: `max_length` is not a positive number.
             QwenVramError: the model is closed.
         """
         assert self.model is not None
         return self._generations.new_cache(max_length=max_length)
 
     def report(self) -> Report:
-        """Predicted beside measured, part by part: the load, and the last generation and its times if there is one."""
+        """Return predicted and measured memory, part by part: the load, and the last generation with its times."""
         made = self._generations
         return Report.of(made.prediction(), made.measured, ReportedTimes.of(self.plan, made.timed))
 
@@ -244,21 +244,21 @@ class LoadedModel:
         overwrite: bool = False,
         progress: bool = True,
     ) -> SaveReport:
-        """Write the quantized weights as they are: a checkpoint that loads without the 16-bit file, bit for bit.
+        """Write the quantized weights: a checkpoint that loads without the 16-bit file, bit for bit.
 
-        `load()` takes it with no knob, `transformers` with `from_pretrained`. A table on the host is in it too. One
-        tensor at a time passes through the host. Nothing appears at `out` before all is there, and then all at once. It
-        takes a turn, as a generation does, and cannot be stopped by `stop()`.
+        `load()` loads it without a knob, and `transformers` with `from_pretrained`. It includes embeddings on the host.
+        One tensor at a time is copied through the host. The output appears at `out` only when it is complete. Saving
+        takes a turn like a generation, and `stop()` does not stop it.
 
         Args:
             out: A new folder.
-            max_shard_size: The most tensor data in one file, a single larger module apart.
-            overwrite: Replace a checkpoint that is at `out`; it stays there until the new one is complete.
+            max_shard_size: The most tensor data in one file, except for a single larger module.
+            overwrite: Replace a checkpoint at `out`; it stays there until the new one is complete.
             progress: Show a bar on standard error.
 
         Raises:
             NotSupportedError: the weights are not quantized, their backend cannot save, or an adapter is on the model.
-            CheckpointError: `out` exists, holds what is read, or its disk is too full or fails.
+            CheckpointError: `out` exists or contains the source, or its disk is too full or fails.
         """
         architecture = self.plan.estimate.architecture
         assert architecture is not None
@@ -283,10 +283,10 @@ class LoadedModel:
         batch_size: int | None = None,
         steps: int | None = None,
     ) -> Report:
-        """Generate from random tokens, to the last one, and compare what it took with what was predicted.
+        """Generate from random tokens to the last planned one, and compare the memory with the prediction.
 
         Args:
-            prompt_len, max_new_tokens, batch_size: `None` is what was planned for.
+            prompt_len, max_new_tokens, batch_size: `None` is the planned number.
             steps: Stop after this many tokens, with a cache that holds all of them.
 
         Raises:
@@ -306,7 +306,7 @@ class LoadedModel:
         if planned.padded:
             inputs["attention_mask"][0, 0] = 0
         stop = StoppingCriteriaList([MaxLengthCriteria(shape[1] + steps)])
-        alone = {"num_beams": 1, "num_return_sequences": 1, "stop_strings": None}  # whatever the model's files say
+        alone = {"num_beams": 1, "num_return_sequences": 1, "stop_strings": None}  # over the model's files
         options = {**alone, "do_sample": False, "min_new_tokens": steps, "stopping_criteria": stop}
         self._generate(inputs, new, options)
         return self.report()

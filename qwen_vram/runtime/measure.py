@@ -1,4 +1,4 @@
-"""Measuring: what a loaded model really takes, part by part, beside what was predicted."""
+"""Measured memory of a loaded model, part by part, compared with the prediction."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ PARTS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """Predicted beside measured, part by part, for the last generation (or for the load alone before the first).
+    """Predicted and measured memory, part by part, of the last generation, or of the load before the first one.
 
     Attributes:
         estimate: The prediction for the workload that ran.
         measured: Bytes by part; a part that cannot be measured here (peaks on the CPU) is absent.
-        devices: The same of each of several GPUs, by its number; the parts above are then sums.
-        times: Of the last generation; `None` before the first.
+        devices: The report of each of several GPUs, by its number; the parts above are then sums.
+        times: Times of the last generation; `None` before the first.
     """
 
     estimate: Estimate
@@ -51,7 +51,7 @@ class Report:
         measured: Mapping[torch.device, dict[str, int]],
         times: ReportedTimes | None = None,
     ) -> Report:
-        """What was measured on each device beside the estimate of its part."""
+        """Return the report of the measured bytes of each device, with the estimate of its part."""
         if not estimate.devices:
             (alone,) = measured.values()
             return cls(estimate=estimate, measured=alone, times=times)
@@ -64,12 +64,12 @@ class Report:
         return cls(estimate=estimate, measured=sums, devices=devices, times=times)
 
     def lines(self) -> Iterator[tuple[str, int, int | None]]:
-        """Part, predicted bytes, measured bytes or `None`."""
+        """Yield part, predicted bytes, and measured bytes or `None`."""
         for part in PARTS:
             yield part, getattr(self.estimate, part), self.measured.get(part)
 
     def to_dict(self) -> dict[str, Any]:
-        """Predicted and measured bytes by part, as plain data; of several GPUs each one's under `devices` too.
+        """Return predicted and measured bytes by part, as plain data, with each of several GPUs under `devices`.
 
         The last generation's milliseconds are under `times`.
         """
@@ -82,7 +82,7 @@ class Report:
         return {**parts, "devices": each} if each else parts
 
     def __str__(self) -> str:
-        """A table with the error of each prediction; parts that were not measured are left out."""
+        """Return a table with the error of each prediction; parts that were not measured are left out."""
         rows = [f"{'':15}{'predicted':>16}{'measured':>16}{'':>12}{'error':>9}"]
         unmeasured = []
         for part, predicted, measured in self.lines():
@@ -101,18 +101,18 @@ class Report:
 
 
 def weight_storages(model: nn.Module, backend: Backend, device: torch.device | None = None) -> dict[str, int]:
-    """Bytes of every weight's real storages by its name in the checkpoint, quantization state included.
+    """Return the bytes of every weight's storages by its name in the checkpoint, with quantization state.
 
-    Those on `device` alone, where one is given.
-    A tensor that two modules share is counted under its first name. Tables on the host are left out; buffers that are
-    no weights (rotary frequencies) too.
+    If `device` is given, only storages on it are counted.
+    A tensor that two modules share is counted under its first name. Embeddings on the host are left out, and buffers
+    that are not weights (rotary frequencies) too.
     """
     seen: set[int] = set()
     sizes: dict[str, int] = {}
     for module_name, module in model.named_modules(remove_duplicate=False):
         tensors = {name: [parameter.data] for name, parameter in module.named_parameters(recurse=False)}
         beside = backend.storages(module) if next(module.children(), None) is None else []
-        if beside:  # the whole weight, where a format keeps all of it in buffers
+        if beside:  # the whole weight, if a format keeps all of it in buffers
             tensors.setdefault("weight", []).extend(beside)
         for name, parts in tensors.items():
             size = 0
@@ -127,12 +127,12 @@ def weight_storages(model: nn.Module, backend: Backend, device: torch.device | N
 
 
 def host_bytes(model: nn.Module) -> int:
-    """Bytes of embedding tables that stay on the host."""
+    """Return the bytes of embeddings that stay on the host."""
     return sum(module.weight.nbytes for module in model.modules() if isinstance(module, HostEmbedding))
 
 
 class PeakMeter:
-    """Device memory of this process between `start()` and `stop()`; all zeros off CUDA."""
+    """Meter of this process's device memory between `start()` and `stop()`; it measures nothing outside CUDA."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -140,14 +140,14 @@ class PeakMeter:
         self.before = 0
 
     def start(self) -> None:
-        """Begin: forget earlier peaks and note what is allocated."""
+        """Reset earlier peaks and note the allocated bytes."""
         if self.cuda:
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
             self.before = torch.cuda.memory_allocated(self.device)
 
     def stop(self) -> dict[str, int]:
-        """End: peak allocated and reserved, and what nvidia-smi shows where the driver tells; empty off CUDA."""
+        """Return peak allocated and reserved bytes, and the process memory if the driver tells; empty outside CUDA."""
         if not self.cuda:
             return {}
         torch.cuda.synchronize(self.device)
@@ -159,14 +159,14 @@ class PeakMeter:
         return found if process is None else {**found, "process_total": process}
 
     def allocated(self) -> int:
-        """Bytes allocated now."""
+        """Return the bytes allocated now."""
         return torch.cuda.memory_allocated(self.device) if self.cuda else 0
 
 
 def process_bytes(device: torch.device) -> int | None:
-    """What nvidia-smi shows for this process on `device`; `None` where the driver does not tell.
+    """Return the memory of this process on `device` by nvidia-smi; `None` if the driver does not tell.
 
-    Where process numbers are hidden (containers), the whole card's figure is taken if one process alone is on it.
+    If process numbers are hidden (containers), the GPU's total is used if at most one process is on it.
     """
     try:
         import pynvml

@@ -50,7 +50,7 @@ def check_values(adapter: Adapter, dtype: torch.dtype) -> None:
     """Refuse values that are not finite, or that the model's dtype cannot hold.
 
     Raises:
-        AdapterError: there is one; it names the tensor.
+        AdapterError: there is such a value; the error names its tensor.
     """
     from safetensors import safe_open
 
@@ -75,12 +75,12 @@ def _not_held(adapter: Adapter, key: str, values: torch.Tensor, dtype: torch.dty
 
 
 def open_adapters_tokenizer(base: Path, adapters: Sequence[Path], *, rows: int) -> tuple[TokenizerFiles, Any | None]:
-    """Choose the tokenizer for `base` with `checkpoints.adapters` on it, and open it if it is an adapter's.
+    """Choose the tokenizer for `base` with `adapters`, and open it if it is that of an adapter.
 
     An adapter's tokenizer that cannot be read is left out, with a warning in the log.
 
     Args:
-        rows: Rows of the token table.
+        rows: Rows of the token embeddings.
     """
     chosen = tokenizer_files(base, adapters, rows=rows)
     if chosen.source == base:
@@ -106,16 +106,16 @@ def end_at(model: nn.Module, end_token_ids: tuple[int, ...]) -> None:
 def add_adapter(model: nn.Module, adapter: Adapter, dtype: torch.dtype) -> nn.Module:
     """Return a `PeftModel` of `model` and `adapter`.
 
-    PEFT keeps adapters in float32 by default, and casts every input to that; here they take the model's dtype, as the
-    estimator counts them. Every factor comes from the file, so that none is initialized, unless that changes the base.
+    PEFT keeps adapters in float32 by default, and casts every input. Here adapters have the model's dtype, as the
+    estimator counts them. Every factor is in the file, so no factor is initialized, unless that changes the base.
     """
     from peft import PeftModel
 
     if find_spec("gptqmodel") is not None:
-        import_quietly()  # or PEFT would, for any adapter
+        import_quietly()  # otherwise PEFT would import it, for any adapter
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Found missing adapter keys")  # the table's, as the others were checked
+        warnings.filterwarnings("ignore", "Found missing adapter keys")  # of the embeddings; the others were checked
         adapted: nn.Module = PeftModel.from_pretrained(
             model, adapter.folder, config=_config(adapter), autocast_adapter_dtype=False, key_mapping=KEY_MAPPING
         )
@@ -127,9 +127,9 @@ def add_adapter(model: nn.Module, adapter: Adapter, dtype: torch.dtype) -> nn.Mo
 
 
 def _fill_table(adapted: nn.Module, adapter: Adapter) -> None:
-    """Give the token table its factors where its weight is named as a parameter.
+    """Give the token embeddings their factors if their weight is named as a parameter.
 
-    PEFT saves those of a matrix, and an embedding looks up the columns of its first factor.
+    PEFT saves factors of a matrix, but an embedding looks up the columns of its first factor.
     """
     from safetensors import safe_open
 
@@ -143,20 +143,20 @@ def _fill_table(adapted: nn.Module, adapter: Adapter) -> None:
 
 
 def _config(adapter: Adapter) -> Any:
-    """The adapter's `LoraConfig`, with PEFT's own layers for what is plain LoRA outside training."""
+    """Return the adapter's `LoraConfig`, with PEFT's own layers for variants that are plain LoRA outside training."""
     from peft import LoraConfig
 
     config = LoraConfig.from_pretrained(str(adapter.folder))
     config.inference_mode = True
-    config.velora_config = config.monteclora_config = None  # or PEFT would keep their buffers, which nothing reads
-    config.use_qalora = False  # the factors are of whole inputs, as was checked
-    config.layer_replication = None  # the layers are the base's own, as was checked, and PEFT would copy their modules
+    config.velora_config = config.monteclora_config = None  # PEFT would keep their buffers, which nothing reads
+    config.use_qalora = False  # the check before ensures factors of whole inputs
+    config.layer_replication = None  # checked; the layers exist, and PEFT would copy them
     settings = adapter.settings
     if not settings.mutates_base:
         config.init_lora_weights = True
     if settings.targets.modules is None or settings.targets.weights:
-        # PEFT would take a default of its own in place of no targets, and compute a whole matrix anew in every step for
-        # a weight that is named as a parameter. Of such a table it leaves the tied head alone, of an embedding not.
+        # PEFT would replace missing targets by a default, and compute a whole matrix in every step for a weight that is
+        # named as a parameter. It does not change the head that is tied to such a weight, unlike that of a module.
         factors = {module: tensors.factors for module, tensors in adapter.modules.items() if tensors.factors}
         config.target_modules, config.target_parameters = set(factors), None
         if settings.targets.name_weight(EMBEDDING):

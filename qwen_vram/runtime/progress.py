@@ -1,4 +1,4 @@
-"""Progress on standard error: our bar over bytes, and those of `transformers`."""
+"""Progress bars on standard error: ours over bytes, and those of `transformers`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @contextmanager
 def progress_bar(label: str, total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A bar of `total` bytes; what it gives is called, by any thread, with the bytes that were dealt with."""
+    """Show a bar of `total` bytes; give a function that any thread calls with the number of processed bytes."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
@@ -21,7 +21,7 @@ def progress_bar(label: str, total: int, *, shown: bool) -> Iterator[Callable[[i
 
 @contextmanager
 def transformers_bars(shown: bool) -> Iterator[Callable[..., Any]]:
-    """Have `transformers` show its bars, or not; gives its `tqdm`."""
+    """Show or hide the bars of `transformers`; give its `tqdm`."""
     from transformers.utils import logging
 
     was_shown = logging.is_progress_bar_enabled()

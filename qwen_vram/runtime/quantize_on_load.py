@@ -1,6 +1,6 @@
-"""Quantizing each matrix as it arrives from the checkpoint, through `transformers`' own loading.
+"""Quantization of each matrix while `transformers` loads the checkpoint.
 
-Source of what is called when: transformers 5.17 and 5.23, quantizers/base.py and core_model_loading.py.
+Source of the order of calls: transformers 5.17 and 5.23, quantizers/base.py and core_model_loading.py.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LINEARS: dict[str, type[WeightOnlyLinear]] = {cls.format: cls for cls in (Int4Li
 
 @register_quantization_config(OWN_METHOD)
 class WeightOnlyConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """`quantization_config` of a model in `weights`, a storage format."""
+    """`quantization_config` of a model whose `weights` have a storage format."""
 
     def __init__(self, weights: str, modules_to_not_convert: list[str], **_: Any) -> None:
         self.quant_method = OWN_METHOD
@@ -34,7 +34,7 @@ class WeightOnlyConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 @register_quantizer(OWN_METHOD)
 class WeightOnlyQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Replaces linear layers on the meta device, and quantizes their matrices one by one on their devices."""
+    """Quantizer that replaces linear layers on the meta device, and quantizes their matrices on their devices."""
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
         config = self.quantization_config
@@ -50,39 +50,39 @@ class WeightOnlyQuantizer(HfQuantizer):  # type: ignore[misc]
                 module.loaded = True
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
-        """A matrix whose layer was replaced."""
+        """Tell if the parameter is a matrix whose layer was replaced."""
         module = param_name.removesuffix(".weight")
         quantized = module != param_name and isinstance(model.get_submodule(module), WeightOnlyLinear)
         return quantized and not self.pre_quantized
 
     def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:
-        """Bytes of one element as it will be stored, for the room that is taken before loading."""
+        """Return the stored bytes of one element, for the memory that is allocated before loading."""
         if self.param_needs_quantization(model, param_name):
             return FORMATS[self.quantization_config.weights].bits / 8
         return param.element_size()
 
     def get_quantize_ops(self) -> ConversionOps:
-        """What makes codes of an arriving matrix."""
+        """Return the operation that quantizes a matrix."""
         return _Quantize()
 
     def is_serializable(self) -> bool:
-        """`state_dict()` has codes in the order that checkpoints have."""
+        """Return true: `state_dict()` has codes in the order of checkpoints."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Adapters beside it are."""
+        """True, because adapters beside the weights can be trained."""
         return True
 
     @property
     def is_compileable(self) -> bool:
-        """Nothing waits for the GPU."""
+        """True, because products do not wait for the GPU."""
         return True
 
 
 class _Quantize(ConversionOps):  # type: ignore[misc]
     def convert(self, input_dict: dict[str, Any], model: nn.Module | None = None, **_: Any) -> dict[str, Tensor]:
-        """The tensors that take the place of one matrix, by name."""
+        """Return the tensors that replace one matrix, by name."""
         assert model is not None
         ((name, value),) = input_dict.items()
         module = name.rpartition(".")[0]

@@ -1,4 +1,4 @@
-"""A generation's times in a report: predicted for this plan's machine beside what the clock says."""
+"""Predicted and measured times of a generation, for reports."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from qwen_vram.runtime.scheduling.clock import Timed
 
 
 class ReportedTimes(NamedTuple):
-    """The times that were predicted for the generation that ran, and those measured."""
+    """The predicted and the measured times of a generation."""
 
     predicted: Times
     measured: Timed
 
     @classmethod
     def of(cls, plan: Plan, timed: Timed | None) -> ReportedTimes | None:
-        """The times of the last generation; `None` before the first."""
+        """Return the times of the last generation; `None` before the first."""
         known = plan.estimate
         if timed is None or known.architecture is None:
             return None
@@ -26,7 +26,7 @@ class ReportedTimes(NamedTuple):
         return cls(predict_times(*what, on_cpu=plan.on_cpu), timed)
 
     def to_dict(self) -> dict[str, Any]:
-        """Predicted and measured milliseconds by figure, and whose rates the prediction has."""
+        """Return predicted and measured milliseconds by figure, and the machine of the prediction."""
         return {
             **{name: {"predicted": predicted, "measured": measured} for name, predicted, measured in self._figures()},
             "machine": self.predicted.machine,
@@ -34,7 +34,7 @@ class ReportedTimes(NamedTuple):
         }
 
     def lines(self) -> list[str]:
-        """Rows of the report's table, and the machine; without a second token there is no time for each."""
+        """Return rows of the report's table, and the machine; the time per token is missing without a second token."""
         labels = {"ms_per_token": "ms a token", "first_token_ms": "first token, ms"}
         rows = [
             f"{labels[name]:15}{predicted:>16,.1f}{measured:>16,.1f}{'':>12}{(predicted - measured) / measured:>+9.1%}"

@@ -1,4 +1,4 @@
-"""The published dense Qwen2.5 and Qwen3 checkpoints, found by name. The rows are in `catalog_rows`."""
+"""The catalog: published dense Qwen2.5 and Qwen3 checkpoints, found by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Published dense Qwen2.5 and Qwen3 checkpoints, with the numbers of their ``config.json``.
+"""Rows of the catalog: checkpoints with the numbers of their config.json.
 
 Every number is meant to be the one in the named repository's own ``config.json`` (branch ``main``); shapes are held
 against the published parameter totals by a test, positions were read in stored copies and transcriptions. Only

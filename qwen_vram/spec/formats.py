@@ -1,4 +1,4 @@
-"""Storage formats: the bytes that a weight takes, as sums that a reviewer checks by eye.
+"""Storage formats: the bytes of a weight as sums that are checked by eye.
 
 Knows nothing of torch or of the library that writes a format; `runtime.backends` joins the two by the format's name,
 and a test holds every sum against the storages that the real library makes.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+from qwen_vram.dtypes import BF16, FP16, FP32
 from qwen_vram.errors import ConfigError, UnknownNameError
 
 FormatName = Literal[
@@ -15,9 +16,24 @@ FormatName = Literal[
     "fp8", "gptq", "awq", "fp8-block", "compressed-tensors",
 ]  # fmt: skip
 Of = Literal["weights", "rows", "columns", "row_groups", "tensor"]
+# What multiplies by a matrix: 16- or 32-bit products; bitsandbytes' 4-bit or 8-bit kernels; torch's own int4 kernel;
+# tiles that are dequantized by torch's operators; GPTQModel's kernels; or a backend of another package.
+KernelName = Literal["dense", "bnb-4bit", "bnb-int8", "tinygemm", "dequantized", "gptqmodel", "plugged"]
 
 # torch's caching allocator hands out multiples of this. Source: c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize.
 ALLOCATION_STEP = 512
+
+# bitsandbytes' 4-bit layout: weights that share a block maximum; maxima that share one of their own where they are
+# quantized too (double quantization); and what a table of codes takes, 16 or 256 values in float32.
+# Source: bitsandbytes 0.50.2, functional.py, quantize_4bit (blocksize=64), quantize_blockwise and QuantState.
+BLOCK = 64
+NESTED_BLOCK = 256
+QUANT_TYPES = ("nf4", "fp4")
+# Rows that share a block of the CPU's 4-bit kernel. Source: bitsandbytes 0.50.2, functional.py,
+# _convert_weight_packed_for_cpu (block_n).
+PACKED_ROWS = 32
+_CODE_TABLE = 16 * FP32.nbytes
+_NESTED_CODE_TABLE = 256 * FP32.nbytes
 
 
 class Part(NamedTuple):
@@ -35,22 +51,79 @@ class StorageFormat(NamedTuple):
     Attributes:
         parts: What is stored, in storage order; empty where only a checkpoint's headers say it.
         bits: Code bits per weight, scales not counted; 0 where only a checkpoint's headers say it.
+        kernel: What multiplies by it.
         group_size: Weights that share a scale, where they do so along a row; 0 otherwise.
-        library: The library that writes and runs it; empty for plain dtypes.
+        few_rows: This library's own kernels multiply one to eight rows by it on a GPU.
         multiples: What a matrix's rows and columns must be multiples of.
     """
 
     name: str
     parts: tuple[Part, ...]
     bits: int
+    kernel: KernelName
     group_size: int = 0
-    library: str = ""
     multiples: tuple[int, int] = (1, 1)
+    few_rows: bool = False
 
     @property
     def is_dense(self) -> bool:
         """Tell if it is a plain dtype that needs no dequantization."""
-        return not self.library
+        return self.kernel == "dense"
+
+    @property
+    def is_16_bit(self) -> bool:
+        """Tell if it is a plain dtype of 16 bits."""
+        return self.is_dense and self.bits == 16
+
+    @property
+    def is_bnb_4bit(self) -> bool:
+        """Tell if bitsandbytes' 4-bit kernels multiply by it."""
+        return self.kernel == "bnb-4bit"
+
+    @property
+    def has_outliers(self) -> bool:
+        """Tell if products take outlier columns of the input apart, and wait for their count: bitsandbytes' int8."""
+        return self.kernel == "bnb-int8"
+
+    @property
+    def is_bnb(self) -> bool:
+        """Tell if bitsandbytes writes and runs it."""
+        return self.is_bnb_4bit or self.has_outliers
+
+    @property
+    def is_tinygemm(self) -> bool:
+        """Tell if torch's own int4 kernel multiplies by it, and tiles are dequantized for many rows alone."""
+        return self.kernel == "tinygemm"
+
+    @property
+    def is_dequantized(self) -> bool:
+        """Tell if torch's operators dequantize it by tiles for products of any number of rows."""
+        return self.kernel == "dequantized"
+
+    @property
+    def is_weight_only(self) -> bool:
+        """Tell if it runs on torch's own operators."""
+        return self.is_tinygemm or self.is_dequantized
+
+    @property
+    def is_gptqmodel(self) -> bool:
+        """Tell if GPTQModel runs it: it loads as it is stored, and is never made while a checkpoint loads."""
+        return self.kernel == "gptqmodel"
+
+    @property
+    def is_awq(self) -> bool:
+        """Tell if AWQ made its codes."""
+        return self.name == "awq"
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Tell if sample texts decide its codes."""
+        return self.is_gptqmodel and bool(self.parts)
+
+    @property
+    def is_quantized_on_load(self) -> bool:
+        """Tell if a 16-bit checkpoint is quantized to it while it loads, and its sums say every matrix's bytes."""
+        return self.is_bnb or self.is_weight_only
 
     @property
     def is_double(self) -> bool:
@@ -58,14 +131,29 @@ class StorageFormat(NamedTuple):
         return any(part.name == "offset" for part in self.parts)
 
     @property
+    def is_float(self) -> bool:
+        """Tell if codes of one byte are floating-point numbers."""
+        return self.name == "fp8"
+
+    @property
     def streams(self) -> bool:
         """Tell if layers in it can stay off the device: their backend says how they are moved."""
-        return self.library in ("", "bitsandbytes")
+        return self.is_dense or self.is_bnb
 
     @property
     def is_plugged(self) -> bool:
         """Tell if this library counts it and another package's backend would load it."""
-        return self.library in ("kernels", "compressed-tensors")
+        return self.kernel == "plugged"
+
+    @property
+    def library(self) -> str:
+        """The library that writes and runs it; empty for plain dtypes, and for what no backend here runs."""
+        return "bitsandbytes" if self.is_bnb else "torch" if self.is_weight_only else "gptqmodel" * self.is_gptqmodel
+
+    @property
+    def quant_type(self) -> str:
+        """Bitsandbytes' name of its 4-bit codes, without what is stored beside them."""
+        return self.name.removesuffix("-plain")
 
     def part_sizes(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Bytes of each part for a tensor of `shape`, `(rows, columns)` or one dimension. Exact.
@@ -103,32 +191,45 @@ class StorageFormat(NamedTuple):
         """
         return sum(self.part_sizes(shape))
 
+    def sizes(self, shape: tuple[int, ...]) -> dict[str, int]:
+        """Bytes of each part by its name. Exact."""
+        return dict(zip((part.name for part in self.parts), self.part_sizes(shape), strict=True))
+
+
+def blocks(numel: int) -> int:
+    """Return the blocks of bitsandbytes' 4-bit layout that hold `numel` weights."""
+    return -(-numel // BLOCK)
+
+
+def is_packed(shape: tuple[int, ...]) -> bool:
+    """Tell if the CPU's 4-bit kernel takes a matrix of this shape, (rows, columns)."""
+    return shape[0] % PACKED_ROWS == 0 and shape[1] % BLOCK == 0
+
 
 _CODES4 = Part("weight", 1, 2, "weights")  # two 4-bit codes a byte
-# bitsandbytes, block of 64 weights; double quantization stores the block maxima in 8 bits, 256 to a block of their own.
-# Source: bitsandbytes 0.50.2 functional.py, quantize_4bit (blocksize=64) and QuantState.
-_CODE = Part("code", 64, 1, "tensor")  # 16 x fp32
+_CODE = Part("code", _CODE_TABLE, 1, "tensor")
 _DOUBLE = (
     _CODES4,
-    Part("absmax", 1, 64, "weights"),
-    Part("state2.absmax", 4, 64 * 256, "weights"),
-    Part("state2.code", 1024, 1, "tensor"),  # 256 x fp32
-    Part("offset", 4, 1, "tensor"),
+    Part("absmax", 1, BLOCK, "weights"),
+    Part("state2.absmax", FP32.nbytes, BLOCK * NESTED_BLOCK, "weights"),
+    Part("state2.code", _NESTED_CODE_TABLE, 1, "tensor"),
+    Part("offset", FP32.nbytes, 1, "tensor"),
     _CODE,
 )
-_SINGLE = (_CODES4, Part("absmax", 4, 64, "weights"), _CODE)
+_SINGLE = (_CODES4, Part("absmax", FP32.nbytes, BLOCK, "weights"), _CODE)
 
 FORMATS: dict[str, StorageFormat] = {
     row.name: row
     for row in (
-        StorageFormat("fp32", (Part("weight", 4, 1, "weights"),), 32),
-        StorageFormat("bf16", (Part("weight", 2, 1, "weights"),), 16),
-        StorageFormat("fp16", (Part("weight", 2, 1, "weights"),), 16),
-        StorageFormat("int8", (Part("weight", 1, 1, "weights"), Part("SCB", 4, 1, "rows")), 8, 0, "bitsandbytes"),
-        StorageFormat("nf4", _DOUBLE, 4, 0, "bitsandbytes"),
-        StorageFormat("nf4-plain", _SINGLE, 4, 0, "bitsandbytes"),
-        StorageFormat("fp4", _DOUBLE, 4, 0, "bitsandbytes"),
-        StorageFormat("fp4-plain", _SINGLE, 4, 0, "bitsandbytes"),
+        *(
+            StorageFormat(dtype.name, (Part("weight", dtype.nbytes, 1, "weights"),), dtype.bits, "dense")
+            for dtype in (FP32, BF16, FP16)
+        ),
+        StorageFormat("int8", (Part("weight", 1, 1, "weights"), Part("SCB", 4, 1, "rows")), 8, "bnb-int8"),
+        StorageFormat("nf4", _DOUBLE, 4, "bnb-4bit", few_rows=True),
+        StorageFormat("nf4-plain", _SINGLE, 4, "bnb-4bit", few_rows=True),
+        StorageFormat("fp4", _DOUBLE, 4, "bnb-4bit", few_rows=True),
+        StorageFormat("fp4-plain", _SINGLE, 4, "bnb-4bit", few_rows=True),
         # AutoGPTQ's layout, which GPTQModel writes too: int32 words, fp16 scales, one int32 a column for the order.
         StorageFormat(
             "gptq-int4",
@@ -139,8 +240,8 @@ FORMATS: dict[str, StorageFormat] = {
                 Part("g_idx", 4, 1, "columns"),
             ),
             4,
-            128,
             "gptqmodel",
+            128,
         ),
         StorageFormat(
             "gptq-int8",
@@ -151,18 +252,22 @@ FORMATS: dict[str, StorageFormat] = {
                 Part("g_idx", 4, 1, "columns"),
             ),
             8,
-            128,
             "gptqmodel",
+            128,
         ),
         # tinygemm: scale and zero in bf16 side by side. Source: torch's _weight_int4pack_mm, on the CPU too.
-        StorageFormat("int4", (_CODES4, Part("scales_and_zeros", 4, 1, "row_groups")), 4, 128, "torch", (16, 128)),
-        StorageFormat("int8-wo", (Part("weight", 1, 1, "weights"), Part("scale", 2, 1, "rows")), 8, 0, "torch"),
-        StorageFormat("fp8", (Part("weight", 1, 1, "weights"), Part("scale", 4, 1, "rows")), 8, 0, "torch"),
+        StorageFormat("int4", (_CODES4, Part("scales_and_zeros", 4, 1, "row_groups")), 4, "tinygemm", 128, (16, 128)),
+        StorageFormat(
+            "int8-wo", (Part("weight", 1, 1, "weights"), Part("scale", 2, 1, "rows")), 8, "dequantized", few_rows=True
+        ),
+        StorageFormat(
+            "fp8", (Part("weight", 1, 1, "weights"), Part("scale", 4, 1, "rows")), 8, "dequantized", few_rows=True
+        ),
         # What checkpoints are published in: bits, groups and skipped modules vary, so headers say the bytes (`stored`).
-        StorageFormat("gptq", (), 0, 0, "gptqmodel"),
-        StorageFormat("awq", (), 0, 0, "gptqmodel"),
-        StorageFormat("fp8-block", (), 0, 0, "kernels"),
-        StorageFormat("compressed-tensors", (), 0, 0, "compressed-tensors"),
+        StorageFormat("gptq", (), 0, "gptqmodel"),
+        StorageFormat("awq", (), 0, "gptqmodel"),
+        StorageFormat("fp8-block", (), 0, "plugged"),
+        StorageFormat("compressed-tensors", (), 0, "plugged"),
     )
 }
 FORMAT_NAMES = tuple(FORMATS)

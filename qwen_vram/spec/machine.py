@@ -1,4 +1,4 @@
-"""Machine: what a GPU and its driver take and how fast they move bytes; the stated defaults, until they are measured.
+"""A machine: memory of GPU and driver, and rates; defaults until they are measured.
 
 `qwen-vram calibrate` measures a machine, `machine_file` keeps it.
 """

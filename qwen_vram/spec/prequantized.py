@@ -1,4 +1,4 @@
-"""Checkpoints that are quantized already: their tensors' bytes by part.
+"""Bytes of a prequantized checkpoint's tensors, by part.
 
 It knows neither shapes nor files: `checkpoints.tensors.prequantized` reads these from config.json and the headers.
 """

@@ -1,15 +1,16 @@
-"""Profile: every knob that changes what a model takes, in one frozen object that estimator and loader share."""
+"""The profile: a frozen object of all knobs, shared by estimator and loader."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from qwen_vram.errors import UnknownNameError, WorkloadError
 from qwen_vram.spec.formats import FORMAT_NAMES, FORMATS, FormatName
+from qwen_vram.spec.kv_formats import KV_FORMAT_NAMES, KvFormat, KvFormatName, kv_format
+from qwen_vram.spec.rules.table import check_profile
 
 Device = Literal["device", "host"]
-KvFormat = Literal["bf16", "int8", "int4"]
 CacheKind = Literal["preallocated", "dynamic", "static"]
 Dequantization = Literal["whole", "tiled"]
 Attention = Literal["fused", "sdpa", "flash_attention_2", "eager"]
@@ -18,7 +19,7 @@ Kernels = Literal["plain", "fused"]
 CHOICES: dict[str, tuple[str, ...]] = {
     "weights": FORMAT_NAMES,
     "embeddings": get_args(Device),
-    "kv_cache": get_args(KvFormat),
+    "kv_cache": KV_FORMAT_NAMES,
     "kv_device": get_args(Device),
     "cache": get_args(CacheKind),
     "attention": get_args(Attention),
@@ -26,15 +27,46 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 CHOICES_OR_NONE: dict[str, tuple[str, ...]] = {"lm_head": FORMAT_NAMES, "dequantization": get_args(Dequantization)}
 
-# What a captured decode step can run with: all else waits for the host, or for another kernel.
-CAPTURED: dict[str, object] = {
-    "attention": "fused",
-    "kv_cache": "bf16",
-    "kv_device": "device",
-    "streamed_layers": 0,
-}
-# What a compiled one can run with.
-COMPILED: dict[str, object] = {**CAPTURED, "embeddings": "device"}
+# Numbers, and the least of each.
+COUNTS = {"prefill_chunk_size": 1, "streamed_layers": 0, "host_layers": 0, "disk_layers": 0}
+
+
+class Knob(NamedTuple):
+    """One knob of a profile; `Profile` says in its docstring what it is.
+
+    Attributes:
+        default: Its value in a profile that does not name it.
+        choices: The names that it takes; empty for numbers and flags.
+        least: The least number that it takes; `None` for names and flags.
+        may_be_none: `None` is a value of it.
+    """
+
+    name: str
+    default: object
+    choices: tuple[str, ...]
+    least: int | None
+    may_be_none: bool
+
+    def check(self, value: object) -> None:
+        """Refuse a value that no part of the library knows.
+
+        Raises:
+            UnknownNameError: a name that is none of the choices, or no flag.
+            WorkloadError: a number out of range.
+        """
+        if value is None and self.may_be_none:
+            return
+        if self.choices:
+            if value not in self.choices:
+                raise UnknownNameError(f"{self.name} in profile", value, self.choices)
+        elif self.least is None:
+            if not isinstance(value, bool):
+                raise UnknownNameError(f"{self.name} in profile", value, ("True", "False"))
+        elif isinstance(value, bool) or not isinstance(value, int) or value < self.least:
+            what = (
+                "a positive number of tokens or None" if self.may_be_none else f"a number of layers from {self.least}"
+            )
+            raise WorkloadError(f"{self.name} must be {what}, got {value!r}", name=self.name, got=value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +101,7 @@ class Profile:
     weights: FormatName = "bf16"
     lm_head: FormatName | None = None
     embeddings: Device = "device"
-    kv_cache: KvFormat = "bf16"
+    kv_cache: KvFormatName = "bf16"
     kv_device: Device = "device"
     cache: CacheKind = "dynamic"
     attention: Attention = "sdpa"
@@ -83,94 +115,20 @@ class Profile:
     compiled: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse every value that no part of the library knows."""
-        for knob, allowed in CHOICES.items():
-            value = getattr(self, knob)
-            if value not in allowed:
-                raise UnknownNameError(f"{knob} in profile", value, allowed)
-        for knob, allowed in CHOICES_OR_NONE.items():
-            value = getattr(self, knob)
-            if value is not None and value not in allowed:
-                raise UnknownNameError(f"{knob} in profile", value, allowed)
-        chunk = self.prefill_chunk_size
-        if chunk is not None and not _is_count(chunk, 1):
-            raise WorkloadError(
-                f"prefill_chunk_size must be a positive number of tokens or None, got {chunk!r}",
-                name="prefill_chunk_size",
-                got=chunk,
-            )
-        for knob in ("streamed_layers", "host_layers", "disk_layers"):
-            layers = getattr(self, knob)
-            if not _is_count(layers, 0):
-                raise WorkloadError(f"{knob} must be a number of layers from 0, got {layers!r}", name=knob, got=layers)
-        if self.disk_layers > self.streamed_layers:
-            raise WorkloadError(
-                f"disk_layers {self.disk_layers} is more than streamed_layers {self.streamed_layers}, of which it is a "
-                "part; stream at least that many",
-                name="disk_layers",
-                got=self.disk_layers,
-            )
-        if self.host_layers > self.streamed_layers - self.disk_layers:
-            raise WorkloadError(
-                f"host_layers {self.host_layers} is more than the {self.streamed_layers - self.disk_layers} of "
-                f"streamed_layers {self.streamed_layers} that are not on the disk, of which it is a part; stream more",
-                name="host_layers",
-                got=self.host_layers,
-            )
-        for knob in ("captured", "compiled"):
-            if not isinstance(getattr(self, knob), bool):
-                raise UnknownNameError(f"{knob} in profile", getattr(self, knob), ("True", "False"))
-        if self.kv_cache != "bf16" and self.cache != "preallocated":
-            raise WorkloadError(
-                f"kv_cache={self.kv_cache!r} needs cache='preallocated', got cache={self.cache!r}; set both",
-                name="kv_cache",
-                got=self.kv_cache,
-            )
-        if self.kv_device == "host" and self.cache != "preallocated":
-            raise WorkloadError(
-                f"kv_device='host' needs cache='preallocated', got cache={self.cache!r}; set both",
-                name="kv_device",
-                got=self.kv_device,
-            )
-        if self.kv_device == "host" and self.kv_cache != "bf16":
-            raise WorkloadError(
-                f"kv_device='host' needs kv_cache='bf16', got kv_cache={self.kv_cache!r}; change one of the two",
-                name="kv_device",
-                got=self.kv_device,
-            )
-        if self.captures:
-            self._check_captured("compiled" if self.compiled else "captured")
-
-    def _check_captured(self, knob: str) -> None:
-        """Refuse what steps that are captured (or compiled, by the name of the knob) cannot run with."""
-        if self.cache == "dynamic":
-            raise WorkloadError(
-                f"{knob}=True needs a cache of fixed size, got cache='dynamic'; set cache='static', or begin with "
-                "profile='speed'",
-                name=knob,
-                got=True,
-            )
-        runs_with = COMPILED if self.compiled else CAPTURED
-        others = {name: runs for name, runs in runs_with.items() if getattr(self, name) != runs}
-        if others:
-            needs = ", ".join(f"{name}={runs!r}" for name, runs in others.items())
-            got = ", ".join(f"{name}={getattr(self, name)!r}" for name in others)
-            raise WorkloadError(
-                f"{knob}=True needs {needs}, got {got}; change one side, or begin with profile='speed'",
-                name=knob,
-                got=True,
-            )
-        if "int8" in (self.weights, self.lm_head):
-            raise WorkloadError(
-                f"{knob}=True cannot go with 'int8', whose products wait for the GPU to count outliers; use 'int8-wo'",
-                name=knob,
-                got=True,
-            )
+        """Refuse every value that no part of the library knows, and knobs that exclude each other."""
+        for knob in KNOBS.values():
+            knob.check(getattr(self, knob.name))
+        check_profile(self)
 
     @property
     def captures(self) -> bool:
         """Tell if decode steps are captured as a CUDA graph: compiled ones are too."""
         return self.captured or self.compiled
+
+    @property
+    def kv_format(self) -> KvFormat:
+        """The row of the cache's element format."""
+        return kv_format(self.kv_cache)
 
     @property
     def dtype(self) -> FormatName:
@@ -180,7 +138,7 @@ class Profile:
     @property
     def tiles(self) -> bool:
         """Tell if matrices of bitsandbytes are multiplied by tiles."""
-        return self.dequantization == "tiled" or (self.dequantization is None and self.weights == "int8")
+        return self.dequantization == "tiled" or (self.dequantization is None and FORMATS[self.weights].has_outliers)
 
     @property
     def attends_whole(self) -> bool:
@@ -206,15 +164,17 @@ class Profile:
         """
         for knob in knobs:
             if knob not in KNOBS:
-                raise UnknownNameError("knob", knob, KNOBS)
+                raise UnknownNameError("knob", knob, tuple(KNOBS))
         return replace(self, name="custom", **knobs) if knobs else self  # type: ignore[arg-type]
 
 
-def _is_count(value: object, smallest: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= smallest
+def _knob(name: str, default: object) -> Knob:
+    choices = {**CHOICES, **CHOICES_OR_NONE}.get(name, ())
+    may_be_none = name in CHOICES_OR_NONE or default is None
+    return Knob(name, default, choices, COUNTS.get(name), may_be_none)
 
 
-KNOBS = tuple(field.name for field in fields(Profile) if field.name != "name")
+KNOBS = {field.name: _knob(field.name, field.default) for field in fields(Profile) if field.name != "name"}
 
 PROFILES: dict[str, Profile] = {
     row.name: row

@@ -1,4 +1,4 @@
-"""config.json's `quantization_config`: the method and storage format that it names, and the modules that it leaves out.
+"""`quantization_config` of config.json: method, format, and modules left out.
 
 Knows no tensors; `checkpoints.tensors.prequantized` holds them against what is read here.
 """
@@ -15,10 +15,11 @@ from qwen_vram.spec.formats import FORMATS, FormatName
 KEYS = ("quantization_config", "compression_config", "quantization")
 
 # quant_method of config.json -> storage format. Bits, groups and skipped modules vary, so that only headers say bytes.
+GPTQ, AWQ, BLOCK_FP8 = "gptq", "awq", "fp8"
 METHODS: dict[str, FormatName] = {
-    "gptq": "gptq",
-    "awq": "awq",
-    "fp8": "fp8-block",
+    GPTQ: "gptq",
+    AWQ: "awq",
+    BLOCK_FP8: "fp8-block",
     "compressed-tensors": "compressed-tensors",
 }
 # What this library writes itself, of formats on torch's own operators.
@@ -27,10 +28,7 @@ BITSANDBYTES = "bitsandbytes"
 # bitsandbytes' defaults. Source: transformers 5.23, BitsAndBytesConfig.
 _QUANT_TYPE = "fp4"
 _FOUR_BIT: dict[tuple[object, bool], FormatName] = {
-    ("nf4", True): "nf4",
-    ("nf4", False): "nf4-plain",
-    ("fp4", True): "fp4",
-    ("fp4", False): "fp4-plain",
+    (row.quant_type, row.is_double): cast("FormatName", name) for name, row in FORMATS.items() if row.is_bnb_4bit
 }
 
 
@@ -67,7 +65,7 @@ def stored_format(quantization: object) -> tuple[FormatName | None, bool]:
     settings, method = settings_of(quantization), method_of(quantization)
     if method == OWN_METHOD:
         own = settings.get("weights")
-        known = isinstance(own, str) and own in FORMATS and FORMATS[own].library == "torch"
+        known = isinstance(own, str) and own in FORMATS and FORMATS[own].is_weight_only
         return (cast("FormatName", own) if known else None), leaves_out_more(settings)
     if method != BITSANDBYTES:
         return METHODS.get(str(method)), True
@@ -85,7 +83,7 @@ def wrong_settings(quantization: object) -> str:
     """What is wrong with the block of bitsandbytes or of this library by itself; empty if nothing is."""
     settings, method = settings_of(quantization), method_of(quantization)
     if method == OWN_METHOD and stored_format(quantization)[0] is None:
-        own = ", ".join(name for name, storage in FORMATS.items() if storage.library == "torch")
+        own = ", ".join(name for name, storage in FORMATS.items() if storage.is_weight_only)
         return f"weights is {settings.get('weights')!r} in {KEYS[0]}; set the one that the tensors are in: {own}"
     if method == BITSANDBYTES:
         flags = [bool(settings.get(key)) for key in ("load_in_4bit", "load_in_8bit")]
@@ -142,7 +140,7 @@ def leaving_out(quantization: object, module: str) -> str:
             return key
     if module == "lm_head":
         return "lm_head"
-    if method == "gptq":
+    if method == GPTQ:
         named = _names(settings.get("modules_in_block_to_quantize"))
         if named and not module.endswith(tuple(named)):
             return "modules_in_block_to_quantize"

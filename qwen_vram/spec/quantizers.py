@@ -1,4 +1,4 @@
-"""Libraries that quantize checkpoints, by `quant_method`, and what runs those that are not loaded here."""
+"""Libraries that quantize checkpoints, by `quant_method`, with what loads them."""
 
 from __future__ import annotations
 

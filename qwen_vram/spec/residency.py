@@ -1,4 +1,4 @@
-"""Residency: where each decoder layer, the token table and the head live by a profile. Estimator and loader read it."""
+"""Location of each decoder layer, the embeddings and the head, by a profile."""
 
 from __future__ import annotations
 

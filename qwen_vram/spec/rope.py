@@ -1,4 +1,4 @@
-"""Rotary positions: what config.json says of them, under its keys of `transformers` 4 or 5, and how to stretch them."""
+"""Rotary positions of config.json (`transformers` 4 and 5), and how to extend them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,23 @@ DEFAULT_THETA = 10_000.0
 KINDS = ("default", "linear", "dynamic", "proportional", "yarn", "llama3", "longrope")
 _WITH_ORIGINAL = ("yarn", "llama3", "longrope")
 _ORIGINAL = "original_max_position_embeddings"
-# Qwen3's 40,960 positions are 32,768 that it was trained on and 8,192 for a prompt.
-# Source: Qwen3's model cards, "Processing Long Texts".
-_NATIVE = {("qwen3", 40_960): 32_768}
-# Source: the same cards, and those of Qwen2.5.
-_LARGEST_PUBLISHED_FACTOR = 4
+
+
+class RopeRules(NamedTuple):
+    """What a family's publisher says of its positions.
+
+    Attributes:
+        publisher: Who that is.
+        native: The length that a model was trained for, by `max_position_embeddings`, if that is another one.
+        yarn: The largest factor of YaRN that is published; 0 if YaRN is not proposed.
+        trained: The kinds of positions that models were trained with: they stretch nothing past
+            `max_position_embeddings`.
+    """
+
+    publisher: str = ""
+    native: Mapping[int, int] = {}
+    yarn: int = 0
+    trained: tuple[str, ...] = ()
 
 
 class Rope(NamedTuple):
@@ -34,6 +46,8 @@ class Rope(NamedTuple):
         theta_inside: Whether `rope_theta` is written in that object, not beside it.
         rest: Other entries of that object.
         window: The tokens that the model attends to without dual chunk attention; `None` if it has none.
+        trained: The model was trained with this entry, which then stretches nothing.
+        publisher, yarn: As for `RopeRules`.
         notes: What is worth a warning, whatever the workload.
     """
 
@@ -47,11 +61,14 @@ class Rope(NamedTuple):
     rest: tuple[tuple[str, object], ...] = ()
     window: int | None = None
     notes: tuple[str, ...] = ()
+    trained: bool = False
+    publisher: str = ""
+    yarn: int = 0
 
     @property
     def reach(self) -> int:
         """The positions that the model may be used with, a stretch included."""
-        return max(self.positions, int(self.factor * self.native))
+        return self.positions if self.trained else max(self.positions, int(self.factor * self.native))
 
     def block(self, context_len: int) -> str:
         """The entry of config.json, as JSON, that stretches the positions to `context_len` tokens by YaRN."""
@@ -61,8 +78,10 @@ class Rope(NamedTuple):
 
     def advice(self, context_len: int) -> str:
         """How to run `context_len` tokens, which are past the model's positions."""
-        far = context_len > _LARGEST_PUBLISHED_FACTOR * self.native
-        doubt = f" (Qwen publishes factors up to {_LARGEST_PUBLISHED_FACTOR}; answers may suffer)" if far else ""
+        if not self.yarn:
+            return "shorten one of them"
+        far = context_len > self.yarn * self.native
+        doubt = f" ({self.publisher} publishes factors up to {self.yarn}; answers may suffer)" if far else ""
         instead = "in place of the entry that is there" if self.factor > 1 or self.theta_inside else "as one entry"
         return (
             f"shorten one of them, or set YaRN's {self.spelling} in config.json of a local copy{doubt}, {instead}: "
@@ -72,7 +91,7 @@ class Rope(NamedTuple):
     def warnings(self, context_len: int) -> list[str]:
         """What to tell whoever runs `context_len` tokens."""
         found = list(self.notes)
-        if self.factor > 1:
+        if self.factor > 1 and not self.trained:
             more = f"; {context_len:,} tokens need no stretch" if context_len <= self.native else ""
             found.append(
                 f"{self.spelling} stretches {self.native:,} positions by {self.kind} with a factor of {self.factor:g} "
@@ -86,8 +105,12 @@ class Rope(NamedTuple):
         return found
 
 
-def read_rope(config: Mapping[str, object], model_type: str, positions: int, source: str) -> Rope:
+def read_rope(config: Mapping[str, object], model_type: str, positions: int, source: str, rules: RopeRules) -> Rope:
     """The rotary positions that config.json asks for.
+
+    Args:
+        positions: `max_position_embeddings`.
+        rules: The family's.
 
     Raises:
         ConfigError: an entry that `transformers` does not run, or two entries of which one would lose `rope_theta`.
@@ -112,13 +135,16 @@ def read_rope(config: Mapping[str, object], model_type: str, positions: int, sou
     known = ("rope_theta", "rope_type", "type", "factor", _ORIGINAL)
     rope = Rope(
         positions=positions,
-        native=_NATIVE.get((model_type, positions), positions),
+        native=rules.native.get(positions, positions),
         kind=str(kind),
         spelling=spelling,
         theta=theta,
         theta_inside="rope_theta" in entry,
         rest=tuple((key, value) for key, value in entry.items() if key not in known and _plain(value)),
         window=_window(config),
+        trained=kind in rules.trained,
+        publisher=rules.publisher,
+        yarn=rules.yarn,
     )
     if kind != "default":
         rope = _stretched(rope, config, entry, refuse)

@@ -1,4 +1,4 @@
-"""Workload: how many tokens of how many sequences a model is asked to hold."""
+"""The workload: the number of sequences and the lengths of one generation."""
 
 from __future__ import annotations
 

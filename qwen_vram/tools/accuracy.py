@@ -1,9 +1,9 @@
-"""Predicted beside measured memory on this machine's GPU: `python -m qwen_vram.tools.accuracy`.
+"""Measurement of memory on this machine's GPU, to compare with the predictions.
 
-Every run gets a fresh process, which loads random weights of the published shape and generates from random tokens, as
-the estimate counts it: blocks that earlier runs leave behind would keep segments from going back. Memory does not
-depend on the values of weights, but for int8's outliers, of which trained models have their own. Rows go to
-`accuracy.jsonl`, the tables to `accuracy.md`.
+The command is `python -m qwen_vram.tools.accuracy`. Every run gets a fresh process, because blocks of earlier runs
+would keep segments from being returned. The process loads random weights of the published shape and generates from
+random tokens, as the estimate counts it. Memory does not depend on the values of weights, except for the outliers of
+int8, which differ between trained models. Rows go to `accuracy.jsonl`, and the tables go to `accuracy.md`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ WEIGHTS = ("bf16", "nf4", "fp4", "int8")
 
 
 class Case(NamedTuple):
-    """One set of knobs and what it runs: (batch_size, prompt_len, max_new_tokens) each."""
+    """One set of knobs, and the workloads that it runs: (batch_size, prompt_len, max_new_tokens) each."""
 
     knobs: dict[str, Any]
     workloads: tuple[tuple[int, int, int], ...]
@@ -79,7 +79,7 @@ def make_checkpoint(model: str, folder: Path) -> None:
 
 
 class Cell(NamedTuple):
-    """One run: what is loaded, and what it generates."""
+    """One run: a model with its knobs, and its workload."""
 
     model: str
     weights: str
@@ -90,7 +90,7 @@ class Cell(NamedTuple):
 
 
 def cells(model: str, weights: list[str], cache: str | None = None) -> list[Cell]:
-    """Every run of a model, format by format; with a kind of `cache` only the runs that have it."""
+    """Return every run of a model, format by format; if `cache` names a kind, only the runs with it."""
     return [
         Cell(model, name, case.knobs, *workload)
         for name in weights
@@ -101,7 +101,7 @@ def cells(model: str, weights: list[str], cache: str | None = None) -> list[Cell
 
 
 def measure(cell: Cell, folder: str) -> dict[str, Any]:
-    """The row of a cell, run in this process: the measured bytes of every part."""
+    """Run a cell in this process, and return its row with the measured bytes of every part."""
     import torch
     import transformers
 
@@ -121,9 +121,9 @@ def measure(cell: Cell, folder: str) -> dict[str, Any]:
 
 
 def run(folder: Path, models: list[str], weights: list[str], cache: str | None, jobs: int) -> None:
-    """Measure what of the grid is not in `folder` yet. Rows and tables there are replaced after every run.
+    """Measure the cells of the grid that are not in `folder` yet; replace the rows and tables there after every run.
 
-    A row of another date counts as missing, and goes once the new one is there: a grid that broke off goes on.
+    A row of another date counts as missing, and is removed once the new one is there. A grid that broke off continues.
     """
     today = date.today().isoformat()
     for model in models:
@@ -146,12 +146,12 @@ def run(folder: Path, models: list[str], weights: list[str], cache: str | None, 
 
 
 def cell_of(row: dict[str, Any]) -> Cell:
-    """What a row is a measurement of."""
+    """Return the cell that a row measures."""
     return Cell(*(row[name] for name in Cell._fields))
 
 
 def _place(row: dict[str, Any]) -> tuple[int, int]:
-    """Models and formats in the order in which they are measured; those of other grids last."""
+    """Return the place of a row's model and format in the order of the grid; those of other grids are last."""
     model, weights = row["model"], row["weights"]
     return (
         MODELS.index(model) if model in MODELS else len(MODELS),
@@ -160,13 +160,13 @@ def _place(row: dict[str, Any]) -> tuple[int, int]:
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """The rows in `folder`, none where it has no file of them."""
+    """Return the rows in `folder`; empty if it has no file of them."""
     path = folder / "accuracy.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def write(folder: Path, rows: list[dict[str, Any]]) -> None:
-    """Replace `accuracy.jsonl` and `accuracy.md`, each at once; what other tools wrote below the mark stays."""
+    """Replace `accuracy.jsonl` and `accuracy.md`, each at once; keep what other tools wrote below the mark."""
     _replace(folder / "accuracy.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     page = folder / "accuracy.md"
     _, mark, kept = page.read_text().partition(KEPT_FROM) if page.exists() else ("", "", "")
@@ -180,7 +180,7 @@ def _replace(path: Path, text: str) -> None:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m qwen_vram.tools.accuracy", description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("."), help="where accuracy.jsonl and accuracy.md go")
     parser.add_argument("--models", nargs="+", default=list(MODELS), help="names of the catalog")

@@ -1,4 +1,4 @@
-"""The tables of `docs/accuracy.md`, made of measured rows."""
+"""Tables of `docs/accuracy.md`, made from measured rows."""
 
 from __future__ import annotations
 
@@ -10,37 +10,40 @@ from typing import Any
 
 from qwen_vram.arithmetic.estimate import Estimate
 from qwen_vram.estimator import estimate_vram
+from qwen_vram.spec.formats import FORMATS
 
 PARTS = ("weights", "load_peak", "peak_allocated", "peak_reserved", "process_total")
-# What no formula was derived on.
+# Models and formats that no formula was derived on.
 HELD_OUT_MODELS = ("Qwen2.5-14B", "Qwen3-4B")
 HELD_OUT_WEIGHTS = ("fp4",)
-# Headline of what stays where the tables above it are written anew.
+# Heading from which the page is kept if the tables above it are written again.
 KEPT_FROM = "## Beside other estimators"
 
 Row = dict[str, Any]
 
 
 def report(rows: list[Row]) -> str:
-    """Markdown: where and how it was measured, errors by format and part, held-out errors, and every row.
+    """Return the page in Markdown: the machines, errors by format and part, held-out errors, and every row.
 
-    Predictions are made anew, so that the tables are those of the estimator as it is.
+    Predictions are computed again, so the tables show the present estimator.
     """
     made_on = (
-        f"{row['device']}, torch {row['torch']}, transformers {row['transformers']}, {row['date']}" for row in rows
+        f"- {row['device']}, torch {row['torch']}, transformers {row['transformers']}, {row['date']}" for row in rows
     )
-    where = "; ".join(dict.fromkeys(made_on))
+    machines = "\n".join(dict.fromkeys(made_on))
     later = sum(not row.get("fresh_process", True) for row in rows)
-    reused = f" ({later} of them, of an earlier version, after other runs in theirs)" if later else ""
+    reused = f", but {later} runs of an earlier version followed other runs in the same process" if later else ""
     held_out = [row for row in rows if is_held_out(row)]
     derived = [row for row in rows if not is_held_out(row)]
     sections = [
-        "# Predicted beside measured",
-        f"Written by `python -m qwen_vram.tools.accuracy`. {where}. Random weights of the published shapes, loaded and "
-        f"run by this library, a fresh process for each run{reused}. "
-        '`error = predicted / measured - 1`; "too low" is the share of cells with any byte too few.',
+        "# Predicted and measured memory",
+        "`python -m qwen_vram.tools.accuracy` writes this page. It compares predicted and measured memory on:",
+        machines,
+        "This library loads random weights of the published shapes and generates with them. "
+        f"Each run has a fresh process{reused}.",
+        '`error = predicted / measured - 1`. "Too low" is the share of cells with a prediction below the measurement.',
     ]
-    for title, chosen in (("On what the formulas were derived on", derived), ("Held out", held_out)):
+    for title, chosen in (("Models and formats that the formulas were derived on", derived), ("Held out", held_out)):
         if chosen:
             models = ", ".join(dict.fromkeys(f"{row['model']}" for row in chosen))
             sections += [f"## {title}", f"{models}; {len(chosen)} runs.", table(chosen)]
@@ -53,7 +56,7 @@ def is_held_out(row: Row) -> bool:
 
 
 def errors(row: Row) -> Iterator[tuple[str, float]]:
-    """Part and relative error, of those that were measured."""
+    """Yield each measured part and its relative error."""
     estimate = predict(json.dumps(row))
     for part in PARTS:
         if row["measured"].get(part):
@@ -62,20 +65,20 @@ def errors(row: Row) -> Iterator[tuple[str, float]]:
 
 @lru_cache(maxsize=1024)
 def predict(row: str) -> Estimate:
-    """What is estimated for a row of JSON."""
+    """Return the estimate for a row of JSON."""
     one = json.loads(row)
     workload = {name: one[name] for name in ("prompt_len", "max_new_tokens", "batch_size")}
     return estimate_vram(one["model"], weights=one["weights"], **one["knobs"], **workload)
 
 
 def table(rows: list[Row]) -> str:
-    """By weights and part: cells, mean and extreme errors, and the share that was too low.
+    """Return a table by weights and part: cells, mean and extreme errors, and the share that was too low.
 
-    int8 has rows of its own for whole products: with them, memory depends on the data.
+    int8 has separate rows for products that are not tiled, because their memory depends on the data.
     """
     found: dict[tuple[str, str], list[float]] = defaultdict(list)
     for row in rows:
-        whole = row["weights"] == "int8" and row["knobs"].get("dequantization") == "whole"
+        whole = FORMATS[row["weights"]].has_outliers and row["knobs"].get("dequantization") == "whole"
         for part, error in errors(row):
             found[f"`{row['weights']}`{' whole' if whole else ''}", part].append(error)
     lines = ["| weights | part | cells | mean | lowest | highest | too low |", "|---|---|---|---|---|---|---|"]
@@ -87,7 +90,7 @@ def table(rows: list[Row]) -> str:
 
 
 def _every(rows: list[Row]) -> Iterator[str]:
-    yield "Peak allocated in bytes as measured; then the errors of the peak allocated, reserved, and of the process."
+    yield "Measured peak of allocated memory in bytes, then the errors of the peaks: allocated, reserved, and process."
     yield ""
     yield "| model | weights | knobs | batch | prompt | allocated | error | reserved | process |"
     yield "|---|---|---|---|---|---|---|---|---|"

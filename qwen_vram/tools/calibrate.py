@@ -1,7 +1,7 @@
-"""This machine's figures, measured once: `qwen-vram calibrate`.
+"""`qwen-vram calibrate`: measure this machine once, for every later estimate.
 
-Every step (`calibrate_steps`) runs in a fresh process: a CUDA context cannot be given back, and kernels stay loaded.
-This process itself never touches the GPU, so that a step is alone on it.
+Every step (`calibrate_steps`) runs in a fresh process: a CUDA context cannot be released, and kernels stay loaded.
+This process itself never uses the GPU, so a step is alone on it.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _STEP_SECONDS = 600
 
 
 def calibrate(say: Callable[[str], object] = print) -> Machine:
-    """Measure this machine's first visible GPU, which takes two minutes, and store it for every later estimate.
+    """Measure this machine's first visible GPU, and store the result for every later estimate.
 
-    Nothing is stored unless every step ends well.
+    It takes two minutes. Nothing is stored unless every step succeeds.
 
     Args:
-        say: Takes a line before each step, and one where a figure stays the default.
+        say: Gets a line before each step, and one for each figure that stays the default.
 
     Raises:
         BackendUnavailableError: torch sees no GPU.
@@ -61,16 +61,16 @@ def calibrate(say: Callable[[str], object] = print) -> Machine:
 
 
 def machine_of(found: dict[str, Any]) -> Machine:
-    """A measured machine from what the steps found; what could not be measured stays the default.
+    """Return the machine that the steps measured; a figure that could not be measured stays the default.
 
-    Context and kernels are halves of one sum, so a measured half is not mixed with a default one: both stay where the
-    driver hid a process's size.
+    Context and kernels are two parts of one sum, so a measured part is not combined with a default one. Both stay the
+    default if the driver did not tell the size of a process.
     """
     context, kernels = found["context"], [found["kernels-bf16"], found["kernels-nf4"]]
     memory: dict[str, Any] = {"cuda_context": DEFAULT.cuda_context, "lazy_kernels": DEFAULT.lazy_kernels}
     hidden = context is None or None in kernels
     if not hidden:
-        # The larger format's, because a budget must hold either.
+        # The larger of the two formats, because a budget must hold either.
         memory = {"cuda_context": context, "lazy_kernels": max(0, max(kernels) - context)}
     kept = [*memory] if hidden else []
     disk = found["disk_read_rate"]
@@ -89,7 +89,7 @@ def machine_of(found: dict[str, Any]) -> Machine:
 
 
 def run_step(step: str) -> dict[str, Any]:
-    """What one step finds in a process of its own.
+    """Run one step in a separate process, and return the figures that it found.
 
     Raises:
         BackendUnavailableError: torch sees no GPU there.

@@ -1,6 +1,7 @@
-"""One step of `qwen-vram calibrate` in this process: `python -m qwen_vram.tools.calibrate_steps STEP`.
+"""Steps of `qwen-vram calibrate`: each measures one thing in its process.
 
-Its result is one line of JSON. Torch is imported by the steps alone, for `calibrate` imports this file.
+`python -m qwen_vram.tools.calibrate_steps STEP` prints the result of a step as one line of JSON. Only the steps import
+torch, because `calibrate` imports this file.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 RESULT = "RESULT "
 
-# A copy buffer is 1 GiB, or a quarter of what is free, but never so small that caches would answer for the memory.
+# A copy buffer is 1 GiB, or a quarter of the free memory, but never small enough for a cache to hold it.
 _BUFFER = 2**30
 _SMALLEST_BUFFER = 2**28
 _CACHES = 4
@@ -30,7 +31,7 @@ _ON_THE_HOST = ("products", "disk")
 
 
 def no_gpu() -> str | None:
-    """Why there is nothing to measure and what to do, `None` where there is a GPU."""
+    """Return why there is no GPU to measure, and what to do; `None` if there is one."""
     import torch
 
     if torch.cuda.is_available():
@@ -41,7 +42,7 @@ def no_gpu() -> str | None:
 
 
 def measure_context() -> dict[str, Any]:
-    """What the process takes once one tensor was copied to the device, and what the machine is called."""
+    """Return the process memory in bytes after one tensor was copied to the device, and the names of the machine."""
     import torch
 
     device = torch.device("cuda", 0)
@@ -53,11 +54,11 @@ def measure_context() -> dict[str, Any]:
 
 
 def measure_kernels(weights: str) -> dict[str, Any]:
-    """What the process takes after the bundled model was loaded and has generated: the context, and kernels."""
+    """Return the bytes of context and kernels, after the bundled model was loaded and has generated."""
     import qwen_vram as qv
     from qwen_vram.demo import CHECKPOINT
 
-    # Long answers load more kernels than short ones: attention over longer caches is split another way.
+    # Long answers load more kernels than short ones, because attention over longer caches is split differently.
     workload: dict[str, Any] = {"prompt_len": 1024, "max_new_tokens": 512}
     with qv.load(CHECKPOINT, profile="default", weights=weights, **workload, progress=False) as llm:
         llm.probe()
@@ -65,7 +66,7 @@ def measure_kernels(weights: str) -> dict[str, Any]:
 
 
 def _beside_torch(device: torch.device) -> int | None:
-    """nvidia-smi's figure for this process less what torch has reserved; `None` where the driver does not tell."""
+    """Return this process's memory by nvidia-smi less torch's reserved memory; `None` if the driver does not tell."""
     import torch
 
     from qwen_vram.runtime.measure import process_bytes
@@ -88,7 +89,7 @@ def _driver() -> str:
 
 
 def measure_rates() -> dict[str, Any]:
-    """Bytes a second within the device, from pinned host memory to it, and within host memory."""
+    """Return rates in bytes a second: within the device, from pinned host memory to it, and within host memory."""
     import torch
 
     from qwen_vram.planning.capacity.available_memory import available_ram
@@ -106,17 +107,20 @@ def measure_rates() -> dict[str, Any]:
 
 
 def measure_disk() -> dict[str, Any]:
-    """Bytes a second of reads from a new file in the cache folder; `None` where the page cache cannot be emptied."""
+    """Return the rate of reads from a new file in the cache folder, in bytes a second.
+
+    It is `None` if the page cache cannot be emptied.
+    """
     from qwen_vram.tools.disk_rate import disk_read_rate
 
     return {"disk_read_rate": disk_read_rate(make_folder().parent, _BUFFER)}
 
 
 def buffer_size(free: int, *, least: int, where: str) -> int:
-    """Bytes of a copy buffer where `free` bytes are free.
+    """Return the bytes of a copy buffer if `free` bytes are free.
 
     Raises:
-        CalibrationError: a buffer that is larger than the caches would not leave room.
+        CalibrationError: a buffer that is larger than the caches would leave too little memory.
     """
     size = min(max(_BUFFER, least), free // 4)
     if size < least:
@@ -141,7 +145,7 @@ def _pinned_copy_rate(device: torch.device, size: int) -> int:
 
 
 def _device_seconds(copy: Callable[[], object]) -> float:
-    """The median of several copies' seconds, as the device's own clock has them."""
+    """Return the median seconds of several copies, by CUDA events."""
     import torch
 
     event: Any = torch.cuda.Event  # its constructor has no types
@@ -157,7 +161,7 @@ def _device_seconds(copy: Callable[[], object]) -> float:
 
 
 def host_bandwidth(size: int) -> int:
-    """Bytes a second of a copy of `size` bytes within host memory, by all the threads that torch uses."""
+    """Return the bytes a second of a copy of `size` bytes within host memory, by all threads that torch uses."""
     import torch
 
     source = torch.ones(size, dtype=torch.uint8)
@@ -171,7 +175,7 @@ def host_bandwidth(size: int) -> int:
 
 
 def measure_launches() -> dict[str, Any]:
-    """What decode steps and prefills wait for: Python, small kernels, and products of many rows."""
+    """Return the times of launches and small kernels, and the rate of products of many rows."""
     import torch
 
     from qwen_vram.tools.launch_times import graph_node_time, layer_launch_time, matmul_rate
@@ -185,7 +189,7 @@ def measure_launches() -> dict[str, Any]:
 
 
 def measure_products() -> dict[str, Any]:
-    """What the CPU is called, and how fast its products are; `None` in 4 bits where it has no kernel."""
+    """Return the CPU's name and the rates of its products; the one in 4 bits is `None` if there is no kernel."""
     from qwen_vram.planning.capacity.available_memory import available_ram
     from qwen_vram.tools.product_rates import host_name, many_rows_rate, packed_product_rate, plain_product_rate
 
@@ -199,7 +203,7 @@ def measure_products() -> dict[str, Any]:
 
 
 def main() -> None:
-    """The command line: print what one step finds."""
+    """Run the command line: print the result of one step."""
     steps: dict[str, Callable[[], dict[str, Any]]] = {
         "context": measure_context,
         "kernels-bf16": lambda: measure_kernels("bf16"),

@@ -1,4 +1,4 @@
-"""How fast a disk is read past the system's page cache, as layers are that stay on it."""
+"""Rate at which a disk is read without the page cache, as disk layers are read."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _REPEATS = 3
 
 
 def disk_read_rate(folder: Path, size: int) -> int | None:
-    """Bytes a second at which a file of `size` bytes in `folder` is read from its disk, as disk layers are.
+    """Return the bytes a second at which a file of `size` bytes in `folder` is read from its disk.
 
     Raises:
         CalibrationError: the folder's disk is too full, or fails.
     """
     if not hasattr(os, "posix_fadvise"):
         return None
-    chunk = torch.empty(_CHUNK, dtype=torch.uint8).random_()  # which no disk can make less of
+    chunk = torch.empty(_CHUNK, dtype=torch.uint8).random_()  # random bytes, which no disk can compress
     view = chunk.numpy().data
     times = []
     try:

@@ -1,7 +1,7 @@
-"""Calls in fresh processes: one whose CUDA context, kernels and allocator have seen nothing before.
+"""Calls of a function in fresh processes, each with a new CUDA context and allocator.
 
-Processes fork from a server that has imported torch and transformers and never touches CUDA, so that one starts in a
-fraction of a second. Where there is no fork, each imports for itself.
+Processes fork from a server that has imported torch and transformers and never uses CUDA, so one starts in a fraction
+of a second. If the system has no fork, each process imports for itself.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _PRELOADED = ["qwen_vram.runtime.loading.load", "transformers.models.qwen2.model
 
 
 class Ended(NamedTuple):
-    """How a call ended: its item, and its value, or what went wrong."""
+    """The end of a call: its item, and its value or its error."""
 
     item: Any
     value: Any = None
@@ -26,10 +26,10 @@ class Ended(NamedTuple):
 
 
 def call_each(function: Callable[[Any], Any], items: Iterable[Any], *, jobs: int = 1) -> Iterator[Ended]:
-    """`function(item)` for each item, each in a fresh process, `jobs` at a time, in the order in which they end.
+    """Yield the results of `function(item)`, each in a fresh process, `jobs` at a time, in the order in which they end.
 
     Args:
-        function: A function of a module; it, the items and its values cross between processes by pickle.
+        function: A function of a module. The function, the items and the values are pickled between processes.
     """
     context: Any = multiprocessing.get_context(_METHOD)
     if _METHOD == "forkserver":

@@ -1,4 +1,4 @@
-"""Measure what decode steps wait for on a GPU: the launch of a layer by Python, and a small kernel in a CUDA graph."""
+"""Measurement of launches on a GPU: a layer by Python, and a small kernel in a CUDA graph."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from qwen_vram.arithmetic.timing.launches import STEP_LAYERS
 
-# The bundled model's kernels are so small that a step waits for Python alone.
+# The bundled model's kernels are small, so a step waits for Python alone.
 _WORK: dict[str, Any] = {"prompt_len": 64, "max_new_tokens": 128}
 _ROUNDS = 5
 _NODES = 1000
@@ -18,7 +18,7 @@ _ROWS, _MATRIX = 4096, (18_944, 3_584)
 
 
 def layer_launch_time() -> int:
-    """Nanoseconds that a decode step of the bundled model in 16 bits takes for each layer."""
+    """Return the nanoseconds for each layer of a decode step of the bundled model in 16 bits."""
     import qwen_vram as qv
     from qwen_vram.demo import CHECKPOINT
 
@@ -31,7 +31,7 @@ def layer_launch_time() -> int:
 
 
 def graph_node_time(device: torch.device) -> int:
-    """Nanoseconds of a small kernel that follows another one in a CUDA graph."""
+    """Return the nanoseconds of a small kernel that follows another one in a CUDA graph."""
     x = torch.zeros(_ELEMENTS, device=device)
     x.add_(1)
     torch.cuda.synchronize(device)
@@ -44,7 +44,7 @@ def graph_node_time(device: torch.device) -> int:
 
 
 def matmul_rate(device: torch.device) -> int:
-    """Operations a second of a bf16 matrix times 4,096 rows, in the steady state."""
+    """Return the operations a second of a bf16 matrix times 4,096 rows, in the steady state."""
     rows, columns = _MATRIX
     x = torch.randn(_ROWS, columns, dtype=torch.bfloat16, device=device)
     matrix = torch.randn(rows, columns, dtype=torch.bfloat16, device=device)
@@ -59,7 +59,7 @@ def matmul_rate(device: torch.device) -> int:
 
 
 def _seconds(work: Any) -> float:
-    """The median of several rounds' seconds, as the device's own clock has them."""
+    """Return the median seconds of several rounds, by CUDA events."""
     event: Any = torch.cuda.Event  # its constructor has no types
     times = []
     for _ in range(3 * _ROUNDS):

@@ -1,17 +1,16 @@
-"""Measure how fast this CPU multiplies weights with one row, as decode steps do, and with many, as prefills do."""
+"""Measurement of this CPU's products with one row (decode steps) and many rows (prefills)."""
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 
+from qwen_vram.planning.capacity.hardware import cpu_name
 from qwen_vram.spec.formats import FORMATS
 
 # The largest matrix of a layer of Qwen2.5-7B.
@@ -23,7 +22,7 @@ _FEW_REPEATS = 5
 
 
 def plain_product_rate(size: int) -> int:
-    """Bytes a second of bf16 matrices, `size` bytes of them in turn."""
+    """Return the bytes a second of products with bf16 matrices, which take `size` bytes together."""
     rows, columns = _MATRIX
     x = torch.ones(1, columns, dtype=torch.bfloat16)
     matrices = [torch.ones(rows, columns, dtype=torch.bfloat16) for _ in range(max(2, size // (2 * rows * columns)))]
@@ -31,7 +30,10 @@ def plain_product_rate(size: int) -> int:
 
 
 def packed_product_rate(size: int) -> int | None:
-    """Stored bytes a second of NF4 matrices, `size` bytes of them in turn, by bitsandbytes' fused kernel."""
+    """Return the stored bytes a second of products with NF4 matrices by bitsandbytes' fused kernel.
+
+    The matrices take `size` bytes together. The rate is `None` if this CPU or bitsandbytes has no such kernel.
+    """
     if find_spec("bitsandbytes") is None:
         return None
     from qwen_vram.runtime.linear.cpu_4bit import PackedMatrix, kernel_library, multiply
@@ -54,17 +56,12 @@ def packed_product_rate(size: int) -> int | None:
 
 
 def host_name() -> str:
-    """The CPU's name where the system says it, and the threads that products use."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{named[0] if named else platform.machine() or 'CPU'}, {torch.get_num_threads()} cores"
+    """Return the CPU's name, if the system tells it, and the number of threads that products use."""
+    return f"{cpu_name()}, {torch.get_num_threads()} cores"
 
 
 def many_rows_rate() -> int:
-    """Operations a second, multiplications and additions, of a bf16 matrix times 512 rows."""
+    """Return the operations a second (multiplications and additions) of a bf16 matrix times 512 rows."""
     rows, columns = _MATRIX
     x, matrix = torch.ones(_MANY_ROWS, columns, dtype=torch.bfloat16), torch.ones(rows, columns, dtype=torch.bfloat16)
     times = []
@@ -76,7 +73,7 @@ def many_rows_rate() -> int:
 
 
 def _product_rate(products: Sequence[Callable[[], object]], nbytes: int) -> int:
-    """Bytes a second of products with matrices of `nbytes` each: the median of several rounds over all of them."""
+    """Return the bytes a second of products with matrices of `nbytes` each: the median of several rounds over all."""
     times = []
     for _ in range(_WARM_UP + _REPEATS):
         start = time.perf_counter()

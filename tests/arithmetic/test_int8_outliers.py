@@ -9,7 +9,7 @@ import qwen_vram as qv
 from qwen_vram.arithmetic.int8_outliers import outlier_columns
 from qwen_vram.spec.catalog import find
 
-LINEARS = {weight.module: weight for weight in find("Qwen2.5-7B").block if weight.is_linear}
+LINEARS = find("Qwen2.5-7B").layers[0].linears
 
 
 def test_the_share_is_that_of_sampled_products():

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 import qwen_vram as qv
-from qwen_vram.arithmetic.replay import load as replay_load
 from qwen_vram.arithmetic.replay.allocator import CachingAllocator
-from qwen_vram.arithmetic.replay.generation import _Generation
+from qwen_vram.arithmetic.replay.generation import Generation
 from qwen_vram.arithmetic.replay.linear import CUBLAS_WORKSPACE, workspaces
+from qwen_vram.arithmetic.replay.load import load_into
 
 ROWS = [json.loads(line) for line in (Path(__file__).parents[1] / "data" / "h200.jsonl").read_text().splitlines()]
 WEIGHTS = {"bf16": "bf16", "nf4-dq": "nf4", "nf4": "nf4-plain", "int8": "int8"}
@@ -80,7 +80,7 @@ def run(allocator, row, *new, warm=True):
     for tokens in new:
         allocator.peak = allocator.allocated
         workload = replace(estimate.workload, max_new_tokens=tokens)
-        generation = _Generation(allocator, estimate.architecture, estimate.profile, workload)
+        generation = Generation(allocator, estimate.architecture, estimate.profile, workload)
         generation.warm = generation.warm_lt = warm
         generation.run()
         warm = True
@@ -95,15 +95,10 @@ def replayed(start):
     estimate = predict(load)
     before = CUBLAS_WORKSPACE if load["base"] > sum(CUBLAS_WORKSPACE) else ()
 
-    def used(limit):
-        allocator = CachingAllocator(limit)
-        for size in (512, *before):
-            allocator.take(size)
-        return allocator
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(replay_load, "CachingAllocator", used)
-        allocator = replay_load.replay_load.__wrapped__(estimate.architecture, estimate.profile)
+    allocator = CachingAllocator()
+    for size in (512, *before):
+        allocator.take(size)
+    load_into(allocator, estimate.architecture, estimate.profile)
     short = {**load, "what": "gen", "s": 16}
     short.pop("prefill_chunk_size", None)
     run(allocator, short, 1, 4, warm=bool(before))  # not a row, but what was run after every load
@@ -119,6 +114,11 @@ def test_the_peak_as_it_was_measured(row):
     *first, (peak, _) = as_measured(row)
     assert -0.003 <= peak / row["peak"] - 1 <= 0.003
     assert all(-0.001 <= before / row["prefill_peak"] - 1 <= 0.001 for before, _ in first)
+
+
+@pytest.mark.parametrize("row", [row for row in [*SIXTEEN_BIT, *FOUR_BIT] if row["what"] == "fwd"], ids=label)
+def test_the_peak_of_a_plain_forward_to_the_byte(row):
+    assert as_measured(row)[-1][0] == row["peak"]
 
 
 @pytest.mark.parametrize("row", [row for row in INT8 if row["size"] != "7B"], ids=label)

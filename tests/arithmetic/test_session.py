@@ -7,7 +7,7 @@ from itertools import islice
 import pytest
 
 import qwen_vram as qv
-from qwen_vram.arithmetic.estimate import estimate
+from qwen_vram.arithmetic.device_estimate import estimate
 from qwen_vram.arithmetic.session import outlier_bytes
 from qwen_vram.checkpoints.resolve import resolve_model
 from qwen_vram.planning.capacity.budget import Budget

@@ -9,7 +9,6 @@ import qwen_vram as qv
 from qwen_vram.arithmetic.gpu_split import split_estimate, split_of
 from qwen_vram.arithmetic.pipeline import slices
 from qwen_vram.arithmetic.process import _runs_within
-from qwen_vram.arithmetic.replay import allocator as allocator_module
 from qwen_vram.arithmetic.replay.generation import replay_generation
 from qwen_vram.arithmetic.replay.linear import workspaces
 from qwen_vram.arithmetic.replay.load import replay_load
@@ -21,6 +20,7 @@ from qwen_vram.planning.search.search import Search
 from qwen_vram.spec.machine import DEFAULT
 from qwen_vram.spec.profile import Profile
 from qwen_vram.spec.workload import Workload
+from tests.helpers.exact_replay import exact_replay
 from tests.planning.test_planning import searched
 
 GIB = 2**30
@@ -107,21 +107,15 @@ RUNS = itertools.product(
     ("knobs", "work"), [run for run in RUNS if not ("logits" in run[1] and "cache" in run[0])], ids=str
 )
 @pytest.mark.parametrize("model", ["Qwen2.5-0.5B", "Qwen2.5-7B", "Qwen3-8B"])
-def test_the_closed_form_and_the_replay_agree_on_every_device(monkeypatch, model, knobs, work):
-    monkeypatch.setattr(allocator_module, "_UNSPLIT", 511)
-    replay_load.cache_clear()
+def test_one_layer_and_the_last_steps_have_the_peak_of_all_on_every_device(model, knobs, work):
     for part in split(model, {0: 5, 1: 6, 2: rest(model, 11)}, work, **knobs).devices.values():
-        allocator = replay_load(part.architecture, part.profile).copy()
-        allocator.peak = before = allocator.allocated
-        replay_generation(allocator, part.architecture, part.profile, part.workload)
-        closed = part.weights + part.kv_cache + part.tensors + part.workspace
+        exact = exact_replay(part)
         # generate keeps a chunk's logits, or the first device their copy, through the next chunk.
         logits = 4 * 151_936 * 2 if "prefill_chunk_size" in knobs and part.architecture.starts else 0
-        assert closed == pytest.approx(allocator.peak, rel=0.002, abs=logits + 2**10)
-        assert allocator.allocated == before + sum(workspaces(part.architecture, part.profile)), (
+        assert exact.summed == pytest.approx(exact.peak, rel=0.002, abs=logits + 2**10)
+        assert exact.left == exact.loaded + sum(workspaces(part.architecture, part.profile)), (
             "everything else is given back"
         )
-    replay_load.cache_clear()
 
 
 # Weights are two bytes a parameter in bf16: 233,057,792 or 487,615,488 a layer; the token table, and with the last norm

@@ -163,12 +163,12 @@ PREFILL_MISSES = {
 
 def error(label):
     _, what, on_cpu, decode, _ = DECODE[label]
-    return decode_ms(*what, DEFAULT, on_cpu=on_cpu) / decode - 1
+    return decode_ms(*what, on_cpu=on_cpu) / decode - 1
 
 
 def prefill_error(label):
     _, what, on_cpu, _, prefill = PREFILL[label]
-    return first_token_ms(*what, DEFAULT, on_cpu=on_cpu) / prefill - 1
+    return first_token_ms(*what, on_cpu=on_cpu) / prefill - 1
 
 
 def test_there_are_rows():
@@ -290,10 +290,8 @@ def test_a_cpu_that_has_no_kernel_for_4_bits_is_slower_with_them():
 
 def test_a_generation_is_its_first_token_and_the_others():
     what = (SEVEN, profile(weights="int4"), WORK, DEFAULT)
-    assert generation_ms(*what, DEFAULT) == pytest.approx(
-        first_token_ms(*what, DEFAULT) + 255 * decode_ms(*what, DEFAULT)
-    )
-    assert generation_ms(*what, DEFAULT, on_cpu=True) > generation_ms(*what, DEFAULT)
+    assert generation_ms(*what) == pytest.approx(first_token_ms(*what) + 255 * decode_ms(*what))
+    assert generation_ms(*what, on_cpu=True) > generation_ms(*what)
 
 
 @pytest.mark.parametrize("weights", [name for name in FORMAT_NAMES if FORMATS[name].parts])

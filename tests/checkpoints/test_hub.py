@@ -5,10 +5,12 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from qwen_vram.demo import ADAPTER
 from tests.helpers.hub_server import serving
 
 RUN = """
@@ -24,6 +26,14 @@ LOAD = (
     "qv.load({repo!r}, profile='default', weights='nf4', progress=False)"
     ".chat('What is 12 + 30?', max_new_tokens=16, do_sample=False)"
 )
+
+
+QUESTIONS = """[
+    qv.plan({repo!r}, adapter='someone/adapter', vram={{}}).adapter,
+    bool(qv.estimate_vram({repo!r}, adapter='someone/adapter').architecture.adapted),
+    qv.offload_map({repo!r}, adapter='someone/adapter', vram={{}})['lm_head'],
+    qv.max_batch({repo!r}, {{}}, adapter='someone/adapter', ram='300MiB') > 0,
+]"""
 
 
 def run(code: str, repo: str, endpoint: str, cache: Path):
@@ -63,6 +73,16 @@ def test_a_model_is_downloaded_without_pickles_and_code_and_answers(hub, tmp_pat
     fetched = {name for command, name, _ in hub.served if command == "GET"}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= fetched
     assert not fetched & {"pytorch_model.bin", "modeling.py"}
+
+
+@pytest.mark.torch
+def test_each_question_resolves_an_adapter_on_the_hub_once(demo, tmp_path):
+    with serving({"someone/demo": demo, "someone/adapter": ADAPTER}) as hub:
+        found = run(QUESTIONS, "someone/demo", hub.endpoint, tmp_path / "cache")
+    assert found == ["someone/adapter", True, "cpu", True]
+    assert hub.listed == {"someone/adapter": len(found)}
+    fetched = Counter(name for command, name, _ in hub.served if command == "GET" and name.startswith("adapter_"))
+    assert fetched == {"adapter_config.json": 1, "adapter_model.safetensors": 1}
 
 
 @pytest.mark.torch

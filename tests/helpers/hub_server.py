@@ -18,7 +18,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 class Hub(ThreadingHTTPServer):
     """Serves `repositories` (id -> folder); `gated` ids are refused; every answered path is kept in `served`.
 
-    `sent` counts the bytes of each file that went out.
+    `sent` counts the bytes of each file that went out, `listed` how often the files of a repository were asked for.
     """
 
     def __init__(self, repositories: dict[str, Path], gated: tuple[str, ...] = ()) -> None:
@@ -27,6 +27,7 @@ class Hub(ThreadingHTTPServer):
         self.gated = gated
         self.served: list[tuple[str, str, str | None]] = []
         self.sent: Counter[str] = Counter()
+        self.listed: Counter[str] = Counter()
 
     @property
     def endpoint(self) -> str:
@@ -57,6 +58,7 @@ class Handler(BaseHTTPRequestHandler):
         if folder is None:
             return self.send(404, b"{}", body, {"X-Error-Code": "RepoNotFound"})
         if api:
+            self.server.listed[repo_id] += parts[2:] == repo_id.split("/")
             return self.send(200, json.dumps(self.listing(repo_id, folder, parts)).encode(), body, {})
         file = folder / "/".join(parts[4:])
         self.server.served.append((self.command, "/".join(parts[4:]), self.headers.get("Range")))

@@ -17,10 +17,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 GLOSSARY = ROOT / "docs" / "glossary.md"
-PAGES = (ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md")))
 PACKAGE = ROOT / "qwen_vram"
+PAGES = (
+    ROOT / "README.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted(
+        path for folder in ("benchmarks", "qwen_vram", "tests", "training") for path in (ROOT / folder).rglob("*.md")
+    ),
+)
 # The hard limit; 25 is the target.
 MAX_WORDS = 30
+# Characters of a module docstring's first line, which is one line of the tables of modules.
+MAX_OPENING = 88
 
 _ABBREVIATIONS = ("e.g.", "i.e.", "etc.", "cf.", "vs.")
 _OPENINGS = re.compile(r"(What|Whether|How|Where|Which|Who)\b")
@@ -38,6 +47,11 @@ BANNED = banned_terms(GLOSSARY.read_text())
 _BANNED = re.compile(
     r"(?<![\w-])(" + "|".join(re.escape(term).replace(r"\ ", r"\s+") for term in BANNED) + r")(?![\w-])", re.I
 )
+
+
+def shown(path: Path) -> str:
+    """A page's path in the repository."""
+    return path.relative_to(ROOT).as_posix()
 
 
 def markdown_blocks(text: str) -> Iterator[str]:
@@ -148,6 +162,18 @@ def bad_openings(docstring: str) -> Iterator[str]:
     first = inspect.cleandoc(docstring).partition("\n")[0]
     if _OPENINGS.match(first):
         yield first
+
+
+def module_openings(package: Path = PACKAGE) -> Iterator[tuple[str, str]]:
+    """Path and first docstring line of every module; the line is empty if there is no docstring."""
+    for path in sorted(package.rglob("*.py")):
+        docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
+        yield path.relative_to(package.parent).as_posix(), docstring.partition("\n")[0]
+
+
+def folder_of(path: str) -> str:
+    """The folder under the package that a path is in, or the module beside these folders."""
+    return Path(path).parts[1].removesuffix(".py")
 
 
 @cache

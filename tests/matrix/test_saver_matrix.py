@@ -6,6 +6,7 @@
 import re
 import traceback
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 from itertools import combinations
 
@@ -15,6 +16,8 @@ from transformers import AutoTokenizer, DynamicCache, StaticCache
 
 import qwen_vram as qv
 from qwen_vram.arithmetic.weights import head_bytes
+from qwen_vram.checkpoints.resolve import resolve
+from qwen_vram.demo import CHECKPOINT
 from qwen_vram.demo.tasks import examples
 from qwen_vram.runtime.attention import fused as attention
 from qwen_vram.runtime.backends import TARGETS, get_backend
@@ -24,10 +27,13 @@ from qwen_vram.runtime.kv_cache.host import HostCache
 from qwen_vram.runtime.kv_cache.preallocated import PreallocatedCache, PreallocatedLayer
 from qwen_vram.runtime.kv_cache.quantized import QuantizedLayer
 from qwen_vram.runtime.linear.cpu_4bit import kernel_library
+from qwen_vram.runtime.loading.preflight import MACHINE_RULES, Here
 from qwen_vram.runtime.measure import host_bytes, weight_storages
 from qwen_vram.runtime.offload.host_embedding import HostEmbedding
 from qwen_vram.spec.formats import FORMATS
 from qwen_vram.spec.residency import residency
+from qwen_vram.spec.rules.rule import broken
+from qwen_vram.spec.rules.table import ANYWHERE_RULES, Model
 from tests.helpers.gptq_files import tied
 from tests.helpers.pairs import all_pairs, pairs
 from tests.helpers.shared import made_once
@@ -68,10 +74,6 @@ TOGETHER = [
     ("host table", "head", "fused", "kernels", "chunks", "kv host", "tiles", "streamed"),
 ]
 
-# What this machine, or this version, refuses whatever else is asked for: the saver, and the knob that is named.
-NOT_HERE = {"other head": "lm_head", "flash": "attention", "captured": "captured", "compiled": "compiled"}
-# What excludes each other in a profile.
-EXCLUDED = [({"kv int8", "kv int4"}, {"dynamic", "static", "kv host"}), ({"kv host"}, {"dynamic", "static"})]
 REFUSALS = (qv.NotSupportedError, qv.WorkloadError, qv.BackendUnavailableError, qv.ConfigError)
 # Formats that are loaded as they are stored, from checkpoints that have them.
 STORED = ("gptq", "awq")
@@ -95,17 +97,20 @@ def cases():
 
 def expected_refusal(weights, savers):
     """What a refusal of these savers must name, as a pattern; empty where they must work."""
-    chosen = set(savers)
-    if any(chosen & some and chosen & others for some, others in EXCLUDED):
-        return "kv_(cache|device)="
-    refused = [NOT_HERE[saver] for saver in savers if saver in NOT_HERE]
-    if "head" in chosen and weights in STORED:
-        refused.append("lm_head")
-    if chosen & {"streamed", "disk", "computing"} and not isinstance(get_backend(weights), StreamingBackend):
-        refused.append("streamed_layers")
-    if "disk" in chosen and weights != "bf16":  # as the checkpoint is stored
+    try:
+        profile = qv.Profile(weights=weights, **{"cache": "preallocated", **knobs_of(savers, weights)})
+    except qv.WorkloadError as refused:
+        return f"{refused.name}="
+    backend = get_backend(weights)
+    architecture = replace(resolve(CHECKPOINT).architecture, stored_format=weights if weights in STORED else None)
+    here = Here(profile, architecture, backend, torch.device("cpu"))
+    rule = broken(ANYWHERE_RULES, Model(architecture, profile)) or broken(MACHINE_RULES, here)
+    if rule is not None:
+        return f"{rule.knob}="
+    refused = []
+    if "disk" in savers and weights != "bf16":  # as the checkpoint is stored
         refused.append("disk_layers")
-    if "computing" in chosen and (weights == "int8" or (FORMATS[weights].bits == 4 and kernel_library() is None)):
+    if "computing" in savers and FORMATS[weights].is_bnb_4bit and kernel_library() is None:
         refused.append("host_layers")
     if is_missing(weights):
         refused.append("weights")

@@ -37,17 +37,17 @@ MUTATIONS = (
     Mutation(
         "the allocator's replay",
         "arithmetic/replay/allocator.py",
-        "else rest > _UNSPLIT:",
-        "else rest > 2 * _UNSPLIT:",
+        "else rest > self.unsplit:",
+        "else rest > 2 * self.unsplit:",
         "tests/arithmetic/test_replay.py::test_a_rest_of_up_to_1_mib_stays_with_a_large_block",
         "test_replay.py::test_a_rest_of_up_to_1_mib_stays_with_a_large_block",
     ),
     Mutation(
         "activations",
-        "arithmetic/activations.py",
-        'yield "mlp product", held + 3 * rows * self.inner',
-        'yield "mlp product", held + 4 * rows * self.inner',
-        "tests/arithmetic/test_replay.py::test_the_closed_form_and_the_replay_agree_on_every_pair",
+        "arithmetic/replay/generation.py",
+        "        product = self.take(inner)",
+        "        product = self.take(inner // 2)",
+        "tests/arithmetic/test_live_bytes.py::test_a_prompt_at_once",
         "test_replay.py::test_the_closed_form_and_the_replay_agree",
     ),
     Mutation(
@@ -108,7 +108,7 @@ MUTATIONS = (
     ),
     Mutation(
         "config.json",
-        "spec/config_reader.py",
+        "spec/config/reader.py",
         '"num_key_value_heads") is None:\n            return heads\n',
         '"num_key_value_heads") is None:\n            return 1\n',
         "tests/runtime/loading/test_config_json.py",

@@ -16,8 +16,8 @@ from qwen_vram.planning.capacity.available_memory import DeviceMemory, available
 from qwen_vram.planning.placement import place
 from qwen_vram.planning.search.search import Search
 from qwen_vram.spec.machine import DEFAULT
-from qwen_vram.spec.profile import COMPILED
 from qwen_vram.spec.residency import spread
+from qwen_vram.spec.rules.table import COMPILED
 
 SEVEN = "Qwen/Qwen2.5-7B-Instruct"
 RAM = {"ram": "64GiB"}

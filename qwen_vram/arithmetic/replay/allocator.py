@@ -1,4 +1,4 @@
-"""torch's caching allocator, replayed: what is reserved is more than what is asked for, by rules that can be followed.
+"""Simulation of torch's caching allocator, which computes reserved memory.
 
 Knows sizes and order, not tensors. The rules are those of c10/cuda/CUDACachingAllocator.cpp in torch 2.6 to 2.13, by
 default: sizes are rounded up to 512 bytes; requests up to 1 MiB are cut from segments of 2 MiB, those below
@@ -17,7 +17,7 @@ from qwen_vram.spec.formats import ALLOCATION_STEP
 # The largest request that comes from the small pool.
 SMALL = 2**20
 # The most that stays with a large block rather than being split off.
-_UNSPLIT = 2**20
+UNSPLIT = 2**20
 _SMALL_SEGMENT = 2 * 2**20
 _LARGE_SEGMENT = 20 * 2**20
 _OWN_SEGMENT = 10 * 2**20
@@ -42,14 +42,16 @@ class CachingAllocator:
 
     Attributes:
         limit: The most that may be reserved; `None` is no limit.
+        unsplit: The most that stays with a large block rather than being split off.
         allocated: Bytes of blocks in use, what could not be split off included (`torch.cuda.memory_allocated`).
         peak: The most that was allocated at once.
         reserved: Bytes of all segments (`torch.cuda.memory_reserved`).
         peak_reserved: The most that was reserved at once.
     """
 
-    def __init__(self, limit: int | None = None) -> None:
+    def __init__(self, limit: int | None = None, *, unsplit: int = UNSPLIT) -> None:
         self.limit = limit
+        self.unsplit = unsplit
         self.allocated = 0
         self.peak = 0
         self.reserved = 0
@@ -66,7 +68,7 @@ class CachingAllocator:
 
     def copy(self, limit: int | None = None) -> CachingAllocator:
         """An allocator in the same state that goes its own way, under a limit of its own."""
-        twin = CachingAllocator(limit)
+        twin = CachingAllocator(limit, unsplit=self.unsplit)
         twin.allocated, twin.peak = self.allocated, self.peak
         twin.reserved, twin.peak_reserved = self.reserved, self.peak_reserved
         twin._segments, twin._room_above = self._segments, self._room_above
@@ -95,7 +97,7 @@ class CachingAllocator:
         else:
             found, address = self._new_segment(size, pool)
         rest = found - size
-        if rest >= ALLOCATION_STEP if pool == 0 else rest > _UNSPLIT:
+        if rest >= ALLOCATION_STEP if pool == 0 else rest > self.unsplit:
             self._remember(rest, address + size, pool)
             found = size
         self._used[address] = (found, pool)
@@ -125,6 +127,12 @@ class CachingAllocator:
             insort(free, (size, start))
             size_at[start] = size
             start_before[end] = start
+
+    # The cache's tensors come from the same pools.
+    keep, drop = take, give
+
+    def at(self, moment: str) -> None:
+        """Ignore the moment: the pools depend on sizes and order alone."""
 
     def loaded(self) -> None:
         """Return unused segments; of the next ones the first are mapped above all that is there."""

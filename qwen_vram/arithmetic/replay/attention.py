@@ -1,4 +1,4 @@
-"""Attention and its cache as sequences of allocations, for `replay.generation`.
+"""Allocations of attention and its KV cache in their order, for the replay.
 
 Source of the order: transformers 5.17 and 5.23 (modeling_qwen2.py, masking_utils.py, cache_utils.py), and this
 library's own caches.
@@ -7,10 +7,12 @@ library's own caches.
 from __future__ import annotations
 
 from qwen_vram.arithmetic.attention import attention_parts, bias_columns, joined_rows
-from qwen_vram.arithmetic.kv_cache import HOST_CACHE_LAYERS, layer_kv_bytes, quantized_tokens
-from qwen_vram.arithmetic.replay.allocator import CachingAllocator
+from qwen_vram.arithmetic.kv_cache import HOST_CACHE_LAYERS, all_kv_bytes, largest_kv_bytes, layer_kv_bytes
 from qwen_vram.arithmetic.replay.linear import Products
+from qwen_vram.arithmetic.replay.trace import Consumer
 from qwen_vram.spec.architecture import Architecture
+from qwen_vram.spec.layers import Attention as AttentionSpec
+from qwen_vram.spec.layers import LayerSpec
 from qwen_vram.spec.profile import Profile
 from qwen_vram.spec.workload import Workload
 
@@ -20,20 +22,17 @@ _FP32 = 4
 class Attention(Products):
     """What attention takes and gives in a step of `queries` new tokens after `past` ones, and what its cache holds."""
 
-    def __init__(
-        self, allocator: CachingAllocator, architecture: Architecture, profile: Profile, workload: Workload
-    ) -> None:
-        super().__init__(allocator, architecture, profile)
+    def __init__(self, consumer: Consumer, architecture: Architecture, profile: Profile, workload: Workload) -> None:
+        super().__init__(consumer, architecture, profile)
         self.workload = workload
         self.batch = workload.batch_size
-        self.normed_heads = any("q_norm" in weight.name for weight in architecture.block)
         # The float32 copy of a step's logits, for as long as `generate` has it.
         self.scores: list[int] = []
         # Keys and values of each layer, once there are some.
         self.cache: list[list[int]] = [[] for _ in range(architecture.num_hidden_layers)]
 
     def masked(self, queries: int, past: int) -> bool:
-        """Tell if attention gets an explicit mask; the rules are `activations`'."""
+        """Tell if attention gets an explicit mask: padding, an unfinished cache before the chunk, or a static cache."""
         kind = self.profile.attention
         if kind == "flash_attention_2":
             return False
@@ -59,26 +58,34 @@ class Attention(Products):
             mask = self.replace(mask, self.take(every * self.element))
         return [mask]
 
-    def attention(self, layer: int, queries: int, past: int) -> tuple[int, list[int]]:
+    def attention(self, number: int, queries: int, past: int) -> tuple[int, list[int]]:
         """The attended block, and eager attention's softmax, which the layer's caller keeps to its end."""
-        rows = self.batch * queries
-        wide = rows * self.architecture.attention_width * self.element
-        narrow = rows * self.architecture.key_value_width * self.element
-        query = self.linear("q_proj", rows)
-        if self.normed_heads:
-            query = self.replace(query, self.norm(rows, self.architecture.attention_width))
-        key = self.linear("k_proj", rows)
-        if self.normed_heads:
-            key = self.replace(key, self.norm(rows, self.architecture.key_value_width))
-        value = self.linear("v_proj", rows)
+        rows, of = self.batch * queries, self.architecture.layers[number].attention
+        wide, narrow = rows * of.width * self.element, rows * of.key_value_width * self.element
+        self.at("attention q_proj")
+        query = self.linear(number, "q_proj", rows)
+        if of.head_norms:
+            query = self.replace(query, self.norm(rows, of.width, "attention q_norm"))
+        self.at("attention k_proj")
+        key = self.linear(number, "k_proj", rows)
+        if of.head_norms:
+            key = self.replace(key, self.norm(rows, of.key_value_width))
+        self.at("attention v_proj")
+        value = self.linear(number, "v_proj", rows)
+        self.at("attention rotary")
         rotated, rotated_key = query, key
         if self.profile.kernels == "plain":
-            rotated, rotated_key = self.rotate(wide), self.rotate(narrow)
+            rotated = self.rotate(wide)
+            self.at("")
+            rotated_key = self.rotate(narrow)
             self.give(query, key)
-        stored = self.update(layer, rotated_key, value, queries, past)
-        result, scores = self.kernel(queries, past)
+        self.at("attention cache")
+        stored = self.update(number, rotated_key, value, queries, past)
+        self.at("attention kernel")
+        result, scores = self.kernel(of, queries, past)
         self.give(*stored)
-        out = self.linear("o_proj", rows)
+        self.at("attention o_proj")
+        out = self.linear(number, "o_proj", rows)
         self.give(result, rotated)
         return out, scores
 
@@ -95,80 +102,80 @@ class Attention(Products):
         give(straight, scaled)
         return result
 
-    def update(self, layer: int, key: int, value: int, queries: int, past: int) -> list[int]:
+    def update(self, number: int, key: int, value: int, queries: int, past: int) -> list[int]:
         """Put a step's keys and values into the cache; returns what attention still holds of them."""
         if self.workload.logits == "all":
             return [key, value]
-        held = self.cache[layer]
-        if self.profile.kv_cache != "bf16":
-            return self.update_quantized(key, value, queries, past)
+        held, layer = self.cache[number], self.architecture.layers[number]
+        if self.profile.kv_format.is_quantized:
+            return self.update_quantized(layer, key, value, queries, past)
         if self.profile.cache != "dynamic":
-            whole = layer_kv_bytes(
-                self.architecture, self.profile, tokens=self.workload.context_len, batch_size=self.batch
-            )
+            context = {"tokens": self.workload.context_len, "batch_size": self.batch}
             if self.profile.kv_device == "host":
                 # The first layer takes the slots, keys and values in one block, and all share them.
                 if not self.cache[0]:
                     slots = min(self.architecture.num_hidden_layers, HOST_CACHE_LAYERS)
-                    self.cache[0].extend(self.take(whole) for _ in range(slots))
+                    largest = largest_kv_bytes(self.architecture, self.profile, **context)
+                    self.cache[0].extend(self.keep(largest) for _ in range(slots))
             elif self.profile.cache == "preallocated":
-                self.take_for_all_layers(whole)
+                self.take_for_all_layers()
             elif not held:
-                held.extend(self.take(whole // 2) for _ in range(2))
+                whole = layer_kv_bytes(layer, self.profile, **context)
+                held.extend(self.keep(whole // 2) for _ in range(2))
             self.give(key, value)
             return []
-        self.lengthen(held, self.batch * (past + queries) * self.architecture.key_value_width * self.element)
+        self.lengthen(held, self.batch * (past + queries) * layer.attention.key_value_width * self.element)
         self.give(key, value)
         return []
 
     def lengthen(self, held: list[int], size: int) -> None:
         """A growing cache's keys, then its values, are made anew in `size` bytes each before the old ones go."""
         for index in range(2):
-            longer = self.take(size)
+            longer = self.keep(size)
             if len(held) > index:
-                self.give(held[index])
+                self.drop(held[index])
                 held[index] = longer
             else:
                 held.append(longer)
 
-    def take_for_all_layers(self, nbytes: int) -> None:
-        """A preallocated cache's block, which the first layer takes: `nbytes` for each layer."""
+    def take_for_all_layers(self) -> None:
+        """A preallocated cache's block, which the first layer takes for all of them."""
         if not self.cache[0]:
-            self.cache[0].append(self.take(self.architecture.num_hidden_layers * nbytes))
+            context = self.workload.context_len
+            nbytes = all_kv_bytes(self.architecture, self.profile, tokens=context, batch_size=self.batch)
+            self.cache[0].append(self.keep(nbytes))
 
-    def update_quantized(self, key: int, value: int, queries: int, past: int) -> list[int]:
+    def update_quantized(self, layer: LayerSpec, key: int, value: int, queries: int, past: int) -> list[int]:
         """Every token in the model's dtype for attention, and those that grow old quantized through float32."""
         take, give = self.take, self.give
-        width = self.architecture.key_value_width
-        self.take_for_all_layers(
-            layer_kv_bytes(self.architecture, self.profile, tokens=self.workload.context_len, batch_size=self.batch)
-        )
+        width, kept = layer.attention.key_value_width, self.profile.kv_format
+        self.take_for_all_layers()
         every = [key, value]
         if past:
-            half = take(self.batch * quantized_tokens(past) * width // 2) if self.profile.kv_cache == "int4" else None
+            self.at("")  # of int4 codes one half is unpacked beside them: no measured row says if a peak is here
+            half = take(self.batch * kept.quantized_tokens(past) * width // 2) if kept.is_packed else None
             every = [take(self.batch * (past + queries) * width * self.element) for _ in range(2)]
             give(*([] if half is None else [half]))
-        tokens = self.batch * (quantized_tokens(past + queries) - quantized_tokens(past)) * width
+            self.at("attention cache")
+        tokens = self.batch * (kept.quantized_tokens(past + queries) - kept.quantized_tokens(past)) * width
         for _ in range(2 if tokens else 0):
             give(*(take(tokens * size) for size in (_FP32, 1)))
         if past:
             give(key, value)
         return every
 
-    def kernel(self, queries: int, past: int) -> tuple[int, list[int]]:
+    def kernel(self, of: AttentionSpec, queries: int, past: int) -> tuple[int, list[int]]:
         """Attention itself; returns its result, and what eager attention returns beside it."""
         take, give = self.take, self.give
         rows, seen = self.batch * queries, self.seen(queries, past)
-        wide = self.architecture.attention_width * self.element
-        heads = self.architecture.num_attention_heads
+        wide, heads = of.width * self.element, of.heads
         masked = self.masked(queries, past)
-        grouped = heads > self.architecture.num_key_value_heads
         fused = masked and self.profile.attention == "fused"
-        expands = masked and grouped and not (fused and queries == 1)
+        expands = masked and of.is_grouped and not (fused and queries == 1)
         expanded = [take(self.batch * seen * wide) for _ in range(2)] if expands else []
         scores = []
         if self.profile.attention == "eager":
-            result, softmax = self.eager(rows, seen, heads)
+            result, softmax = self.eager(of, rows, seen)
             scores = [softmax]
         elif fused:
             bias = take(rows * bias_columns(seen) * self.element)
@@ -176,7 +183,7 @@ class Attention(Products):
             give(bias)
         elif self.profile.attention == "fused" and self.parts(queries, past):
             join = self.joined if self.profile.kernels == "plain" else self.joined_in_place
-            result = join(queries, self.parts(queries, past))
+            result = join(of, queries, self.parts(queries, past))
         else:
             biases = [take(rows * seen * self.element)] if masked else []
             result = take(rows * wide)
@@ -188,11 +195,11 @@ class Attention(Products):
         """Parts of fused attention before the last one; 0 where it is not made in parts."""
         return len(attention_parts(queries, past, padded=self.profile.kernels == "fused"))
 
-    def joined_in_place(self, queries: int, others: int) -> int:
+    def joined_in_place(self, of: AttentionSpec, queries: int, others: int) -> int:
         """Attention in parts, one more than `others`, each joined to those before it by one kernel."""
         take, give = self.take, self.give
         rows, filled = self.batch * queries, self.batch * joined_rows(queries, padded=True)
-        wide, heads = self.architecture.attention_width, self.architecture.num_attention_heads
+        wide, heads = of.width, of.heads
         padded = [take(filled * wide * self.element)] if filled > rows else []
         total, sums = take(filled * wide * self.element), take(filled * heads * _FP32)
         if others > 1:
@@ -204,11 +211,11 @@ class Attention(Products):
         give(some, sums, total)
         return result
 
-    def joined(self, queries: int, others: int) -> int:
+    def joined(self, of: AttentionSpec, queries: int, others: int) -> int:
         """Attention in parts, one more than `others`, summed up in float32."""
         take, give = self.take, self.give
         rows = self.batch * queries
-        width, heads = self.architecture.attention_width, self.architecture.num_attention_heads
+        width, heads = of.width, of.heads
         result, sums = take(rows * width * self.element), take(rows * heads * _FP32)
         total = take(rows * width * _FP32)
         for _ in range(others):
@@ -219,10 +226,10 @@ class Attention(Products):
         give(result, sums)
         return self.replace(total, take(rows * width * self.element))
 
-    def eager(self, rows: int, seen: int, heads: int) -> tuple[int, int]:
+    def eager(self, of: AttentionSpec, rows: int, seen: int) -> tuple[int, int]:
         """Scores, scaled, masked, softmax in float32, cast back, times values."""
         take, give = self.take, self.give
-        scores = heads * rows * seen
+        scores = of.heads * rows * seen
         raw = take(scores * self.element)
         scaled = take(scores * self.element)
         give(raw)
@@ -237,7 +244,8 @@ class Attention(Products):
             give(wide)
             weights = take(scores * self.element)
             give(softmax, masked)
-        out = take(rows * self.architecture.attention_width * self.element)
-        result = take(rows * self.architecture.attention_width * self.element)
+        self.at("")  # for few keys the two results are larger than the scores, and smaller than those of the MLP
+        out = take(rows * of.width * self.element)
+        result = take(rows * of.width * self.element)
         give(out)
         return result, weights

@@ -1,8 +1,6 @@
-"""Generating as a sequence of allocations, tensor by tensor, for `allocator` to follow.
+"""Events of a generation, tensor by tensor, in the order of `transformers`.
 
-`activations` says what is alive at each moment and gives the allocated peak at once; here the same tensors come and go
-in the order in which `transformers` makes them, which decides how torch's allocator fragments. The two are written
-apart, and a test holds one against the other.
+`live_bytes` reads off it what is live at each moment; how torch's allocator fragments depends on the order.
 
 Source of the order: transformers 5.17 and 5.23 (modeling_qwen2.py, modeling_qwen3.py, cache_utils.py,
 generation/utils.py); `replay.attention` and `replay.linear` have theirs.
@@ -10,13 +8,12 @@ generation/utils.py); `replay.attention` and `replay.linear` have theirs.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from qwen_vram.arithmetic.decode_graph import step_sizes
 from qwen_vram.arithmetic.kv_cache import layer_kv_bytes
 from qwen_vram.arithmetic.replay.allocator import SMALL, CachingAllocator
 from qwen_vram.arithmetic.replay.attention import Attention
 from qwen_vram.spec.architecture import Architecture
+from qwen_vram.spec.formats import ALLOCATION_STEP
 from qwen_vram.spec.profile import Profile
 from qwen_vram.spec.workload import Workload
 
@@ -39,35 +36,20 @@ def replay_generation(
     Of the decode steps the first three and the last two are run: between them nothing changes but a length. A cache
     that grows is followed through them all (`grow`), for its length decides what fits where the old one was.
     """
-    _Generation(allocator, architecture, profile, workload).run()
+    Generation(allocator, architecture, profile, workload).run()
 
 
-def pool_bytes(architecture: Architecture, profile: Profile, workload: Workload) -> int:
-    """What the pool of a captured decode step reserves: its temporary tensors, had it not been compiled."""
-    if not profile.captures or workload.logits == "all":
-        return 0
-    allocator = CachingAllocator()
-    generation = _Generation(allocator, architecture, profile, replace(workload, padded=False))
-    generation.warm = generation.warm_lt = True
-    for held in generation.cache:
-        held.extend((0, 0))  # they are there already
-    generation.step(1, workload.context_len - 1)
-    return allocator.peak_reserved
-
-
-class _Generation(Attention):
-    """One generation's allocations. Sizes are bytes; T is batch x new tokens of a step."""
+class Generation(Attention):
+    """One generation's events. Sizes are bytes."""
 
     def run(self) -> None:
+        """All of it, in a process that has loaded the model."""
         if self.profile.captures and self.workload.logits == "last":
             self.take_decode_step()
-        prompt = self.batch * self.workload.prompt_len * _INT64
-        inputs = self.of_generate(prompt, prompt)
+        inputs = self.inputs(self.workload.prompt_len)
         if self.workload.logits == "all":
             self.give(*self.step(self.workload.prompt_len, 0), *inputs)
             return
-        positions = self.of_generate(prompt, prompt)
-        flags = self.of_generate(*[self.batch * _INT64] * 3)
         logits = self.prefill()
         ids: list[int] = []
         length = self.workload.prompt_len
@@ -82,7 +64,20 @@ class _Generation(Attention):
                 logits = [] if self.profile.captures else self.step(1, length)
                 length += 1
             ids = self.sample(logits, ids, length)
-        self.give(*ids, *self.scores, *flags, *positions, *inputs, *(block for layer in self.cache for block in layer))
+        self.give(*ids, *self.scores, *inputs)
+        self.drop(*(block for layer in self.cache for block in layer))
+
+    def inputs(self, tokens: int) -> list[int]:
+        """What is there before a step, of `tokens` of each sequence.
+
+        These are the ids as given and as `generate` keeps them, the attention mask and the position ids; and of each
+        sequence three flags, at least one allocation step each. A plain forward has the ids alone.
+        Measured: with one tensor, 22 of the 26 plain forwards of tests/data/h200.jsonl are exact to the byte.
+        """
+        ids = self.batch * tokens * _INT64
+        if self.workload.logits == "all":
+            return self.of_generate(ids)
+        return self.of_generate(*[ids] * 4, *[max(self.batch * _INT64, ALLOCATION_STEP)] * 3)
 
     def grow(self, past: int) -> None:
         """What a decode step does to a cache that grows, where its tensors come from the large pool.
@@ -93,17 +88,19 @@ class _Generation(Attention):
         Recorded: NVIDIA H200, torch 2.11.0+cu130, transformers 5.17.0, 2026-11-26, Qwen2.5-0.5B with 4,096 tokens in
         chunks of 1,024: its last two segments come with token 4,099 and 4,101, at the same requests as here.
         """
-        size = self.batch * (past + 1) * self.architecture.key_value_width * self.element
-        if self.profile.cache == "dynamic" and size > SMALL:
-            for held in self.cache:
+        if self.profile.cache != "dynamic":
+            return
+        for layer, held in zip(self.architecture.layers, self.cache, strict=True):
+            size = self.batch * (past + 1) * layer.attention.key_value_width * self.element
+            if size > SMALL:
                 self.lengthen(held, size)
 
     def take_decode_step(self) -> None:
         """The cache and the decode step, which are made at load and stay."""
         context = self.workload.context_len
-        whole = layer_kv_bytes(self.architecture, self.profile, tokens=context, batch_size=self.batch)
-        for held in self.cache:
-            held.extend(self.take(whole // 2) for _ in range(2))
+        for layer, held in zip(self.architecture.layers, self.cache, strict=True):
+            whole = layer_kv_bytes(layer, self.profile, tokens=context, batch_size=self.batch)
+            held.extend(self.keep(whole // 2) for _ in range(2))
         for size in step_sizes(self.architecture, self.profile, self.workload):
             self.take(size)
 
@@ -126,10 +123,12 @@ class _Generation(Attention):
         return logits
 
     def sample(self, logits: list[int], ids: list[int], length: int) -> list[int]:
+        """The next token, from the logits' copy in float32; returns the ids with it."""
         if not self.architecture.starts:
             return []
         # The float32 copy stays through the next step, until that has made its own (`_sample`).
         scores = self.take(self.batch * self.architecture.vocab_size * _FP32)
+        self.at("")
         self.give(*self.scores)
         self.scores = [scores]
         token = self.take(self.batch * _INT64)
@@ -139,45 +138,82 @@ class _Generation(Attention):
 
     def step(self, queries: int, past: int) -> list[int]:
         """One forward; returns the logits' block where `generate` reads it."""
-        take, give = self.take, self.give
-        rows = self.batch * queries
-        hidden_size = rows * self.architecture.hidden_size * self.element
-        hidden = take(hidden_size)  # the embeddings, or what comes from the device before
-        kept = [hidden, *self.shared(rows, queries, past)] if self.architecture.starts else []
+        hidden, kept = self.begin(queries, past)
+        is_held = bool(kept)  # the model holds the embeddings to the end
         remaining = self.architecture.num_hidden_layers
         states: list[object] = [None, None]
         while remaining:
-            layer = self.architecture.num_hidden_layers - remaining
-            copies = [] if self.architecture.starts else self.copies(rows, queries, past)
-            following = self.layer(layer, hidden_size, queries, past)
-            give(*copies)
-            if hidden not in kept:
-                give(hidden)
-            hidden = following
+            following = self.layer(self.architecture.num_hidden_layers - remaining, queries, past)
+            if not is_held:
+                self.give(hidden)
+            hidden, is_held = following, False
             remaining -= 1
             states.append(self.state(hidden, past))
             if states[-1] is not None and states[-1] == states[-3]:
-                remaining %= 2  # two layers after which all is as before them: so would every two be
-        normed = [self.norm(rows, self.architecture.hidden_size)] if self.architecture.ends else []
-        give(hidden, *kept)
+                remaining %= 2  # two alike layers after which all is as before them: so would every two be
+        return self.end(hidden, kept, queries)
+
+    def one_layer_step(self, number: int, queries: int, past: int) -> list[int]:
+        """The same through one layer alone, as if it came last: other layers made its input."""
+        hidden, kept = self.begin(queries, past)
+        if kept:
+            hidden = self.take(self.hidden_size(queries))  # the model holds the embeddings beside the layer's input
+        following = self.layer(number, queries, past)
+        self.give(hidden)
+        return self.end(following, kept, queries)
+
+    def resume(self, number: int, queries: int, past: int) -> tuple[int, int]:
+        """Begin anew with `past` tokens in the cache, before a step through one layer alone.
+
+        Returns the bytes of the layer's cache before and after the step; 0 and 0 if the cache has its full length from
+        the start, or there is none.
+        """
+        self.warm = self.warm_lt = True
+        self.scores = []
+        self.cache[0] = self.cache[number] = [0, 0]
+        if self.workload.logits == "all" or self.profile.cache != "dynamic":
+            return 0, 0
+        token = self.batch * self.architecture.layers[number].attention.key_value_width * self.element
+        self.cache[number] = [past * token] * 2 if past else []
+        return 2 * past * token, 2 * (past + queries) * token
+
+    def begin(self, queries: int, past: int) -> tuple[int, list[int]]:
+        """The embeddings, or the hidden states that come from the device before; and all that is held to the end."""
+        self.at("embedding" if self.architecture.starts else "")
+        hidden = self.take(self.hidden_size(queries))
+        self.at("")
+        return hidden, [hidden, *self.shared(queries, past)] if self.architecture.starts else []
+
+    def end(self, hidden: int, kept: list[int], queries: int) -> list[int]:
+        """The last norm and the head; returns the logits' block where `generate` reads it."""
+        rows = self.batch * queries
+        normed = [self.norm(rows, self.architecture.hidden_size, "last norm")] if self.architecture.ends else []
+        self.give(hidden, *kept)
         return self.logits(rows if self.workload.logits == "all" else self.batch, normed)
 
-    def state(self, hidden: int, past: int) -> object:
-        """What decides all that the layers to come do; `None` where each takes a cache of its own."""
-        own = self.profile.cache == "dynamic" or (self.profile.cache == "static" and not past)
-        return None if own and self.workload.logits == "last" else (hidden, self.allocator.state())
+    def hidden_size(self, queries: int) -> int:
+        """Bytes of a step's hidden states."""
+        return self.batch * queries * self.architecture.hidden_size * self.element
 
-    def shared(self, rows: int, queries: int, past: int) -> list[int]:
+    def state(self, hidden: int, past: int) -> object:
+        """What decides all that the layers to come do; `None` where they differ, or each takes a cache of its own."""
+        if len(self.architecture.kinds) > 1:
+            return None
+        own = self.profile.cache == "dynamic" or (self.profile.cache == "static" and not past)
+        return None if own and self.workload.logits == "last" else (hidden, self.consumer.state())
+
+    def shared(self, queries: int, past: int) -> list[int]:
         """What the model makes once for all layers: cosines and sines, and the mask."""
         # The padding mask as booleans, and whether it is all true.
         self.give(self.take(self.batch * (past + queries)), self.take(1))
         mask = self.mask(queries, past)
-        return [*self.rotary_tables(rows), *mask]
+        return [*self.rotary_tables(self.batch * queries), *mask]
 
-    def copies(self, rows: int, queries: int, past: int) -> list[int]:
+    def copies(self, queries: int, past: int) -> list[int]:
         """The same, brought over for one layer of a later device; position ids come along."""
+        rows = self.batch * queries
         mask = rows * self.seen(queries, past) * (self.element if self.profile.attention == "eager" else 1)
-        tables = rows * self.architecture.head_dim * self.element
+        tables = rows * self.architecture.rotary_dim * self.element
         sizes = [*([mask] if self.masked(queries, past) else []), tables, tables, rows * _INT64]
         return [self.take(size) for size in sizes]
 
@@ -185,9 +221,11 @@ class _Generation(Attention):
         """The head's product, or its copy for `generate`; a shared head gets the last rows from the last device."""
         if not self.architecture.has_head:
             self.give(*normed)
+            self.at("head" if self.architecture.starts else "")
             return self.of_generate(rows * self.architecture.vocab_size * self.element)
+        self.at("head")
         normed = normed or [self.take(rows * self.architecture.hidden_size * self.element)]
-        logits = self.product(self.architecture.head, rows)
+        logits = self.product("lm_head", self.head, rows)
         self.give(*normed)
         if self.architecture.starts:
             return [logits]
@@ -195,8 +233,9 @@ class _Generation(Attention):
         return []
 
     def rotary_tables(self, rows: int) -> list[int]:
+        """Cosines and sines of the positions, made in float32."""
         take, give = self.take, self.give
-        wide = rows * self.architecture.head_dim
+        wide = rows * self.architecture.rotary_dim
         positions = take(rows * _FP32)
         angles = take(wide // 2 * _FP32)
         self.warm_up()  # the rotary angles are a fresh process's first matrix product
@@ -211,34 +250,41 @@ class _Generation(Attention):
         give(angles, both, *scaled)
         return tables
 
-    def layer(self, layer: int, hidden_size: int, queries: int, past: int) -> int:
-        take, give = self.take, self.give
+    def layer(self, number: int, queries: int, past: int) -> int:
+        """One decoder layer; its input goes with its caller."""
+        copies = [] if self.architecture.starts else self.copies(queries, past)
+        fused, size = self.profile.kernels == "fused", self.hidden_size(queries)
         rows = self.batch * queries
-        normed = self.norm(rows, self.architecture.hidden_size)
-        attended, scores = self.attention(layer, queries, past)
-        give(normed)
-        fused = self.profile.kernels == "fused"
-        residual = attended if fused else self.replace(attended, take(hidden_size))
-        normed = self.norm(rows, self.architecture.hidden_size)
-        product = self.gated_in_place(rows) if fused else self.gated(rows)
-        down = self.linear("down_proj", rows)
-        give(product, normed)
-        result = down if fused else self.replace(down, take(hidden_size))
-        give(residual, *scores)
+        normed = self.norm(rows, self.architecture.hidden_size, "attention norm")
+        attended, scores = self.attention(number, queries, past)
+        self.give(normed)
+        residual = attended if fused else self.replace(attended, self.take(size))
+        normed = self.norm(rows, self.architecture.hidden_size, "mlp norm")
+        product = self.gated_in_place(number, rows) if fused else self.gated(number, rows)
+        self.at("mlp down_proj")
+        down = self.linear(number, "down_proj", rows)
+        self.give(product, normed)
+        result = down if fused else self.replace(down, self.take(size))
+        self.give(residual, *scores, *copies)
         return result
 
-    def gated(self, rows: int) -> int:
+    def gated(self, number: int, rows: int) -> int:
         """The MLP's `act(gate) * up`."""
-        inner = rows * self.architecture.intermediate_size * self.element
-        gate = self.linear("gate_proj", rows)
+        inner = rows * self.architecture.layers[number].inner_size * self.element
+        self.at("mlp gate_proj")
+        gate = self.linear(number, "gate_proj", rows)
+        self.at("mlp up_proj")
         activated = self.replace(gate, self.take(inner))
-        up = self.linear("up_proj", rows)
+        up = self.linear(number, "up_proj", rows)
+        self.at("mlp product")
         product = self.take(inner)
         self.give(activated, up)
         return product
 
-    def gated_in_place(self, rows: int) -> int:
+    def gated_in_place(self, number: int, rows: int) -> int:
         """The same in the memory of the gate."""
-        gate = self.linear("gate_proj", rows)
-        self.give(self.linear("up_proj", rows))
+        self.at("mlp gate_proj")
+        gate = self.linear(number, "gate_proj", rows)
+        self.at("mlp up_proj")
+        self.give(self.linear(number, "up_proj", rows))
         return gate

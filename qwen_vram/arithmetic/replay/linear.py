@@ -1,4 +1,4 @@
-"""Norms and matrix products as sequences of allocations, for `replay.generation`.
+"""Allocations of norms and matrix products in their order, for the replay.
 
 Source of the order: transformers 5.17 and 5.23 (modeling_qwen2.py, modeling_qwen3.py), bitsandbytes 0.50.2 (ops.py of
 backends/cuda and default).
@@ -6,12 +6,15 @@ backends/cuda and default).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from qwen_vram.arithmetic.int8_outliers import outlier_columns
-from qwen_vram.arithmetic.replay.allocator import CachingAllocator
+from qwen_vram.arithmetic.replay.trace import Consumer
 from qwen_vram.arithmetic.tiling import FUSED_ROWS, counts_tiles, int8_rows, int8_tile_elements, tile_rows, unpacks
 from qwen_vram.arithmetic.weights import format_of
-from qwen_vram.spec.architecture import Architecture, Weight
-from qwen_vram.spec.formats import FORMATS, StorageFormat
+from qwen_vram.spec.architecture import Architecture
+from qwen_vram.spec.formats import FORMATS, StorageFormat, blocks
+from qwen_vram.spec.layers import LayerSpec, Weight
 from qwen_vram.spec.profile import Profile
 
 # cuBLAS's workspace (32 MiB) and cuBLASLt's (1 MiB), which torch keeps from the first product on that needs them.
@@ -22,41 +25,53 @@ _FP32 = 4
 _FP16 = 2
 
 
-def needs_lt(weight: Weight, architecture: Architecture, profile: Profile) -> bool:
+def needs_lt(weight: Weight, layer: LayerSpec, profile: Profile) -> bool:
     """Tell if a product goes through cuBLASLt: torch's own with a bias does, and adds it in the same kernel.
 
     bitsandbytes' int8 adds a bias afterwards. Source: torch 2.11, aten/src/ATen/native/cuda/Blas.cpp; bitsandbytes
     0.50.2, backends/cuda/ops.py. Measured: without it all rows of tests/data/accuracy.jsonl without outlier columns of
     Qwen3, and of int8 by tiles, allocate 1 MiB less, to 8 KiB (chunked prefill to 64 KiB).
     """
-    bias = weight.name.removesuffix("weight") + "bias"
     storage = FORMATS[format_of(weight, profile)]
-    apart = storage.library == "bitsandbytes" and storage.name == "int8"
-    return not apart and any(one.name == bias for one in architecture.block)
+    return not storage.has_outliers and weight.module in layer.biased
 
 
 def workspaces(architecture: Architecture, profile: Profile) -> tuple[int, ...]:
     """What cuBLAS and cuBLASLt keep on a device that runs these layers."""
-    lt = any(needs_lt(weight, architecture, profile) for weight in architecture.block if weight.is_linear)
+    lt = any(needs_lt(one, layer, profile) for layer, _ in architecture.kinds for one in layer.linears.values())
     return CUBLAS_WORKSPACE if lt else CUBLAS_WORKSPACE[:1]
+
+
+class MatrixFacts(NamedTuple):
+    """A matrix, the format that it is stored in, and whether its products go through cuBLASLt."""
+
+    weight: Weight
+    storage: StorageFormat
+    lt: bool
 
 
 class Products:
     """What norms and linear layers take and give. Every method returns the block of its result; sizes are bytes."""
 
-    def __init__(self, allocator: CachingAllocator, architecture: Architecture, profile: Profile) -> None:
-        self.allocator = allocator
-        self.take, self.give = allocator.take, allocator.give
+    def __init__(self, consumer: Consumer, architecture: Architecture, profile: Profile) -> None:
+        self.consumer = consumer
+        self.take, self.give = consumer.take, consumer.give
+        self.keep, self.drop, self.at = consumer.keep, consumer.drop, consumer.at
         self.architecture = architecture
         self.profile = profile
         self.element = profile.element_bytes
-        self.linears = {weight.module: weight for weight in architecture.block if weight.is_linear}
-        products = [*self.linears.values(), architecture.head]
-        # Facts of each matrix, asked for in every layer of every step.
-        self.lt = {weight.module: needs_lt(weight, architecture, profile) for weight in products}
-        self.storages = {weight.module: FORMATS[format_of(weight, profile)] for weight in products}
+        # Facts of each matrix, asked for in every layer of every step; by the layer's number, then by the module.
+        facts = {layer: self._facts(layer) for layer, _ in architecture.kinds}
+        self.facts = [facts[layer] for layer in architecture.layers]
+        self.head = MatrixFacts(architecture.head, FORMATS[format_of(architecture.head, profile)], lt=False)
         self.warm = False
         self.warm_lt = False
+
+    def _facts(self, layer: LayerSpec) -> dict[str, MatrixFacts]:
+        return {
+            module: MatrixFacts(weight, FORMATS[format_of(weight, self.profile)], needs_lt(weight, layer, self.profile))
+            for module, weight in layer.linears.items()
+        }
 
     def warm_up(self, lt: bool = False) -> None:
         """The first matrix product on a device takes a workspace that stays, and the first through cuBLASLt its own."""
@@ -72,14 +87,19 @@ class Products:
         self.give(old)
         return new
 
-    def norm(self, rows: int, width: int) -> int:
-        """RMSNorm: in float32 on the way, for rows of `width`; the heads' norms see the same bytes."""
+    def norm(self, rows: int, width: int, moment: str = "") -> int:
+        """RMSNorm: in float32 on the way, for rows of `width`; the heads' norms see the same bytes.
+
+        `moment` holds the two float32 tensors. What follows is larger by a few bytes a row at most, and in no moment.
+        """
         take, give = self.take, self.give
+        self.at(moment)
         if self.profile.kernels == "fused":
             return take(rows * width * self.element)
         wide = rows * width * _FP32
         upcast = take(wide)
         squares = take(wide)
+        self.at("")
         mean = take(rows * _FP32)
         give(squares)
         shifted = take(rows * _FP32)
@@ -92,15 +112,15 @@ class Products:
         give(rounded, scaled, mean)
         return result
 
-    def linear(self, name: str, rows: int) -> int:
-        """The product of one of the block's matrices, by the name of its module."""
-        return self.product(self.linears[name], rows)
+    def linear(self, number: int, name: str, rows: int) -> int:
+        """The product of a matrix of the layer `number`, by the name of its module."""
+        return self.product(name, self.facts[number][name], rows)
 
-    def product(self, weight: Weight, rows: int) -> int:
+    def product(self, module: str, matrix: MatrixFacts, rows: int) -> int:
         """A matrix product in the weight's format, and an adapter's update on top; returns the result."""
-        module = weight.module
-        self.warm_up(self.lt[module])
-        result = self.base_product(weight, self.storages[module], rows)
+        weight = matrix.weight
+        self.warm_up(matrix.lt)
+        result = self.base_product(weight, matrix.storage, rows)
         if module not in self.architecture.adapted:
             return result
         size = rows * weight.shape[0] * self.element
@@ -116,33 +136,33 @@ class Products:
         take, give = self.take, self.give
         out = weight.shape[0]
         result_size = rows * out * self.element
-        fused = storage.library == "bitsandbytes" and storage.bits == 4 and rows <= FUSED_ROWS
+        fused = storage.is_bnb_4bit and rows <= FUSED_ROWS
         if unpacks(storage, rows):
-            return self.unpacked_product(weight, result_size, storage.bits)
-        if storage.is_dense or storage.library == "torch" or fused:
+            return self.unpacked_product(weight, result_size, storage)
+        if storage.is_dense or storage.is_weight_only or fused:
             return take(result_size)
-        if storage.name == "int8":
+        if storage.has_outliers:
             return self.int8_in_pieces(weight, rows) if self.profile.tiles else self.int8_product(weight, rows)
         maxima = []
         if counts_tiles(storage, self.profile, weight.shape, rows):
             if storage.is_double:
-                maxima = [take(-(-weight.numel // 64) * _FP32)]
+                maxima = [take(blocks(weight.numel) * _FP32)]
             result, tile = take(result_size), take(tile_rows(*weight.shape) * weight.shape[1] * self.element)
             give(tile, *maxima)
             return result
         if storage.is_double:
-            maxima = [take(-(-weight.numel // 64) * _FP32) for _ in range(2)]
+            maxima = [take(blocks(weight.numel) * _FP32) for _ in range(2)]
         dequantized = take(weight.numel * self.element)
         result = take(result_size)
         give(*maxima, dequantized)
         return result
 
-    def unpacked_product(self, weight: Weight, result_size: int, bits: int) -> int:
+    def unpacked_product(self, weight: Weight, result_size: int, storage: StorageFormat) -> int:
         """The result, and the first and largest tile, which int4 fills from two halves of its codes."""
         take, give = self.take, self.give
         elements = tile_rows(*weight.shape) * weight.shape[1]
         result, tile = take(result_size), take(elements * self.element)
-        for _ in range(2 if bits == 4 else 0):
+        for _ in range(2 if storage.is_tinygemm else 0):
             give(take(elements // 2))
         give(tile)
         return result

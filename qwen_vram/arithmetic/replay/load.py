@@ -1,4 +1,4 @@
-"""Loading as a sequence of allocations, tensor by tensor, for `allocator` to follow.
+"""Allocations of loading a 16-bit checkpoint in their order, for the replay.
 
 Source of the order: transformers 5.17 and 5.23 (core_model_loading.py, `caching_allocator_warmup`), bitsandbytes 0.50.2
 (functional.py, `quantize_4bit` and `quantize_blockwise`).
@@ -13,9 +13,10 @@ from typing import Any
 from qwen_vram.arithmetic.replay.allocator import CachingAllocator
 from qwen_vram.arithmetic.replay.load_prequantized import replay_stored
 from qwen_vram.arithmetic.tiling import chunk_rows, tile_rows
-from qwen_vram.arithmetic.weights import block_bytes, format_of, streaming_slots
-from qwen_vram.spec.architecture import Architecture, Weight
-from qwen_vram.spec.formats import FORMATS
+from qwen_vram.arithmetic.weights import format_of, slot_bytes, streaming_slots
+from qwen_vram.spec.architecture import Architecture
+from qwen_vram.spec.formats import BLOCK, FORMATS, StorageFormat, blocks
+from qwen_vram.spec.layers import Weight
 from qwen_vram.spec.profile import Profile
 from qwen_vram.spec.residency import residency
 
@@ -46,18 +47,28 @@ def as_loaded(profile: Profile) -> Profile:
 def replay_load(architecture: Architecture, profile: Profile, limit: int | None = None) -> CachingAllocator:
     """The allocator after `load`: its `allocated` is the weights', its `peak` the load peak.
 
+    Raises:
+        OutOfRoomError: loading takes more than `limit`.
+    """
+    allocator = CachingAllocator(limit)
+    load_into(allocator, architecture, profile)
+    return allocator
+
+
+def load_into(allocator: CachingAllocator, architecture: Architecture, profile: Profile) -> None:
+    """Load through `allocator`, in place.
+
     `transformers` first takes all bytes in one piece and frees them, so that later requests are cut from it; then it
     brings tensors over in the order of their names, as they are stored, or in the model's own dtype to be quantized
     as they come. In the end the loader gives back what segments are free.
 
     Raises:
-        OutOfRoomError: loading takes more than `limit`.
+        OutOfRoomError: loading takes more than the allocator's limit.
     """
-    allocator = CachingAllocator(limit)
     if architecture.stored:
         replay_stored(allocator, architecture, architecture.stored, profile)
         allocator.loaded()
-        return allocator
+        return
     weights = _load_order(architecture, profile)
     total = sum(_announced_bytes(weight, profile) for weight in weights)
     allocator.give(allocator.take(int(total)))
@@ -65,11 +76,10 @@ def replay_load(architecture: Architecture, profile: Profile, limit: int | None 
     for weight in weights:
         load(allocator, weight, profile)
     for _ in range(2 if architecture.starts else 0):  # the rotary embedding's float32 buffers
-        allocator.take(architecture.head_dim // 2 * _FP32)
+        allocator.take(architecture.rotary_dim // 2 * _FP32)
     if profile.streamed_layers:
         _load_streamed(allocator, architecture, profile)
     allocator.loaded()
-    return allocator
 
 
 def _load_streamed(allocator: CachingAllocator, architecture: Architecture, profile: Profile) -> None:
@@ -79,54 +89,59 @@ def _load_streamed(allocator: CachingAllocator, architecture: Architecture, prof
     """
     if residency(architecture, profile).late_head:
         _load_by_tiles(allocator, architecture.head, profile)
-    for weight in architecture.block:
-        if architecture.stored_format is None and not FORMATS[format_of(weight, profile)].is_dense:
-            allocator.give(*_load_by_tiles(allocator, weight, profile))
+    for layer, _ in architecture.kinds:
+        for weight in layer.linears.values():
+            if architecture.stored_format is None and not FORMATS[format_of(weight, profile)].is_dense:
+                allocator.give(*_load_by_tiles(allocator, weight, profile))
     allocator.release_unused()
     for _ in range(streaming_slots(architecture, profile)):
-        allocator.take(block_bytes(architecture, profile))
+        allocator.take(slot_bytes(architecture, profile))
 
 
 def _load_by_tiles(allocator: CachingAllocator, weight: Weight, profile: Profile) -> list[int]:
     """Quantize a weight tile by tile into its codes and scales; the blocks that hold it then."""
     storage = FORMATS[format_of(weight, profile)]
-    if storage.library != "bitsandbytes":
+    if not storage.is_bnb:
         return _load_weight(allocator, weight, profile)
     rows, columns = tile_rows(*weight.shape), weight.shape[1]
-    blocks = -(-weight.numel // 64)
-    scales = weight.shape[0] if storage.name == "int8" else blocks
-    kept = [allocator.take(-(-weight.numel * storage.bits // 8)), allocator.take(scales * _FP32)]
-    tile = [allocator.take(rows * columns * (_FP16 if storage.name == "int8" else profile.element_bytes))]
-    tile += [allocator.take(rows * columns * storage.bits // 8), allocator.take(rows * columns // 64 * _FP32)]
+    sizes, maxima = storage.sizes(weight.shape), blocks(weight.numel) * _FP32
+    scales = sizes["SCB"] if storage.has_outliers else maxima
+    kept = [allocator.take(sizes["weight"]), allocator.take(scales)]
+    tile = [allocator.take(rows * columns * (_FP16 if storage.has_outliers else profile.element_bytes))]
+    tile += [allocator.take(rows * columns * storage.bits // 8), allocator.take(rows * columns // BLOCK * _FP32)]
     allocator.give(*tile)
     if storage.is_double:
-        offset, centred = allocator.take(_FP32), allocator.take(blocks * _FP32)
-        nested = [allocator.take(-(-blocks // 256) * _FP32), allocator.take(blocks), allocator.take(1024)]
+        offset, centred = allocator.take(sizes["offset"]), allocator.take(maxima)
+        nested = [allocator.take(sizes[name]) for name in ("state2.absmax", "absmax", "state2.code")]
         allocator.give(centred, kept.pop())
         kept += [offset, *nested]
-    if storage.bits == 4:
-        kept.append(allocator.take(64))  # code
+    if storage.is_bnb_4bit:
+        kept.append(allocator.take(sizes["code"]))
     return kept
 
 
 def _load_order(architecture: Architecture, profile: Profile) -> list[Weight]:
     """What goes to the device to stay, sorted by name as `transformers` does: head, embedding, layers, last norm."""
     outer = {weight.role: [weight] for weight in architecture.outer}
-    block = sorted(architecture.block, key=lambda weight: weight.name.split("."))
+    by_name = {
+        layer: sorted(layer.weights, key=lambda weight: weight.name.split(".")) for layer, _ in architecture.kinds
+    }
     homes = residency(architecture, profile)
+    staying = [layer for layer, home in zip(architecture.layers, homes.layers, strict=True) if home == "device"]
+    layers = [weight for layer in staying for weight in by_name[layer]]
     head = outer.get("head", [])
     if architecture.has_head and homes.own_head:
         head = [architecture.head]
     if homes.late_head:
         head = []  # it comes afterwards
     table = [] if homes.table_on_host else outer.get("embedding", [])
-    return [*head, *table, *(block * homes.resident), *outer.get("norm", []), *architecture.adapter_weights]
+    return [*head, *table, *layers, *outer.get("norm", []), *architecture.adapter_weights]
 
 
 def _announced_bytes(weight: Weight, profile: Profile) -> float:
     """What `transformers` expects a weight to take: code bits alone, and scales where a model declares them."""
     storage = FORMATS[format_of(weight, profile)]
-    if storage.library == "torch":
+    if storage.is_weight_only:
         return storage.nbytes(weight.shape)
     return weight.numel * storage.bits / 8
 
@@ -147,31 +162,30 @@ def _load_weight(allocator: CachingAllocator, weight: Weight, profile: Profile) 
     arriving = allocator.take(weight.numel * profile.element_bytes)
     if storage.is_dense:
         return [arriving]
-    blocks = -(-weight.numel // 64)
+    sizes = storage.sizes(weight.shape)
     if storage.is_double:
-        maxima = allocator.take(blocks * _FP32)
-        kept = [allocator.take(-(-weight.numel // 2))]
-        kept += [allocator.take(64), allocator.take(_FP32)]  # code, offset
-        centred = allocator.take(blocks * _FP32)
-        kept += [allocator.take(-(-blocks // 256) * _FP32), allocator.take(blocks)]
-        kept += [allocator.take(1024)]  # code of the maxima
+        in_float = blocks(weight.numel) * _FP32
+        maxima = allocator.take(in_float)
+        kept = [allocator.take(sizes[name]) for name in ("weight", "code", "offset")]
+        centred = allocator.take(in_float)
+        kept += [allocator.take(sizes[name]) for name in ("state2.absmax", "absmax", "state2.code")]
         allocator.give(centred, maxima)
-    elif storage.library == "bitsandbytes" and storage.bits == 4:
-        kept = [allocator.take(size) for size in (blocks * _FP32, -(-weight.numel // 2), 64)]
-    elif storage.name == "int8":
+    elif storage.is_bnb_4bit:
+        kept = [allocator.take(sizes[name]) for name in ("absmax", "weight", "code")]
+    elif storage.has_outliers:
         half = allocator.take(weight.numel * _FP16)
-        kept = [allocator.take(size) for size in storage.part_sizes(weight.shape)]
+        kept = [allocator.take(size) for size in sizes.values()]
         allocator.give(half)
     else:
-        kept = [allocator.take(size) for size in storage.part_sizes(weight.shape)]
-        if storage.library == "torch":
-            _quantize_chunk(allocator, weight, storage.bits)
+        kept = [allocator.take(size) for size in sizes.values()]
+        if storage.is_weight_only:
+            _quantize_chunk(allocator, weight, storage)
     allocator.give(arriving)
     return kept
 
 
-def _quantize_chunk(allocator: CachingAllocator, weight: Weight, bits: int) -> None:
+def _quantize_chunk(allocator: CachingAllocator, weight: Weight, storage: StorageFormat) -> None:
     """The first and largest chunk in float32; int4 seeks its levels with two more such tensors."""
     elements = chunk_rows(*weight.shape) * weight.shape[1]
-    chunk = [allocator.take(elements * _FP32) for _ in range(3 if bits == 4 else 1)]
+    chunk = [allocator.take(elements * _FP32) for _ in range(3 if storage.is_tinygemm else 1)]
     allocator.give(*chunk)

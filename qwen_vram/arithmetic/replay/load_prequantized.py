@@ -1,4 +1,4 @@
-"""Loading a checkpoint that is quantized already, as a sequence of allocations for `allocator` to follow.
+"""Allocations of loading a prequantized checkpoint in their order, for the replay.
 
 Source of the order: transformers 5.23 (core_model_loading.py, `caching_allocator_warmup`); tensors come over as they
 are stored. What a kernel library does afterwards depends on the kernel that it picks (GPTQModel's Marlin and ExLlama
@@ -35,4 +35,4 @@ def replay_stored(allocator: CachingAllocator, architecture: Architecture, store
     packed = (*layers, *(stored.head if architecture.stored_head else ()))
     allocator.give(allocator.take(max(tensor.nbytes for tensor in packed)))
     for _ in range(2 if architecture.starts else 0):  # the rotary embedding's float32 buffers
-        allocator.take(architecture.head_dim // 2 * _FP32)
+        allocator.take(architecture.rotary_dim // 2 * _FP32)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from qwen_vram.arithmetic.attention import attention_parts
 from qwen_vram.arithmetic.kv_cache import layer_kv_bytes
+from qwen_vram.arithmetic.timing.linear import mean_of_layers
 from qwen_vram.spec.architecture import Architecture
+from qwen_vram.spec.layers import LayerSpec
 from qwen_vram.spec.machine import Machine
 from qwen_vram.spec.profile import Profile
 from qwen_vram.spec.workload import Workload
@@ -43,10 +45,14 @@ def decode_attention_seconds(
     architecture: Architecture, profile: Profile, machine: Machine, tokens: int, batch_size: int
 ) -> float:
     """Seconds of attention over `tokens` tokens of each sequence in all layers, for one new token."""
-    held = layer_kv_bytes(architecture, profile, tokens=tokens, batch_size=batch_size)
-    if profile.kv_cache != "bf16":  # made whole: written, and read
-        held += 4 * architecture.key_value_width * tokens * batch_size * profile.element_bytes
-    return architecture.num_hidden_layers * (_DECODE_START + held / (_READ_SHARE * machine.device_bandwidth))
+
+    def one(layer: LayerSpec) -> float:
+        held = layer_kv_bytes(layer, profile, tokens=tokens, batch_size=batch_size)
+        if profile.kv_format.is_quantized:  # made whole: written, and read
+            held += 4 * layer.attention.key_value_width * tokens * batch_size * profile.element_bytes
+        return _DECODE_START + held / (_READ_SHARE * machine.device_bandwidth)
+
+    return architecture.num_hidden_layers * mean_of_layers(architecture, one)
 
 
 def decode_nodes_seconds(architecture: Architecture, profile: Profile, machine: Machine) -> float:
@@ -64,14 +70,15 @@ def prefill_attention_seconds(
     """Seconds of attention of the whole prompt in all layers."""
     prompt, chunk = workload.prompt_len, chunk_of(profile, workload)
     past = prompt - chunk
-    element = 4 * architecture.num_hidden_layers * architecture.attention_width * workload.batch_size
+    width = sum(layer.attention.width for layer in architecture.layers)
+    element = 4 * width * workload.batch_size
     newest = element * prompt * chunk / 2  # causal
     older = element * prompt * past / 2
     if profile.attention in ("sdpa", "eager") or workload.padded:
         if not past and not workload.padded and profile.attention == "sdpa":
             return newest / (_CAUSAL * machine.matmul_rate)
         # Keys and values are copied for every query's head, written and read, for each chunk.
-        copies = _COPIED * architecture.num_hidden_layers * architecture.attention_width * profile.element_bytes
+        copies = _COPIED * width * profile.element_bytes
         copied = copies * workload.batch_size * (prompt / chunk) * (prompt + chunk) / 2
         return (2 * newest + older) / (_MASKED * machine.matmul_rate) + copied / (
             _READ_SHARE * machine.device_bandwidth
@@ -86,9 +93,9 @@ def prefill_elementwise_seconds(
 ) -> float:
     """Seconds of what is done element by element to the whole prompt in all layers."""
     hidden, inner = _MOVED[profile.kernels]
-    elements = hidden * architecture.hidden_size + inner * architecture.intermediate_size
+    elements = sum(hidden * architecture.hidden_size + inner * layer.inner_size for layer in architecture.layers)
     moved = elements * profile.element_bytes * workload.prompt_len * workload.batch_size
-    return architecture.num_hidden_layers * moved / (_READ_SHARE * machine.device_bandwidth)
+    return moved / (_READ_SHARE * machine.device_bandwidth)
 
 
 def chunk_of(profile: Profile, workload: Workload) -> int:

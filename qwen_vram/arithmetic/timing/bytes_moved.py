@@ -1,8 +1,8 @@
-"""Timing: the floor under milliseconds per token, bytes that must move over the rate at which they can."""
+"""Lower bound of milliseconds per token: the bytes that must move, over their rate."""
 
 from __future__ import annotations
 
-from qwen_vram.arithmetic.kv_cache import layer_kv_bytes
+from qwen_vram.arithmetic.kv_cache import all_kv_bytes
 from qwen_vram.arithmetic.weights import block_bytes, disk_buffers, head_bytes, streaming_slots, weight_bytes
 from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.formats import FORMATS
@@ -28,9 +28,7 @@ def decode_bytes(architecture: Architecture, profile: Profile, workload: Workloa
     layers = architecture.num_hidden_layers - computing_layers(architecture, profile, workload)
     blocks = layers * block_bytes(architecture, profile)
     head = head_bytes(architecture, profile)
-    cache = architecture.num_hidden_layers * layer_kv_bytes(
-        architecture, profile, tokens=workload.context_len, batch_size=workload.batch_size
-    )
+    cache = all_kv_bytes(architecture, profile, tokens=workload.context_len, batch_size=workload.batch_size)
     return blocks + head + cache
 
 
@@ -42,7 +40,7 @@ def computing_layers(architecture: Architecture, profile: Profile, workload: Wor
 
 def product_rate(profile: Profile, machine: Machine) -> int | None:
     """Bytes of weights a second that the CPU multiplies with one row; `None` where that was not measured."""
-    return machine.host_4bit_rate if FORMATS[profile.weights].bits == 4 else machine.host_product_rate
+    return machine.host_4bit_rate if FORMATS[profile.weights].is_bnb_4bit else machine.host_product_rate
 
 
 def link_bytes(architecture: Architecture, profile: Profile, workload: Workload) -> int:
@@ -50,8 +48,7 @@ def link_bytes(architecture: Architecture, profile: Profile, workload: Workload)
     streamed = moving_layers(architecture, profile, workload) * block_bytes(architecture, profile)
     if profile.kv_device == "device":
         return streamed
-    layer = layer_kv_bytes(architecture, profile, tokens=workload.context_len, batch_size=workload.batch_size)
-    return streamed + architecture.num_hidden_layers * layer
+    return streamed + all_kv_bytes(architecture, profile, tokens=workload.context_len, batch_size=workload.batch_size)
 
 
 def moving_layers(architecture: Architecture, profile: Profile, workload: Workload) -> int:

@@ -1,8 +1,8 @@
-"""Milliseconds of a decode step in the middle of the answer: a prediction, held against measured rows."""
+"""Predicted milliseconds of a decode step in the middle of the answer."""
 
 from __future__ import annotations
 
-from qwen_vram.arithmetic.kv_cache import layer_kv_bytes
+from qwen_vram.arithmetic.kv_cache import all_kv_bytes
 from qwen_vram.arithmetic.timing.attention import decode_attention_seconds, decode_nodes_seconds
 from qwen_vram.arithmetic.timing.bytes_moved import computing_layers, disk_bytes, moving_layers, product_rate
 from qwen_vram.arithmetic.timing.few_rows import step_seconds
@@ -60,8 +60,7 @@ def decode_ms(
     host = computing * layer.nbytes / (product_rate(profile, machine) or machine.pinned_copy_rate)
     crossing = moving * layer.nbytes
     if profile.kv_device == "host":
-        held = layer_kv_bytes(architecture, profile, tokens=tokens, batch_size=batch)
-        crossing += architecture.num_hidden_layers * held
+        crossing += all_kv_bytes(architecture, profile, tokens=tokens, batch_size=batch)
     link = crossing / (LINK_SHARE * machine.pinned_copy_rate)
     launching = 0.0
     if profile.captures:
@@ -70,7 +69,7 @@ def decode_ms(
         launching = launch_seconds(
             architecture, profile, batch, machine, batch_size=batch, moving=moving, prefill=False
         )
-        if profile.kv_cache != "bf16":
+        if profile.kv_format.is_quantized:
             launching += architecture.num_hidden_layers * kv_read_seconds(machine)
     memory = 0.0
     if host and machine.host_product_rate:

@@ -1,4 +1,4 @@
-"""Times of a generation: to the first token, for each one after it, and in all; and whose rates say so."""
+"""Times of a generation: to the first token, per later token, and in total."""
 
 from __future__ import annotations
 

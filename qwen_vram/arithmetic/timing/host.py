@@ -1,12 +1,11 @@
-"""Times of steps on the CPU: bytes over the rate at which it multiplies them, and Python's own time."""
+"""Times of steps on the CPU: bytes over the rate of products, and Python's own time."""
 
 from __future__ import annotations
 
-from qwen_vram.arithmetic.kv_cache import layer_kv_bytes
+from qwen_vram.arithmetic.kv_cache import all_kv_bytes
 from qwen_vram.arithmetic.timing.bytes_moved import HOST_PRODUCT_RATE
-from qwen_vram.arithmetic.timing.linear import Kind, Matrices, head_matrix, kind_of, layer_matrices
+from qwen_vram.arithmetic.timing.linear import Matrices, head_matrix, layer_matrices
 from qwen_vram.spec.architecture import Architecture
-from qwen_vram.spec.formats import FORMATS
 from qwen_vram.spec.machine import Machine
 from qwen_vram.spec.profile import Profile
 from qwen_vram.spec.workload import Workload
@@ -23,8 +22,8 @@ _STEP_LAYERS = 1.5
 # Times as long for a weight as in bf16, where a format has no rate of its own: it is dequantized, or multiplied by a
 # kernel that is slower than the memory.
 # measured: the same CPU, benchmarks/results/cpu_times.jsonl (int4, int8-wo), backends_speed.jsonl (the others).
-_WEIGHT_TIMES: dict[Kind, float] = {"int4": 1.65, "wide": 3.7, "bnb8": 12.0, "other": 12.0}
-_FP8_TIMES = 13.0
+_FORMAT_TIMES = {"int4": 1.65, "int8-wo": 3.7, "fp8": 13.0}
+_OTHER_TIMES = 12.0
 # Share of the rate of a product of many rows with a large matrix that a prefill's products reach.
 _MATMUL_SHARE = 0.75
 _SIXTEEN_BIT = 2
@@ -35,18 +34,17 @@ def product_rate_of(machine: Machine) -> int:
     return machine.host_product_rate or HOST_PRODUCT_RATE
 
 
-def weights_seconds(name: str, of: Matrices, machine: Machine) -> float:
-    """Seconds of a product of one row with matrices in the storage format `name`."""
+def weights_seconds(of: Matrices, machine: Machine) -> float:
+    """Seconds of a product of one row with matrices of one storage format."""
     rate = product_rate_of(machine)
-    if of.kind == "dense":
+    if of.storage.is_dense:
         return of.nbytes / rate
     # A measured CPU without a rate in 4 bits has no kernel for them.
-    if of.kind == "bnb4" and machine.host_product_rate is None:
+    if of.storage.is_bnb_4bit and machine.host_product_rate is None:
         return of.nbytes / HOST_4BIT_RATE
-    if of.kind == "bnb4" and machine.host_4bit_rate is not None:
+    if of.storage.is_bnb_4bit and machine.host_4bit_rate is not None:
         return of.nbytes / machine.host_4bit_rate
-    times = _FP8_TIMES if name == "fp8" else _WEIGHT_TIMES.get(of.kind, _WEIGHT_TIMES["bnb8"])
-    return times * _SIXTEEN_BIT * of.numel / rate
+    return _FORMAT_TIMES.get(of.storage.name, _OTHER_TIMES) * _SIXTEEN_BIT * of.numel / rate
 
 
 def host_decode_seconds(
@@ -54,10 +52,10 @@ def host_decode_seconds(
 ) -> float:
     """Seconds of a decode step over `tokens` tokens of each sequence."""
     layers = architecture.num_hidden_layers
-    seconds = layers * weights_seconds(profile.weights, layer_matrices(architecture, profile), machine)
-    seconds += weights_seconds(profile.head_format, head_matrix(architecture, profile), machine)
-    held = layer_kv_bytes(architecture, profile, tokens=tokens, batch_size=workload.batch_size)
-    return seconds + layers * held / product_rate_of(machine) + (layers + _STEP_LAYERS) * _LAYER
+    seconds = layers * weights_seconds(layer_matrices(architecture, profile), machine)
+    seconds += weights_seconds(head_matrix(architecture, profile), machine)
+    held = all_kv_bytes(architecture, profile, tokens=tokens, batch_size=workload.batch_size)
+    return seconds + held / product_rate_of(machine) + (layers + _STEP_LAYERS) * _LAYER
 
 
 def host_prefill_seconds(
@@ -67,9 +65,10 @@ def host_prefill_seconds(
     layers, rows = architecture.num_hidden_layers, workload.prompt_len * workload.batch_size
     layer, rate = layer_matrices(architecture, profile), machine.host_matmul_rate or HOST_MATMUL_RATE
     products = 2 * layers * layer.numel * rows / (_MATMUL_SHARE * rate)
-    attention = 2 * layers * architecture.attention_width * rows * workload.prompt_len / (_MATMUL_SHARE * rate)
+    width = sum(one.attention.width for one in architecture.layers)
+    attention = 2 * width * rows * workload.prompt_len / (_MATMUL_SHARE * rate)
     dequantizing = 0.0
-    if not FORMATS[profile.weights].is_dense and kind_of(profile.weights) != "bnb4":
-        dequantizing = chunks * layers * weights_seconds(profile.weights, layer, machine)
-    head = weights_seconds(profile.head_format, head_matrix(architecture, profile), machine)
+    if not layer.storage.is_dense and not layer.storage.is_bnb_4bit:
+        dequantizing = chunks * layers * weights_seconds(layer, machine)
+    head = weights_seconds(head_matrix(architecture, profile), machine)
     return products + attention + dequantizing + head + chunks * (layers + _STEP_LAYERS) * _LAYER

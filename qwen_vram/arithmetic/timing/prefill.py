@@ -1,9 +1,9 @@
-"""Milliseconds from the prompt to the first token: a prediction, held against measured rows."""
+"""Predicted milliseconds from the prompt to the first token."""
 
 from __future__ import annotations
 
 from qwen_vram.arithmetic.attention import attention_parts
-from qwen_vram.arithmetic.kv_cache import layer_kv_bytes
+from qwen_vram.arithmetic.kv_cache import all_kv_bytes
 from qwen_vram.arithmetic.timing.attention import chunk_of, prefill_attention_seconds, prefill_elementwise_seconds
 from qwen_vram.arithmetic.timing.bytes_moved import disk_bytes, streams_in_prefill
 from qwen_vram.arithmetic.timing.decode import LINK_SHARE
@@ -46,14 +46,13 @@ def first_token_ms(
         architecture, profile, rows, machine, batch_size=batch, moving=moving, prefill=True
     )
     past = workload.prompt_len - chunk
-    if profile.kv_cache != "bf16":
+    if profile.kv_format.is_quantized:
         launching += (chunks - 1) * layers * kv_read_seconds(machine)
     if profile.attention == "fused" and attention_parts(chunk, past, padded=profile.kernels == "fused"):
         launching += chunks * layers * joined_seconds(profile, machine)
     crossing = chunks * moving * layer.nbytes
     if profile.kv_device == "host":
-        half = layer_kv_bytes(architecture, profile, tokens=(past + 1) // 2, batch_size=batch)
-        crossing += chunks * layers * half
+        crossing += chunks * all_kv_bytes(architecture, profile, tokens=(past + 1) // 2, batch_size=batch)
     link = crossing / (LINK_SHARE * machine.pinned_copy_rate)
     head = step_seconds(profile, profile.head_format, head_matrix(architecture, profile), batch, machine)
     return 1000 * (max(busy, launching, link, disk) + head)

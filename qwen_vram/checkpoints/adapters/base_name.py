@@ -1,4 +1,4 @@
-"""The base that an adapter names, held against the base that it is given."""
+"""Comparison of the base that an adapter names with the base that it is given."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _QUANTIZED = re.compile(
 def warn_of_another_base(adapter: Adapter, base: object) -> None:
     """Log a warning if the adapter was trained on a base of another name than `base`, a folder or hub id.
 
-    Shapes say nothing of that: a base, its instruction-tuned sibling and every fine-tuned copy have the same. Quantized
-    copies of a base count as that base.
+    Shapes do not show it: a base, its instruction-tuned variant and every fine-tuned copy have the same shapes.
+    Quantized copies of a base count as that base.
     """
     trained_on = adapter.settings.trained_on
     if not trained_on or not isinstance(base, (str, Path)) or same_model(trained_on, str(base)):
@@ -37,7 +37,7 @@ def warn_of_another_base(adapter: Adapter, base: object) -> None:
 
 
 def same_model(one: str, other: str) -> bool:
-    """Tell whether two names or folders are of the same model, judged by their last part.
+    """Tell if two names or folders are of the same model, judged by their last part.
 
     >>> same_model("unsloth/Qwen2.5-7B-Instruct-bnb-4bit", "/models/Qwen2___5-7B-Instruct/")
     True

@@ -1,4 +1,4 @@
-"""The blocks on the diagonal of BD-LoRA's factors."""
+"""Block-diagonal factors of BD-LoRA."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 
 class Blocks(NamedTuple):
-    """Which factors have blocks on their diagonal alone. Source: peft 0.21.2, tuners/lora/variants.py.
+    """The factors that are block-diagonal. Source: peft 0.21.2, tuners/lora/variants.py.
 
     Attributes:
-        number: Blocks of such a factor, of which the file holds the blocks side by side.
+        number: Number of blocks of such a factor. The file holds the blocks side by side.
         in_a: Parts of paths of the modules whose `lora_A` is such a factor.
         in_b: The same for `lora_B`.
         strict: PEFT refuses a module that neither names.
@@ -21,23 +21,23 @@ class Blocks(NamedTuple):
     strict: bool
 
     def has_a(self, module: str) -> bool:
-        """Tell whether `lora_A` of `module`, a path, is such a factor."""
+        """Tell if `lora_A` of `module`, a path, is such a factor."""
         return any(part in module for part in self.in_a)
 
     def has_b(self, module: str) -> bool:
-        """The same for `lora_B`, which then has no bias."""
+        """Tell if `lora_B` of `module`, a path, is such a factor, which then has no bias."""
         return any(part in module for part in self.in_b)
 
     def name(self, module: str) -> bool:
-        """Tell whether one of the two is."""
+        """Tell if `lora_A` or `lora_B` of `module`, a path, is such a factor."""
         return self.has_a(module) or self.has_b(module)
 
     def of(self, module: str) -> tuple[int, int]:
-        """The numbers of blocks of `lora_A` and `lora_B`; a plain factor is one block."""
+        """Return the numbers of blocks of `lora_A` and `lora_B` of `module`; a plain factor is one block."""
         return self.number if self.has_a(module) else 1, self.number if self.has_b(module) else 1
 
     def are_wrong(self, module: str) -> str:
-        """Say why PEFT refuses the settings for `module`; empty if it does not."""
+        """Return why PEFT refuses the settings for `module`; empty if it does not."""
         if self.has_a(module) and self.has_b(module):
             return f"use_bdlora names {module} in target_modules_bd_a and in target_modules_bd_b"
         if self.strict and not self.name(module):

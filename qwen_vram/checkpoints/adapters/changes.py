@@ -1,4 +1,7 @@
-"""The changes that an adapter makes to its base, tensor by tensor; every tensor of its file is accounted for."""
+"""Changes that an adapter makes to its base, tensor by tensor.
+
+Every tensor of the adapter's file is accounted for.
+"""
 
 from __future__ import annotations
 
@@ -34,9 +37,9 @@ class Base:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Factors:
-    """Low-rank factors of a weight: `a` `(rank, in)`, `b` `(out, rank)`, of an embedding the other way round.
+    """Low-rank factors of a weight: `a` `(rank, in)` and `b` `(out, rank)`; for an embedding with in and out swapped.
 
-    BD-LoRA's have a fraction of the columns. KaSA's `diagonal` `(rank)` stands between the two.
+    The factors of BD-LoRA have a fraction of the columns. KaSA's `diagonal` `(rank)` is multiplied between the two.
     """
 
     a: AdapterTensor
@@ -49,14 +52,14 @@ class Factors:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """All that an adapter does to one tensor of the base, in this order.
+    """All changes of an adapter to one tensor of the base, in this order.
 
     Attributes:
         replacement: Takes the tensor's place.
         kept_beside: PEFT keeps the base's tensor beside the replacement (modules_to_save).
         second_copy: Must hold the same values as `replacement`.
         factors: Their product is added to a weight.
-        shift: Added to a bias, times its scale; also where the base has none, which PEFT runs beside it.
+        shift: Added to a bias, times its scale; also if the base has no bias, and PEFT runs this one beside it.
         tokens: Rows that take the place of those with these numbers.
     """
 
@@ -69,15 +72,15 @@ class Change:
 
     @property
     def is_none(self) -> bool:
-        """Tell whether it leaves the tensor as it is."""
+        """True if the tensor stays as it is."""
         return not (self.replacement or self.second_copy or self.factors or self.shift or self.tokens)
 
 
 def changes_of(adapter: Adapter, base: Base) -> dict[str, Change]:
-    """Say what `adapter` does to each tensor of `base`, by the tensor's name.
+    """Return the changes of `adapter` to the tensors of `base`, by the tensor's name.
 
     Raises:
-        AdapterError: it belongs to another base, lacks a tensor, or holds one that has no place.
+        AdapterError: it belongs to another base, lacks a tensor, or holds one that the base has no module for.
     """
     reader = _Reader(adapter, base)
     changes = reader.changes()
@@ -89,10 +92,10 @@ def changes_of(adapter: Adapter, base: Base) -> dict[str, Change]:
 
 
 def check_layers(adapter: Adapter, base: Base) -> None:
-    """Refuse an adapter whose model is made of the base's layers in another order or number.
+    """Refuse an adapter whose model has the base's layers in another order or number.
 
     Raises:
-        AdapterError: it is.
+        AdapterError: the order or number differs.
     """
     replication = adapter.settings.replication
     layers = len({name.split(".")[2] for name in base.shapes if name.startswith("model.layers.")})
@@ -107,7 +110,7 @@ def check_layers(adapter: Adapter, base: Base) -> None:
 
 
 def _instead(adapter: Adapter) -> str:
-    """Say what an adapter that does not fit belongs to."""
+    """Return the advice for an adapter that does not fit this base."""
     trained_on, task_type = adapter.settings.trained_on, adapter.settings.task_type
     if task_type not in ("", "CAUSAL_LM"):
         return (
@@ -120,11 +123,11 @@ def _instead(adapter: Adapter) -> str:
 
 
 class _Reader:
-    """Turns one adapter's tensors into changes, and collects what is wrong with them.
+    """Reader that turns one adapter's tensors into changes, and collects the faults.
 
     Attributes:
-        foreign: What says that the adapter belongs to another base.
-        broken: Contradictions between tensors and settings of the adapter, by what to do about them.
+        foreign: Signs that the adapter belongs to another base.
+        broken: Contradictions between tensors and settings of the adapter, by the step that helps.
     """
 
     def __init__(self, adapter: Adapter, base: Base) -> None:
@@ -154,13 +157,13 @@ class _Reader:
         return {name: change for name, change in changes.items() if not change.is_none}
 
     def check_magnitude(self, tensors: ModuleTensors) -> None:
-        """Refuse DoRA's vectors if the settings do not speak of them."""
+        """Note DoRA's vectors as a contradiction if the settings do not name DoRA."""
         if tensors.magnitude is not None and not self.settings.use_dora:
             self.used.add(tensors.magnitude.name)
             self.is_broken(f"{tensors.magnitude.name} is there, and use_dora is false", _SET_DORA)
 
     def of_module(self, module: str, tensors: ModuleTensors) -> dict[str, Change]:
-        """The changes of a module's weight and bias, by name."""
+        """Return the changes of a module's weight and bias, by name."""
         weight = self.base.shapes.get(f"{module}.weight")
         bias = self.base.shapes.get(f"{module}.bias")
         found = {}
@@ -176,7 +179,7 @@ class _Reader:
         return found
 
     def of_weight(self, module: str, name: str, tensors: ModuleTensors, shape: tuple[int, ...]) -> Change:
-        """The change of any weight but the two tables."""
+        """Return the change of any weight but the two tables."""
         around = self.settings.saved_around(module)
         if len(around) > 1:
             self.is_broken(f"modules_to_save names {' inside '.join(reversed(around))}, which PEFT cannot save")
@@ -191,7 +194,7 @@ class _Reader:
         )
 
     def of_table(self, module: str, name: str, tensors: ModuleTensors, base: tuple[int, ...]) -> Change:
-        """The change of the embedding or the head, which may have another number of rows than the base's."""
+        """Return the change of embeddings or head, which may have another number of rows than the base's."""
         parts = table_parts(self.adapter, module, tied=self.base.tied)
         replacement = parts.replacement
         if replacement is not None:
@@ -210,12 +213,12 @@ class _Reader:
         )
 
     def is_saved_whole(self, table: str) -> bool:
-        """Tell whether `table` is trained whole: by its own name, or by that of the table that it is tied to."""
+        """Tell if `table` is trained whole: under its own name, or under that of the table that it is tied to."""
         tables = TABLES if self.base.tied and self.settings.ensure_weight_tying else (table,)
         return any(self.settings.saves(module) for module in tables)
 
     def of_bias(self, module: str, tensors: ModuleTensors, shape: tuple[int, ...]) -> Change:
-        """The change of a bias: trained itself, or shifted by `lora_bias`."""
+        """Return the change of a bias: trained itself, or shifted by `lora_bias`."""
         saved = self.settings.saves(module)
         trained = self.settings.bias == "all" or (self.settings.bias == "lora_only" and bool(tensors.factors))
         replacement = self.take(tensors.bias, shape) if trained or saved else None
@@ -224,7 +227,7 @@ class _Reader:
         return Change(replacement=replacement, kept_beside=saved, shift=self.shift(module, tensors, shape))
 
     def shift(self, module: str, tensors: ModuleTensors, shape: tuple[int, ...]) -> tuple[AdapterTensor, float] | None:
-        """The sum that `lora_bias` adds to a bias."""
+        """Return the tensor that `lora_bias` adds to a bias, and its scale; `None` without one."""
         blocks = self.settings.blocks
         if not self.settings.lora_bias or tensors.a is None or (blocks is not None and blocks.has_b(module)):
             return None
@@ -235,7 +238,7 @@ class _Reader:
         return stored, scale_of(self.settings, module, tensors.a.shape[0])
 
     def factors(self, module: str, tensors: ModuleTensors, shape: tuple[int, ...], *, linear: bool) -> Factors | None:
-        """The low-rank factors of a weight of `shape`."""
+        """Return the low-rank factors of a weight of `shape`; `None` without them."""
         targets = self.settings.targets
         embedding = module == EMBEDDING and not targets.name_weight(module)
         a, b = (tensors.embedding_a, tensors.embedding_b) if embedding else (tensors.a, tensors.b)
@@ -274,7 +277,7 @@ class _Reader:
         return Factors(a=a, b=b, scale=scale, magnitude=magnitude, diagonal=diagonal, embedding=embedding)
 
     def blocks(self, module: str) -> tuple[int, int]:
-        """The numbers of blocks on the diagonal of the two factors."""
+        """Return the numbers of blocks on the diagonal of the two factors."""
         blocks = self.settings.blocks
         if blocks is None:
             return 1, 1
@@ -284,7 +287,7 @@ class _Reader:
         return blocks.of(module)
 
     def is_twin_of_a_target(self, module: str) -> bool:
-        """Tell whether PEFT adapts `module` because it is tied to the table that the settings name."""
+        """Tell if PEFT adapts `module` because it is tied to the table that the settings name."""
         if module not in TABLES or not (self.base.tied and self.settings.ensure_weight_tying):
             return False
         twin = HEAD if module == EMBEDDING else EMBEDDING
@@ -293,7 +296,7 @@ class _Reader:
     def tokens(
         self, module: str, parts: TableParts, shape: tuple[int, ...]
     ) -> tuple[AdapterTensor, tuple[int, ...]] | None:
-        """The trained rows of a table of `shape`."""
+        """Return the trained rows of a table of `shape`, and their numbers; `None` without them."""
         _, values, indices = parts
         if indices is None:
             return None

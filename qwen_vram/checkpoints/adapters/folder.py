@@ -1,4 +1,4 @@
-"""The folder of an adapter: found, or refused by what the caller's folder holds instead."""
+"""The folder of an adapter, or the refusal of a folder that holds none."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 
 AdapterPath = str | Path
-# What a caller says of the adapter: which one, none, or that one in the model's own folder is not to be put on it.
+# A caller's adapter: a folder or hub id, `None`, or `False` to leave out the one in the model's own folder.
 AdapterChoice = AdapterPath | Literal[False] | None
 
 
@@ -52,7 +52,7 @@ def adapter_folder(adapter: AdapterPath) -> Path:
 
 
 def _check_files(folder: Path) -> None:
-    """Refuse a folder without adapter_config.json or adapter_model.safetensors by what it holds instead."""
+    """Refuse a folder without adapter_config.json or adapter_model.safetensors, by the files that it holds instead."""
     if not (folder / CONFIG).is_file():
         raise AdapterError(f"no {CONFIG} in {str(folder)!r}{_instead(folder)}", path=str(folder / CONFIG))
     if (folder / WEIGHTS).is_file():
@@ -71,7 +71,7 @@ def _check_files(folder: Path) -> None:
 
 
 def _instead(folder: Path) -> str:
-    """Say what the folder holds in place of an adapter, and what to pass."""
+    """Return what the folder holds in place of an adapter, and what to pass."""
     inside = adapters_inside(folder)
     if inside:
         return (
@@ -105,7 +105,7 @@ def check_is_no_adapter(folder: Path) -> None:
     """Refuse an adapter, or the output folder of an adapter's training run, that is given as the model.
 
     Raises:
-        AdapterError: `folder` holds no model, and an adapter or subfolders with adapters.
+        AdapterError: `folder` holds no model, but an adapter or subfolders with adapters.
     """
     if (folder / MODEL_CONFIG).is_file():
         return
@@ -129,21 +129,21 @@ def check_is_no_adapter(folder: Path) -> None:
 
 
 def holds_both(folder: Path) -> bool:
-    """Tell whether a folder holds a whole model and an adapter's settings."""
+    """Tell if a folder holds a whole model and an adapter's settings."""
     return (folder / CONFIG).is_file() and (folder / MODEL_CONFIG).is_file()
 
 
 def check_own_adapter(folder: Path, adapter: AdapterChoice) -> None:
-    """Refuse a whole model with an adapter's files in the same folder, unless the caller says what they are.
+    """Refuse a whole model with an adapter's files in the same folder, unless the caller chooses.
 
-    `transformers` puts such an adapter on the model by itself, also if the weights are merged already.
+    `transformers` loads such an adapter onto the model, also if the weights are already merged.
     Source: transformers 5.23, integrations/peft.py, maybe_load_adapters.
 
     Args:
-        adapter: What the caller says: `False` leaves it out, and the folder itself puts it on the model.
+        adapter: The caller's choice: `False` leaves the adapter out, and the folder itself loads it onto the model.
 
     Raises:
-        AdapterError: both are there, and the caller does not say.
+        AdapterError: both are there, and the caller does not choose.
     """
     if not holds_both(folder) or adapter is False or (adapter is not None and _is_folder_of(adapter, folder)):
         return
@@ -155,7 +155,7 @@ def check_own_adapter(folder: Path, adapter: AdapterChoice) -> None:
 
 
 def check_no_adapter_beside(folder: Path) -> None:
-    """Refuse a whole model with an adapter's files in the same folder, where no adapter can be named.
+    """Refuse a whole model with an adapter's files in the same folder, for calls that take no adapter.
 
     Raises:
         AdapterError: both are there.

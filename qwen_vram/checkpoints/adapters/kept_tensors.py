@@ -1,4 +1,4 @@
-"""A LoRA adapter that runs beside its base: what PEFT keeps of it in memory, and what it asks of the model."""
+"""Tensors that PEFT keeps in memory for an adapter beside its base."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from qwen_vram.checkpoints.adapters.folder import CONFIG, AdapterPath
 from qwen_vram.checkpoints.adapters.keys import Adapter, AdapterTensor, open_adapter
 from qwen_vram.checkpoints.adapters.tables import HEAD, TABLES
 from qwen_vram.errors import NotSupportedError
-from qwen_vram.spec.architecture import Architecture, Weight
+from qwen_vram.spec.architecture import Architecture
+from qwen_vram.spec.layers import Weight
 
 _HEAD_WEIGHT = f"{HEAD}.weight"
 
 
-def with_adapter(label: str, architecture: Architecture, adapter: AdapterPath) -> Architecture:
+def with_adapter(label: str, architecture: Architecture, adapter: AdapterPath | Adapter) -> Architecture:
     """Return `architecture` with an adapter's tensors beside its own.
 
     Raises:
@@ -25,7 +26,7 @@ def with_adapter(label: str, architecture: Architecture, adapter: AdapterPath) -
         NotSupportedError: DoRA, whose forward is not counted.
         HubError: the hub does not give the files.
     """
-    opened = open_adapter(adapter)
+    opened = adapter if isinstance(adapter, Adapter) else open_adapter(adapter)
     settings = opened.settings
     architecture = _of_layers(label, architecture, opened)
     base = base_of(label, architecture)
@@ -51,9 +52,9 @@ def with_adapter(label: str, architecture: Architecture, adapter: AdapterPath) -
 
 
 def _of_layers(label: str, base: Architecture, adapter: Adapter) -> Architecture:
-    """The architecture with the layers that the adapter's model is made of, each with weights of its own.
+    """Return the architecture with the layers of the adapter's model, each with separate weights.
 
-    PEFT's copies of a layer share its weights. Here each is loaded, so that all formats and devices take them.
+    PEFT's copies of a layer share its weights. Here each copy is loaded, so that it works with all formats and devices.
     """
     replication, layers = adapter.settings.replication, base.num_hidden_layers
     if replication is None or replication.is_the_base(layers):
@@ -79,7 +80,7 @@ def _of_layers(label: str, base: Architecture, adapter: Adapter) -> Architecture
             "it on a base that holds these layers as its own",
             path=path,
         )
-    return replace(base, num_hidden_layers=len(order), adapter_layers=order)
+    return replace(base, layers=tuple(base.layers[number] for number in order), adapter_layers=order)
 
 
 def base_of(source: str, architecture: Architecture) -> Base:
@@ -93,7 +94,7 @@ def base_of(source: str, architecture: Architecture) -> Base:
 
 
 def _check_rows(adapter: Adapter, base: Base, changes: Mapping[str, Change]) -> None:
-    """Refuse a table of another number of rows than the base's: PEFT does not resize the base."""
+    """Refuse a table with another number of rows than the base's, because PEFT does not resize the base."""
     for table in TABLES:
         tensor = changes[name].replacement if (name := f"{table}.weight") in changes else None
         rows = base.shapes[name][0]
@@ -106,7 +107,7 @@ def _check_rows(adapter: Adapter, base: Base, changes: Mapping[str, Change]) -> 
 
 
 def _kept(adapter: Adapter, base: Base, changes: Mapping[str, Change]) -> Iterator[AdapterTensor]:
-    """The tensors that take memory of their own; the others are loaded over the base's.
+    """Yield the tensors that take additional memory; the others replace those of the base.
 
     If the settings tie the two tables, PEFT saves both sides and keeps one.
     Source: peft 0.21.2, measured on models of both kinds.

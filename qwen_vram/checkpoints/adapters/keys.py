@@ -1,4 +1,4 @@
-"""The tensors of an adapter's file, by the module that they belong to."""
+"""Tensors of an adapter's file, sorted by the module that they belong to."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from qwen_vram.checkpoints.adapters.errors import AdapterError
 from qwen_vram.checkpoints.adapters.folder import WEIGHTS, AdapterPath, adapter_folder
 from qwen_vram.checkpoints.adapters.settings import LoraSettings, read_settings
 from qwen_vram.checkpoints.files.safetensors_header import read_header
+from qwen_vram.dtypes import FLOATS
 
 _PREFIX = "base_model.model."
-_FLOATS = ("BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2")
+_FLOATS = tuple(row.stored for row in FLOATS)
 
-# The end of a key, longest first, and what the tensor is for. Source: keys that peft 0.21.2 writes.
+# The end of a key, longest first, and the tensor's field. Source: keys that peft 0.21.2 writes.
 _ENDINGS = {
     ".token_adapter.trainable_tokens_delta": "tokens",
     ".token_adapter.base_layer.weight": "copied_weight",
@@ -35,10 +36,10 @@ _ENDINGS = {
     ".weight": "weight",
     ".bias": "bias",
 }
-# Tensors that VeLoRA and MonteCLoRA use in training alone; a forward pass in eval mode does not read them.
+# Tensors that VeLoRA and MonteCLoRA use only in training; a forward pass in eval mode does not read them.
 # Source: peft 0.21.2, tuners/lora/variants.py.
 _IN_TRAINING = re.compile(r"\.lora_velora_embed(\.default)?$|\.lora_monteclora_sampler\.(default\.)?\w+$")
-# What wrappers of torch add to the names of modules: torch.compile, FSDP and activation checkpointing.
+# Parts that wrappers of torch add to the names of modules: torch.compile, FSDP and activation checkpointing.
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 # From a key as it is in a model in memory, which holds the adapter's name "default", to the key that PEFT saves.
 _IN_MEMORY = {r"\.modules_to_save\.default\.": ".", r"\.default(?=\.weight$|\.bias$|$)": ""}
@@ -96,7 +97,7 @@ class ModuleTensors:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adapter:
-    """One adapter: its folder, settings, and tensors by module path and by key, but for those of training alone."""
+    """One adapter: its folder, settings, and tensors by module path and by key, without those used only in training."""
 
     folder: Path
     settings: LoraSettings
@@ -109,7 +110,7 @@ class Adapter:
         return self.folder / WEIGHTS
 
     def error(self, what: str) -> AdapterError:
-        """Make an error about this adapter."""
+        """Return an error about this adapter."""
         return AdapterError(f"adapter {str(self.folder)!r} {what}", path=str(self.file))
 
 
@@ -144,7 +145,7 @@ def _path_of(key: str) -> str:
 
 
 def _by_module(folder: Path, tensors: Mapping[str, AdapterTensor]) -> dict[str, ModuleTensors]:
-    """Sort the tensors by module; every key has to be understood."""
+    """Return the tensors by module; refuse keys that are not known."""
     _check_not_empty(folder, tensors)
     modules: dict[str, ModuleTensors] = {}
     unknown = []
@@ -188,6 +189,6 @@ def _check_not_empty(folder: Path, tensors: Mapping[str, AdapterTensor]) -> None
 
 
 def shortened(problems: Sequence[str], shown: int = 3) -> str:
-    """Join the first problems, and say how many more there are."""
+    """Return the first problems joined, with the number of the others."""
     more = f" and {len(problems) - shown} more" if len(problems) > shown else ""
     return ", ".join(problems[:shown]) + more

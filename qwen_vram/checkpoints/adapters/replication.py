@@ -1,4 +1,4 @@
-"""layer_replication: which of the base's layers an adapter's model is made of."""
+"""Order of the base's layers in an adapter's model (`layer_replication`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ class Replication(NamedTuple):
     """The layers of the adapter's model. Source: peft 0.21.2, tuners/tuners_utils.py, replicate_layers.
 
     Attributes:
-        pairs: Numbers of the base's layers, from the first up to the second without it, one range after the other.
+        pairs: Ranges of the base's layers in their order: the first layer, and the layer after the last.
     """
 
     pairs: tuple[tuple[int, int], ...]
@@ -20,17 +20,17 @@ class Replication(NamedTuple):
         return [range(*pair) for pair in self.pairs if range(*pair)]
 
     def fits(self, layers: int) -> bool:
-        """Tell whether a base of `layers` layers has all of these."""
+        """Tell if a base of `layers` layers has all of these."""
         return all(one.start >= 0 and one.stop <= layers for one in self._ranges)
 
     def order(self) -> tuple[int, ...]:
-        """The number of the base's layer, for each of the model's."""
+        """Return the number of the base's layer for each layer of the model."""
         return tuple(number for one in self._ranges for number in one)
 
     def is_the_base(self, layers: int) -> bool:
-        """Tell whether these are the base's `layers` layers, each once and in their order."""
+        """Tell if these are the base's `layers` layers, each once and in their order."""
         return self.fits(layers) and self.order() == tuple(range(layers))
 
     def __str__(self) -> str:
-        """Spell the setting as the file has it."""
+        """Return the setting as the file spells it."""
         return str([list(pair) for pair in self.pairs])

@@ -1,4 +1,4 @@
-"""adapter_config.json: the settings that change what an adapter computes, checked.
+"""Checked settings of adapter_config.json that change the adapter's arithmetic.
 
 Settings that no known trainer writes are not guessed at: `LoraSettings.unmergeable` names those that are switched on.
 """
@@ -23,17 +23,17 @@ from qwen_vram.errors import ConfigError
 # Initializations that leave the base as it is. Source: peft 0.21.2, tuners/lora/layer.py, LoraLayer.update_layer.
 _HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 # Initializations that changed the base before training. PEFT repeats the first two exactly when it loads them onto the
-# same 16-bit base; the others depend on random numbers or data that are not in the file.
+# same 16-bit base. The others depend on random numbers or data that are not in the file.
 _REPEATABLE_INITS = ("pissa", "olora")
 _BASE_CHANGING_INITS = (*_REPEATABLE_INITS, "corda", "loftq", "lora_ga")
 
-# What the adapter computes is not a low-rank update of one matrix, or the base it belongs to is another one.
+# Settings with which the adapter is not a low-rank update of one matrix, or belongs to another base.
 _REFUSED = {
     "arrow_config": "Arrow chooses among adapters for every token",
     "megatron_config": "the adapter is split over Megatron's ranks",
 }
-# The same for the merge. Beside the base PEFT runs them, if their tensors have the shapes of its modules: it groups
-# inputs on GPTQ's matrices only, and does not know ms-swift's use_qa_lora, use_merged_linear and enable_lora.
+# The same for the merge. PEFT runs them beside the base, if their tensors have the shapes of its modules. It groups
+# inputs only for GPTQ's matrices, and does not know ms-swift's use_qa_lora, use_merged_linear and enable_lora.
 _NOT_MERGED = {
     "use_qalora": "QALoRA groups the inputs of each matrix",
     "use_qa_lora": "QA-LoRA groups the inputs of each matrix",
@@ -50,23 +50,23 @@ _READ = {
     "alora_invocation_tokens", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
     "layer_replication",
 }  # fmt: skip
-# How an adapter was trained or is saved does not change what it computes. fan_in_fan_out is for GPT-2's Conv1D: PEFT
-# switches it off for nn.Linear and never reads it for nn.Embedding. The last line is what ms-swift and PEFT before 0.3
-# write besides. VeLoRA and MonteCLoRA are plain LoRA outside training: the one compresses what the backward pass keeps,
-# the other draws weights at random in training mode. Source: peft 0.21.2, tuners/lora/variants.py.
+# Settings of training and saving, which do not change the adapter's arithmetic. fan_in_fan_out is for GPT-2's Conv1D:
+# PEFT switches it off for nn.Linear and never reads it for nn.Embedding. The last line has further keys of ms-swift and
+# of PEFT before 0.3. VeLoRA and MonteCLoRA are plain LoRA outside training: VeLoRA compresses the tensors kept for the
+# backward pass, and MonteCLoRA draws weights at random in training mode. Source: peft 0.21.2, tuners/lora/variants.py.
 _IGNORED = {
     "lora_dropout", "fan_in_fan_out", "task_type", "inference_mode", "auto_mapping", "revision", "peft_version",
     "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",
     "runtime_config", "_name_or_path", "velora_config", "monteclora_config",
     "lora_dtype", "lorap_lr_ratio", "lorap_emb_lr", "swift_type", "model_key_mapping", "merge_weights",
 }  # fmt: skip
-# The same of any other trainer, by what the field is called.
+# The same settings of any other trainer, by the words in their names.
 _ABOUT_TRAINING = re.compile(
     r"(^|_)(lr|learning|dropout|dtype|seed|optim\w*|scheduler|warmup|decay|epochs?|steps?|train\w*|dataset|loss|"
     r"version|date|time|author|license|tags|framework|unsloth\w*|swift\w*|gradient\w*|checkpoint\w*)(_|$)"
 )
 _OFF: tuple[object, ...] = (None, False, [], {}, "", 0)
-# What config.json of a model has and adapter_config.json has not.
+# Keys that are in a model's config.json and not in adapter_config.json.
 _MODELS_KEYS = ("model_type", "architectures", "hidden_size", "num_hidden_layers")
 
 
@@ -80,14 +80,14 @@ class LoraSettings:
         modules_to_save: Ends of the paths of modules that were trained whole.
         token_indices: Rows that were trained, by the end of their module's path.
         trained_on: The base that the adapter names.
-        task_type: PEFT's name of the kind of model, such as `"CAUSAL_LM"`; empty if there is none.
+        task_type: PEFT's name of the kind of model, such as `"CAUSAL_LM"`; empty if the file has no such name.
         activated: The adapter acts on the tokens behind its invocation tokens only (an activated LoRA).
-        mutates_base: The setting by which PEFT changes the base's weights when it loads the adapter, as it did before
-            training (PiSSA, OLoRA, KaSA); they must be on the device and not quantized. Empty if it does not.
-        use_kasa: A diagonal stands between the two factors, and the base's smallest singular values are cut off.
-        groups_inputs: QALoRA's first factor is of groups of inputs.
+        mutates_base: The setting with which PEFT changes the base's weights when it loads the adapter, as before the
+            training (PiSSA, OLoRA, KaSA). The weights must be on the device and not quantized. Empty without one.
+        use_kasa: A diagonal is multiplied between the two factors, and the base's smallest singular values are cut off.
+        groups_inputs: QALoRA's first factor takes groups of inputs.
         blocks: BD-LoRA's blocks; `None` without them.
-        replication: The base's layers that the adapter's model is made of; `None` if the settings do not say it.
+        replication: The order of the base's layers in the adapter's model; `None` if the settings do not name one.
         unmergeable: Why the adapter cannot be merged exactly, in words; empty if it can.
     """
 
@@ -114,24 +114,24 @@ class LoraSettings:
     unmergeable: str
 
     def key_of(self, module: str) -> str:
-        """The path that PEFT looks `module` up by in its patterns: a parameter's, if the settings name that."""
+        """Return the path that PEFT compares with its patterns: that of the weight if the settings name the weight."""
         return f"{module}.weight" if self.targets.name_weight(module) else module
 
     def saved_around(self, module: str) -> list[str]:
-        """The paths that were trained whole, of `module`, a path such as `"model.norm"`, and those around it.
+        """Return the paths that were trained whole among `module`, such as `"model.norm"`, and the modules around it.
 
-        PEFT compares the ends of paths, so that `"norm"` is `"model.layers.0.input_layernorm"` too.
+        PEFT compares the ends of paths, so `"norm"` also matches `"model.layers.0.input_layernorm"`.
         """
         parts = module.split(".")
         paths = [".".join(parts[: count + 1]) for count in range(len(parts))]
         return [path for path in paths if path.endswith(self.modules_to_save)]
 
     def saves(self, module: str) -> bool:
-        """Tell whether `module`, or one around it, was trained whole."""
+        """Tell if `module`, or a module around it, was trained whole."""
         return bool(self.saved_around(module))
 
     def tokens_of(self, module: str) -> tuple[int, ...] | None:
-        """The rows of `module` that were trained, or `None`."""
+        """Return the numbers of the rows of `module` that were trained, or `None`."""
         return next((rows for name, rows in self.token_indices.items() if module.endswith(name)), None)
 
 
@@ -139,7 +139,7 @@ def read_settings(folder: Path) -> LoraSettings:
     """Read and check the settings of the adapter in `folder`.
 
     Raises:
-        AdapterError: the file is missing or broken, is not LoRA's, or asks for what is not a low-rank update.
+        AdapterError: the file is missing or broken, is not of LoRA, or describes no low-rank update.
     """
     path = folder / CONFIG
     try:
@@ -150,7 +150,7 @@ def read_settings(folder: Path) -> LoraSettings:
 
 
 class _Reader:
-    """Reads checked values out of an adapter_config.json's object."""
+    """Reader of checked values in the object of an adapter_config.json."""
 
     def __init__(self, config: Mapping[str, object], path: Path) -> None:
         self.config = config
@@ -160,7 +160,7 @@ class _Reader:
         return AdapterError(f"{str(self.path)!r}: {what}", path=str(self.path))
 
     def on(self, key: str) -> bool:
-        """Tell whether the file switches `key` on."""
+        """Tell if the file switches `key` on."""
         return self.config.get(key) not in _OFF
 
     def settings(self) -> LoraSettings:
@@ -194,7 +194,7 @@ class _Reader:
         )
 
     def refuse(self) -> None:
-        """Refuse by name what is not LoRA, and what is not a low-rank update."""
+        """Refuse by name other methods than LoRA, and settings that are no low-rank update."""
         peft_type = self.config.get("peft_type")
         models = [key for key in _MODELS_KEYS if key in self.config]
         if peft_type is None and models:
@@ -212,10 +212,10 @@ class _Reader:
                 raise self.error(f"{key} is set: {why}, so it cannot be merged exactly; {_WITH_PEFT}")
 
     def init(self) -> str:
-        """The initialization's name in lower case, `""` for PEFT's own.
+        """Return the initialization's name in lower case; `""` for PEFT's default.
 
         Raises:
-            AdapterError: it is not known, or changed the base in a way that cannot be repeated.
+            AdapterError: it is not known, or made a change to the base that cannot be repeated.
         """
         init = self.config.get("init_lora_weights", True)
         name = init.lower() if isinstance(init, str) else ""
@@ -235,13 +235,13 @@ class _Reader:
         )
 
     def mutates_base(self, init: str) -> str:
-        """Name the setting by which PEFT changes the base when it loads the adapter; empty if none does."""
+        """Return the setting with which PEFT changes the base when it loads the adapter; empty without one."""
         if self.on("kasa_config"):
             return "kasa_config"
         return "init_lora_weights" if init in _REPEATABLE_INITS else ""
 
     def blocks(self) -> Blocks | None:
-        """BD-LoRA's blocks."""
+        """Return BD-LoRA's blocks; `None` without them."""
         if not self.on("use_bdlora"):
             return None
         given = self.config["use_bdlora"]
@@ -256,7 +256,7 @@ class _Reader:
         )
 
     def replication(self) -> Replication | None:
-        """The layers that the adapter's model is made of."""
+        """Return the order of the base's layers in the adapter's model; `None` if it is not set."""
         if not self.on("layer_replication"):
             return None
         given = self.config["layer_replication"]
@@ -270,7 +270,7 @@ class _Reader:
         return Replication(tuple(pairs))
 
     def unmergeable(self, init: str) -> str:
-        """Say why the adapter cannot be merged exactly; empty if it can."""
+        """Return why the adapter cannot be merged exactly; empty if it can."""
         if init in _REPEATABLE_INITS:
             return self.changed_base(self.config["init_lora_weights"])
         if self.on("alora_invocation_tokens"):
@@ -291,7 +291,7 @@ class _Reader:
         return ""
 
     def number(self, key: str, value: object) -> float:
-        """A positive, finite number."""
+        """Return `value`, a positive, finite number."""
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
             raise self.error(f"{key} must be a positive number, got {value!r}")
         return value
@@ -305,7 +305,7 @@ class _Reader:
         return {str(name): self.number(f"{key}[{name!r}]", number) for name, number in value.items()}
 
     def expression(self, key: str, value: str) -> str:
-        """A regular expression."""
+        """Return `value`, a regular expression."""
         try:
             re.compile(value)
         except re.error as error:
@@ -340,7 +340,7 @@ class _Reader:
         )
 
     def named_weights(self) -> tuple[str, ...]:
-        """The modules whose weights are named as parameters."""
+        """Return the modules whose weights the settings name as parameters."""
         names = self.names("target_parameters")
         tables = [name for name in names if name.endswith("embed_tokens.weight")]
         if tables and self.init() in _REPEATABLE_INITS:

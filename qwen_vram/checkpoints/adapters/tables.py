@@ -1,4 +1,4 @@
-"""Embedding and head: what an adapter makes of the two tables of tokens, which tied embeddings share."""
+"""Changes that an adapter makes to token embeddings and head, tied or not."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ TABLES = (EMBEDDING, HEAD)
 
 
 class TableParts(NamedTuple):
-    """The tensors of an adapter for one side.
+    """The tensors of an adapter for one of the two tables.
 
     Attributes:
-        replacement: Takes the table's place: trained whole, or saved because the vocabulary was resized.
+        replacement: Replaces the table: trained whole, or saved because the vocabulary was resized.
         tokens: Trained rows.
-        indices: Where they belong; `None` where the settings name none.
+        indices: The numbers of these rows; `None` if the settings name no rows.
     """
 
     replacement: AdapterTensor | None
@@ -26,9 +26,9 @@ class TableParts(NamedTuple):
 
 
 def table_parts(adapter: Adapter, module: str, *, tied: bool) -> TableParts:
-    """Return what `adapter` holds for `module`, the embedding or the head of a base whose two sides are tied or not.
+    """Return the tensors of `adapter` for `module`, the embeddings or the head of a base.
 
-    PEFT saves some of what it shares between tied sides once, and some of it twice.
+    PEFT saves some tensors that tied tables share once, and others twice.
     """
     own = adapter.modules.get(module, ModuleTensors())
     twin_name = HEAD if module == EMBEDDING else EMBEDDING
@@ -37,7 +37,7 @@ def table_parts(adapter: Adapter, module: str, *, tied: bool) -> TableParts:
     replacement = own.weight or own.copied_weight
     tokens, indices = own.tokens, settings.tokens_of(module)
     if tied:
-        # A side that was trained whole has left the other behind, unless PEFT was told to keep them together.
+        # A table that was trained whole differs from the other one, unless PEFT was told to keep them tied.
         together = settings.ensure_weight_tying or not (settings.saves(module) or settings.saves(twin_name))
         if replacement is None and together:
             replacement = twin.weight or twin.copied_weight

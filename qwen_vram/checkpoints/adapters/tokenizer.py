@@ -1,6 +1,7 @@
-"""The tokenizer that belongs to a base with adapters: the base's own, or the one that a trainer saved with an adapter.
+"""Choice of the tokenizer for a base with adapters.
 
-Trainers save the tokenizer, its chat template and its end token as they were in training beside the adapter.
+It is the base's own, or the one that a trainer saved beside an adapter. Trainers save the tokenizer of the training,
+with its chat template and its end token.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ class TokenizerFiles:
     """The files of a tokenizer.
 
     Attributes:
-        source: The folder that it comes from.
-        files: By their names in the model's folder.
-        end_token_ids: The tokens that end an answer by an adapter's tokenizer; none if the base's tokenizer stays.
+        source: The folder of the tokenizer.
+        files: Paths by their names in the model's folder.
+        end_token_ids: The tokens that end an answer by an adapter's tokenizer; empty if the base's tokenizer stays.
     """
 
     source: Path
@@ -42,14 +43,14 @@ class TokenizerFiles:
 
 
 def tokenizer_files(base: Path, adapters: Sequence[Path], *, rows: int, tables_changed: bool = False) -> TokenizerFiles:
-    """Choose the tokenizer for a base with adapters: the last adapter's that has one, or else the base's.
+    """Choose the tokenizer for a base with adapters: that of the last adapter with one, or else the base's.
 
-    An adapter's chat template without a vocabulary completes the base's tokenizer if that has no template; an adapter's
-    tokenizer without a template is not taken if the base's has one, unless there are new tokens in it.
+    An adapter's chat template without a vocabulary completes the base's tokenizer if that has no template. An adapter's
+    tokenizer without a template is only used if the base's has no template either, or if it has new tokens.
 
     Args:
-        rows: Rows of the token table; a tokenizer with higher token ids is not taken.
-        tables_changed: The adapters change a table of tokens, so that new ones are known to their tokenizer only.
+        rows: Rows of the token embeddings; a tokenizer with higher token ids is not used.
+        tables_changed: The adapters change embeddings or head, so new tokens are known to their tokenizer only.
     """
     own = matching(base, _FILES)
     for folder in reversed(adapters):
@@ -83,7 +84,7 @@ def tokenizer_files(base: Path, adapters: Sequence[Path], *, rows: int, tables_c
 
 
 def with_end_tokens(ids: object, more: Sequence[int]) -> int | list[int] | None:
-    """Return the `eos_token_id` of a config, a number, a list or `None`, with `more` tokens, new ones first."""
+    """Return the `eos_token_id` of a config (a number, a list or `None`) with `more` tokens, new ones first."""
     known = [ids] if isinstance(ids, int) else list(ids) if isinstance(ids, (list, tuple)) else []
     found = [*(token for token in more if token not in known), *known]
     return found if len(found) > 1 else next(iter(found), None)
@@ -103,7 +104,7 @@ def _has_template(files: Mapping[str, Path]) -> bool:
 
 
 def _ids(files: Mapping[str, Path]) -> dict[str, int]:
-    """Every token of the vocabulary with its id; empty if there is no vocabulary, or one that cannot be read."""
+    """Return the ids of all tokens of the vocabulary; empty if there is no vocabulary that can be read."""
     whole = read_object(files, "tokenizer.json")
     added = read_object(files, "added_tokens.json")
     try:
@@ -119,13 +120,13 @@ def _ids(files: Mapping[str, Path]) -> dict[str, int]:
 
 
 def _size(files: Mapping[str, Path]) -> int | None:
-    """One more than the highest token id; `None` without a vocabulary that can be read."""
+    """Return the highest token id plus 1; `None` if there is no vocabulary that can be read."""
     ids = _ids(files)
     return max(ids.values()) + 1 if ids else None
 
 
 def _end_token_ids(files: Mapping[str, Path]) -> tuple[int, ...]:
-    """The ids of the end token that the settings name, and of the one that ends a turn in the chat template."""
+    """Return the ids of the end token in the settings, and of the token that ends a turn in the chat template."""
     settings = {**read_object(files, "special_tokens_map.json"), **read_object(files, _CONFIG)}
     token = settings.get("eos_token")
     named = [token.get("content") if isinstance(token, dict) else token]

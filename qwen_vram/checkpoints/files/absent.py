@@ -1,4 +1,4 @@
-"""Why a folder has no config.json or no weights: the cause, by what is there instead, and the one step that helps."""
+"""Errors for missing config.json or weights, by the files that are there instead."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from qwen_vram.checkpoints.files.contents import GGUF, beginning_of, mistaken
 from qwen_vram.checkpoints.files.names import ADAPTER_CONFIG
 from qwen_vram.errors import CheckpointError, ConfigError
 
-# What browsers, hf download, aria2, wget and ModelScope call a file that is still being fetched.
+# Endings of files that browsers, hf download, aria2, wget and ModelScope have not finished downloading.
 _UNFINISHED = (".incomplete", ".part", ".crdownload", ".aria2", ".download", ".tmp", ".aria2__temp", "._____temp")
-# Where hf download --local-dir keeps what is still being fetched. Source: huggingface_hub 1.x, _local_folder.py.
+# Folder of unfinished files of hf download --local-dir. Source: huggingface_hub 1.x, _local_folder.py.
 _LOCAL_DIR_CACHE = Path(".cache", "huggingface", "download")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _SHOWN = 3
 
 
 def shown(names: Iterable[str]) -> str:
-    """The first names of some, and how many more there are.
+    """Return the first of some names, with the number of the others.
 
     >>> shown(["a", "b", "c", "d", "e"])
     'a, b, c and 2 more'
@@ -30,7 +30,7 @@ def shown(names: Iterable[str]) -> str:
 
 
 def unfinished(folder: Path, name: str = "") -> str:
-    """A file in `folder` that a stopped download left, of `name` or of any safetensors; empty if there is none."""
+    """Return a file that a stopped download of `name`, or of any safetensors, left in `folder`; empty without one."""
     places = [folder, folder / _LOCAL_DIR_CACHE, folder / "._____temp"]
     for path in (path for place in places for path in _files(place)):
         stem = next((path.name.removesuffix(end) for end in _UNFINISHED if path.name.endswith(end)), "")
@@ -41,7 +41,7 @@ def unfinished(folder: Path, name: str = "") -> str:
 
 
 def no_config(folder: Path) -> ConfigError:
-    """The error for a folder without config.json, by what is in it."""
+    """Return the error for a folder without config.json, by the files in it."""
     source = str(folder / "config.json")
     files = [path.name for path in _files(folder)]
     folders = sorted(path.name for path in _entries(folder) if path.is_dir())
@@ -96,7 +96,7 @@ def no_config(folder: Path) -> ConfigError:
 
 
 def no_weights(folder: Path, single: str, index: str) -> CheckpointError:
-    """The error for a folder with config.json and without the file or the index of weights, by what is in it."""
+    """Return the error for a folder with config.json but without a file or index of weights, by the files in it."""
     files = sorted(path.name for path in _files(folder))
     pickles = [name for name in files if name.endswith(_PICKLES)]
     ggufs = [name for name in files if name.lower().endswith(".gguf")]
@@ -140,7 +140,7 @@ def no_weights(folder: Path, single: str, index: str) -> CheckpointError:
 
 
 def missing_shard(path: Path) -> CheckpointError:
-    """The error for a file of weights that the index names and the folder lacks."""
+    """Return the error for a file of weights that the index names and the folder lacks."""
     beside = unfinished(path.parent, path.name)
     left = f": its download stopped ({beside!r} is left of it)" if beside else ""
     return CheckpointError(

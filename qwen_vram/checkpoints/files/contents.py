@@ -1,10 +1,10 @@
-"""What a file holds that is not the file that its name promises, by its first bytes: the cause and the cure."""
+"""Recognition of files whose contents are not of the kind that their name says."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-# First bytes that are read of a file to tell what it is.
+# Bytes at the beginning of a file that are read to recognize it.
 BEGINNING = 512
 
 GGUF = (
@@ -19,7 +19,7 @@ _PAGES = (b"<!doctype", b"<html", b"<?xml", b"<head", b"<body")
 
 
 def beginning_of(path: Path) -> bytes:
-    """The first bytes of a file, at most `BEGINNING`; none if the file cannot be read."""
+    """Return the first bytes of a file, at most `BEGINNING`; empty if the file cannot be read."""
     try:
         with path.open("rb") as file:
             return file.read(BEGINNING)
@@ -28,7 +28,9 @@ def beginning_of(path: Path) -> bytes:
 
 
 def mistaken(beginning: bytes) -> str:
-    """What a file of these first bytes is instead of weights or JSON, as the end of a sentence; empty if unknown.
+    """Return what a file with these first bytes is, instead of weights or JSON; empty if unknown.
+
+    The text is the end of a sentence that begins with the name of the file.
 
     >>> mistaken(b"<!DOCTYPE html>")[:37]
     'is a web page (HTML), not the file it'

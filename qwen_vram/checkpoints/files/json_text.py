@@ -1,4 +1,4 @@
-"""JSON text as people have it: read from UTF-8, or refused with the cause, the line and the column."""
+"""Parsing of JSON from UTF-8, with the cause, line and column of an error."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 from qwen_vram.errors import QwenVramError
 
-# How texts begin that an editor saved in another encoding. Source: the Unicode Standard, section 23.8.
+# First bytes of texts that an editor saved in another encoding. Source: the Unicode Standard, section 23.8.
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 MARK = b"\xef\xbb\xbf"
 
 
 def parse_json(data: bytes, source: str, refusal: Callable[[str], QwenVramError]) -> object:
-    """The value of a JSON text, with or without a byte-order mark.
+    """Return the value of a JSON text, with or without a byte-order mark.
 
     Args:
         refusal: Makes the error of a message.
@@ -74,7 +74,7 @@ _COMMA = "a comma before the closing bracket"
 
 
 def _cause(before: str, rest: str, message: str) -> tuple[str, str]:
-    """What stands where a JSON parser stopped, and what to do about it."""
+    """Return the text at which a JSON parser stopped, and the step that helps."""
     first = rest[0]
     if first in "}]" and before.endswith(","):
         return _COMMA, "remove the comma"

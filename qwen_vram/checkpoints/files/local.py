@@ -1,6 +1,6 @@
-"""A checkpoint folder: its config.json, its set of weights, and the headers of their files.
+"""A checkpoint folder: its config.json, its set of weights, and their headers.
 
-Nothing here knows what a name or a shape means: that is `spec.architecture`.
+The meaning of names and shapes is in `spec.architecture`, and not used here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _AWQ_KEYS = {"w_bit": "bits", "q_group_size": "group_size"}
 
 
 def exists(path: Path) -> bool:
-    """Tell if there is such a file or folder. A name that is too long for the file system is none."""
+    """Tell if a file or folder exists; false for a name that is too long for the file system."""
     try:
         return path.exists()
     except (OSError, ValueError):
@@ -36,7 +36,7 @@ def exists(path: Path) -> bool:
 
 
 def is_folder(path: Path) -> bool:
-    """Tell if there is such a folder. A name that is too long for the file system is none."""
+    """Tell if a folder exists; false for a name that is too long for the file system."""
     try:
         return path.is_dir()
     except OSError:
@@ -44,7 +44,7 @@ def is_folder(path: Path) -> bool:
 
 
 def read_config(folder: Path) -> dict[str, object]:
-    """The config.json of `folder`, with AutoGPTQ's or AutoAWQ's settings if those are in a file of their own.
+    """Return the config.json of `folder`, with AutoGPTQ's or AutoAWQ's settings if those are in a file of their own.
 
     Raises:
         ConfigError: a file is missing, is not UTF-8, is cut off, or is not a JSON object.
@@ -60,9 +60,9 @@ def read_config(folder: Path) -> dict[str, object]:
 
 
 def read_generation(folder: Path) -> dict[str, object]:
-    """The generation_config.json of `folder`; empty if there is none.
+    """Return the generation_config.json of `folder`; empty if it does not exist.
 
-    `transformers` drops a file that it cannot read, without a word, and with it the tokens that end an answer.
+    `transformers` silently ignores a file that it cannot read, and with it the tokens that end an answer.
 
     Raises:
         ConfigError: the file is not a JSON object.
@@ -74,21 +74,21 @@ def read_generation(folder: Path) -> dict[str, object]:
 
 
 def with_auto_gptq(config: dict[str, object], settings: dict[str, object]) -> dict[str, object]:
-    """`config` with AutoGPTQ's `settings` as its `quantization_config`, unless it has one."""
+    """Return `config` with AutoGPTQ's `settings` as its `quantization_config`, unless it has one."""
     return {"quantization_config": {"quant_method": "gptq", **settings}, **config}
 
 
 def with_auto_awq(config: dict[str, object], settings: dict[str, object]) -> dict[str, object]:
-    """`config` with the `settings` of an older AutoAWQ as its `quantization_config`, unless it has one."""
+    """Return `config` with the `settings` of an older AutoAWQ as its `quantization_config`, unless it has one."""
     named = {_AWQ_KEYS.get(key, key): value for key, value in settings.items()}
     return {"quantization_config": {"quant_method": "awq", **named}, **config}
 
 
 def read_json(path: Path, *, marked: bool = True) -> dict[str, object]:
-    """The JSON object in a file.
+    """Return the JSON object in a file.
 
     Args:
-        marked: Whether the text may begin with a byte-order mark, which `transformers` does not read.
+        marked: The text may begin with a byte-order mark, which `transformers` does not read.
 
     Raises:
         ConfigError: the file cannot be read, or holds no JSON object.
@@ -107,7 +107,7 @@ def read_json(path: Path, *, marked: bool = True) -> dict[str, object]:
 
 
 def parse_config(text: str | bytes, *, source: str) -> dict[str, object]:
-    """The JSON object in `text`.
+    """Return the JSON object in `text`.
 
     Raises:
         ConfigError: `text` is not JSON, is cut off, or is not an object.
@@ -123,11 +123,11 @@ def parse_config(text: str | bytes, *, source: str) -> dict[str, object]:
 
 
 def read_tensors(folder: Path, config: Mapping[str, object] | None = None) -> dict[str, Tensor]:
-    """Every tensor of the checkpoint in `folder`, from the headers of its safetensors files, by its name there.
+    """Return every tensor of the checkpoint in `folder`, from the headers of its safetensors files, by its name there.
 
     Raises:
-        CheckpointError: there are no safetensors, a file is missing, cut off or corrupt, the index is broken or names
-            a file outside the folder, or a tensor is not where the index says.
+        CheckpointError: there are no safetensors, or a file is missing, cut off or corrupt. Also an index that is
+            broken, names a file outside the folder, or names a wrong file for a tensor.
     """
     weights = weights_file(folder, config)
     if weights.name.endswith(".json"):
@@ -136,12 +136,12 @@ def read_tensors(folder: Path, config: Mapping[str, object] | None = None) -> di
 
 
 def weights_file(folder: Path, config: Mapping[str, object] | None = None) -> Path:
-    """The one file of weights of the checkpoint in `folder`, or the index of its shards: the set `transformers` takes.
+    """Return the file of weights of the checkpoint in `folder`, or the index of its shards, as `transformers` chooses.
 
-    A single file comes before an index, for `transformers` reads the single file if a folder has both.
+    A single file is preferred to an index, because `transformers` reads the single file if a folder has both.
 
     Raises:
-        CheckpointError: there is neither.
+        CheckpointError: both are missing.
     """
     named = (config or {}).get(NAMED_WEIGHTS)
     if isinstance(named, str):
@@ -165,10 +165,10 @@ def has_weights(folder: Path, config: Mapping[str, object] | None = None) -> boo
 
 
 def indexed_tensors(index: Path, read: Callable[[str], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Every tensor of the shards that `index` names; `read` brings one shard's.
+    """Return every tensor of the shards that `index` names; `read` returns the tensors of one shard.
 
     Raises:
-        CheckpointError: the index is broken or names a file outside its folder, or a tensor is not where it says.
+        CheckpointError: the index is broken, names a file outside its folder, or names a wrong file for a tensor.
     """
     weight_map = read_index(index)
     tensors: dict[str, Tensor] = {}
@@ -185,10 +185,10 @@ def indexed_tensors(index: Path, read: Callable[[str], dict[str, Tensor]]) -> di
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """The file of each tensor that an index names.
+    """Return the file of each tensor that an index names.
 
     Raises:
-        CheckpointError: it is no index, or names a file outside its folder.
+        CheckpointError: the file is not an index, or names a file outside its folder.
     """
 
     def refused(message: str) -> CheckpointError:
@@ -220,10 +220,10 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def _plain_name(file: str, source: Path) -> str:
-    """`file` itself. Names come from a downloaded file, so they may only be plain names inside the folder.
+    """Return `file` itself, if it is a plain name inside the folder, because the name is from a downloaded file.
 
     Raises:
-        CheckpointError: it is another.
+        CheckpointError: it is not a plain name.
     """
     if file != Path(file).name or "\\" in file or file in ("", ".", ".."):
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Where a model comes from: a name as people write it, brought to a folder on this machine or to a name on the hub."""
+"""Location of a model: a local folder, or a name in the catalog or on the hub."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from qwen_vram.checkpoints.files.local import exists, is_folder
 from qwen_vram.checkpoints.files.names import CONFIG
 from qwen_vram.errors import ConfigError
 
-# Patterns are texts here, compiled when a name is first held against them: a folder needs none.
+# Patterns are texts here, compiled when a name is first compared with them: a folder needs no pattern.
 _HUB_ID = r"[\w.-]+/[\w.-]+"
 # Pages of a model on Hugging Face, its mirrors and ModelScope, written without "https://" too.
 _HOSTS = r"^(www\.)?(huggingface\.co|hf\.co|hf-mirror\.com|modelscope\.(cn|ai|com))/"
 _NO_MODELS = ("datasets", "spaces", "collections", "organization")
 _BRANCHES = ("main", "master")
 _DRIVE = r"^([A-Za-z]):[\\/]"
-# How ModelScope writes the dot of a name into the name of a folder. Source: modelscope 1.x, snapshot_download.
+# ModelScope's replacement of a dot in the name of a folder. Source: modelscope 1.x, snapshot_download.
 _DOT = "___"
 _SHARED_WITH_A_NAME = 2
 
@@ -26,7 +26,7 @@ class Place(NamedTuple):
     """A local folder, or a name that is looked up: exactly one of the two is set.
 
     Attributes:
-        hides: The name on the hub that the folder's own name hides; empty for a path that cannot be one.
+        hides: The name on the hub that the folder's own name hides; empty for a path that cannot be such a name.
     """
 
     folder: Path | None
@@ -35,17 +35,17 @@ class Place(NamedTuple):
 
 
 def is_hub_id(name: str) -> bool:
-    """Tell if a name can be a repository's, `organisation/name`."""
+    """Tell if a name can be that of a repository, `organisation/name`."""
     return re.fullmatch(_HUB_ID, name) is not None
 
 
 def place_of(model: str | Path) -> Place:
-    """The folder or the name that `model` means.
+    """Return the folder or the name that `model` refers to.
 
-    Blanks around it, a slash at its end, `~`, addresses of hub pages and ModelScope's folder names are understood.
+    It accepts blanks around the name, a slash at its end, `~`, addresses of hub pages and ModelScope's folder names.
 
     Raises:
-        ConfigError: a path that leads to no folder, a file, or an address that is no model's page.
+        ConfigError: the path is a file or does not exist, or the address is not the page of a model.
     """
     written = str(model)
     if is_folder(Path(written)) and written.strip():
@@ -84,7 +84,7 @@ def _is_path(text: str) -> bool:
 
 
 def _address(text: str) -> Place | None:
-    """The place that a URL names; `None` if `text` is none."""
+    """Return the place that a URL names; `None` if `text` is not a URL."""
     if re.match(_HOSTS, text, re.IGNORECASE):
         text = f"https://{text}"
     scheme, separator, rest = text.partition("://")

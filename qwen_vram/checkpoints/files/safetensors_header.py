@@ -12,24 +12,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qwen_vram.checkpoints.files.absent import missing_shard
+from qwen_vram.dtypes import BY_STORED
 from qwen_vram.errors import CheckpointError
 
 # Source: safetensors' format description; the header is refused above 100 MB there too.
 _HEADER_LIMIT = 100_000_000
-_DTYPE_BITS = {
-    "F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16,
-    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I8": 8, "U8": 8, "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
-    "C64": 64,
-}  # fmt: skip
-
 _FETCH = "download the file again, or copy it again from whoever saved it"
 
 
 class Tensor(NamedTuple):
-    """One stored tensor: dtype as safetensors spells it, shape, bytes on disk, the file that holds it, and where.
+    """One stored tensor: dtype as safetensors spells it, shape, bytes on disk, and its position in a file.
 
-    `offset` counts from the beginning of the file, or of its data if its header was read on the hub. `name` is the
-    tensor's name in that file, which may differ from the model's.
+    `offset` is in bytes from the beginning of the file, or of its data if its header was read on the hub. `name` is the
+    tensor's name in that file, which may differ from the name in the model.
     """
 
     dtype: str
@@ -41,7 +36,7 @@ class Tensor(NamedTuple):
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
-    """The tensors of one safetensors file, from its header.
+    """Return the tensors of one safetensors file, from its header.
 
     Raises:
         CheckpointError: the file is missing, cut off or corrupt.
@@ -69,7 +64,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
 
 
 def parse_header(header: bytes, file: str, *, source: Path) -> tuple[dict[str, Tensor], int]:
-    """The tensors that a safetensors header lists, and where their data ends, in bytes after the header.
+    """Return the tensors that a safetensors header lists, and the end of their data, in bytes after the header.
 
     Raises:
         CheckpointError: the header is not JSON, or a tensor's offsets do not match its dtype and shape.
@@ -85,10 +80,10 @@ def parse_header(header: bytes, file: str, *, source: Path) -> tuple[dict[str, T
 def parse_entries(
     entries: Mapping[str, Any], file: str, *, source: Path, data_at: int = 0
 ) -> tuple[dict[str, Tensor], int]:
-    """The tensors of a header's entries (dtype, shape, data_offsets by name), and where their data ends.
+    """Return the tensors of a header's entries (dtype, shape, data_offsets by name), and the end of their data.
 
     Args:
-        data_at: Where the data begins in the file.
+        data_at: First byte of the data in the file.
 
     Raises:
         CheckpointError: a tensor's offsets do not match its dtype and shape, or leave a hole.
@@ -99,7 +94,7 @@ def parse_entries(
         for name, entry in entries.items():
             shape = tuple(map(int, entry["shape"]))
             begin, end = entry["data_offsets"]
-            bits = _DTYPE_BITS[entry["dtype"]] * prod(shape)
+            bits = BY_STORED[entry["dtype"]].bits * prod(shape)
             if end - begin != (bits + 7) // 8 or (shape and min(shape) < 0):
                 raise _corrupt(source, f"{name!r} of shape {list(shape)} takes {end - begin} bytes in it")
             tensors[name] = Tensor(entry["dtype"], shape, end - begin, file, data_at + begin, name)
@@ -121,6 +116,6 @@ def _corrupt(path: Path, why: str) -> CheckpointError:
     found = mistaken(beginning)
     if beginning and found:
         return CheckpointError(f"{path.name!r} in {str(path.parent)!r} {found}", path=str(path))
-    if not beginning and path.is_file():  # a header that was read on the hub is in no file here
+    if not beginning and path.is_file():  # a header that was read on the hub has no file here
         why = "it is empty, for a download or a copy stopped before it began"
     return CheckpointError(f"shard {path.name!r} is corrupt: {why}; {_FETCH}", path=str(path))

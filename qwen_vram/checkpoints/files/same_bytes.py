@@ -1,4 +1,4 @@
-"""Tell if two stretches of files hold the same bytes, read piece by piece up to the first difference."""
+"""Comparison of two ranges of bytes in files, one piece after the other."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _PIECE = 2**20
 
 
 def same_bytes(one: Path, one_at: int, other: Path, other_at: int, nbytes: int) -> bool:
-    """Tell if `nbytes` from byte `one_at` of `one` equal those from byte `other_at` of `other`.
+    """Tell if `nbytes` bytes of `one`, from `one_at` on, equal those of `other`, from `other_at` on.
 
     Raises:
         CheckpointError: a file cannot be read.

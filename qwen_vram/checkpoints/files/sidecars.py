@@ -1,4 +1,4 @@
-"""The files beside the weights of a checkpoint: tokenizer, chat template, generation settings, licence."""
+"""Files beside the weights: tokenizer, chat template, generation settings, licence."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _LEFT = ("*.index.json", CONFIG, REPORT, "adapter_config.json", "trainer_state.j
 
 
 def companion_files(folder: Path) -> dict[str, Path]:
-    """Files to copy from one checkpoint to the next, by their name in the output. Neither weights nor config.json."""
+    """Return the files to copy to a new checkpoint, by their name there, without weights and config.json."""
     return matching(folder, _CARRIED, without=_LEFT)
 
 
 def matching(folder: Path, patterns: Sequence[str], *, without: Sequence[str] = ()) -> dict[str, Path]:
-    """The files in `folder` that match one of `patterns` and none of `without`, by their name in it."""
+    """Return the files in `folder` that match one of `patterns` and none of `without`, by their name in `folder`."""
     paths = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
     kept = [path for path in paths if not any(path.match(pattern) for pattern in without)]
     return {str(path.relative_to(folder)): path for path in sorted(kept)}

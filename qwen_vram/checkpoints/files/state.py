@@ -1,4 +1,4 @@
-"""The state of a folder's files, by which a later call tells that what was read of them still holds."""
+"""State of a folder's files, which shows if earlier results of reading are still valid."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 # Name, device, inode, size, and times of the last change of contents and of the entry, for each entry of a folder.
 State = tuple[tuple[str, int, int, int, int, int], ...]
 
-# A file that changed less than this ago can change again without a new time. The coarsest clock of a file system is
-# FAT's: 2 s. Source: Microsoft's FAT specification 1.03, "Date and Time Formats".
+# A file that changed within this time can change again without a new time stamp. FAT has the coarsest clock of a file
+# system: 2 s. Source: Microsoft's FAT specification 1.03, "Date and Time Formats".
 _CLOCK_NS = 2_000_000_000
 
 
 def settled_state(folder: Path) -> State | None:
-    """The state of every entry of `folder`, links followed; `None` if one changed just now or cannot be asked."""
+    """Return the state of every entry of `folder`, links followed; `None` if one changed just now or gives no state."""
     found = []
     try:
         with os.scandir(folder) as entries:

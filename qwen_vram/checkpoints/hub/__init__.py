@@ -1,1 +1,6 @@
-"""Checkpoints on the hub, and its errors in this library's words."""
+"""Checkpoints on the hub, and errors of the hub as errors of this library.
+
+Modules:
+    errors  Conversion of huggingface_hub's exceptions into errors with the next step.
+    files   A checkpoint on the hub: config.json, safetensors headers, or all files.
+"""

@@ -1,4 +1,4 @@
-"""What huggingface_hub raises, turned into our errors: what was asked of which hub, and what to do next."""
+"""Conversion of huggingface_hub's exceptions into errors with the next step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qwen_vram.errors import BackendUnavailableError, HubError
 
 
 def library() -> ModuleType:
-    """The module huggingface_hub.
+    """Import and return the module huggingface_hub.
 
     Raises:
         BackendUnavailableError: it is not installed.
@@ -32,7 +32,7 @@ def library() -> ModuleType:
 
 @contextmanager
 def explained(repo_id: str, file: str = CONFIG) -> Iterator[None]:
-    """Turn what huggingface_hub raises while it asks for `file` into our errors."""
+    """Turn exceptions of huggingface_hub while it asks for `file` into this library's errors."""
     from huggingface_hub import errors
 
     try:
@@ -65,7 +65,7 @@ def _missing(repo_id: str, file: str) -> HubError:
 
 
 def _files_of(repo_id: str) -> list[str]:
-    """The names of a repository's files; none if the hub does not say."""
+    """Return the names of a repository's files; empty if the hub does not tell."""
     hub = library()
     from huggingface_hub import errors
 
@@ -76,7 +76,7 @@ def _files_of(repo_id: str) -> list[str]:
 
 
 def missing_text(repo_id: str, file: str) -> str:
-    """What a repository lacks, and what to do."""
+    """Return the text of an error about a file that a repository lacks, with the next step."""
     if file == CONFIG:
         what = f"has no {CONFIG}; it is not a transformers checkpoint"
     elif file == SINGLE:
@@ -91,7 +91,7 @@ def _unreachable(repo_id: str, file: str) -> HubError:
 
 
 def unreachable_text(repo_id: str, file: str) -> str:
-    """What could not be had without a connection, which hub was asked, and what to do."""
+    """Return the text of an error about a file that is not cached while the hub does not answer."""
     from huggingface_hub import constants
 
     cached = "it is" if file == CONFIG else f"{file!r} is"

@@ -1,4 +1,7 @@
-"""A checkpoint on the hub: its config.json, its safetensors headers, or its files. Needs huggingface_hub."""
+"""A checkpoint on the hub: config.json, safetensors headers, or all files.
+
+The module needs huggingface_hub.
+"""
 
 from __future__ import annotations
 
@@ -27,16 +30,18 @@ from qwen_vram.checkpoints.files.safetensors_header import Tensor, parse_entries
 from qwen_vram.checkpoints.hub.errors import explained, library, missing_text, unreachable_text
 from qwen_vram.errors import CheckpointError, HubError
 
-# Settings, tokenizer and templates. Pickles and code are left where they are.
+# Settings, tokenizer and templates. Pickles and code are not downloaded.
 _BESIDE = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
 _TEMPLATES = "additional_chat_templates/"
 
 
 def hub_config(repo_id: str) -> dict[str, object]:
-    """The config.json of `repo_id`, with AutoGPTQ's or AutoAWQ's settings if its name says so and that file does not.
+    """Return the config.json of `repo_id`, completed with AutoGPTQ's or AutoAWQ's settings.
+
+    Their files are asked for if the repository's name contains the method and config.json does not.
 
     Raises:
-        HubError: the hub cannot be reached, the repository is gated or absent, or it has no config.json.
+        HubError: the hub does not answer, the repository is gated or absent, or it has no config.json.
         ConfigError: the file is not a JSON object.
         BackendUnavailableError: huggingface_hub is not installed.
     """
@@ -51,12 +56,12 @@ def hub_config(repo_id: str) -> dict[str, object]:
 
 
 def hub_tensors(repo_id: str) -> dict[str, Tensor]:
-    """Every tensor of `repo_id`, from the headers of its safetensors: ranged reads, some 100 kB a file.
+    """Return every tensor of `repo_id`, from the headers of its safetensors: ranged reads of about 100 kB a file.
 
-    What the local cache has is read there. All is of the commit that config.json is of.
+    Files in the local cache are read there. All files are of the same commit as config.json.
 
     Raises:
-        HubError: the hub cannot be reached, or the repository has no safetensors, or lacks one that its index names.
+        HubError: the hub does not answer, or the repository has no safetensors, or lacks one that its index names.
         CheckpointError: a header or the index is corrupt.
         BackendUnavailableError: huggingface_hub is not installed.
     """
@@ -71,10 +76,10 @@ def hub_tensors(repo_id: str) -> dict[str, Tensor]:
 
 
 def hub_generation_config(repo_id: str) -> Path | None:
-    """The generation_config.json of `repo_id` in the local cache; `None` if the repository has none.
+    """Return the generation_config.json of `repo_id` in the local cache; `None` if the repository has none.
 
     Raises:
-        HubError: the hub cannot be reached, and the file is not in the cache.
+        HubError: the hub does not answer, and the file is not in the cache.
         BackendUnavailableError: huggingface_hub is not installed.
     """
     folder = _config_file(repo_id).parent
@@ -83,10 +88,10 @@ def hub_generation_config(repo_id: str) -> Path | None:
 
 
 def hub_companions(repo_id: str) -> Path:
-    """A local folder with the checkpoint's small files: tokenizer, chat template and settings, but no weights.
+    """Return a local folder with the checkpoint's small files: tokenizer, chat template and settings, but no weights.
 
     Raises:
-        HubError: the hub cannot be reached, or the repository is gated or absent.
+        HubError: the hub does not answer, or the repository is gated or absent.
         BackendUnavailableError: huggingface_hub is not installed.
     """
     hub = library()
@@ -95,13 +100,13 @@ def hub_companions(repo_id: str) -> Path:
 
 
 def hub_snapshot(repo_id: str) -> Path:
-    """A local folder with the checkpoint's files, downloaded if they are not there yet, with a progress bar.
+    """Return a local folder with the checkpoint's files, downloaded with a progress bar if they are missing.
 
-    Of the weights only the set that is read comes, and of the other files those at the top. An interrupted download is
-    resumed by the next call. Without a connection the folder is taken from the local cache, if it is whole there.
+    It downloads only the set of weights that is read, and of the other files those at the top. The next call resumes an
+    interrupted download. Without a connection the folder in the local cache is used, if it is complete.
 
     Raises:
-        HubError: the hub cannot be reached, or the repository is gated or absent.
+        HubError: the hub does not answer, or the repository is gated or absent.
         CheckpointError: its index is broken.
         BackendUnavailableError: huggingface_hub is not installed.
     """
@@ -121,11 +126,11 @@ def hub_snapshot(repo_id: str) -> Path:
 
     with explained(repo_id):
         patterns = [glob.escape(name) for name in wanted]
-        return Path(hub.snapshot_download(repo_id, allow_patterns=patterns))  # by its branch, as it is looked up later
+        return Path(hub.snapshot_download(repo_id, allow_patterns=patterns))  # by branch, as later look-ups
 
 
 def _beside_weights(files: list[str]) -> list[str]:
-    """The files of settings, tokenizer and templates."""
+    """Return those of `files` with settings, tokenizer and templates."""
     return [
         name
         for name in files
@@ -136,7 +141,7 @@ def _beside_weights(files: list[str]) -> list[str]:
 
 
 def _weights(repo_id: str, files: list[str], commit: str) -> list[str]:
-    """The files of the one set of weights that is read, and its index; those of an adapter, if it is one."""
+    """Return the files of the set of weights that is read, with its index, and those of an adapter if it is one."""
     single, index = SINGLE, INDEX
     own = [name for name in files if Path(name).match(AUTO_GPTQ_SINGLE) and "/" not in name]
     if not {SINGLE, INDEX} & set(files) and own:
@@ -158,7 +163,7 @@ def _weights(repo_id: str, files: list[str], commit: str) -> list[str]:
 
 
 def hub_cached(repo_id: str) -> Path | None:
-    """The folder of `repo_id` in the local cache, which may lack files; `None` if there is none. Asks no hub.
+    """Return the folder of `repo_id` in the local cache, which may lack files; `None` without one. It asks no hub.
 
     Raises:
         BackendUnavailableError: huggingface_hub is not installed.
@@ -168,10 +173,10 @@ def hub_cached(repo_id: str) -> Path | None:
 
 
 def _cached_snapshot(repo_id: str, error: HubError) -> Path:
-    """The snapshot in the local cache, if no file of it is missing.
+    """Return the snapshot in the local cache, if no file of it is missing.
 
     Raises:
-        HubError: it is not there, or not whole.
+        HubError: it is missing or incomplete.
     """
     hub = library()
     found = (hub.try_to_load_from_cache(repo_id, name) for name in (CONFIG, "adapter_config.json"))
@@ -186,7 +191,7 @@ def _cached_snapshot(repo_id: str, error: HubError) -> Path:
 
 
 def _missing_here(folder: Path) -> str:
-    """The first file that a cached snapshot lacks; empty if it has all that is read."""
+    """Return the first file that a cached snapshot lacks; empty if no file is missing."""
     if not (folder / CONFIG).exists():
         return "" if any(folder.glob("adapter_*")) else CONFIG
     try:
@@ -202,14 +207,14 @@ def _missing_here(folder: Path) -> str:
 
 
 def _config_file(repo_id: str) -> Path:
-    """The config.json in the local cache, in a folder that is named after its commit."""
+    """Return the config.json in the local cache, in a folder that is named after its commit."""
     hub = library()
     with explained(repo_id):
         return Path(hub.hf_hub_download(repo_id, CONFIG))
 
 
 def _auto_gptq_names(repo_id: str, commit: str) -> tuple[str, str]:
-    """The one file of weights and the index, as a checkpoint with AutoGPTQ's settings calls them."""
+    """Return the names of the single file of weights and of the index, which AutoGPTQ's settings may change."""
     hub = library()
     with explained(repo_id, SINGLE):
         files = set(hub.list_repo_files(repo_id, revision=commit))
@@ -221,7 +226,7 @@ def _auto_gptq_names(repo_id: str, commit: str) -> tuple[str, str]:
 
 
 def _bring_file(repo_id: str, file: str, commit: str) -> Path:
-    """A file in the local cache, fetched if it is not there."""
+    """Return a file in the local cache, downloaded if it is missing."""
     hub = library()
     with explained(repo_id, file):
         return Path(hub.hf_hub_download(repo_id, file, revision=commit))
@@ -241,14 +246,14 @@ def _has(repo_id: str, file: str, folder: Path) -> bool:
 
 
 def _bring(repo_id: str, file: str, commit: str) -> bool:
-    """Bring a file that need not be there to the cache, and say whether there is one."""
+    """Download an optional file to the cache, and tell if the repository has it."""
     hub = library()
     from huggingface_hub import errors
 
     with explained(repo_id, file):
         try:
             hub.hf_hub_download(repo_id, file, revision=commit)
-        except errors.LocalEntryNotFoundError:  # an EntryNotFoundError too, but for want of a connection
+        except errors.LocalEntryNotFoundError:  # an EntryNotFoundError too, but for lack of a connection
             raise
         except errors.EntryNotFoundError:
             return False
@@ -256,7 +261,7 @@ def _bring(repo_id: str, file: str, commit: str) -> bool:
 
 
 def _header(repo_id: str, folder: Path, file: str) -> dict[str, Tensor]:
-    """The tensors of one safetensors file: of the cached file where it is whole there, else by ranged reads."""
+    """Return the tensors of one safetensors file: from the cached file if it is complete, else by ranged reads."""
     if (folder / file).is_file():
         return read_header(folder / file)
     hub = library()

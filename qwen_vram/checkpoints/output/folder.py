@@ -1,4 +1,4 @@
-"""The output folder: made beside its final place, checked first, and there all at once or not at all."""
+"""The output folder, which one atomic rename puts in its place."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _AT_FDCWD = -100
 class OutputFolder:
     """A folder that appears at `out` by one atomic rename in `publish()`.
 
-    Until then everything is in a folder beside it, which the next run clears away if this one is killed. A lock file
-    keeps two runs for the same output apart. POSIX only.
+    Until then the files are in a folder beside it, which the next run removes if this run is killed. A lock file keeps
+    two runs from writing the same output. POSIX only.
 
     Args:
-        out: The final place; what is there stays untouched until the rename, and for good without `overwrite`.
-        needed_bytes: Room that must be free.
-        sources: Folders that are read, which the output may not swallow.
+        out: The final path. A checkpoint there stays until the rename, and is refused without `overwrite`.
+        needed_bytes: Bytes that must be free on the disk.
+        sources: Folders that are read, which `out` must not be or contain.
 
     Raises:
-        CheckpointError: `out` exists, is no folder, or holds a source; another run is writing it; the disk is too full
-            or fails.
+        CheckpointError: `out` exists, is not a folder, or contains a source; another run is writing it; the disk is too
+            full or fails.
     """
 
     def __init__(self, out: Path, *, needed_bytes: int, sources: Sequence[Path], overwrite: bool) -> None:
@@ -106,15 +106,15 @@ class OutputFolder:
             raise self._error(f"could not be written ({error}), and nothing of it is left; check the disk") from error
 
     def publish(self) -> None:
-        """Put the folder in its final place, safe on the disk.
+        """Move the folder to its final path, after its files are written to the disk.
 
         Raises:
-            CheckpointError: something appeared there in the meantime.
+            CheckpointError: another file or folder appeared there in the meantime.
         """
         for folder, _, files in os.walk(self.folder, topdown=False):
             for path in (*(Path(folder, name) for name in files), Path(folder)):
                 _sync(path)
-        # From the rename until what it replaced is gone, so that nothing is left beside the output.
+        # Ctrl-C waits from the rename until the replaced folder is removed, so that nothing is left beside the output.
         self._interrupts.hold()
         if self.overwrite and self.out.exists():
             _exchange(self.folder, self.out)
@@ -137,19 +137,19 @@ class OutputFolder:
             except OSError:
                 os.close(descriptor)
                 raise self._error("is being written by another run; wait for it, or choose another folder") from None
-            # The run that held the lock before removes the file, maybe after it was opened here.
+            # The run that held the lock before removes the file, possibly after it was opened here.
             if self._lock_path.exists() and os.path.samestat(os.fstat(descriptor), self._lock_path.stat()):
                 return descriptor
             os.close(descriptor)
 
     def _clear(self) -> None:
-        """Remove what is beside the final place: what was not published, or what it has replaced."""
+        """Remove the folder beside the final path: an unpublished output, or the one that was replaced."""
         self._remove(self.folder)
         self._lock_path.unlink(missing_ok=True)
         os.close(self._lock)
 
     def _check_exchange(self) -> None:
-        """Refuse at once, not after hours, where the disk cannot swap two folders."""
+        """Refuse at the start, not after hours, a disk that cannot swap two folders."""
         if not self.overwrite or not self.out.exists():
             return
         one, other = self.folder / "one", self.folder / "other"
@@ -173,7 +173,7 @@ def _exchange(one: Path, other: Path) -> None:
     """Swap two folders in one step.
 
     Raises:
-        OSError: the system or its disk cannot.
+        OSError: the system or the disk cannot swap them.
     """
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
@@ -183,7 +183,7 @@ def _exchange(one: Path, other: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Make a file's contents, or what was created in or renamed into a folder, safe on the disk."""
+    """Write a file's contents, or the entries of a folder, to the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Ctrl-C held back while something is put in place or taken away."""
+"""Delay of Ctrl-C while files are moved or removed."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from types import FrameType
 
 
 class Interrupts:
-    """Says when Ctrl-C may raise: `allow()` lets it, `hold()` keeps it waiting, `restore()` hands it back.
+    """Handler of Ctrl-C: `hold()` delays it, `allow()` lets it raise, `restore()` returns to the earlier handler.
 
-    Made holding. A Ctrl-C that raises holds the next ones, so that what it ends is cleaned up whole. Outside the main
-    thread, which alone gets Ctrl-C, and where Python does not handle it, nothing changes.
+    A new object delays Ctrl-C. A Ctrl-C that raises delays the next ones, so that the cleanup is complete. Nothing
+    changes outside the main thread, which alone gets Ctrl-C, or if Python does not handle it.
     """
 
     def __init__(self) -> None:
@@ -31,18 +31,18 @@ class Interrupts:
             self._waiting = True
 
     def hold(self) -> None:
-        """From here on Ctrl-C waits."""
+        """Delay Ctrl-C from now on."""
         self._allowed = False
 
     def allow(self) -> None:
-        """From here on Ctrl-C raises; one that waited raises now."""
+        """Let Ctrl-C raise from now on; one that was delayed raises now."""
         self._allowed = True
         if self._waiting:
             self._waiting = False
             self._handle(signal.SIGINT, None)
 
     def restore(self, *, raising: bool) -> None:
-        """Put the earlier handler back; one that waited reaches it, unless an error is on its way out already."""
+        """Restore the earlier handler, which gets a delayed Ctrl-C, unless an error is already `raising`."""
         if self._before is None:
             return
         signal.signal(signal.SIGINT, self._before)

@@ -1,4 +1,4 @@
-"""Where every tensor of a new checkpoint lies: shards, offsets and headers, settled before a byte is written."""
+"""Layout of a new checkpoint: shards, offsets and headers, computed before writing."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 from qwen_vram.checkpoints.files.names import SINGLE
+from qwen_vram.dtypes import BY_STORED
 
-ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-# Most bytes that bitsandbytes' packed JSON takes; about 200 do. Measured: bitsandbytes 0.50.2.
+# Most bytes of bitsandbytes' packed JSON, which takes about 200. Measured: bitsandbytes 0.50.2.
 LATE_BYTES = 512
-# Index, report and the folder itself; far more than they take.
+# Bytes for the index, the report and the folder itself; far more than they take.
 _SMALL_FILES = 2**22
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSlot:
-    """One stored tensor: its place in a shard's data. Without a shape its bytes come out last, and lie last."""
+    """One stored tensor in a shard's data. A tensor without a shape is computed last, and is last in the file."""
 
     name: str
     kind: str
@@ -28,11 +28,11 @@ class TensorSlot:
 
 
 class Slotted(Protocol):
-    """What is not divided between files: a weight with all that its format keeps beside it."""
+    """A weight with the other tensors of its format, which stay in one file."""
 
     @property
     def slots(self) -> tuple[TensorSlot, ...]:
-        """Its tensors."""
+        """The tensors of the weight."""
 
 
 T = TypeVar("T", bound=Slotted)
@@ -43,10 +43,10 @@ class Shard(Generic[T]):
     """One safetensors file.
 
     Attributes:
-        weights: What is in it, in the order in which it is written.
+        weights: Its weights, in the order in which they are written.
         offsets: First byte of each slot, counted in the file.
-        header_bytes: Room for the header, its length field included.
-        data_end: Where the slots of known size end.
+        header_bytes: Bytes reserved for the header, its length field included.
+        data_end: The end of the slots of known size, in bytes of the file.
     """
 
     file: str
@@ -57,17 +57,17 @@ class Shard(Generic[T]):
 
     @property
     def slots(self) -> list[TensorSlot]:
-        """The slots in the order in which they lie in the file."""
+        """The slots in the order of the file."""
         return in_file_order(slot for weight in self.weights for slot in weight.slots)
 
     @property
     def largest_size(self) -> int:
-        """The most bytes that the file can take; exact but for the packed JSON texts at its end."""
+        """The most bytes that the file can take; exact except for the packed JSON texts at its end."""
         return self.data_end + sum(LATE_BYTES for slot in self.slots if slot.shape is None)
 
 
 def lay_out(weights: Iterable[T], max_shard_bytes: int) -> tuple[Shard[T], ...]:
-    """Weights in shards of at most `max_shard_bytes` of data, or of one weight where that one is larger."""
+    """Return the weights in shards of at most `max_shard_bytes` of data; a larger weight has a shard of its own."""
     groups: list[list[T]] = []
     room = 0
     for weight in weights:
@@ -86,19 +86,19 @@ def lay_out(weights: Iterable[T], max_shard_bytes: int) -> tuple[Shard[T], ...]:
 
 
 def disk_bytes(shards: Iterable[Shard[T]], files: Iterable[Path], config: str) -> int:
-    """The most that a checkpoint of `shards`, copies of `files` and `config` takes; exact but for a few MiB."""
+    """Return the most bytes that `shards`, copies of `files` and `config` take; too high by a few MiB at most."""
     copied = sum(path.stat().st_size for path in files)
     return sum(shard.largest_size for shard in shards) + copied + len(config) + _SMALL_FILES
 
 
 def in_file_order(slots: Iterable[TensorSlot]) -> list[TensorSlot]:
-    """Wide dtypes first, so that every tensor is aligned to its items, as safetensors asks; unknown sizes last."""
-    return sorted(slots, key=lambda slot: (slot.shape is None, -ITEM_BYTES.get(slot.kind, 1)))
+    """Return the slots with wide dtypes first, so that tensors are aligned for safetensors, and unknown sizes last."""
+    return sorted(slots, key=lambda slot: (slot.shape is None, -BY_STORED[slot.kind].nbytes))
 
 
 def _shard(file: str, weights: tuple[T, ...]) -> Shard[T]:
     slots = in_file_order(slot for weight in weights for slot in weight.slots)
-    # Late tensors are at most this long, so a header that is written for them is long enough for the real one.
+    # Late tensors have at most these sizes, so a header for these sizes is long enough for the real one.
     header_bytes = len(header(slots, [slot.nbytes for slot in slots]))
     offsets = {}
     position = header_bytes
@@ -110,7 +110,7 @@ def _shard(file: str, weights: tuple[T, ...]) -> Shard[T]:
 
 
 def header(slots: Sequence[TensorSlot], sizes: Sequence[int], *, length: int = 0) -> bytes:
-    """The beginning of a safetensors file, padded with spaces to `length` or to a multiple of 8.
+    """Return the beginning of a safetensors file, padded with spaces to `length` or to a multiple of 8.
 
     Source: safetensors' format description: 8 bytes of length, then JSON.
     """

@@ -1,4 +1,4 @@
-"""Errors for tensors that are not those of the model that config.json describes: the cause, and the step that helps."""
+"""Errors for tensors that do not match config.json, with the step that helps."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from qwen_vram.checkpoints.files.safetensors_header import Tensor
 from qwen_vram.checkpoints.tensors.names import HEAD, TABLE
 from qwen_vram.checkpoints.tensors.wrapped_names import wrapper_of
 from qwen_vram.errors import CheckpointError
-from qwen_vram.spec.architecture import Architecture, Weight
+from qwen_vram.spec.architecture import Architecture
+from qwen_vram.spec.families import family_of
+from qwen_vram.spec.layers import LayerSpec, Weight
 
-# The key of config.json behind the rows and the columns of a matrix, if one key alone is.
+# The key of config.json that sets the rows or the columns of a matrix, if it is a single key.
 _ROWS = {
     "embed_tokens": "vocab_size", "lm_head": "vocab_size", "gate_proj": "intermediate_size",
     "up_proj": "intermediate_size", "down_proj": "hidden_size", "o_proj": "hidden_size", "norm": "hidden_size",
@@ -27,7 +29,7 @@ _COLUMNS = {
 def wrong_shape(
     architecture: Architecture, weight: Weight, tensor: Tensor, tensors: Mapping[str, Tensor], folder: Path
 ) -> CheckpointError:
-    """The error for a tensor of another shape than config.json says: whose it is, and the key that would fit."""
+    """Return the error for a tensor of another shape than config.json says, with the key that would fit."""
     path = str(folder / tensor.file)
     if not tensor.nbytes:
         empty = [name for name, one in tensors.items() if not one.nbytes]
@@ -48,7 +50,7 @@ def wrong_shape(
 
 
 def _fitting_key(architecture: Architecture, weight: Weight, tensor: Tensor) -> str:
-    """The key of config.json and the value under which the shape would be right; empty if no single key does that."""
+    """Return the key of config.json and the value that would fit the shape; empty if no single key would."""
     if len(tensor.shape) != len(weight.shape):
         return ""
     differing = [place for place, size in enumerate(weight.shape) if tensor.shape[place] != size]
@@ -56,8 +58,10 @@ def _fitting_key(architecture: Architecture, weight: Weight, tensor: Tensor) -> 
         return ""
     place, module = differing[0], weight.module
     size = tensor.shape[place]
-    head_dim, heads = architecture.head_dim, architecture.num_attention_heads
-    if module == "q_proj" and place == 0 and architecture.model_type == "qwen3" and size % heads == 0:
+    attention = _layer_of(architecture, weight).attention
+    head_dim, heads = attention.head_dim, attention.heads
+    has_key = "head_dim" in family_of(architecture.model_type).keys
+    if module == "q_proj" and place == 0 and has_key and size % heads == 0:
         return f"head_dim to {size // heads}"
     if module in ("k_proj", "v_proj") and place == 0 and size % head_dim == 0 and heads % (size // head_dim) == 0:
         return f"num_key_value_heads to {size // head_dim}"
@@ -67,10 +71,16 @@ def _fitting_key(architecture: Architecture, weight: Weight, tensor: Tensor) -> 
     return f"{key} to {size}" if key else ""
 
 
+def _layer_of(architecture: Architecture, weight: Weight) -> LayerSpec:
+    """Return the layer of a weight; the first layer for a weight outside the layers."""
+    names = weight.name.split(".")
+    return architecture.layers[int(names[2]) if names[:2] == ["model", "layers"] else 0]
+
+
 def lacking_tensors(
     architecture: Architecture, missing: list[str], tensors: Mapping[str, Tensor], folder: Path
 ) -> CheckpointError:
-    """The error for tensors that the files lack, by what they hold instead."""
+    """Return the error for tensors that the files lack, by the tensors that they hold instead."""
     wanted = {weight.name for weight in architecture.weights()}
     adapted = [name for name in tensors if ".lora_" in name]
     if adapted and any(".base_layer." in name for name in tensors):

@@ -1,4 +1,4 @@
-"""Every tensor of a checkpoint held against the model that config.json describes, before anything is allocated."""
+"""Check of every 16-bit tensor against config.json, before anything is allocated."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from qwen_vram.checkpoints.tensors.quantized_names import FLOATS
 from qwen_vram.errors import CheckpointError
 from qwen_vram.spec.architecture import Architecture
 
-# Buffers of old checkpoints, which `transformers` leaves out without a word.
+# Buffers of old checkpoints, which `transformers` silently leaves out.
 _IGNORED = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
 
 
 def check_tensors(architecture: Architecture, tensors: Mapping[str, Tensor], folder: Path) -> tuple[str, ...]:
-    """Hold `tensors`, by the model's names, against `architecture`: names, shapes, dtypes.
+    """Check `tensors`, by the model's names, against `architecture`: names, shapes and dtypes.
 
     Returns:
-        What is worth a warning: tensors that the model has no place for.
+        Texts for warnings: tensors that the model has no module for.
 
     Raises:
         CheckpointError: a tensor is missing, empty, or of another shape or dtype.
@@ -49,7 +49,7 @@ def check_tensors(architecture: Architecture, tensors: Mapping[str, Tensor], fol
 
 
 def _extras(architecture: Architecture, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """One line on tensors that the model has no place for; nothing for a checkpoint that is quantized."""
+    """Return one line about tensors that the model has no module for; empty for a quantized checkpoint."""
     if architecture.stored_format is not None:
         return ()
     wanted = {weight.name for weight in architecture.weights()} | {HEAD}

@@ -1,4 +1,4 @@
-"""The names of a checkpoint's tensors, as `transformers` maps them to the model's."""
+"""Names of a checkpoint's tensors, mapped to the model's as by `transformers`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ _IN_BASE = ("embed_tokens.", "layers.", "norm.")
 
 
 def model_name(name: str) -> str:
-    """The model's name of a tensor, as `transformers` maps it: `model.` is added if it is missing, or taken off once.
+    """Return the model's name of a tensor, as `transformers` maps it.
+
+    `model.` is added if it is missing, and removed if it is there twice or before the head.
 
     Source: transformers 5.23, core_model_loading.rename_source_key.
 
@@ -26,7 +28,7 @@ def model_name(name: str) -> str:
 
 
 def by_model_name(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors by the model's names, and the names that two of them would have."""
+    """Return the tensors by the model's names, and the names that two tensors would have."""
     named: dict[str, Tensor] = {}
     twice = []
     for name, tensor in tensors.items():

@@ -1,6 +1,6 @@
-"""The tensors of a quantized checkpoint, each held against the method that config.json names: name, dtype and shape.
+"""Check of a prequantized checkpoint's tensors: name, dtype and shape.
 
-Nothing that a loaded matrix computes with may come from anywhere but the file.
+All tensors that a loaded matrix computes with must come from the file.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from qwen_vram.checkpoints.tensors import prequantized_advice as advice
 from qwen_vram.checkpoints.tensors.prequantized_matrix import Matrix, Part, matrix_of, plain
 from qwen_vram.checkpoints.tensors.quantized_names import head_is_quantized, quantizer_of
 from qwen_vram.errors import CheckpointError, ConfigError, QwenVramError
-from qwen_vram.spec.architecture import Architecture, Weight
+from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.formats import FORMATS
+from qwen_vram.spec.layers import Weight
 from qwen_vram.spec.prequantized import Stored, StoredTensor
 from qwen_vram.spec.quantization import BITSANDBYTES, METHODS, OWN_METHOD, leaving_out, method_of, settings_of
 
@@ -27,15 +28,15 @@ _SHOWN = 3
 def stored_architecture(
     architecture: Architecture, quantization: object, read: Callable[[], Mapping[str, Tensor]], source: str
 ) -> Architecture:
-    """`architecture` with the storage format of a quantized checkpoint, and its bytes if only headers say them.
+    """Return `architecture` with the storage format of a quantized checkpoint, and its bytes if only headers show them.
 
     Args:
         quantization: The block of config.json.
-        read: Brings the tensors of the checkpoint's headers.
+        read: Returns the tensors of the checkpoint's headers.
 
     Raises:
-        ConfigError: a quantization that is not loaded here.
-        CheckpointError: the headers do not hold the model that config.json describes; and whatever `read` raises.
+        ConfigError: a quantization that this library does not load.
+        CheckpointError: the headers do not match config.json. Errors of `read` are passed on.
     """
     method = method_of(quantization)
     known = method in (*METHODS, BITSANDBYTES, OWN_METHOD)
@@ -55,7 +56,7 @@ def stored_architecture(
 
 
 def _if_readable(read: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
-    """The tensors of a checkpoint that is refused in any case, for what its headers can add; none if there are none."""
+    """Return the tensors of a checkpoint that will be refused, for the error's text; empty if it has no headers."""
     try:
         return read()
     except QwenVramError:
@@ -63,9 +64,9 @@ def _if_readable(read: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tenso
 
 
 def _held(architecture: Architecture, quantization: object, tensors: Mapping[str, Tensor], source: str) -> Architecture:
-    """The architecture of a quantized checkpoint, every tensor of which is as config.json says."""
+    """Return the architecture of a quantized checkpoint, with every tensor checked against config.json."""
     if architecture.tie_word_embeddings and head_is_quantized(tensors):
-        # transformers takes such a head, and does not tie it: the two differ.
+        # transformers uses such a head and does not tie it, because the two tables differ.
         architecture = replace(architecture, tie_word_embeddings=False)
     weights = list(architecture.weights())
     matrices = {
@@ -87,7 +88,7 @@ def _held(architecture: Architecture, quantization: object, tensors: Mapping[str
 def _check_missing(
     weights: Iterable[Weight], matrices: Mapping[str, Matrix], tensors: Mapping[str, Tensor], source: str
 ) -> None:
-    """Refuse weights of which nothing is there."""
+    """Refuse weights without any tensor in the files."""
     missing = [
         weight.name for weight in weights if not any(part.name in tensors for part in matrices[weight.name].parts)
     ]
@@ -101,7 +102,7 @@ def _check_missing(
 
 
 def _check_parts(weight: Weight, matrix: Matrix, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Hold the tensors of one weight: each is there, of its dtype and shape."""
+    """Check that all tensors of one weight are there, with their dtypes and shapes."""
     missing = [part for part in matrix.parts if part.name not in tensors and not part.optional]
     if missing:
         raise CheckpointError(advice.missing_parts(weight, matrix, missing, tensors, source), path=source)
@@ -114,7 +115,7 @@ def _check_parts(weight: Weight, matrix: Matrix, tensors: Mapping[str, Tensor], 
 def _check_left_out(
     weights: Iterable[Weight], matrices: Mapping[str, Matrix], quantization: object, source: str
 ) -> None:
-    """Hold which matrices are quantized against what config.json says of it."""
+    """Check that the matrices which config.json leaves out, and no others, are not quantized."""
     method, plain_ones = method_of(quantization), []
     if method not in advice.LISTS:
         return
@@ -128,16 +129,16 @@ def _check_left_out(
         if name is not None and key and key != "lm_head":
             raise CheckpointError(advice.left_out_and_quantized(module, key, name, source), path=source)
         eight = bool(settings_of(quantization).get("load_in_8bit"))
-        if method == BITSANDBYTES and name is not None and eight != (name == "int8"):
+        if method == BITSANDBYTES and name is not None and eight != FORMATS[name].has_outliers:
             raise CheckpointError(advice.other_bits(weight, name, source), path=source)
     if plain_ones:
         raise CheckpointError(advice.not_left_out(plain_ones, quantization, source), path=source)
 
 
 def _is_uniform(architecture: Architecture, matrices: Mapping[str, Matrix], tensors: Mapping[str, Tensor]) -> bool:
-    """Tell if the sums of one storage format say every matrix's bytes, so that no headers are needed to count."""
+    """Tell if the sums of one storage format give the bytes of every matrix, so that counting needs no headers."""
     storage = FORMATS[str(architecture.stored_format)]
-    if storage.library not in ("bitsandbytes", "torch"):
+    if not storage.is_quantized_on_load:
         return False
     for weight in architecture.weights():
         matrix = matrices[weight.name]
@@ -152,7 +153,7 @@ def _is_uniform(architecture: Architecture, matrices: Mapping[str, Matrix], tens
 def _sort(
     architecture: Architecture, matrices: Mapping[str, Matrix], tensors: Mapping[str, Tensor], source: str
 ) -> Stored:
-    """The tensors that the loaded model keeps, by part, in the order of their names."""
+    """Return the tensors that the loaded model keeps, by part, sorted by name."""
     layers: list[list[StoredTensor]] = [[] for _ in range(architecture.num_hidden_layers)]
     outer: dict[str, list[StoredTensor]] = {"model.embed_tokens": [], "model.norm": [], "lm_head": []}
     parts = [part for matrix in matrices.values() for part in matrix.parts]
@@ -172,11 +173,11 @@ def _sort(
 def _check_places(
     architecture: Architecture, parts: Iterable[Part], tensors: Mapping[str, Tensor], source: str
 ) -> None:
-    """Refuse a tensor that no module of the model has a place for."""
+    """Refuse a tensor that belongs to no module of the model."""
     names = {part.name for part in parts}
     modules = {name.rpartition(".")[0] for name in names} | {"lm_head"}
     for name in tensors:
-        # AutoGPTQ stored zeros as biases of every matrix; transformers makes those that the model has.
+        # AutoGPTQ stored a bias of zeros for every matrix; transformers creates those that the model has.
         if name in names or name.endswith((*_NOT_KEPT, ".bias")):
             continue
         if not any(prefix in modules for prefix in _prefixes(name)):

@@ -1,4 +1,4 @@
-"""Texts of what is wrong with a quantized checkpoint, and the step that helps."""
+"""Error texts for prequantized checkpoints, with the step that helps."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from typing import Any
 from qwen_vram.checkpoints.files.safetensors_header import Tensor
 from qwen_vram.checkpoints.tensors.prequantized_matrix import Matrix, Part, matrix_of
 from qwen_vram.checkpoints.tensors.quantized_names import FLOATS
+from qwen_vram.dtypes import FP64
 from qwen_vram.spec import quantizers
-from qwen_vram.spec.architecture import Architecture, Weight
+from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.formats import FORMATS
+from qwen_vram.spec.layers import Weight
 from qwen_vram.spec.quantization import (
+    AWQ,
     BITSANDBYTES,
+    GPTQ,
     KEYS,
     OWN_METHOD,
     dynamic_rule,
@@ -23,23 +27,23 @@ from qwen_vram.spec.quantization import (
 )
 
 _BLOCK = KEYS[0]
-# Layouts and bits that GPTQModel's plain kernels read, triton without 3 bits. Source: GPTQModel 7.6.0, tritonv2.py,
+# Layouts and bits that GPTQModel's plain kernels read (triton without 3 bits). Source: GPTQModel 7.6.0, tritonv2.py,
 # gemm_awq_triton.py.
-LAYOUTS = {"gptq": ("gptq", "gptq_v2"), "awq": ("gemm",)}
-BITS = {"gptq": (2, 3, 4, 8), "awq": (4,)}
+LAYOUTS = {GPTQ: ("gptq", "gptq_v2"), AWQ: ("gemm",)}
+BITS = {GPTQ: (2, 3, 4, 8), AWQ: (4,)}
 # Methods whose checkpoints load, with the key of the block that leaves modules in 16 bits.
 LISTS = {
     BITSANDBYTES: "llm_int8_skip_modules",
     OWN_METHOD: "modules_to_not_convert",
-    "awq": "modules_to_not_convert",
-    "gptq": "dynamic",
+    AWQ: "modules_to_not_convert",
+    GPTQ: "dynamic",
 }
 LOADED = tuple(LISTS)
 _MOST_NAMES = 12
 
 
 def plain_weights(quantization: object, dtype: str, source: str) -> str:
-    """A block over weights that nothing quantized."""
+    """Return the error for a `quantization_config` over weights that are not quantized."""
     method = quantizers.method_name(quantization)
     return (
         f"{source} says that {method} quantized the weights, and they are stored as {dtype}, not quantized; take "
@@ -48,7 +52,7 @@ def plain_weights(quantization: object, dtype: str, source: str) -> str:
 
 
 def no_block(found: str, architecture: Architecture, tensors: Mapping[str, Tensor], source: str) -> str:
-    """Quantized weights that config.json does not speak of: whose they are, and the block that is missing."""
+    """Return the error for quantized weights without `quantization_config`: their quantizer, and the missing block."""
     if found in LOADED:
         return (
             f"the weights are quantized by {_who(tensors, found)}, and {source} has no {_BLOCK}; add to it: "
@@ -70,7 +74,7 @@ def no_block(found: str, architecture: Architecture, tensors: Mapping[str, Tenso
 def other_quantizer(
     quantization: object, found: str, architecture: Architecture, tensors: Mapping[str, Tensor], source: str
 ) -> str:
-    """A block that names another quantizer than the tensors are of."""
+    """Return the error for a `quantization_config` that names another quantizer than the tensors show."""
     return (
         f"{source} says that {quantizers.method_name(quantization)} quantized the weights, and they are by "
         f"{_who(tensors, found)}; config.json should have {_entry(found, architecture, tensors)}"
@@ -78,7 +82,7 @@ def other_quantizer(
 
 
 def not_loaded(quantization: object, found: str, tensors: Mapping[str, Tensor], source: str) -> str:
-    """A quantizer that this library does not load, or a block that names none."""
+    """Return the error for a quantizer that this library does not load, or a block that names no quantizer."""
     method = method_of(quantization)
     if method is None and found in LOADED:
         load_in = "load_in_4bit or load_in_8bit, and " if found == BITSANDBYTES else ""
@@ -91,19 +95,19 @@ def not_loaded(quantization: object, found: str, tensors: Mapping[str, Tensor], 
 
 
 def _who(tensors: Mapping[str, Tensor], found: str) -> str:
-    """The quantizer, with a tensor that shows it."""
+    """Return the quantizer, with a tensor that shows it."""
     ends = {BITSANDBYTES: ("_nf4", "_fp4", ".absmax", ".SCB"), OWN_METHOD: (".scale", ".scales_and_zeros")}
     name = next(name for name in tensors if name.endswith(ends.get(found, (".qweight",))))
     return f"{quantizers.QUANTIZERS[found].name} ({name!r})"
 
 
 def _entry(found: str, architecture: Architecture, tensors: Mapping[str, Tensor]) -> str:
-    """The entry that config.json should have."""
+    """Return the entry that config.json should have."""
     return f'"{_BLOCK}": {json.dumps(_block(found, architecture, tensors))}'
 
 
 def unreadable_settings(quantization: object, names: Iterable[str]) -> str:
-    """What no kernel here reads of a block's settings; empty if there is nothing."""
+    """Return the error for settings that no kernel here reads; empty if all are read."""
     settings, method = settings_of(quantization), method_of(quantization)
     if method not in LAYOUTS:
         return wrong_settings(quantization)
@@ -127,7 +131,7 @@ def unreadable_settings(quantization: object, names: Iterable[str]) -> str:
 
 
 def _has_own_settings(settings: Mapping[str, object], names: Iterable[str]) -> bool:
-    """Tell if a rule of `dynamic` gives a module other settings than the rest have."""
+    """Tell if a rule of `dynamic` gives a module other settings than the rest of the model."""
     base = {"bits": 4, "group_size": 128, "desc_act": False, "sym": True, **settings}
     for name in names:
         rule = dynamic_rule(settings, name.removesuffix(".weight"))
@@ -139,10 +143,10 @@ def _has_own_settings(settings: Mapping[str, object], names: Iterable[str]) -> b
 def missing_parts(
     weight: Weight, matrix: Matrix, missing: list[Part], tensors: Mapping[str, Tensor], source: str
 ) -> str:
-    """A matrix of which a part is not in the file."""
+    """Return the error for a matrix that lacks a part in the file."""
     names = ", ".join(repr(part.name) for part in missing[:3])
     held = next(tensors[part.name] for part in matrix.parts if part.name in tensors)
-    if FORMATS[str(matrix.format)].library == "bitsandbytes":
+    if FORMATS[str(matrix.format)].is_bnb:
         cause = (
             "it was saved without its quantization state. Save the model again with save_pretrained() of transformers, "
             "or load the 16-bit checkpoint with weights='nf4'"
@@ -161,7 +165,7 @@ def missing_parts(
 
 
 def wrong_part(weight: Weight, matrix: Matrix, part: Part, held: Tensor, source: str) -> str:
-    """A tensor of another dtype or shape than the architecture and the block say."""
+    """Return the error for a tensor of another dtype or shape than architecture and block say."""
     if held.nbytes == 0:
         return (
             f"{part.name!r} is empty in {held.file!r}: training in parts (ZeRO-3, FSDP) saved it without gathering the "
@@ -174,18 +178,19 @@ def wrong_part(weight: Weight, matrix: Matrix, part: Part, held: Tensor, source:
         f"{' or '.join(part.dtypes)} of shape {shapes}, got {held.dtype} of shape {list(held.shape)} in {held.file!r}"
     )
     if held.dtype not in part.dtypes and (not part.shapes or held.shape in part.shapes):
-        if matrix.format is not None and held.dtype in (*FLOATS, "F64"):
+        if matrix.format is not None and held.dtype in (*FLOATS, FP64.stored):
             return f"{text}: it was cast when the model was saved. Save it again without .half() or .to(dtype)"
         if matrix.format is None:
             return f"{text}; save it in one of these"
-    if matrix.format is None and held.dtype not in (*FLOATS, "F64"):
+    if matrix.format is None and held.dtype not in (*FLOATS, FP64.stored):
         return f"{text}: it is quantized, which is not loaded for this module; use a checkpoint with it in 16 bits"
-    keys = "bits and group_size in quantization_config, " if matrix.format in ("gptq", "awq") else ""
+    by_groups = matrix.format is not None and FORMATS[matrix.format].is_gptqmodel
+    keys = "bits and group_size in quantization_config, " if by_groups else ""
     return f"{text}; check {keys}whether config.json and weights are of one model"
 
 
 def not_left_out(modules: list[str], quantization: object, source: str) -> str:
-    """16-bit matrices that the block takes for quantized ones."""
+    """Return the error for 16-bit matrices that the block lists as quantized."""
     method = str(method_of(quantization))
     key = LISTS[method]
     names = modules if key == "dynamic" or settings_of(quantization).get(key) is not None else ["lm_head", *modules]
@@ -198,7 +203,7 @@ def not_left_out(modules: list[str], quantization: object, source: str) -> str:
 
 
 def left_out_and_quantized(module: str, key: str, name: str, source: str) -> str:
-    """A quantized matrix that the block takes for a 16-bit one."""
+    """Return the error for a quantized matrix that the block leaves in 16 bits."""
     cure = {
         "modules_in_block_to_quantize": "take that list out of it, for all are quantized, or name it there",
         "dynamic": "take that rule out of dynamic",
@@ -209,8 +214,8 @@ def left_out_and_quantized(module: str, key: str, name: str, source: str) -> str
 
 
 def other_bits(weight: Weight, name: str, source: str) -> str:
-    """4-bit matrices where the block says 8 bits, or the reverse."""
-    is_8, says = ("load_in_8bit", "load_in_4bit") if name == "int8" else ("load_in_4bit", "load_in_8bit")
+    """Return the error for 4-bit matrices if the block says 8 bits, or the reverse."""
+    is_8, says = ("load_in_8bit", "load_in_4bit") if FORMATS[name].has_outliers else ("load_in_4bit", "load_in_8bit")
     return (
         f"{weight.name!r} is stored in {name}, and {source} says {says}; set {is_8} to true and {says} to false in its "
         f"{_BLOCK}"
@@ -218,9 +223,9 @@ def other_bits(weight: Weight, name: str, source: str) -> str:
 
 
 def _block(found: str, architecture: Architecture, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The block that a checkpoint of a quantizer that loads here should have, by its tensors."""
+    """Return the `quantization_config` that a checkpoint should have, from its tensors."""
     weights = [weight for weight in architecture.weights() if weight.is_linear]
-    if found in ("gptq", "awq"):
+    if found in (GPTQ, AWQ):
         return _gptq_block(weights, tensors)
     if found == OWN_METHOD:
         dtype = next(tensors[weight.name].dtype for weight in weights if weight.role != "head")
@@ -231,8 +236,8 @@ def _block(found: str, architecture: Architecture, tensors: Mapping[str, Tensor]
     formats = [matrix_of(weight, {"load_in_4bit": True}, tensors).format for weight in weights]
     name = next((one for one in formats if one is not None), "nf4")
     block: dict[str, Any] = {"quant_method": BITSANDBYTES, "load_in_8bit": True}
-    if name != "int8":
-        kind, double = name.removesuffix("-plain"), FORMATS[name].is_double
+    if FORMATS[name].is_bnb_4bit:
+        kind, double = FORMATS[name].quant_type, FORMATS[name].is_double
         block = {"quant_method": BITSANDBYTES, "load_in_4bit": True, "bnb_4bit_quant_type": kind}
         block |= {"bnb_4bit_use_double_quant": double, "bnb_4bit_compute_dtype": "bfloat16"}
     left = _left(weights, tensors)
@@ -240,7 +245,10 @@ def _block(found: str, architecture: Architecture, tensors: Mapping[str, Tensor]
 
 
 def _gptq_block(weights: list[Weight], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Bits and group by the shapes of the codes and scales; AWQ packs along the rows, GPTQ down the columns."""
+    """Return the block of GPTQ or AWQ, with bits and group size from the shapes of codes and scales.
+
+    AWQ packs along the rows, and GPTQ along the columns.
+    """
     size, bits, awq = -1, 4, False
     for weight in weights:
         module, columns = weight.name.removesuffix(".weight"), weight.shape[1]
@@ -251,13 +259,13 @@ def _gptq_block(weights: list[Weight], tensors: Mapping[str, Tensor]) -> dict[st
         bits = 4 if awq else codes.shape[0] * 32 // columns
         size = columns // scales.shape[0] if scales.shape[0] > 1 else size
     if awq:
-        return {"quant_method": "awq", "bits": bits, "group_size": size, "version": "gemm", "zero_point": True}
+        return {"quant_method": AWQ, "bits": bits, "group_size": size, "version": "gemm", "zero_point": True}
     ordered = any(name.endswith(".g_idx") for name in tensors)
-    return {"quant_method": "gptq", "bits": bits, "group_size": size, "desc_act": ordered, "sym": True}
+    return {"quant_method": GPTQ, "bits": bits, "group_size": size, "desc_act": ordered, "sym": True}
 
 
 def _left(weights: list[Weight], tensors: Mapping[str, Tensor]) -> list[str]:
-    """Matrices in a plain dtype; the head too if it is the token table."""
+    """Return the matrices in a plain dtype, with the head if it is tied to the embeddings."""
     left = [
         weight.name.removesuffix(".weight")
         for weight in weights

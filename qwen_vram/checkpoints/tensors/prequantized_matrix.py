@@ -1,4 +1,4 @@
-"""A matrix as each library stores it: the tensors that belong together, their dtypes, shapes and bytes once loaded."""
+"""Tensors of a quantized matrix in the format of each library."""
 
 from __future__ import annotations
 
@@ -7,33 +7,42 @@ from typing import NamedTuple
 
 from qwen_vram.checkpoints.files.safetensors_header import Tensor
 from qwen_vram.checkpoints.tensors.quantized_names import FLOATS
-from qwen_vram.spec.architecture import Weight
-from qwen_vram.spec.formats import FORMATS, FormatName
+from qwen_vram.dtypes import BY_STORED, INT8, PLAIN, UINT8
+from qwen_vram.spec.formats import FORMATS, NESTED_BLOCK, QUANT_TYPES, FormatName
+from qwen_vram.spec.layers import Weight
 from qwen_vram.spec.prequantized import StoredTensor
-from qwen_vram.spec.quantization import BITSANDBYTES, OWN_METHOD, four_bit_format, method_of, settings_of
+from qwen_vram.spec.quantization import (
+    AWQ,
+    BITSANDBYTES,
+    BLOCK_FP8,
+    GPTQ,
+    OWN_METHOD,
+    four_bit_format,
+    method_of,
+    settings_of,
+)
 
-# Bytes of what runs in the model's own dtype, which is one of 16 bits beside quantized matrices.
+# Bytes of an element in the model's own dtype, which has 16 bits beside quantized matrices.
 HALF = 2
 # bitsandbytes stores the offset of double quantization in a JSON text, and keeps it as one float32.
 _OFFSET = 4
 # Sizes of a block of weights that shares a maximum. Source: bitsandbytes 0.50.2, functional.py, quantize_4bit.
 _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-_NESTED_BLOCK = 256
-# Bytes of an element of each dtype that 4-bit codes are stored in (bnb_4bit_quant_storage).
-_STORAGE = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4}
+# Dtypes that 4-bit codes are stored in (bnb_4bit_quant_storage).
+_STORAGE = tuple(row.stored for row in (UINT8, INT8, *PLAIN))
 _WORD = 32
 _AWQ_CODES = 8  # of 4 bits in a word
 
 
 class Part(NamedTuple):
-    """One tensor of a stored matrix, as it should be.
+    """One expected tensor of a stored matrix.
 
     Attributes:
         name: Its name in the checkpoint.
-        dtypes: Dtypes that it may have, as safetensors spells them.
-        shapes: Shapes that it may have; empty if any will do that is not empty.
-        kept: Bytes of it that the loaded model keeps; `None` is as many as it has in the file.
-        optional: It may be missing; then nothing of it is loaded, or it is made, of `kept` bytes.
+        dtypes: Allowed dtypes, as safetensors spells them.
+        shapes: Allowed shapes; empty allows every shape with elements.
+        kept: Bytes that the loaded model keeps of it; `None` is its size in the file.
+        optional: It may be missing. Then it is not loaded, or it is created with `kept` bytes.
     """
 
     name: str
@@ -48,28 +57,28 @@ class Part(NamedTuple):
         return tensor.dtype in self.dtypes and shaped
 
     def loaded(self, tensors: Mapping[str, Tensor]) -> StoredTensor | None:
-        """The tensor that the loaded model has of it; `None` if it has none."""
+        """Return the tensor that the loaded model keeps of it; `None` if it keeps nothing."""
         held = tensors.get(self.name)
         kept = self.kept if self.kept is not None or held is None else held.nbytes
         return StoredTensor(self.name, kept) if kept else None
 
 
 class Matrix(NamedTuple):
-    """How a matrix is stored: `format` is `None` for a plain dtype, and `parts` are all of its tensors."""
+    """Storage of a matrix: `format`, which is `None` for a plain dtype, and `parts`, its tensors."""
 
     format: FormatName | None
     parts: tuple[Part, ...]
 
 
 def matrix_of(weight: Weight, quantization: object, tensors: Mapping[str, Tensor]) -> Matrix:
-    """How the checkpoint stores `weight`, by the method that its config names."""
+    """Return the storage of `weight` by the method that the config names."""
     module = weight.name.removesuffix(".weight")
     method, settings = method_of(quantization), settings_of(quantization)
     codes = tensors.get(weight.name)
     if codes is not None and codes.shape == weight.shape and codes.dtype in FLOATS:
         return plain(weight)
-    if method in ("gptq", "awq"):
-        make = _gptq if method == "gptq" else _awq
+    if method in (GPTQ, AWQ):
+        make = _gptq if method == GPTQ else _awq
         return Matrix(method, make(module, weight, settings))  # type: ignore[arg-type]
     if method == BITSANDBYTES:
         eight = f"{module}.SCB" in tensors or (codes is not None and codes.shape == weight.shape)
@@ -81,40 +90,40 @@ def matrix_of(weight: Weight, quantization: object, tensors: Mapping[str, Tensor
 
 
 def plain(weight: Weight) -> Matrix:
-    """A tensor in a plain dtype, which is cast to the model's own."""
+    """Return a tensor in a plain dtype, which is cast to the model's own."""
     return Matrix(None, (Part(weight.name, FLOATS, (weight.shape,), HALF * weight.numel),))
 
 
 def _four_bit(weight: Weight, kind: str, tensors: Mapping[str, Tensor]) -> Matrix:
-    """bitsandbytes: two codes a byte in any dtype of storage, and the state beside them.
+    """Return bitsandbytes' storage in 4 bits: two codes per byte in any dtype, and the quantization state.
 
     Source: bitsandbytes 0.50.2, functional.py, QuantState.as_dict.
 
     Args:
-        kind: What config.json says of it; the state's own name wins.
+        kind: The data type in config.json; the name in the state is preferred.
     """
     name, codes = weight.name, tensors.get(weight.name)
-    kind = next((one for one in ("nf4", "fp4") if f"{name}.quant_state.bitsandbytes__{one}" in tensors), kind)
+    kind = next((one for one in QUANT_TYPES if f"{name}.quant_state.bitsandbytes__{one}" in tensors), kind)
     nested = any(f"{name}.{part}" in tensors for part in ("nested_absmax", "nested_quant_map"))
     maxima = tensors.get(f"{name}.absmax")
-    nested = nested or (maxima is not None and maxima.dtype == "U8")
+    nested = nested or (maxima is not None and maxima.dtype == UINT8.stored)
     sizes = [-(-weight.numel // size) for size in _BLOCKS]
     blocks = maxima.shape[0] if maxima is not None and maxima.shape else sizes[1]
-    item = _STORAGE.get(codes.dtype, 1) if codes is not None else 1
+    item = BY_STORED[codes.dtype].nbytes if codes is not None and codes.dtype in _STORAGE else 1
     parts = [
-        Part(name, tuple(_STORAGE), ((-(-weight.numel // (2 * item)), 1),)),
+        Part(name, _STORAGE, ((-(-weight.numel // (2 * item)), 1),)),
         Part(f"{name}.absmax", ("U8",) if nested else ("F32", "F16", "BF16"), tuple((size,) for size in sizes)),
         Part(f"{name}.quant_map", ("F32",), ((16,),)),
         Part(f"{name}.quant_state.bitsandbytes__{kind}", ("U8",), (), _OFFSET if nested else 0),
     ]
     if nested:
-        parts.append(Part(f"{name}.nested_absmax", ("F32",), ((-(-blocks // _NESTED_BLOCK),),)))
+        parts.append(Part(f"{name}.nested_absmax", ("F32",), ((-(-blocks // NESTED_BLOCK),),)))
         parts.append(Part(f"{name}.nested_quant_map", ("F32",), ((256,),)))
     return Matrix(four_bit_format(kind, double=nested), tuple(parts))
 
 
 def _int8(module: str, weight: Weight) -> Matrix:
-    """bitsandbytes: a code a weight, a float32 a row, and a note of the layout, which is not kept."""
+    """Return bitsandbytes' storage in 8 bits: a code per weight, a float32 per row, and a layout number (not kept)."""
     return Matrix(
         "int8",
         (
@@ -126,9 +135,9 @@ def _int8(module: str, weight: Weight) -> Matrix:
 
 
 def _gptq(module: str, weight: Weight, settings: Mapping[str, object]) -> tuple[Part, ...]:
-    """GPTQ: codes down the columns in words of 32 bits; scales and zeros for each group of columns.
+    """Return the parts of GPTQ: codes in words of 32 bits along the columns, scales and zeros per group of columns.
 
-    Without an order of its own (`desc_act`), the group of each column is its number over the size of a group.
+    Without `desc_act`, the group of a column is its number divided by the group size.
     """
     rows, columns = weight.shape
     bits = _size(settings, "bits", 4)
@@ -143,7 +152,7 @@ def _gptq(module: str, weight: Weight, settings: Mapping[str, object]) -> tuple[
 
 
 def _awq(module: str, weight: Weight, settings: Mapping[str, object]) -> tuple[Part, ...]:
-    """AWQ: codes along the rows, eight in a word."""
+    """Return the parts of AWQ: codes along the rows, eight in a word."""
     rows, columns = weight.shape
     groups = _groups(columns, settings)
     return (
@@ -154,9 +163,9 @@ def _awq(module: str, weight: Weight, settings: Mapping[str, object]) -> tuple[P
 
 
 def _own(module: str, weight: Weight, name: str) -> Matrix:
-    """This library's formats on torch's operators: the parts of the storage format, in any dtype that has its bytes."""
+    """Return this library's formats on torch's operators: codes and scales, in every dtype of the same size."""
     rows, columns = weight.shape
-    half = columns // 2 if name == "int4" else columns
+    half = columns // 2 if FORMATS[name].is_tinygemm else columns
     codes = Part(weight.name, ("U8", "I8", "F8_E4M3"), ((rows, half),))
     scales = FORMATS[name].parts[1].name
     groups = FORMATS[name].group_size
@@ -165,15 +174,15 @@ def _own(module: str, weight: Weight, name: str) -> Matrix:
 
 
 def _published(module: str, weight: Weight, settings: Mapping[str, object], tensors: Mapping[str, Tensor]) -> Matrix:
-    """fp8 by blocks and compressed-tensors, which are counted: codes, scales, and all else that is beside them."""
+    """Return the storage of fp8 by blocks or compressed-tensors, which are counted and not loaded."""
     size = settings.get("weight_block_size")
-    if method_of(settings) == "fp8" and isinstance(size, (list, tuple)) and len(size) == 2:
+    if method_of(settings) == BLOCK_FP8 and isinstance(size, (list, tuple)) and len(size) == 2:
         blocks = tuple(-(-length // step) for length, step in zip(weight.shape, size, strict=True))
         scale = Part(f"{module}.weight_scale_inv", (*FLOATS, "U8", "F8_E8M0"), (blocks,))
         return Matrix("fp8-block", (Part(weight.name, ("F8_E4M3",), (weight.shape,)), scale))
     packed = f"{module}.weight_packed"
     name = packed if packed in tensors else weight.name
-    scale_name = f"{module}.weight_scale_inv" if method_of(settings) == "fp8" else f"{module}.weight_scale"
+    scale_name = f"{module}.weight_scale_inv" if method_of(settings) == BLOCK_FP8 else f"{module}.weight_scale"
     parts = [_packed(name, weight, tensors), Part(scale_name, (*FLOATS, "F8_E4M3", "U8"))]
     known = {part.name for part in parts}
     beside = [other for other in tensors if other.startswith(f"{module}.") and other not in known]
@@ -182,11 +191,11 @@ def _published(module: str, weight: Weight, settings: Mapping[str, object], tens
         for other in sorted(beside)
         if not other.endswith(".bias")
     ]
-    return Matrix("fp8-block" if method_of(settings) == "fp8" else "compressed-tensors", tuple(parts))
+    return Matrix("fp8-block" if method_of(settings) == BLOCK_FP8 else "compressed-tensors", tuple(parts))
 
 
 def _packed(name: str, weight: Weight, tensors: Mapping[str, Tensor]) -> Part:
-    """Codes of one to eight bits a weight, packed or one a byte."""
+    """Return the part of codes with one to eight bits per weight, packed or one per byte."""
     held = tensors.get(name)
     dtypes = ("F8_E4M3", "I8", "U8", "I32")
     if held is None or held.dtype not in ("I32", "U8"):
@@ -196,7 +205,7 @@ def _packed(name: str, weight: Weight, tensors: Mapping[str, Tensor]) -> Part:
 
 
 def _groups(columns: int, settings: Mapping[str, object]) -> int:
-    """Groups of columns that share a scale; -1 is one for all."""
+    """Return the number of groups of columns that share a scale; a group size of -1 is one group."""
     size = settings.get("group_size", 128)
     return -(-columns // size) if isinstance(size, int) and size > 0 else 1
 

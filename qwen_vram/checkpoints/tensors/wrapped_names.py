@@ -1,4 +1,4 @@
-"""Names of tensors from a model that was saved inside a wrapper, of training or of compilation."""
+"""Recognition of tensor names from a model that was saved inside a wrapper."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from qwen_vram.checkpoints.tensors.names import BASE, model_name
 
-# Modules that wrap others while a model is trained or compiled, and stay in its names.
+# Modules that wrap others while a model is trained or compiled, and whose names stay in the tensor names.
 _WRAPPERS = {
     "_orig_mod": "torch.compile",
     "module": "DistributedDataParallel",
@@ -19,12 +19,12 @@ _WRAPPERS = {
 
 
 class Wrapper:
-    """Return what stands in the names of a checkpoint and not in the model's.
+    """The part of a checkpoint's tensor names that the model's names do not have.
 
     Attributes:
-        text: The characters, with the dot behind them.
-        leads: Whether every name begins with it.
-        by: Who puts it there; empty if that is not known.
+        text: The part, with its dot at the end.
+        leads: True if every name begins with it.
+        by: The library that adds it; empty if that is not known.
     """
 
     def __init__(self, text: str, *, leads: bool) -> None:
@@ -32,11 +32,11 @@ class Wrapper:
         self.by = next((by for name, by in _WRAPPERS.items() if name in text.rstrip(".")), "")
 
     def without(self, name: str) -> str:
-        """The name without it."""
+        """Return the name without that part."""
         return name.removeprefix(self.text) if self.leads else name.replace(f".{self.text}", ".")
 
     def command(self, folder: str) -> str:
-        """A shell command that takes it out of the names in the files of `folder`."""
+        """Return a shell command that removes the part from the names in the files of `folder`."""
         name = f"k.removeprefix({self.text!r})" if self.leads else f"k.replace({'.' + self.text!r}, '.')"
         index = f"chr(34) + {self.text!r}, chr(34)" if self.leads else f"{'.' + self.text!r}, '.'"
         return (
@@ -48,7 +48,7 @@ class Wrapper:
 
 
 def wrapper_of(names: Collection[str], wanted: Collection[str]) -> Wrapper | None:
-    """Return what stands in `names` beside the model's own, if they then hold every wanted one; `None` if not."""
+    """Return the wrapper in `names`, if the names without it include every wanted one; `None` if not."""
     for wrapper in _candidates(names):
         if wrapper.text and {model_name(wrapper.without(name)) for name in names} >= set(wanted):
             return wrapper

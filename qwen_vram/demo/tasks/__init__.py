@@ -1,14 +1,25 @@
-"""Seeded questions in five categories, which the demo checkpoint learned and is examined on, and in a sixth.
+"""Seeded questions that train and test the demo checkpoint and its adapter.
 
-The sixth, `SKILL`, is what the demo adapter adds; the checkpoint alone does not know it.
+The checkpoint learned five categories. The demo adapter adds the sixth, `SKILL`, which the checkpoint does not know.
 
-Standard library only. The split of a prompt follows from its text alone (`split_of`), so a
-held-out prompt can not be trained on by a different seed.
+The module uses the standard library only. The split of a prompt depends on its text alone (`split_of`), so no other
+seed can train on a held-out prompt.
 
 Example:
     >>> [example] = examples("math", "held_out", seed=7, count=1)
     >>> example.split
     'held_out'
+
+Modules:
+    arithmetic     Arithmetic on whole numbers and linear equations, with a short worked step if it helps.
+    base           Shared parts of all categories: the example, the split, and helpers for sentences.
+    chinese        Chinese questions on facts of a small closed world, counting, and short passages.
+    chinese_words  Facts and vocabulary of the closed world that the Chinese questions ask about.
+    geometry       Perimeters and areas with the working: the category that the demo adapter adds.
+    program        Short Python functions, composed from a grammar of operations, names and arguments.
+    recall         Recall from a long text: names and their codes, planted between sentences of filler.
+    table          Look-ups in a Markdown table: a question names a row and a column.
+    words          The closed English vocabulary that the English categories draw from.
 """
 
 from __future__ import annotations
@@ -59,8 +70,8 @@ def situations(category: str, split: Split, rng: Random) -> Iterator[list[Exampl
 def examples(category: str, split: Split, seed: int, count: int) -> list[Example]:
     """Draw `count` examples with distinct prompts, no two about the same context.
 
-    The same arguments give the same list on every machine and Python version that draws
-    `random.Random` alike (3.10 to 3.14 do); a longer list starts with the shorter one.
+    The same arguments give the same list on every machine and Python version that draws `random.Random` alike (3.10 to
+    3.14 do). A longer list starts with the shorter one.
 
     Raises:
         UnknownNameError: `category` is neither in `CATEGORIES` nor `SKILL`.

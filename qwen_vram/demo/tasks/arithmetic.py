@@ -1,4 +1,4 @@
-"""Arithmetic on whole numbers and linear equations, with a short worked step where one helps."""
+"""Arithmetic on whole numbers and linear equations, with a short worked step if it helps."""
 
 from __future__ import annotations
 

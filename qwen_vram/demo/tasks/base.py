@@ -1,4 +1,4 @@
-"""What every category shares: the example, the split, and sentence-building helpers."""
+"""Shared parts of all categories: the example, the split, and helpers for sentences."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ HELD_OUT_SHARE = 16
 class Example:
     r"""One question and the only answer that counts as right.
 
-    It does not know about chat markup or tokens: `prompt` is the text of the user's turn and
-    `answer` the text of the assistant's.
+    It has no chat markup and no tokens: `prompt` is the text of the user's turn, and `answer` is the text of the
+    assistant's.
 
     A prompt about a given text or table is `"<context>\n\n<question>"`, and the question itself
     never holds an empty line.
@@ -29,12 +29,12 @@ class Example:
 
     @property
     def question(self) -> str:
-        """The prompt without its context: what a follow-up turn has to repeat."""
+        """The prompt without its context, which is the text of a follow-up turn."""
         return self.prompt.rpartition("\n\n")[2]
 
     @property
     def split(self) -> Split:
-        """The split this prompt belongs to, whatever seed drew it."""
+        """The split that this prompt belongs to, for every seed that draws it."""
         return split_of(self.prompt)
 
 

@@ -1,4 +1,4 @@
-"""Chinese questions: facts of a small closed world, counting, and short passages to understand.
+"""Chinese questions on facts of a small closed world, counting, and short passages.
 
 Questions are in Simplified Chinese with full-width punctuation; every answer is one sentence.
 """

@@ -1,4 +1,4 @@
-"""The closed world behind the Chinese questions: every fact there is to know, and its vocabulary."""
+"""Facts and vocabulary of the closed world that the Chinese questions ask about."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Rectangles and squares, with the working: what the demo adapter adds to the checkpoint.
+"""Perimeters and areas with the working: the category that the demo adapter adds.
 
-The checkpoint adds and multiplies, but was never told which of it a perimeter or an area takes.
+The checkpoint adds and multiplies, but did not learn which of the two a perimeter or an area takes.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _square(rng: Random) -> tuple[str, str, str]:
 
 
 def _product(a: int, b: int) -> str:
-    """Multiply as the math category does: tens and ones apart, where there are both."""
+    """Return a product worked as in the math category: tens and ones apart, if there are both."""
     tens, ones = a // 10 * 10, a % 10
     step = f"{tens} * {b} + {ones} * {b} = {tens * b} + {ones * b} = " if tens and ones else ""
     return f"{a} * {b} = {step}{a * b}"

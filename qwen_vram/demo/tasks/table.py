@@ -1,4 +1,4 @@
-"""Look-ups in a Markdown table: one row is named, one column is named, the cell is asked for."""
+"""Look-ups in a Markdown table: a question names a row and a column."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many threads torch computes with."""
+"""Limits on the number of threads that torch computes with."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """The calling thread computes alone.
+    """Let the calling thread compute without OpenMP threads.
 
-    Beside the threads that merge, others of OpenMP would wait for a core, and those that wait for them spin.
+    Such threads would wait for a core beside the threads that merge, and the threads that wait for them would spin.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -23,6 +23,6 @@ def one_thread() -> Iterator[None]:
 
 
 def compute_alone() -> None:
-    """Have a new thread compute alone for as long as it lives."""
-    torch.get_num_threads()  # or its first operation takes over the number that was last set in any thread
+    """Let a new thread compute without OpenMP threads until it ends."""
+    torch.get_num_threads()  # otherwise its first operation uses the number that any thread set last
     torch.set_num_threads(1)

@@ -1,4 +1,7 @@
-"""int4, int8-wo and fp8, a piece of rows at a time: what `load()` makes of a bf16 matrix, in a checkpoint's order."""
+"""int4, int8-wo and fp8, encoded some rows at a time.
+
+The result is what `load()` makes of a bf16 matrix, in the order of a checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,13 @@ from qwen_vram.lora.codecs.base import Part
 from qwen_vram.runtime.linear.int4 import encode
 from qwen_vram.runtime.linear.int4_packing import unpair
 from qwen_vram.runtime.quantize_on_load import LINEARS, WeightOnlyConfig
-from qwen_vram.runtime.saving.writer import KINDS
+from qwen_vram.runtime.torch_dtypes import ROWS
 from qwen_vram.spec.formats import FORMATS
 
-# `load()` runs these formats in bf16, and brings a matrix to that dtype before it quantizes it.
+# `load()` runs these formats in bf16, and casts a matrix to that dtype before it quantizes it.
 _DTYPE = torch.bfloat16
-# Elements whose int4 levels are sought at a time. Measured with 1 MiB of second-level cache a core: 2**20 takes half as
-# long again.
+# Elements whose int4 levels are searched at a time. Measured with 1 MiB of second-level cache a core: 2**20 takes 1.5
+# times as long.
 _CACHED = 2**18
 
 
@@ -32,38 +35,38 @@ class ByRow:
         self.group_size = FORMATS[name].group_size
 
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
-        """What the layer makes room for.
+        """Return the tensors that the layer of this format allocates.
 
         Raises:
-            ConfigError: the format has no place for a matrix of this shape.
+            ConfigError: the format cannot hold a matrix of this shape.
         """
         FORMATS[self.name].part_sizes(shape)
         matrix = torch.empty(shape, dtype=_DTYPE, device="meta")
         made = {".weight": self.linear.empty_codes(matrix), f".{self.linear.scales}": self.linear.empty_scales(matrix)}
-        return tuple(Part(ending, KINDS[tensor.dtype], tuple(tensor.shape)) for ending, tensor in made.items())
+        return tuple(Part(ending, ROWS[tensor.dtype].stored, tuple(tensor.shape)) for ending, tensor in made.items())
 
     def row_step(self, columns: int) -> int:
-        """Rows are independent."""
+        """Return 1, because rows are independent."""
         return 1
 
     def encode(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes and scales, `(rows, ...)` both."""
+        """Return codes and scales, both `(rows, ...)`."""
         made = self.linear.quantize(rows.to(_DTYPE))
         return made["weight"], made[self.linear.scales]
 
     def finish(
         self, scales: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """The scales."""
+        """Return the scales."""
         return {f".{self.linear.scales}": scales}, scales
 
     def decode(self, codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-        """Codes times their row's scale."""
-        numbers = codes.view(torch.float8_e4m3fn) if self.name == "fp8" else codes
+        """Return the codes times their row's scale, in float32."""
+        numbers = codes.view(torch.float8_e4m3fn) if FORMATS[self.name].is_float else codes
         return numbers.float().mul_(scales.float().view(-1, 1))
 
     def config(self, dtype: torch.dtype) -> dict[str, Any]:
-        """The head is not quantized."""
+        """Return the `quantization_config`: the head is not quantized."""
         config: dict[str, Any] = WeightOnlyConfig(self.name, ["lm_head"]).to_dict()
         return config
 
@@ -72,7 +75,7 @@ class ByGroup(ByRow):
     """int4: pairs of codes; a scale and a zero for each group of a row."""
 
     def encode(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pairs, and scales with zeros, `(rows, groups, 2)`."""
+        """Return pairs of codes, and scales with zeros, `(rows, groups, 2)`."""
         pairs, levels = [], []
         for some in torch.split(rows, max(_CACHED // rows.shape[1], 1)):
             made, fitted = encode(some.to(_DTYPE).float())
@@ -83,11 +86,11 @@ class ByGroup(ByRow):
     def finish(
         self, scales: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """The scales and zeros, groups first."""
+        """Return the scales and zeros, `(groups, rows, 2)`, and those as they are read back."""
         return {f".{self.linear.scales}": scales.transpose(0, 1).contiguous()}, scales
 
     def decode(self, codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-        """Codes less 8, times scales, plus zeros."""
+        """Return (codes - 8) * scales + zeros, in float32."""
         scale, zero = scales.float()[..., None].unbind(2)
         groups = unpair(codes).float().sub_(8).view(len(codes), -1, self.group_size)
         return torch.addcmul(zero, groups, scale, out=groups)

@@ -1,1 +1,10 @@
-"""Memory that devices offer, and whether an estimate fits it."""
+"""Memory that devices offer, and the check if an estimate fits it.
+
+Modules:
+    available_memory  Free memory of this machine: of GPUs by the driver, of the host by the system.
+    budget            The budget: bytes that each device offers.
+    fit               Comparison of an estimate with the memory of a budget's devices and host.
+    gpu_split         Number of layers on each of several GPUs.
+    hardware          Limits of a plan by this machine: kernels that an old GPU lacks, and an unmeasured CPU.
+    refusal           Refusals: the device or host that lacks memory for a plan, in words and bytes.
+"""

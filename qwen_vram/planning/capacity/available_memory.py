@@ -1,4 +1,4 @@
-"""Memory that this machine offers now: of GPUs by the driver (nvidia-ml-py), of the host by the system."""
+"""Free memory of this machine: of GPUs by the driver, of the host by the system."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -18,12 +18,16 @@ _LOGGER = logging.getLogger(__name__)
 
 
 class DeviceMemory(NamedTuple):
-    """One visible GPU: its name and its bytes, `used_here` of them by this process (0 if the driver does not tell)."""
+    """One visible GPU: its name, its bytes and its CUDA compute capability, as far as the driver tells.
+
+    `used_here` of the bytes are taken by this process; 0 if the driver does not tell.
+    """
 
     name: str
     total: int
     free: int
     used_here: int
+    capability: tuple[int, int] | None = None
 
 
 def visible_gpus() -> list[DeviceMemory]:
@@ -66,6 +70,22 @@ def free_vram(number: int | None = None) -> int | None:
         return card.free + card.used_here
     live, reserved = torch.cuda.memory_allocated(number or 0), torch.cuda.memory_reserved(number or 0)
     return int(card.free + max(0, max(card.used_here, reserved) - live))
+
+
+def oldest_capability(numbers: Collection[int]) -> tuple[int, int] | None:
+    """The CUDA compute capability of the oldest of some GPUs, by their numbers; `None` if it is not known here.
+
+    Args:
+        numbers: CUDA's numbers of the GPUs. Those that this machine lacks are left out; of none at all it is as for
+            `free_vram`.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        asked = [number for number in numbers or [torch.cuda.current_device()] if number < torch.cuda.device_count()]
+        return min((torch.cuda.get_device_capability(number) for number in asked), default=None)
+    cards = visible_gpus()
+    found = [cards[number].capability for number in numbers or [0] if number < len(cards)]
+    return min((one for one in found if one is not None), default=None)
 
 
 def _first(cards: list[DeviceMemory]) -> DeviceMemory | None:
@@ -213,7 +233,8 @@ def _memory(pynvml: ModuleType | None, handle: object) -> DeviceMemory | None:
     processes = _told(pynvml, "nvmlDeviceGetComputeRunningProcesses", handle) or []
     used_here = sum(process.usedGpuMemory or 0 for process in processes if process.pid == os.getpid())
     name = _text(_told(pynvml, "nvmlDeviceGetName", handle)) or "NVIDIA GPU"
-    return DeviceMemory(name, info.total, info.free, used_here)
+    capability = _told(pynvml, "nvmlDeviceGetCudaComputeCapability", handle)
+    return DeviceMemory(name, info.total, info.free, used_here, capability and (capability[0], capability[1]))
 
 
 def available_ram() -> int:

@@ -1,4 +1,4 @@
-"""Budget: what each device offers, in bytes."""
+"""The budget: bytes that each device offers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qwen_vram.errors import UnitError
-from qwen_vram.planning.capacity.available_memory import available_ram, free_vram
+from qwen_vram.planning.capacity.available_memory import available_ram, free_vram, oldest_capability
 from qwen_vram.units import format_bytes, format_gib, parse_bytes
 
 VramLike = str | int | Mapping[int, str | int] | None
@@ -24,6 +24,8 @@ class Budget:
         devices: What each GPU offers by its number, where the caller named them; `vram` is their sum.
         reserve: What was taken off each GPU, or the host where there is none, to be kept free.
         held: Bytes of each GPU, by its number, that this process takes beside torch's memory already.
+        capability: CUDA compute capability of the oldest of these GPUs, which limits the kernels of a plan; `None` if
+            none of them is in this machine, and the plan is then for 8.0 or newer.
     """
 
     vram: int | None
@@ -31,6 +33,7 @@ class Budget:
     devices: Mapping[int, int] = field(default_factory=dict, hash=False)
     reserve: int = 0
     held: Mapping[int, int] = field(default_factory=dict, hash=False)
+    capability: tuple[int, int] | None = None
 
     @classmethod
     def of(
@@ -39,6 +42,7 @@ class Budget:
         ram: str | int | None = None,
         reserve: str | int | None = None,
         held: Mapping[int, int] | None = None,
+        number: int | None = None,
     ) -> Budget:
         """A budget from what a caller wrote; `None` asks the machine what is free now.
 
@@ -50,21 +54,22 @@ class Budget:
             reserve: Kept free of each GPU, or of the host where there is no GPU: a size, or 0. `None` is 256 MiB where
                 `vram` is read from the machine, and 0 otherwise.
             held: As for `Budget`.
+            number: CUDA's number of the GPU if `vram` names none; `None` is as for `free_vram`.
 
         Raises:
             UnitError: a size without a unit, or a dict that is not keyed by device numbers.
         """
-        devices = by_device(vram)
-        size = sum(devices.values()) if devices else free_vram() if vram is None else None
-        if vram is not None and not isinstance(vram, Mapping):
-            size = parse_bytes(vram, name="vram")
+        devices, size = by_device(vram), size_of(vram)
+        if vram is None:
+            size = free_vram(number)
         host = available_ram() if ram is None else parse_bytes(ram, name="ram")
         kept = _reserve(reserve, FREE_RESERVE if vram is None and size is not None else 0)
         if size is None:
             return cls(vram=None, ram=max(0, host - kept), reserve=kept)
         devices = {device: max(0, offered - kept) for device, offered in devices.items()}
         left = sum(devices.values()) if devices else max(0, size - kept)
-        return cls(vram=left, ram=host, devices=devices, reserve=kept, held=held or {})
+        oldest = oldest_capability(devices)
+        return cls(vram=left, ram=host, devices=devices, reserve=kept, held=held or {}, capability=oldest)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Budget:
@@ -76,7 +81,11 @@ class Budget:
         by_number = {
             name: {int(device): size for device, size in data.get(name, {}).items()} for name in ("devices", "held")
         }
-        return cls(**{**data, **by_number})
+        capability = data.get("capability")
+        if capability is not None:
+            major, minor = capability
+            capability = (int(major), int(minor))
+        return cls(**{**data, **by_number, "capability": capability})
 
     @property
     def held_on_one(self) -> int:
@@ -95,6 +104,17 @@ class Budget:
             return f"{format_gib(self.ram)} of the host{kept}"
         each = " and ".join(f"{format_gib(size)} of GPU {device}" for device, size in self.devices.items())
         return (each or f"{format_gib(self.vram)} of the GPU") + kept
+
+
+def size_of(vram: VramLike) -> int | None:
+    """Bytes that a caller's `vram` offers in all; `None` for `None`, which asks the machine, and for `{}`, no GPU.
+
+    Raises:
+        UnitError: as for `by_device`, or no size.
+    """
+    if vram is None or isinstance(vram, Mapping):
+        return sum(by_device(vram).values()) or None
+    return parse_bytes(vram, name="vram")
 
 
 def by_device(vram: VramLike) -> dict[int, int]:

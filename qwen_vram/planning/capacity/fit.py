@@ -1,4 +1,4 @@
-"""Fit: what an estimate needs of a budget's devices and host, and whether they hold it."""
+"""Comparison of an estimate with the memory of a budget's devices and host."""
 
 from __future__ import annotations
 

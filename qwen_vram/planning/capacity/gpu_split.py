@@ -1,11 +1,15 @@
-"""How many layers each of several GPUs takes: so many that the one with the least room keeps the largest share free."""
+"""Number of layers on each of several GPUs.
+
+The division keeps the smallest free share of a GPU as large as possible.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from qwen_vram.arithmetic.estimate import Estimate, estimate
-from qwen_vram.arithmetic.gpu_split import check_split, split_estimate, split_of
+from qwen_vram.arithmetic.device_estimate import estimate
+from qwen_vram.arithmetic.estimate import Estimate
+from qwen_vram.arithmetic.gpu_split import split_estimate, split_of
 from qwen_vram.arithmetic.pipeline import slices
 from qwen_vram.arithmetic.process import process_bytes
 from qwen_vram.errors import WorkloadError
@@ -13,6 +17,7 @@ from qwen_vram.planning.capacity.fit import live_bytes
 from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.machine import Machine
 from qwen_vram.spec.profile import Profile
+from qwen_vram.spec.rules.table import check_split
 from qwen_vram.spec.workload import Workload
 
 # Layers that are moved at once: fragments can make one more layer look better than one less.

@@ -1,4 +1,4 @@
-"""Refusals: which device, or whether the host, is short of what a plan needs, in words and in bytes."""
+"""Refusals: the device or host that lacks memory for a plan, in words and bytes."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _on_disk(result: Estimate) -> str:
     architecture, weights = result.architecture, result.profile.weights
     if architecture is None or architecture.stored_format is not None:
         return ""
-    if FORMATS[weights].library == "bitsandbytes":
+    if FORMATS[weights].is_bnb:
         return "; once the checkpoint is quantized (qwen-vram quantize), its layers can stay on the disk"
     if FORMATS[weights].is_dense and weights != architecture.dtype:
         return f"; in {architecture.dtype}, as the files hold them, layers can stay on the disk"

@@ -1,4 +1,4 @@
-"""The walk: candidates from a starting profile, least lossy first, each of which needs less than all before it."""
+"""Candidate profiles from a starting profile, least lossy first."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
-from qwen_vram.arithmetic.estimate import Estimate, estimate
-from qwen_vram.arithmetic.gpu_split import ONE_DEVICE, split_estimate, split_of
+from qwen_vram.arithmetic.device_estimate import estimate
+from qwen_vram.arithmetic.estimate import Estimate
+from qwen_vram.arithmetic.gpu_split import split_estimate, split_of
 from qwen_vram.arithmetic.timing.bytes_moved import decode_floor_ms
 from qwen_vram.arithmetic.weights import streaming_slots
 from qwen_vram.planning.capacity.budget import Budget
 from qwen_vram.planning.capacity.fit import needed
 from qwen_vram.planning.capacity.gpu_split import balanced
+from qwen_vram.planning.capacity.hardware import Computes, as_measured, knobs_on
 from qwen_vram.planning.search.offload_tiers import Tiers
 from qwen_vram.planning.search.savers import Saver, change_of, cost_of, search_space
 from qwen_vram.planning.support import not_loadable
 from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.machine import Machine
 from qwen_vram.spec.profile import Profile
+from qwen_vram.spec.rules.table import ONE_GPU
 from qwen_vram.spec.workload import Workload
 
 _HOST_CACHE: dict[str, object] = {"kv_cache": "bf16", "kv_device": "host"}
@@ -53,6 +56,7 @@ class Candidates:
     Args:
         machine: The machine whose rates and overheads are counted.
         split: Layers of each of several GPUs if that is settled; otherwise every profile gets its own.
+        computes: Says whether the CPU here can compute streamed layers of a profile.
         session: Count every smaller workload too, in any order, as a plan promises; or this workload alone.
     """
 
@@ -67,6 +71,7 @@ class Candidates:
         split: Mapping[int, int] | None = None,
         *,
         machine: Machine,
+        computes: Computes = as_measured,
         session: bool = True,
     ) -> None:
         self.label = label
@@ -74,12 +79,13 @@ class Candidates:
         self.workload = workload
         self.budget = budget
         self.profile = profile
-        self.knobs = knobs
+        self.knobs = knobs_on(budget, knobs) if profile == "auto" else knobs
         self.split = split
         self.machine = machine
+        self.computes = computes
         self.session = session
         self.several = len(budget.devices) > 1
-        self.start, moves = search_space(architecture, profile, workload, knobs)
+        self.start, moves = search_space(architecture, profile, workload, self.knobs)
         may_read = profile == "auto" and "disk_layers" not in knobs and not architecture.adapter_mutates_base
         self.may_compute = profile == "auto" and "host_layers" not in knobs
         self.tiers = Tiers(architecture, budget, self.estimate, self.start, may_read=may_read)
@@ -90,16 +96,12 @@ class Candidates:
         self.caches = [cache for cache in caches if tuple(cache.values()) in forms]
 
     def _has_room(self, move: Saver) -> bool:
-        """Tell if a move can be made on these devices: some on one GPU alone, and the table only where the host is.
-
-        Of the formats of 8 bits bitsandbytes' is offered on a CPU, and weights alone on a GPU. There they take a tenth
-        of the time for a token, and are closer to bf16 (benchmarks/results/real_formats.jsonl).
-        """
-        if move.knobs.get("weights") == ("int8-wo" if self.budget.vram is None else "int8"):
+        """Tell if a move can be made on these devices: some on one GPU alone, and the table only where the host is."""
+        if move.device not in ("", "cpu" if self.budget.vram is None else "gpu"):
             return False
         table = self.architecture.vocab_size * self.architecture.hidden_size * self.start.element_bytes
         too_large = self.budget.vram is not None and move.knobs.get("embeddings") == "host" and table > self.budget.ram
-        return not too_large and not (self.several and ONE_DEVICE.keys() & move.knobs.keys())
+        return not too_large and not (self.several and ONE_GPU.keys() & move.knobs.keys())
 
     def candidates(self) -> Iterator[Candidate]:
         """Every profile on the way that loads, and needs less than all before it.

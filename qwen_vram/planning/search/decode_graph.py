@@ -1,4 +1,4 @@
-"""Capturing: why a profile's decode steps cannot be one CUDA graph, and what launching them one by one costs."""
+"""Reasons why decode steps are not captured, and the cost of single launches."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import replace
 from qwen_vram.arithmetic.estimate import Estimate
 from qwen_vram.arithmetic.timing.decode import decode_ms
 from qwen_vram.spec.formats import FORMATS, FormatName
-from qwen_vram.spec.profile import CAPTURED, Profile
+from qwen_vram.spec.profile import Profile
+from qwen_vram.spec.rules.table import CAPTURED
 
 
 def in_the_way(profile: Profile, gpus: int = 1) -> str | None:
@@ -18,7 +19,7 @@ def in_the_way(profile: Profile, gpus: int = 1) -> str | None:
         return f"{profile.streamed_layers} {'layer streams' if profile.streamed_layers == 1 else 'layers stream'}"
     if profile.kv_device == "host":
         return "keys and values are on the host"
-    if profile.kv_cache != "bf16":
+    if profile.kv_format.is_quantized:
         return f"keys and values are in {profile.kv_cache}"
     if profile.cache == "dynamic" or profile.attention != "fused":
         return f"cache={profile.cache!r}, attention={profile.attention!r}"
@@ -29,8 +30,12 @@ def in_the_way(profile: Profile, gpus: int = 1) -> str | None:
 def _never_waits(name: FormatName) -> bool:
     """Tell if a format's products never wait for the GPU, and run on it as this library or bitsandbytes makes them."""
     storage = FORMATS[name]
-    sixteen_bit = storage.is_dense and storage.bits == 16
-    return sixteen_bit or storage.library == "torch" or (storage.library == "bitsandbytes" and storage.bits == 4)
+    return storage.is_16_bit or storage.is_weight_only or storage.is_bnb_4bit
+
+
+def _waits(name: FormatName | None) -> bool:
+    """Tell if a format's products wait for the GPU."""
+    return name is not None and FORMATS[name].has_outliers
 
 
 def not_captured(estimate: Estimate) -> str | None:
@@ -49,7 +54,7 @@ def said_of(estimate: Estimate) -> str | None:
     if reason is None:
         return None
     assert estimate.architecture is not None
-    formats = {name: "int8-wo" for name in ("weights", "lm_head") if getattr(profile, name) == "int8"}
+    formats = {name: "int8-wo" for name in ("weights", "lm_head") if _waits(getattr(profile, name))}
     cache = "preallocated" if profile.cache == "dynamic" else profile.cache
     known = {**CAPTURED, **formats, "host_layers": 0, "disk_layers": 0, "cache": cache, "captured": True}
     captured = replace(profile, **known)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Speed that the search gives back, once it has found how weights and cache are stored.
+"""Search for a faster profile with the same formats of weights and KV cache.
 
 The walk goes from less to more of what costs time, and stops at the first profile that fits. Room may then be left for
 some of what it gave up on the way, and for decode steps that are captured.

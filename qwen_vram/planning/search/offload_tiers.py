@@ -1,4 +1,4 @@
-"""Tiers: as many layers on the device as it holds, then as many on the host, and the rest on the disk."""
+"""Tiers of layers: on the device, in host memory, and on the disk."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from qwen_vram.arithmetic.estimate import Estimate
 from qwen_vram.arithmetic.timing.decode import decode_ms
 from qwen_vram.arithmetic.weights import (
     computing_copies,
-    may_be_on_disk,
     streaming_slots,
     weight_bytes,
 )
@@ -18,6 +17,7 @@ from qwen_vram.planning.capacity.fit import fits, needed, on_device
 from qwen_vram.planning.support import not_loadable
 from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.profile import Profile
+from qwen_vram.spec.rules.table import may_be_on_disk
 from qwen_vram.spec.workload import Workload
 
 

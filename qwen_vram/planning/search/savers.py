@@ -1,14 +1,16 @@
-"""Moves: what the planner may change from a starting profile, least lossy first, and what each change costs."""
+"""Savers that the planner may apply, least lossy first, with their cost."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from qwen_vram.checkpoints.resolve import stored_knobs
+from qwen_vram.errors import WorkloadError
 from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.formats import FORMATS
-from qwen_vram.spec.profile import CAPTURED, COMPILED, Profile, resolve_profile
+from qwen_vram.spec.profile import Profile, resolve_profile
+from qwen_vram.spec.rules.table import ANYWHERE_RULES, Model
 from qwen_vram.spec.workload import Workload
 
 # Where the search begins: nothing lost, nothing expanded, nothing that grows.
@@ -16,10 +18,11 @@ _LOSSLESS = Profile(name="auto", attention="fused", kernels="fused", cache="prea
 
 
 class Saver(NamedTuple):
-    """One step of the search: the knobs it turns, and what that costs."""
+    """One step of the search: the knobs it turns, what that costs, and the kind of device that it is for, or any."""
 
     knobs: dict[str, object]
     cost: str
+    device: Literal["", "cpu", "gpu"] = ""
 
 
 # Least lossy first: what costs nothing, then precision, then speed. Each move builds on those before it.
@@ -30,8 +33,10 @@ _MOVES = (
     Saver({"embeddings": "host"}, "nothing lost: rows are gathered on the host"),
     Saver({"prefill_chunk_size": 512}, "nothing lost: the same tokens, slower prefill"),
     Saver({"dequantization": "tiled"}, "nothing lost: matrices of bitsandbytes are dequantized tile by tile"),
-    Saver({"weights": "int8"}, "8-bit weights: close to lossless, slow"),
-    Saver({"weights": "int8-wo"}, "8-bit weights: close to lossless"),
+    # On a GPU int8-wo takes a tenth of int8's time for a token, and is closer to bf16.
+    # measured: benchmarks/results/real_formats.jsonl.
+    Saver({"weights": "int8"}, "8-bit weights: close to lossless, slow", "cpu"),
+    Saver({"weights": "int8-wo"}, "8-bit weights: close to lossless", "gpu"),
     Saver({"weights": "nf4", "dequantization": "tiled"}, "4-bit weights"),
     Saver({"weights": "nf4", "lm_head": "nf4"}, "4-bit head"),
     # A tied head in 4 bits is a copy, which saves something once the table can leave.
@@ -51,26 +56,23 @@ def search_space(
         return resolve_profile(profile, **knobs), ()
     start = replace(_LOSSLESS.replace(**knobs), name="auto")
     stream = Saver({"streamed_layers": architecture.num_hidden_layers}, "layers cross the link for every token")
-    moves = [move for move in (*_MOVES, stream) if _is_open(move, start, workload, knobs)]
+    moves = [move for move in (*_MOVES, stream) if _is_open(move, start, architecture, workload, knobs)]
     if architecture.adapter_activated:  # such an adapter has to see the whole prompt
         moves = [move for move in moves if "prefill_chunk_size" not in move.knobs]
     return start, tuple(moves)
 
 
-def _is_open(move: Saver, start: Profile, workload: Workload, knobs: dict[str, object]) -> bool:
+def _is_open(
+    move: Saver, start: Profile, architecture: Architecture, workload: Workload, knobs: dict[str, object]
+) -> bool:
     """Tell if a move keeps what the caller chose, and can save: a chunk that the prompt does not fill cannot."""
     if any(knobs.get(knob, value) != value for knob, value in move.knobs.items()):
         return False
-    if "kv_cache" in move.knobs and start.cache != "preallocated":
+    try:
+        moved = Model(architecture, start.replace(**move.knobs))
+    except WorkloadError:  # a rule of the profile
         return False
-    if start.kv_device == "host" and move.knobs.get("kv_cache", "bf16") != "bf16":
-        return False
-    if "streamed_layers" in move.knobs and not FORMATS[start.weights].streams:
-        return False
-    runs_with = COMPILED if start.compiled else CAPTURED
-    if start.captures and any(runs_with.get(knob, value) != value for knob, value in move.knobs.items()):
-        return False
-    if start.captures and move.knobs.get("weights") == "int8":
+    if any(rule.knob in move.knobs and rule.when(moved) for rule in ANYWHERE_RULES):
         return False
     chunk = move.knobs.get("prefill_chunk_size")
     return not isinstance(chunk, int) or chunk < workload.prompt_len

@@ -1,4 +1,4 @@
-"""The search: the walk's candidates, least lossy first, with their layers where they fit, held against a budget."""
+"""Search of the candidates, least lossy first, for one that fits the budget."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import Literal
 
 from qwen_vram.arithmetic.estimate import Estimate
-from qwen_vram.arithmetic.gpu_split import ONE_DEVICE
 from qwen_vram.arithmetic.timing.bytes_moved import product_rate
 from qwen_vram.arithmetic.timing.generation import generation_ms
 from qwen_vram.planning.capacity.fit import fits, needed, on_device
+from qwen_vram.planning.capacity.hardware import is_measured_here
 from qwen_vram.planning.capacity.refusal import refusal
 from qwen_vram.planning.search.candidates import Candidate, Candidates, Step
 from qwen_vram.planning.search.faster import given_back
@@ -18,7 +18,8 @@ from qwen_vram.planning.search.largest_workload import nearest
 from qwen_vram.planning.search.savers import Saver, change_of
 from qwen_vram.planning.support import not_loadable
 from qwen_vram.spec.formats import FORMATS
-from qwen_vram.spec.profile import Profile
+from qwen_vram.spec.profile import KNOBS, Profile
+from qwen_vram.spec.rules.table import ONE_GPU
 from qwen_vram.spec.workload import Workload
 
 Prefer = Literal["quality", "speed", "memory"]
@@ -72,7 +73,7 @@ class Search(Candidates):
         """Moves that may make a profile faster. On GPUs, and where the search chose."""
         if self.profile == "auto" and self.budget.vram is not None:
             for move in given_back(self.start, profile, self.knobs):
-                if not (self.several and ONE_DEVICE.keys() & move.knobs.keys()):
+                if not (self.several and ONE_GPU.keys() & move.knobs.keys()):
                     yield move
 
     def _quicker(self, before: Profile, move: Saver) -> Profile | None:
@@ -160,9 +161,10 @@ class Search(Candidates):
         return _COMPUTED if profile.host_layers else ""
 
     def _should_compute(self, profile: Profile, prefer: Prefer) -> bool:
-        """Tell if layers may compute on the CPU: at a measured rate, and in 4 bits, which it rounds, for speed."""
-        rate = product_rate(profile, self.machine)
-        return self.may_compute and rate is not None and (prefer == "speed" or FORMATS[profile.weights].is_dense)
+        """Tell if layers may compute on this CPU: at its measured rate, and in 4 bits, which it rounds, for speed."""
+        wanted = self.may_compute and (prefer == "speed" or FORMATS[profile.weights].is_dense)
+        measured = wanted and product_rate(profile, self.machine) is not None and is_measured_here(self.machine)
+        return measured and self.computes(profile)
 
     def _tables(self, moved: Profile) -> Iterator[Profile]:
         """`moved`, and with its table where it was at the start, which leaves the host more room for layers."""
@@ -237,10 +239,10 @@ class Search(Candidates):
     def at(self, workload: Workload) -> Search:
         """The same search for another workload."""
         known = (self.label, self.architecture, workload, self.budget, self.profile, self.knobs, self.split)
-        return Search(*known, machine=self.machine, session=self.session)
+        return Search(*known, machine=self.machine, computes=self.computes, session=self.session)
 
 
 def _turned(profile: Profile) -> Saver:
-    """Every knob that steps to `profile` may have turned."""
-    turned = ("weights", "lm_head", "embeddings", "prefill_chunk_size", "streamed_layers", "host_layers", "disk_layers")
-    return Saver({knob: getattr(profile, knob) for knob in (*turned, "kv_cache", "kv_device")}, "")
+    """Every knob that steps to `profile` may have turned, those of the cache last."""
+    ordered = sorted(KNOBS, key=("kv_cache", "kv_device").__contains__)
+    return Saver({knob: getattr(profile, knob) for knob in ordered}, "")

@@ -1,1 +1,7 @@
-"""Attention kernels: grouped heads without a mask, long pasts in parts, and one token of every sequence."""
+"""Attention kernels without masks, for prefill, long contexts and decode steps.
+
+Modules:
+    decode    Attention of one new token per sequence, over a cache with lengths on the device.
+    fused     `attention="fused"`: torch's flash kernel with grouped heads and no mask.
+    split_kv  Attention of a chunk over a long past, in parts joined by their log-sum-exps.
+"""

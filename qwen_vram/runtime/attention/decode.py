@@ -1,8 +1,8 @@
-"""Attention of one new token of every sequence over a cache that is filled from the front, by lengths on the device.
+"""Attention of one new token per sequence, over a cache with lengths on the device.
 
-An operator of its own, so that a compiler sees one call: torch's flash kernel reads grouped heads as they are, only the
-tokens that are there, and splits a long context over the GPU. Nothing is masked: padding at the front of a sequence is
-where its keys begin.
+It is a custom operator, so a compiler sees one call. torch's flash kernel reads grouped heads without copies and only
+the filled part of the cache, and divides a long context over the GPU. Nothing is masked: the keys of a sequence begin
+after the padding at its front.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from torch.nn import functional
 def decode_attention(
     query: Tensor, keys: Tensor, values: Tensor, rows: Tensor, starts: Tensor, filled: Tensor, scale: float
 ) -> Tensor:
-    """Attention of `query` (batch, heads, head_dim); returns as much.
+    """Return attention of `query` (batch, heads, head_dim), in the same shape.
 
     Args:
         keys, values: (batch x max_length, kv_heads, head_dim), one sequence after the other.
-        rows: 0 to batch, in int32, as the kernel asks for it.
-        starts: Where each sequence's first key is, and the end of the last one, (batch + 1,) in int32.
-        filled: How many keys each sequence has from there on, (batch,) in int32.
-        scale: What scores are multiplied by.
+        rows: 0 to batch, in int32, as the kernel requires.
+        starts: The row of each sequence's first key, and the end of the last sequence, (batch + 1,) in int32.
+        filled: The number of keys of each sequence from there on, (batch,) in int32.
+        scale: The factor of the scores.
     """
     batch = query.shape[0]
     length = keys.shape[0] // batch
@@ -59,7 +59,7 @@ def _(
 
 
 def _plain(query: Tensor, keys: Tensor, values: Tensor, starts: Tensor, filled: Tensor, scale: float) -> Tensor:
-    """The same by a mask over the whole cache, where the flash kernel does not run."""
+    """Return the same attention with a mask over the whole cache, if the flash kernel does not run."""
     batch = query.shape[0]
     keys, values = (one.view(batch, -1, *one.shape[1:]).transpose(1, 2) for one in (keys, values))
     places = torch.arange(batch * keys.shape[2], device=query.device).view(batch, 1, 1, -1)

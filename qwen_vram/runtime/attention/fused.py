@@ -1,11 +1,13 @@
-"""`attention="fused"`: torch's own flash kernel with grouped heads and no mask, registered with `transformers`.
+"""`attention="fused"`: torch's flash kernel with grouped heads and no mask.
 
-transformers' sdpa builds an explicit mask as soon as a chunk follows a filled cache, and copies keys and values to
-every query head for it. A causal chunk needs neither: the flash kernel aligns its causal mask at the bottom right and
-reads grouped heads as they are. So does a decode step, for which sdpa may choose cuDNN on Hopper and Blackwell, which
-builds a graph for every length that is new. Where padding needs a mask, torch's memory-efficient kernel is called for
-the same reason, and because its answers do not change from run to run; a decode step's heads that share keys are its
-rows, so that no key is copied. Every device but CUDA takes the plain sdpa path.
+transformers' sdpa builds an explicit mask if a chunk follows a filled cache, and then copies keys and values for every
+query head. A causal chunk needs neither: the flash kernel aligns its causal mask at the bottom right and reads grouped
+heads without copies. The same holds for a decode step. sdpa may choose cuDNN for it on Hopper and Blackwell, which
+builds a graph for every new length.
+
+If padding needs a mask, torch's memory-efficient kernel runs for the same reason, and because its results do not change
+from run to run. In a decode step the heads that share keys are its rows, so no key is copied. Devices other than CUDA
+use the plain sdpa path.
 
 Source of the choice: torch, aten/src/ATen/native/transformers/cuda/sdp_utils.cpp (check_prefer_cudnn_attention) and
 cudnn/MHA.cpp (MHAGraphCache).
@@ -23,6 +25,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from qwen_vram.arithmetic.attention import bias_columns
+from qwen_vram.planning.capacity.hardware import AMPERE
 from qwen_vram.runtime.attention.split_kv import flash_attention, joined_attention, joins
 from qwen_vram.runtime.kernels.fused_layers import FusedAttention
 from qwen_vram.runtime.kernels.fused_ops import kernels_on
@@ -49,10 +52,10 @@ def fused_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of `query` (batch, heads, q, head_dim) over `key` and `value` (batch, kv_heads, c, head_dim).
+    """Return attention of `query` (batch, heads, q, head_dim) over `key` and `value` (batch, kv_heads, c, head_dim).
 
-    Without a mask the last query sees all c keys and each one before it one key less. Returns (batch, q, heads,
-    head_dim) and no weights.
+    Without a mask the last query sees all c keys, and each earlier query sees one key less. The result is (batch, q,
+    heads, head_dim), without attention weights.
     """
     queries, keys = query.shape[2], key.shape[2]
     if attention_mask is not None and not dropout and _takes(query, key, value, attention_mask):
@@ -67,7 +70,7 @@ def fused_attention(
             query, key, value, is_causal=queries > 1, scale=scaling, enable_gqa=True
         )
         return output.transpose(1, 2).contiguous(), None
-    # Joined by torch's own operators, parts in place would need more than was counted.
+    # torch's own operators would need more memory than was counted to join parts in place.
     padded = isinstance(module, FusedAttention) and kernels_on(query.device) is not None
     if joins(query, key, value, scaling, padded=padded):
         return joined_attention(query, key, value, scaling, padded=padded), None
@@ -75,13 +78,13 @@ def fused_attention(
 
 
 def _takes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> bool:
-    """Tell if `_masked` may be asked: the kernel itself looks neither at dtypes, which autocast mixes, nor at heads."""
+    """Tell if `_masked` can run, because the kernel itself checks neither dtypes, which autocast mixes, nor heads."""
     alike = query.dtype == key.dtype == value.dtype
     return query.is_cuda and alike and mask.dtype == torch.bool and mask.shape[1] == 1
 
 
 def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
-    """Attention by the memory-efficient kernel under a boolean mask, (batch, 1, q, c)."""
+    """Return attention by the memory-efficient kernel under a boolean mask, (batch, 1, q, c)."""
     batch, heads, queries, head_dim = query.shape
     groups = heads // key.shape[1]
     if queries == 1:
@@ -97,9 +100,9 @@ def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: fl
 
 
 def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where a mask is true, the least finite number elsewhere: a row without any true stays finite.
+    """Return 0 for true entries of a mask and the least finite number for others, so a row without true stays finite.
 
-    Rows are as long as the kernel asks; sdpa would make such a copy of its own.
+    Rows have the length that the kernel requires; sdpa would make such a copy itself.
     """
     keys = mask.shape[-1]
     room = mask.new_empty((*mask.shape[:-1], bias_columns(keys)), dtype=dtype)
@@ -118,10 +121,10 @@ def fused_mask(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> Tensor | None:
-    """No mask where the kernel's causal one says the same; sdpa's mask, (batch, 1, q, c), everywhere else.
+    """Return `None` if the kernel's causal mask is sufficient, otherwise sdpa's mask, (batch, 1, q, c).
 
-    The kernel's mask is aligned at the bottom right, so the keys must end with the newest query: a static cache, whose
-    keys run on, and packed sequences, for which `transformers` forbids the skip, get sdpa's mask.
+    The kernel's mask is aligned at the bottom right, so the keys must end with the newest query. A static cache has
+    keys after it, and `transformers` forbids the skip for packed sequences: both get sdpa's mask.
     """
     ends_with_query = isinstance(q_offset, int) and kv_offset == 0 and q_offset + q_length == kv_length
     if torch.device(device).type == "cuda" and allow_is_causal_skip and ends_with_query:
@@ -134,7 +137,7 @@ def fused_mask(
         q_offset,
         kv_offset,
         attention_mask=attention_mask,
-        # sdpa's skip over keys that run on is causal from the top left, ours from the bottom right.
+        # sdpa's skip for keys after the newest query is causal from the top left, ours from the bottom right.
         allow_is_causal_skip=allow_is_causal_skip and ends_with_query,
         device=device,
         **kwargs,
@@ -143,10 +146,10 @@ def fused_mask(
 
 
 def kernel_runs(dtype: torch.dtype, head_dim: int, device: torch.device) -> str:
-    """Why the flash kernel cannot run here; empty where it can, and off CUDA, where the plain path is taken."""
+    """Return why the flash kernel cannot run here; empty if it can, and outside CUDA, which uses the plain path."""
     if device.type != "cuda":
         return ""
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    if torch.cuda.get_device_capability(device) < AMPERE:
         return "the GPU is older than Ampere (compute capability 8.0)"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"the kernel takes bf16 and fp16, not {dtype}"

@@ -1,9 +1,9 @@
-"""Attention of a chunk over a long past, in parts that are joined by their log-sum-exps.
+"""Attention of a chunk over a long past, in parts joined by their log-sum-exps.
 
-Of the two kernels that torch has for a causal chunk, flash aligns its mask at the bottom right, as a chunk after a
-filled cache needs it; cuDNN's, with twice the speed on Hopper, aligns it at the top left. But what is long before the
-chunk is seen by all of its tokens and needs no mask: cuDNN takes that, flash or cuDNN the rest. cuDNN builds a graph
-for every length that is new, so it gets few of them (`attention_kernels.attention_parts`).
+torch has two kernels for a causal chunk. The mask of flash is aligned at the bottom right, as a chunk after a filled
+cache needs it. The mask of cuDNN, which is twice as fast on Hopper, is aligned at the top left. All tokens of the chunk
+see the keys long before it, without a mask. cuDNN computes that part, and flash or cuDNN the rest. cuDNN builds a graph
+for every new length, so it gets few different lengths (`arithmetic.attention.attention_parts`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from qwen_vram.runtime.kernels import fused_ops
 
 
 def joins(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, *, padded: bool = False) -> bool:
-    """Tell if there is a long past, and sdpa would give the chunk and its newest keys to cuDNN; not in training."""
+    """Tell if there is a long past and sdpa would use cuDNN for the chunk and its newest keys; never in training."""
     queries, keys = query.shape[2], key.shape[2]
     if not attention_parts(queries, keys - queries, padded=padded) or not query.dtype == key.dtype == value.dtype:
         return False
@@ -35,10 +35,10 @@ def joins(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, *, p
 def joined_attention(
     query: Tensor, key: Tensor, value: Tensor, scaling: float | None, *, padded: bool = False
 ) -> Tensor:
-    """Causal attention of `query` (batch, heads, q, head_dim) over c >= q keys, (batch, kv_heads, c, head_dim).
+    """Return causal attention of `query` (batch, heads, q, head_dim) over c >= q keys, (batch, kv_heads, c, head_dim).
 
-    Returns (batch, q, heads, head_dim). Beside it the same in float32 and three tensors of log-sum-exps live. With
-    `padded` (`attention_kernels.joined_rows`) parts are joined in one kernel each, and less lives.
+    The result is (batch, q, heads, head_dim). A copy of it in float32 and three tensors of log-sum-exps are live beside
+    it. With `padded` (`arithmetic.attention.joined_rows`) one kernel joins each part, and fewer tensors are live.
     """
     parts = _parts(query, key, value, scaling, padded=padded)
     if not padded:
@@ -50,7 +50,7 @@ def joined_attention(
 def _parts(
     query: Tensor, key: Tensor, value: Tensor, scaling: float | None, *, padded: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Results (batch, heads, q, head_dim) and log-sum-exps (batch, heads, q, 1), oldest keys first."""
+    """Yield results (batch, heads, q, head_dim) and log-sum-exps (batch, heads, q, 1), oldest keys first."""
     queries, keys = query.shape[2], key.shape[2]
     ends = list(accumulate(attention_parts(queries, keys - queries, padded=padded)))
     rows = _filled(query, joined_rows(queries, padded=padded))
@@ -68,7 +68,7 @@ def _parts(
 
 
 def _filled(query: Tensor, rows: int) -> Tensor:
-    """`query` with so many rows, of which nobody reads those that are new."""
+    """Return `query` with `rows` rows; the additional rows are never read."""
     batch, heads, queries, head_dim = query.shape
     if rows == queries:
         return query
@@ -78,9 +78,9 @@ def _filled(query: Tensor, rows: int) -> Tensor:
 
 
 def flash_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> tuple[Tensor, Tensor]:
-    """Torch's flash kernel, causal from the bottom right, heads grouped as they are.
+    """Return attention by torch's flash kernel, causal from the bottom right, with grouped heads.
 
-    Returns (batch, q, heads, head_dim), and the log-sum-exp of each query's scores, (batch, heads, q).
+    The results are (batch, q, heads, head_dim), and the log-sum-exp of each query's scores, (batch, heads, q).
     """
     states = [one.transpose(1, 2) for one in (query, key, value)]
     result, sums = torch.ops.aten._flash_attention_forward(
@@ -97,13 +97,13 @@ def _cudnn(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, *, 
 
 
 def join(parts: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
-    """Attention over all keys from results over some of them, each with the log-sum-exp of its scores.
+    """Return attention over all keys from results over parts of them, each with the log-sum-exp of its scores.
 
-    Summed in float32, and rounded once.
+    The sum is in float32, and is rounded once.
     """
     result, sums = next(parts)
     dtype, total = result.dtype, result.float()
-    del result  # no part's result lives while the next is made
+    del result  # no part's result is live while the next one is computed
     for result, some in parts:
         both = torch.logaddexp(sums, some)
         total.mul_(sums.sub_(both).exp_())
@@ -114,10 +114,10 @@ def join(parts: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def join_in_place(parts: Iterator[tuple[Tensor, Tensor]], others: int) -> Tensor:
-    """The same where each part is joined in one kernel, the last one into its own memory.
+    """Return the same attention, with one kernel for each part, and the result in the last part's memory.
 
     Args:
-        others: How many parts come before the last one; of two, no sum in float32 is needed.
+        others: The number of parts before the last one; two parts need no sum in float32.
     """
     total, sums = next(parts)
     if others > 1:

@@ -1,4 +1,7 @@
-"""The strategy interface: what a quantization backend must do. Bytes are not its business; see `spec.formats`."""
+"""The interface of quantization backends, and their common loading.
+
+Bytes are counted in `spec.formats`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from qwen_vram.checkpoints.checkpoint import CheckpointFiles
 from qwen_vram.checkpoints.files.names import INDEX, SINGLE
 from qwen_vram.runtime.tensors.partial_checkpoint import load_with_own_head, load_without
 
-# A subfolder that is not there, in which transformers looks for an adapter to put on the model by itself.
+# A subfolder that does not exist. transformers looks there for an adapter, which it would load onto the model.
 _NO_ADAPTER = "no adapter"
 
 if TYPE_CHECKING:
@@ -23,15 +26,19 @@ if TYPE_CHECKING:
 
 
 class Request(NamedTuple):
-    """What a backend is asked to load.
+    """The arguments of a backend's `load`.
 
-    `files`: the checkpoint as it was read. `config`: the model's, which `transformers` made of it.
-    `stored`: the checkpoint is in the profile's format already. `own_head`: its head is the token table, and is to be
-    quantized into a tensor of its own. `late_head`: the head is built after `load`, with the layers that stream.
-    `left_out`: parameters that `load` leaves on the meta device without reading them, by name, with their shapes.
-    `made`: tensors that the files lack and the model needs, by name. `narrowed`: names of float32 tensors that are cast
-    to `dtype` as they are read, for `transformers` leaves them as they are in a checkpoint of bitsandbytes.
-    `disable_mmap`: files are read through, not mapped.
+    Attributes:
+        files: The checkpoint's folder as it was read.
+        config: The model's config, which `transformers` made from it.
+        stored: The checkpoint is already in the profile's format.
+        own_head: The head is tied to the embeddings, and is quantized into a separate tensor.
+        late_head: The head is built after `load`, with the layers that stream.
+        left_out: Parameters that `load` leaves on the meta device without reading them, by name, with their shapes.
+        made: Tensors that the files lack and the model needs, by name.
+        narrowed: Names of float32 tensors that are cast to `dtype` as they are read. `transformers` does not cast them
+            in a checkpoint of bitsandbytes.
+        disable_mmap: Files are read completely, not mapped.
     """
 
     files: CheckpointFiles
@@ -51,87 +58,88 @@ class Request(NamedTuple):
 
 
 class Backend(Protocol):
-    """Loads checkpoints in the storage formats that it is registered for."""
+    """Loader of checkpoints in the storage formats that it is registered for."""
 
     name: str
 
     def check(self, profile: Profile, device: torch.device) -> None:
-        """Refuse what cannot run here, before anything is allocated.
+        """Refuse profiles that cannot run here, before anything is allocated.
 
         Raises:
-            BackendUnavailableError: a library or a GPU that is not here.
-            NotSupportedError: a combination of knobs that this backend cannot make.
+            BackendUnavailableError: a library or a GPU is missing.
+            NotSupportedError: this backend cannot load the combination of knobs.
         """
 
     def load(self, request: Request) -> nn.Module:
-        """A plain `transformers` model with its weights in the profile's formats, on the request's devices."""
+        """Return a plain `transformers` model with its weights in the profile's formats, on the request's devices."""
 
     def storages(self, module: nn.Module) -> list[torch.Tensor]:
-        """Tensors that `module` holds beside its parameters for the sake of its format (scales, code tables)."""
+        """Return the tensors of `module`'s format beside its parameters, such as scales and code tables."""
 
 
 @runtime_checkable
 class SavingBackend(Backend, Protocol):
-    """A backend whose models can be saved: `state_dict()` of each module is what its checkpoint holds."""
+    """A backend whose models can be saved: `state_dict()` of each module is the content of its checkpoint."""
 
     def saved_config(self, model: nn.Module, profile: Profile) -> dict[str, Any]:
-        """config.json's `quantization_config`.
+        """Return the `quantization_config` for config.json.
 
         Raises:
-            NotSupportedError: a module no longer holds what was quantized.
+            NotSupportedError: a module no longer holds its quantized weights.
         """
 
 
 @runtime_checkable
 class StreamingBackend(Backend, Protocol):
-    """A backend whose decoder layers can stream: it says what their modules hold, and swaps it."""
+    """A backend whose decoder layers can stream: it lists the tensors of a module, and replaces them."""
 
     def build(self, module: nn.Module, weights: Mapping[str, torch.Tensor], request: Request) -> nn.Module:
-        """The module that takes the place of `module`, a leaf on the meta device, in the request's format.
+        """Return the module that replaces `module`, a leaf on the meta device, in the request's format.
 
-        `weights` are its tensors in the checkpoint as they are there, on the host: its parameters, and all else that is
-        called after it where the checkpoint is quantized already. What is quantized now is quantized on the request's
-        device, to the same bytes as `load` makes; the rest may stay on the host.
+        `weights` are its tensors as stored in the checkpoint, on the host: its parameters, and the other tensors under
+        its name if the checkpoint is quantized. Tensors that are quantized now are quantized on the request's device,
+        to the same bytes as by `load`. The others may stay on the host.
         """
 
     def tensors(self, module: nn.Module) -> dict[str, torch.Tensor]:
-        """Everything that `module` computes with, by name: its parameters, and what `storages` lists."""
+        """Return all tensors that `module` computes with, by name: its parameters and those of `storages`."""
 
     def binding(self, module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Callable[[], None]:
-        """A call that makes `module` use these tensors, named as by `tensors()`, in place of its own.
+        """Return a call that makes `module` use these tensors, named as by `tensors()`, instead of its own.
 
-        It is made before the module has run, and called for every layer of every token: it only assigns.
+        It is created before the module runs. It is called for every layer of every token, so it only assigns.
         """
 
 
 @runtime_checkable
 class HostBackend(StreamingBackend, Protocol):
-    """A backend whose layers can compute on the CPU, where they wait to be streamed."""
+    """A backend whose streamed layers can also compute on the CPU."""
 
     def check_host(self, profile: Profile, architecture: Architecture) -> None:
         """Refuse layers that cannot compute on this machine's CPU.
 
         Raises:
-            BackendUnavailableError, NotSupportedError: the CPU, the format or a shape rules them out.
+            BackendUnavailableError, NotSupportedError: the CPU, the format or a shape does not allow it.
         """
 
     def host_binding(self, module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Callable[[], None]:
-        """A call that sets `module.forward` to one that computes with these tensors, all of them on the host.
+        """Return a call that replaces `module.forward` by one that computes with these tensors, all on the host.
 
-        They are named as by `tensors()`. Parameters stay as they are, for a model is where its first one is; the
-        attribute is taken away again when the layer is bound to a slot. Copies are counted in `arithmetic.weights`.
+        They are named as by `tensors()`. The parameters do not change, because a model's device is that of its first
+        parameter. The attribute is removed when the layer is bound to a slot. Copies are counted in
+        `arithmetic.weights`.
         """
 
 
 def stored_config(request: Request) -> Any:
-    """The `transformers` config of a checkpoint that is quantized already, its head tied only if it is the table."""
+    """Return the `transformers` config of a quantized checkpoint; the head is not tied if the profile quantizes it."""
     if request.profile.lm_head is not None:
         request.config.tie_word_embeddings = False
     return request.config
 
 
 def _is_plain(request: Request) -> bool:
-    """Tell if `transformers` loads the folder itself as it was read: each tensor, under its name, from mapped files."""
+    """Tell if `transformers` can load the folder itself: every tensor, under its own name, from mapped files."""
     files = request.files
     changed = request.left_out or request.made or request.narrowed or request.disable_mmap
     renamed = files.renamed or files.of_layers
@@ -141,7 +149,7 @@ def _is_plain(request: Request) -> bool:
 
 
 def from_pretrained(request: Request, **options: Any) -> nn.Module:
-    """`AutoModelForCausalLM.from_pretrained` with what every backend passes: local safetensors, no remote code."""
+    """Call `AutoModelForCausalLM.from_pretrained` with the options of all backends: local files, no remote code."""
     from transformers import AutoModelForCausalLM
 
     options = {
@@ -157,9 +165,9 @@ def from_pretrained(request: Request, **options: Any) -> nn.Module:
     files, mapped = request.files, not request.disable_mmap
     if request.own_head:
         return load_with_own_head(files, mapped=mapped, **options)
-    # transformers itself has to read a folder of which it puts modules on "disk". It reads one that is as it writes it.
+    # transformers itself must read a folder if it puts modules on "disk". It can read a folder in its own format.
     if "disk" in request.device_map.values() or _is_plain(request):
-        if holds_both(files.folder):  # or transformers would put that adapter on the model
+        if holds_both(files.folder):  # or transformers would load that adapter
             options["adapter_kwargs"] = {"subfolder": _NO_ADAPTER}
         model: nn.Module = AutoModelForCausalLM.from_pretrained(files.folder, **options)
         return model

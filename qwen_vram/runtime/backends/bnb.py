@@ -1,4 +1,4 @@
-"""nf4, fp4 and int8 by bitsandbytes, quantized tensor by tensor while they load, and saved as they are."""
+"""nf4, fp4 and int8 by bitsandbytes, quantized tensor by tensor while they load."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ import torch
 from torch import nn
 
 from qwen_vram.checkpoints.files.safetensors_header import Tensor
+from qwen_vram.dtypes import FP32
 from qwen_vram.errors import BackendUnavailableError
 from qwen_vram.runtime.backends.base import Request, from_pretrained, stored_config
 from qwen_vram.runtime.backends.bnb_cpu import check_scales, keep_scales
 from qwen_vram.runtime.backends.bnb_state import copied, itself, quantization_tensors, with_tensors
 from qwen_vram.runtime.backends.dense import DenseBackend, filled, parameters, twin_binding
 from qwen_vram.runtime.linear.cpu_4bit import import_quietly, kernel_library, multiply, pack
+from qwen_vram.runtime.torch_dtypes import ROWS
 from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.formats import FORMATS
 from qwen_vram.spec.profile import Profile
@@ -29,13 +31,13 @@ _INSTALL = 'pip install "bitsandbytes>=0.50"'
 # Source: bitsandbytes 0.50.2, its documentation's hardware table.
 _OLDEST_INT8, _OLDEST_4_BIT = (7, 5), (6, 0)
 
-# Columns of activations with a larger value are multiplied in 16 bits.
+# Columns of activations with a value of at least this size are multiplied in 16 bits.
 # Source: transformers 5.23, BitsAndBytesConfig, llm_int8_threshold.
 _THRESHOLD = 6.0
 
 
 class _Once(logging.Filter):
-    """Lets each message of a logger through once: bitsandbytes repeats one for every int8 product."""
+    """Filter that passes each message of a logger once: bitsandbytes repeats one for every int8 product."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,21 +53,21 @@ _ONCE = _Once()
 
 
 def quantization_config(weights: str, *, head: bool, dtype: torch.dtype) -> Any:
-    """`transformers`' BitsAndBytesConfig for a storage format, with its surprising defaults all set.
+    """Return `transformers`' BitsAndBytesConfig for a storage format, with all defaults set explicitly.
 
     Args:
-        head: Whether the head is quantized too.
-        dtype: The model's own, in which products are computed.
+        head: The head is quantized too.
+        dtype: The model's dtype, in which products are computed.
     """
     from transformers import BitsAndBytesConfig
 
     # transformers skips the head unless it is given a list; an empty one skips nothing.
     options: dict[str, Any] = {"llm_int8_skip_modules": [] if head else ["lm_head"]}
-    if weights == "int8":
+    if FORMATS[weights].has_outliers:
         return BitsAndBytesConfig(load_in_8bit=True, **options)
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type=weights.removesuffix("-plain"),
+        bnb_4bit_quant_type=FORMATS[weights].quant_type,
         bnb_4bit_use_double_quant=FORMATS[weights].is_double,
         bnb_4bit_compute_dtype=dtype,
         **options,
@@ -73,7 +75,7 @@ def quantization_config(weights: str, *, head: bool, dtype: torch.dtype) -> Any:
 
 
 class BnbBackend:
-    """bitsandbytes through `transformers`' own quantizer."""
+    """The backend of bitsandbytes, through `transformers`' own quantizer."""
 
     name = "bnb"
 
@@ -85,7 +87,7 @@ class BnbBackend:
                 backend="bnb",
                 install=_INSTALL,
             )
-        oldest = _OLDEST_INT8 if profile.weights == "int8" else _OLDEST_4_BIT
+        oldest = _OLDEST_INT8 if FORMATS[profile.weights].has_outliers else _OLDEST_4_BIT
         if device.type == "cuda" and torch.cuda.get_device_capability(device) < oldest:
             raise BackendUnavailableError(
                 f"weights={profile.weights!r} needs a GPU of compute capability {oldest[0]}.{oldest[1]}, got "
@@ -94,18 +96,18 @@ class BnbBackend:
             )
 
     def load(self, request: Request) -> nn.Module:
-        """The model with its matrices quantized; embeddings, norms and biases keep the model's dtype."""
+        """Return the model with its matrices quantized; embeddings, norms and biases keep the model's dtype."""
         import_quietly()
         logging.getLogger("bitsandbytes.autograd._functions").addFilter(_ONCE)
         profile = request.profile
-        # transformers quantizes nothing there: the embedding never is, streamed layers are in `build`.
+        # transformers quantizes nothing there: the embeddings never, and streamed layers in `build`.
         elsewhere = set(request.device_map.values())
         two_devices = "disk" in elsewhere or ("cpu" in elsewhere and request.device.type != "cpu")
         if request.stored:
-            # The checkpoint's own settings win over any that are passed, so they are changed where they stand.
+            # The checkpoint's own settings override arguments, so they are changed in the config.
             config = stored_config(request)
             config.quantization_config["llm_int8_enable_fp32_cpu_offload"] = two_devices
-            config.quantization_config["bnb_4bit_compute_dtype"] = str(request.dtype).removeprefix("torch.")
+            config.quantization_config["bnb_4bit_compute_dtype"] = ROWS[request.dtype].torch
             if request.profile.lm_head is None:
                 _leave_head(config.quantization_config)
             model: Any = from_pretrained(request._replace(narrowed=_wide(request.files.tensors)), config=config)
@@ -115,7 +117,7 @@ class BnbBackend:
             settings.llm_int8_enable_fp32_cpu_offload = two_devices
             model = from_pretrained(request, quantization_config=settings)
             model.config.quantization_config.llm_int8_skip_modules = [] if head else ["lm_head"]
-        # Or the model, once saved, would be taken for an unquantized one on the CPU.
+        # Otherwise the saved model would count as unquantized on the CPU.
         model.config.quantization_config.llm_int8_enable_fp32_cpu_offload = False
         if request.device.type == "cpu":
             keep_scales(model)
@@ -123,7 +125,7 @@ class BnbBackend:
         return loaded
 
     def saved_config(self, model: nn.Module, profile: Profile) -> dict[str, Any]:
-        """What config.json says of the quantization, with every matrix that is in 16 bits."""
+        """Return the `quantization_config`, which lists every matrix in 16 bits."""
         check_scales(model)
         head = profile.head_format == profile.weights
         loaded: Any = model.config
@@ -138,9 +140,9 @@ class BnbBackend:
         return saved
 
     def build(self, module: nn.Module, weights: Mapping[str, torch.Tensor], request: Request) -> nn.Module:
-        """The linear layer of bitsandbytes in the place of torch's, as `transformers` puts it; others stay.
+        """Return bitsandbytes' linear layer in place of torch's, as `transformers` does; others stay.
 
-        What is stored quantized is not touched: its layer is bitsandbytes' already.
+        A layer that is stored quantized does not change: it is already of bitsandbytes.
         """
         if request.stored:
             from qwen_vram.runtime.backends.bnb_stored import restored
@@ -154,14 +156,14 @@ class BnbBackend:
 
         matrix = weights["weight"].to(request.dtype)
         sizes = {"input_features": module.in_features, "output_features": module.out_features, "device": "meta"}
-        name, bias = request.profile.weights, module.bias is not None
+        storage, bias = FORMATS[request.profile.weights], module.bias is not None
         made: Any
-        if name == "int8":
+        if storage.has_outliers:
             made = bnb.nn.Linear8bitLt(**sizes, bias=bias, has_fp16_weights=False, threshold=_THRESHOLD)
             codes, scales = eight_bit(matrix, request.device)
             made.weight = bnb.nn.Int8Params(codes, requires_grad=False, CB=codes, SCB=scales)
         else:
-            quant_type, nested = name.removesuffix("-plain"), FORMATS[name].is_double
+            quant_type, nested = storage.quant_type, storage.is_double
             kind = {"quant_type": quant_type, "compress_statistics": nested}
             made = bnb.nn.Linear4bit(**sizes, bias=bias, compute_dtype=request.dtype, **kind)
             codes, state = four_bit(matrix, request.device, quant_type=quant_type, nested=nested)
@@ -169,20 +171,20 @@ class BnbBackend:
                 codes, requires_grad=False, quant_state=state, module=made, bnb_quantized=True, **kind
             )
             made.quant_state = state
-        made.source_cls = type(module)  # as transformers marks what it replaced
+        made.source_cls = type(module)  # as transformers marks a replaced layer
         rest = {name: tensor for name, tensor in weights.items() if name != "weight"}
         return filled(made, rest, request.dtype).train(module.training)
 
     def storages(self, module: nn.Module) -> list[torch.Tensor]:
-        """Block maxima, code tables and offset of a 4-bit matrix, row scales of an int8 one."""
+        """Return block maxima, code tables and offset of a 4-bit matrix, or row scales of an int8 matrix."""
         return list(quantization_tensors(module).values())
 
     def tensors(self, module: nn.Module) -> dict[str, torch.Tensor]:
-        """Codes, biases, and the quantization state."""
+        """Return codes, biases, and the quantization state."""
         return {**parameters(module), **quantization_tensors(module)}
 
     def binding(self, module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Callable[[], None]:
-        """Put the tensors into parameters and quantization state; an int8 matrix is left as after its first product."""
+        """Return a call that sets parameters and quantization state; an int8 matrix is as after its first product."""
         own = parameters(module)
         bind_parameters = DenseBackend().binding(module, {name: tensors[name] for name in own})
         if len(tensors) == len(own):
@@ -198,7 +200,7 @@ class BnbBackend:
 
         else:
             made = with_tensors(weight.quant_state, tensors)
-            # On the CPU the first product changes the state, and the codes that it belongs to.
+            # On the CPU the first product changes the state and the codes.
             fresh = copied if tensors["weight"].device.type == "cpu" else itself
 
             def bind() -> None:
@@ -218,7 +220,7 @@ class BnbBackend:
             )
 
     def host_binding(self, module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Callable[[], None]:
-        """A 4-bit matrix is packed for the CPU's kernel; all else is used as it is."""
+        """Return a call that uses a 4-bit matrix packed for the CPU's kernel, and other tensors unchanged."""
         if len(tensors) == len(parameters(module)):
             return twin_binding(module, tensors)
         weight: Any = module.weight
@@ -232,9 +234,9 @@ class BnbBackend:
 
 
 def _leave_head(settings: dict[str, Any]) -> None:
-    """Add the head, which is stored in 16 bits, to the modules that `transformers` makes none of bitsandbytes' of.
+    """Add the head, stored in 16 bits, to the modules for which `transformers` makes no layer of bitsandbytes.
 
-    It is not there if the head is the token table and the list was made for another purpose.
+    The list lacks it if the head is tied to the embeddings and the list was made for another purpose.
     """
     skipped = settings.get("llm_int8_skip_modules")
     if skipped is not None and not skips(skipped, "lm_head"):
@@ -242,15 +244,15 @@ def _leave_head(settings: dict[str, Any]) -> None:
 
 
 def _wide(tensors: Mapping[str, Tensor]) -> frozenset[str]:
-    """The tensors in float32 that are no part of a quantized matrix."""
+    """Return the names of float32 tensors that are not part of a quantized matrix."""
     return frozenset(
         name
         for name, tensor in tensors.items()
-        if tensor.dtype == "F32" and name.endswith((".weight", ".bias")) and f"{name}.absmax" not in tensors
+        if tensor.dtype == FP32.stored and name.endswith((".weight", ".bias")) and f"{name}.absmax" not in tensors
     )
 
 
 def _storage(module: nn.Module) -> torch.dtype | None:
-    """The dtype that a 4-bit matrix is stored in; `None` for other modules."""
+    """Return the dtype that a 4-bit matrix is stored in; `None` for other modules."""
     weight: Any = getattr(module, "weight", None)
     return weight.quant_storage if getattr(weight, "quant_state", None) is not None else None

@@ -1,9 +1,9 @@
-"""4-bit weights that have run on the CPU, read back as they were quantized.
+"""Recovery of 4-bit weights that bitsandbytes has repacked on the CPU.
 
-bitsandbytes repacks a matrix in place at its first forward on a CPU with AVX512-BF16: codes are put in another order,
-and scales rounded to bf16. `state_dict()` puts the codes back and quantizes the rounded scales anew, so that what is
-saved is not what was loaded. Source: bitsandbytes 0.50.2, nn/modules.py (Linear4bit) and functional.py. Here the scales
-are kept from before: one byte for 64 weights with double quantization, four without.
+bitsandbytes repacks a matrix in place at its first forward pass on a CPU with AVX512-BF16. It reorders the codes and
+rounds the scales to bf16. `state_dict()` restores the codes, but quantizes the rounded scales, so the saved matrix
+differs from the loaded one. Source: bitsandbytes 0.50.2, nn/modules.py (Linear4bit) and functional.py. This module
+keeps the scales from before: one byte for 64 weights with double quantization, four bytes without.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from qwen_vram.errors import NotSupportedError
 
 
 def keep_scales(model: nn.Module) -> None:
-    """Make `state_dict()` of every 4-bit matrix give what is there now, whatever runs in between."""
+    """Make `state_dict()` of every 4-bit matrix return its present values, also after forward passes."""
     for module in model.modules():
         if _state(module) is not None:
             _keep(module)
@@ -25,10 +25,10 @@ def keep_scales(model: nn.Module) -> None:
 
 
 def check_scales(model: nn.Module) -> None:
-    """Refuse a model of which a matrix was repacked, and its scales were not kept.
+    """Refuse a model with a repacked matrix whose scales were not kept.
 
     Raises:
-        NotSupportedError: there is one, for what was quantized after `load()` is not known here.
+        NotSupportedError: there is such a matrix, which was quantized after `load()`.
     """
     for name, module in model.named_modules():
         state = _state(module)
@@ -50,13 +50,13 @@ def _was_packed(state: Any) -> bool:
 
 
 def _keep(module: nn.Module) -> None:
-    """Keep a shallow copy of a matrix's state in the state itself: packing replaces its tensors, and changes none."""
+    """Keep a shallow copy of a matrix's state in the state itself: packing replaces tensors, and changes none."""
     state = _state(module)
     state.before_packing = copy.copy(state)
 
 
 def _unpack(module: Any, prefix: str, keep_vars: bool) -> None:
-    """Put codes and scales back, before `state_dict()` reads them; the next forward packs them again."""
+    """Restore codes and scales before `state_dict()` reads them; the next forward pass packs them again."""
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
     state = _state(module)

@@ -1,4 +1,4 @@
-"""What bitsandbytes wrote into a checkpoint beside its headers, read and held against them before anything is loaded.
+"""Check of the metadata that bitsandbytes wrote into a checkpoint.
 
 Source of the notes: bitsandbytes 0.50.2, functional.py (QuantState.as_dict) and nn/modules.py (Linear8bitLt).
 """
@@ -14,17 +14,17 @@ from qwen_vram.errors import CheckpointError
 from qwen_vram.spec.architecture import Architecture
 
 _STATE = ".quant_state.bitsandbytes__"
-# Layouts of int8 codes by the number in `weight_format`; the others were for GPUs alone, and nothing reads them now.
+# The layout of int8 codes by rows, as `weight_format` numbers it. Other layouts were for GPUs, and nothing reads them.
 _ROW_LAYOUT = 0
 
 
 def check_notes(folder: Path, tensors: Mapping[str, Tensor], architecture: Architecture) -> None:
     """Refuse a quantization state, or a layout of int8 codes, that does not belong to the matrix beside it.
 
-    Some 200 bytes of each matrix are read.
+    About 200 bytes of each matrix are read.
 
     Raises:
-        CheckpointError: there is one, or a file cannot be read.
+        CheckpointError: the metadata do not match, or a file cannot be read.
     """
     shapes = {weight.name: weight.shape for weight in (*architecture.weights(), architecture.head)}
     for name, tensor in tensors.items():

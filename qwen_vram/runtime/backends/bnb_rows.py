@@ -1,6 +1,8 @@
-"""Matrices quantized some rows at a time: bitsandbytes' bytes for the whole, and a tile's memory on the way.
+"""Quantization by bitsandbytes of some rows at a time, with a tile's memory.
 
-A head of 152,064 x 3,584 takes 1.09 GB in 16 bits, more than all else that a streamed model holds.
+The bytes are those of quantizing the whole matrix.
+
+A head of 152,064 x 3,584 takes 1.09 GB in 16 bits, more than all other tensors of a streamed model on the device.
 """
 
 from __future__ import annotations
@@ -12,33 +14,30 @@ from bitsandbytes import functional
 from torch import Tensor
 
 from qwen_vram.arithmetic.tiling import tile_rows
-
-# Source: bitsandbytes 0.50.2, nn/modules.py (Params4bit, blocksize 64) and functional.py (nested blocks of 256).
-_BLOCK = 64
-_NESTED_BLOCK = 256
+from qwen_vram.spec.formats import BLOCK, NESTED_BLOCK, blocks
 
 
 def four_bit(
     weight: Tensor, device: torch.device, *, quant_type: str, nested: bool
 ) -> tuple[Tensor, functional.QuantState]:
-    """Codes and state on `device`, as `quantize_4bit` makes them of a whole (out_features, in_features) matrix."""
+    """Return codes and state on `device`, equal to `quantize_4bit` of the whole (out_features, in_features) matrix."""
     codes = torch.empty(-(-weight.numel() // 2), 1, dtype=torch.uint8, device=device)
-    absmax = torch.empty(-(-weight.numel() // _BLOCK), device=device)
+    absmax = torch.empty(blocks(weight.numel()), device=device)
     for start, rows in _tiles(weight):
         first = start * weight.shape[1]
-        some, largest = torch.ops.bitsandbytes.quantize_4bit.default(rows.to(device), _BLOCK, quant_type, torch.uint8)
+        some, largest = torch.ops.bitsandbytes.quantize_4bit.default(rows.to(device), BLOCK, quant_type, torch.uint8)
         codes[first // 2 : first // 2 + len(some)] = some
-        absmax[first // _BLOCK : first // _BLOCK + len(largest)] = largest
+        absmax[first // BLOCK : first // BLOCK + len(largest)] = largest
         del some, largest
     offset = state2 = None
     if nested:
         offset = absmax.mean()
-        absmax, state2 = functional.quantize_blockwise(absmax - offset, blocksize=_NESTED_BLOCK)
+        absmax, state2 = functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
     state = functional.QuantState(
         absmax=absmax,
         shape=weight.shape,
         dtype=weight.dtype,
-        blocksize=_BLOCK,
+        blocksize=BLOCK,
         code=functional.get_4bit_type(quant_type, device=device),
         quant_type=quant_type,
         offset=offset,
@@ -48,7 +47,7 @@ def four_bit(
 
 
 def eight_bit(weight: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Codes and row scales on `device`, as `int8_vectorwise_quant` makes them of a whole matrix."""
+    """Return codes and row scales on `device`, equal to `int8_vectorwise_quant` of the whole matrix."""
     codes = torch.empty(weight.shape, dtype=torch.int8, device=device)
     scales = torch.empty(weight.shape[0], device=device)
     for start, rows in _tiles(weight):

@@ -1,4 +1,4 @@
-"""What bitsandbytes keeps beside the codes of a matrix, read and put together anew."""
+"""The quantization state that bitsandbytes keeps beside the codes of a matrix."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 
 def quantization_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    """What bitsandbytes keeps beside the codes of a matrix, by name."""
+    """Return the tensors that bitsandbytes keeps beside the codes of a matrix, by name."""
     weight = getattr(module, "weight", None)
     state = getattr(weight, "quant_state", None)
     if state is not None:
@@ -26,7 +26,7 @@ def quantization_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def with_tensors(state: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """A `QuantState` like `state` of other tensors."""
+    """Return a `QuantState` like `state` with other tensors."""
     made = copy.copy(state)
     made.absmax, made.code = tensors["absmax"], tensors["code"]
     if state.nested:
@@ -36,12 +36,12 @@ def with_tensors(state: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
 
 
 def copied(state: Any) -> Any:
-    """A `QuantState` that may change, with the one that stays as it is; see `bnb_cpu`."""
+    """Return a `QuantState` that may change, with a reference to the one that does not; see `bnb_cpu`."""
     made = copy.copy(state)
     made.before_packing = state
     return made
 
 
 def itself(state: Any) -> Any:
-    """The state as it is."""
+    """Return `state` unchanged."""
     return state

@@ -1,4 +1,4 @@
-"""Modules of a checkpoint that bitsandbytes quantized: read as they are, on the host."""
+"""Modules of a checkpoint that bitsandbytes quantized, filled on the host."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _SCALES = "SCB"
 
 
 def restored(module: nn.Module, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> nn.Module:
-    """The same module, empty before, with what its checkpoint holds of it.
+    """Return `module`, filled with its tensors from the checkpoint.
 
     Args:
-        tensors: Codes, bias and quantization state under the names that bitsandbytes gives them, on the host.
-        dtype: Biases, and what else is stored in float32 and not quantized, are cast to it; the rest stays as it is,
-            for `transformers` leaves it so too.
+        tensors: Codes, bias and quantization state under bitsandbytes' names, on the host.
+        dtype: Biases and other float32 tensors that are not quantized are cast to it. The rest keeps its dtype, as in
+            `transformers`.
     """
     made: Any = module
     plain = {name: tensors[name] for name, _ in module.named_parameters(recurse=False)}

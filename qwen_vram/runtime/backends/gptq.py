@@ -1,4 +1,4 @@
-"""Checkpoints of GPTQ and AWQ by GPTQModel, through `transformers`' own quantizers; they load as they are stored."""
+"""Checkpoints of GPTQ and AWQ by GPTQModel, loaded as they are stored."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from torch import nn
 from qwen_vram.errors import UnknownNameError
 from qwen_vram.runtime.backends.base import Request, from_pretrained, stored_config
 from qwen_vram.runtime.backends.gptq_library import check_installed, import_quietly, quietly
+from qwen_vram.spec.formats import FORMATS
 from qwen_vram.spec.profile import Profile
-from qwen_vram.spec.quantization import quantization_of, settings_of
+from qwen_vram.spec.quantization import AWQ, GPTQ, quantization_of, settings_of
 
-# What a module keeps of its checkpoint. It has no parameters: all of it are buffers.
+# Tensors that a module keeps of its checkpoint. They are buffers: the module has no parameters.
 _STORED = ("qweight", "qzeros", "scales", "g_idx", "bias")
-# Plain kernels, which start at once and leave tensors as they are stored. GPTQModel's own choice on CUDA (Machete,
-# Marlin, ExLlama) is compiled by nvcc for a minute or more when it is first used, and its choice on the CPU too.
+# Plain kernels, which need no compilation and leave tensors as they are stored. nvcc compiles GPTQModel's own choice on
+# CUDA (Machete, Marlin, ExLlama) for a minute or more at the first use. Its choice on the CPU is compiled too.
 _PLAIN = {"cpu": "torch", "cuda": "triton"}
-# Settings of a checkpoint that say how its tensors are read.
+# GPTQModel's names of the plain kernels for AWQ.
+_NAMED = {AWQ: {"torch": "torch_awq", "triton": "gemm_triton"}}
+# Settings of a checkpoint that determine how its tensors are read.
 _DEFAULT_BITS = 4
 _READ = ("bits", "group_size", "desc_act", "sym", "checkpoint_format", "format", "version", "zero_point", "meta")
 KERNEL = "QWEN_VRAM_GPTQ_KERNEL"
@@ -28,33 +31,33 @@ KERNELS = ("auto", "machete", "marlin", "exllama_v2", "triton", "torch")
 
 
 class GptqBackend:
-    """GPTQModel's kernels. A 16-bit checkpoint is quantized beforehand, by `quantize_gptq()`."""
+    """The backend of GPTQModel's kernels. `quantize_gptq()` quantizes a 16-bit checkpoint beforehand."""
 
     name = "gptq"
 
     def check(self, profile: Profile, device: torch.device) -> None:
-        """Refuse a missing library, and a kernel that is none."""
+        """Refuse a missing library, and an unknown kernel."""
         check_installed(f"weights={profile.weights!r}")
         _chosen_kernel()
 
     def load(self, request: Request) -> nn.Module:
-        """The model with the checkpoint's tensors under its matrices, and a kernel for the device."""
+        """Return the model with the checkpoint's tensors in its matrices, and a kernel for the device."""
         settings = _settings(request)
         import_quietly()
         config = stored_config(request)
-        # The checkpoint's own settings win over any that are passed, so they are changed where they stand.
+        # The checkpoint's own settings override arguments, so they are changed in the config.
         config.quantization_config = settings
-        if request.profile.weights == "awq" and request.device.type == "cuda":
-            request = request._replace(dtype=torch.float16)  # its kernels know no bf16; transformers would say so
+        if FORMATS[request.profile.weights].is_awq and request.device.type == "cuda":
+            request = request._replace(dtype=torch.float16)  # its kernels do not support bf16; transformers would warn
         with quietly():
             model = from_pretrained(request._replace(made=_missing_order(request)), config=config)
         for module in model.modules():
-            # torch.compile of it: a compiler run for every shape, and none where there is no compiler.
+            # torch.compile of it would run a compiler for every shape, and fail without a compiler.
             module.__dict__.pop("dequantize_weight", None)
         return model
 
     def storages(self, module: nn.Module) -> list[torch.Tensor]:
-        """Codes, zeros, scales, the order of columns, and the bias."""
+        """Return codes, zeros, scales, the order of columns, and the bias."""
         if not isinstance(getattr(module, "qweight", None), torch.Tensor):
             return []
         found = (getattr(module, name, None) for name in _STORED)
@@ -62,20 +65,19 @@ class GptqBackend:
 
 
 def _settings(request: Request) -> dict[str, Any]:
-    """The checkpoint's `quantization_config` with the kernel in it, and only what loading needs of the rest.
+    """Return the checkpoint's `quantization_config` with the kernel, and only the settings that loading needs.
 
-    Which modules are quantized is said by their full names: rules of the file's own spelling are not read on the way.
+    Quantized modules are listed by their full names, so the file's own rules for names are not needed.
     """
     method, block = request.profile.weights, settings_of(quantization_of(request.files.config))
     kernel = _chosen_kernel() or _PLAIN[request.device.type]
     if kernel == "triton" and (block.get("bits") == 3 or find_spec("triton") is None):
         kernel = "torch"
-    if method == "awq":
-        kernel = {"torch": "torch_awq", "triton": "gemm_triton"}.get(kernel, kernel)
+    kernel = _NAMED.get(method, {}).get(kernel, kernel)
     settings = {"bits": _DEFAULT_BITS, **{key: block[key] for key in _READ if key in block}}
     tensors = request.files.tensors
     quantized = sorted(name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight"))
-    if method == "gptq":
+    if method == GPTQ:
         settings["modules_in_block_to_quantize"] = [quantized]
     else:
         plain = [name.removesuffix(".weight") for name in tensors if name.endswith("proj.weight")]
@@ -84,11 +86,11 @@ def _settings(request: Request) -> dict[str, Any]:
 
 
 def _missing_order(request: Request) -> dict[str, torch.Tensor]:
-    """The group of each column, by the name of its tensor, of every matrix whose file has none: they follow in order.
+    """Return the group of each column for every matrix without `g_idx`, by the name of that tensor.
 
-    Without `desc_act` nothing else can be meant, and a checkpoint with it is refused.
+    The groups are in order, the only meaning without `desc_act`. A checkpoint with `desc_act` is refused.
     """
-    if request.profile.weights == "awq":
+    if FORMATS[request.profile.weights].is_awq:
         return {}
     tensors = request.files.tensors
     settings: Any = settings_of(quantization_of(request.files.config))
@@ -103,7 +105,7 @@ def _missing_order(request: Request) -> dict[str, torch.Tensor]:
 
 
 def _chosen_kernel() -> str | None:
-    """What the environment variable asks for; `None` where it is not set."""
+    """Return the kernel that the environment variable names; `None` if it is not set."""
     kernel = os.environ.get(KERNEL)
     if kernel is not None and kernel not in KERNELS:
         raise UnknownNameError(f"kernel in {KERNEL}", kernel, KERNELS)

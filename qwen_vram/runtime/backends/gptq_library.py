@@ -1,6 +1,6 @@
-"""GPTQModel, imported with what that changes of the process put back.
+"""Import of GPTQModel without its changes to the process.
 
-Source of what it changes: GPTQModel 7.6.0, gptqmodel/__init__.py and models/auto.py, tokenicer 0.0.14.
+Source of the changes: GPTQModel 7.6.0, gptqmodel/__init__.py and models/auto.py, tokenicer 0.0.14.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ INSTALL = 'pip install "qwen-vram[gptq]"'
 
 
 def check_installed(what: str) -> None:
-    """Refuse `what` where a library that it needs is missing.
+    """Refuse `what` if a library that it needs is missing.
 
     Raises:
         BackendUnavailableError: GPTQModel or optimum is not installed.
@@ -36,10 +36,10 @@ def check_installed(what: str) -> None:
 
 
 def import_quietly() -> None:
-    """Import GPTQModel without its banner, and with the environment that was there before.
+    """Import GPTQModel without its banner, and restore the environment.
 
-    The import runs in a thread. GPTQModel keeps an exception of its import, and the exception keeps all frames below
-    it, with their variables: in this thread, the frames of `load()` and the model. Source: GPTQModel 7.6.0,
+    The import runs in a thread. GPTQModel keeps an exception of its import, which keeps all frames below it with their
+    variables. In the caller's thread these would be the frames of `load()` with the model. Source: GPTQModel 7.6.0,
     nn_modules/qlinear/gguf_cpp.py, `_LLAMA_CPP_IMPORT_ERROR`.
     """
     with ThreadPoolExecutor(1) as executor:
@@ -47,16 +47,16 @@ def import_quietly() -> None:
 
 
 def _import() -> None:
-    """Import GPTQModel, and put back what that changes.
+    """Import GPTQModel, and restore the settings that it changes.
 
-    It would set torch's allocator and the order of GPUs where nothing is set, and the hub's cache to a folder in /tmp.
+    It sets torch's allocator and the order of GPUs if they are not set, and the hub's cache to a folder in /tmp.
     """
     before = dict(os.environ)
-    # What it finds set it leaves; these are the defaults of CUDA and torch.
+    # GPTQModel does not change variables that are set. These are the defaults of CUDA and torch.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:False")
     os.environ.setdefault("CUDA_DEVICE_ORDER", "FASTEST_FIRST")
     disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # what it imports says what it would rather have found
+    logging.disable(logging.WARNING)  # modules that it imports log warnings about missing libraries
     try:
         with redirect_stdout(StringIO()), quietly():
             import gptqmodel  # noqa: F401
@@ -71,12 +71,12 @@ def _import() -> None:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Without what GPTQModel and optimum make Python, torch and transformers say, which cannot be acted on."""
+    """Suppress messages of Python, torch and transformers that GPTQModel and optimum cause, and that need no action."""
     logger = logging.getLogger("transformers.modeling_utils")
     with warnings.catch_warnings():
-        # A folder for offloading, which a quantized model that is loaded does not use.
+        # A folder for offloading, which a loaded quantized model does not use.
         warnings.filterwarnings("ignore", "Implicitly cleaning up", ResourceWarning)
-        # optimum asks a model for the value of every attribute.
+        # optimum reads the value of every attribute of a model.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         logger.addFilter(_is_no_loss_type)

@@ -1,4 +1,4 @@
-"""int4, int8-wo and fp8 by operators that torch carries, quantized tensor by tensor while they load."""
+"""int4, int8-wo and fp8 by torch's own operators, quantized while they load."""
 
 from __future__ import annotations
 
@@ -11,32 +11,33 @@ from qwen_vram.errors import BackendUnavailableError
 from qwen_vram.runtime.backends.base import Request, from_pretrained, stored_config
 from qwen_vram.runtime.linear.int4_packing import order_is_known
 from qwen_vram.runtime.linear.weight_only import WeightOnlyLinear
+from qwen_vram.spec.formats import FORMATS
 from qwen_vram.spec.profile import Profile
 
-# tinygemm multiplies by bf16 tensor cores. Source: torch 2.11, int4mm.cu.
+# tinygemm uses bf16 tensor cores. Source: torch 2.11, int4mm.cu.
 _OLDEST_INT4 = (8, 0)
 
 
 class TorchBackend:
-    """Weight-only formats on torch's own operators: no library beside it."""
+    """The backend of weight-only formats on torch's own operators, without other libraries."""
 
     name = "torch"
 
     def check(self, profile: Profile, device: torch.device) -> None:
-        """Refuse int4 where its kernels do not run."""
-        reason = _int4_cannot_run(device) if profile.weights == "int4" else ""
+        """Refuse int4 if its kernels do not run."""
+        reason = _int4_cannot_run(device) if FORMATS[profile.weights].is_tinygemm else ""
         if reason:
             raise BackendUnavailableError(f"weights='int4' cannot run: {reason}; use weights='nf4'", backend=self.name)
 
     def load(self, request: Request) -> nn.Module:
-        """The model with its matrices quantized; embeddings, norms and biases keep the model's dtype."""
-        config = _config(request.profile)  # registers the quantizer, which a stored checkpoint needs too
+        """Return the model with its matrices quantized; embeddings, norms and biases keep the model's dtype."""
+        config = _config(request.profile)  # also registers the quantizer, which a stored checkpoint needs
         return from_pretrained(
             request, **({"config": stored_config(request)} if request.stored else {"quantization_config": config})
         )
 
     def saved_config(self, model: nn.Module, profile: Profile) -> dict[str, Any]:
-        """What config.json says of the quantization, with every matrix that is in 16 bits."""
+        """Return the `quantization_config`, which lists every matrix in 16 bits."""
         config = _config(profile)
         plain = [name for name, module in model.named_modules() if type(module) is nn.Linear]
         config.modules_to_not_convert = sorted({*plain, *config.modules_to_not_convert})
@@ -44,7 +45,7 @@ class TorchBackend:
         return saved
 
     def storages(self, module: nn.Module) -> list[torch.Tensor]:
-        """Scales, and zeros where the format has them."""
+        """Return the scales, and the zeros if the format has them."""
         return [getattr(module, module.scales)] if isinstance(module, WeightOnlyLinear) else []
 
 
@@ -55,7 +56,7 @@ def _config(profile: Profile) -> Any:
 
 
 def _int4_cannot_run(device: torch.device) -> str:
-    """Why torch's int4 kernels do not run on `device`; empty where they do."""
+    """Return why torch's int4 kernels do not run on `device`; empty if they do."""
     kernel = "_weight_int4pack_mm_for_cpu" if device.type == "cpu" else "_weight_int4pack_mm"
     if not hasattr(torch.ops.aten, kernel):
         return f"torch {torch.__version__} lacks {kernel}"

@@ -1,8 +1,8 @@
-"""Generating by decode steps: `transformers`' own loop for one sequence or many, but for its forward and its waiting.
+"""The generation loop of `transformers` over captured decode steps.
 
-Logits processors, warpers, stopping criteria and streamers are `transformers`', called in its order with what it calls
-them with. Whether to stop is read one step late, while the next one runs already, so that the host never waits for the
-newest token; the step that was too many leaves no trace.
+Logits processors, warpers, stopping criteria and streamers are those of `transformers`, called in the same order with
+the same arguments. The decision to stop is read one step late, while the next step already runs. The host therefore
+never waits for the newest token. The extra step is undone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _LOGGER = logging.getLogger(__name__)
 
 
 class CompiledDecoding:
-    """Goes before a model's class: its `generate` runs compiled steps over a `GraphCache`, greedy or sampling."""
+    """Mixin before a model's class: its `generate` runs captured steps over a `GraphCache`, greedy or sampling."""
 
     def _sample(self: Any, input_ids: Tensor, *args: Any, **options: Any) -> Any:
         cache = options.get("past_key_values")
@@ -46,7 +46,7 @@ class CompiledDecoding:
 
 
 def decode_by_steps(model: Any) -> None:
-    """Let `model.generate` run compiled steps wherever its cache is a `GraphCache`."""
+    """Let `model.generate` run captured steps if its cache is a `GraphCache`."""
     if isinstance(model, CompiledDecoding):
         return
     kind = type(model)
@@ -57,7 +57,7 @@ def decode_by_steps(model: Any) -> None:
 def _in_the_way(
     cache: GraphCache, *, generation_config: Any, attention_mask: Tensor | None = None, **options: Any
 ) -> str:
-    """Why steps cannot run; empty where they can."""
+    """Return why steps cannot run; empty if they can."""
     if generation_config.output_attentions or generation_config.output_hidden_states:
         return "output_attentions or output_hidden_states"
     if options.get("synced_gpus") or not options.get("use_cache", True):
@@ -84,13 +84,13 @@ def _decode(
     streamer: Any = None,
     **model_kwargs: Any,
 ) -> Any:
-    """`_sample` by decode steps: prefill, then a step for every token."""
+    """Return the result of `_sample` by decode steps: prefill, then a step for every token."""
     cache: GraphCache = model_kwargs["past_key_values"]
     outputs = model._prefill(
         input_ids, generation_config, model_kwargs, is_first_iteration=not generation_config.is_assistant
     )
     logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
-    del outputs  # of a plain forward, logits of the whole prompt
+    del outputs  # in a plain forward pass, logits of the whole prompt
     fed = cache.get_seq_length()
     step = cache.step()
     padding, positions = _places(fed, input_ids.shape[0], input_ids.device, **model_kwargs)
@@ -130,7 +130,7 @@ def _places(
     position_ids: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Padding at the front of each sequence, (batch,), and the next token's position, (batch, 1)."""
+    """Return the padding at the front of each sequence, (batch,), and the next token's position, (batch, 1)."""
     padding = torch.zeros(batch_size, dtype=torch.int64, device=device)
     if attention_mask is not None:
         padding = (attention_mask[:, :length] == 0).sum(1)

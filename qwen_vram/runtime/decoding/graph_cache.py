@@ -1,4 +1,4 @@
-"""Static KV buffers for decode steps that are captured once as a CUDA graph, and the cache that leases them."""
+"""Static KV buffers for captured decode steps, and the cache that borrows them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class DecodeStep(Protocol):
     """The part of a decode step that generating needs; `graph_step.Step` is one."""
 
     def begin(self, length: int, padding: Tensor, positions: Tensor) -> None:
-        """Say where the next tokens go."""
+        """Set the position of the next tokens."""
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Feed one token of each sequence and return the logits."""
@@ -28,7 +28,7 @@ class Lender(Protocol):
     """The part of a decoder that a cache needs; `graph_decoder.Decoder` is one."""
 
     def lend(self, holder: BufferLease, batch_size: int) -> GraphBuffers:
-        """Return buffers for a cache."""
+        """Return buffers for a cache, which `holder` has until `release`."""
         ...
 
     def step(self, buffers: GraphBuffers, batch_size: int) -> DecodeStep:
@@ -40,20 +40,20 @@ class Lender(Protocol):
 
 
 class GraphBuffers:
-    """Keys and values of every layer, (batch_size, max_length, kv_heads, head_dim) each."""
+    """Keys and values of every layer, (batch_size, max_length, kv_heads, head_dim) each, in the layer's own sizes."""
 
     def __init__(self, model: Any, batch_size: int, max_length: int) -> None:
-        config = model.config
-        head_dim = model.model.layers[0].self_attn.head_dim
-        shape = (batch_size, max_length, config.num_key_value_heads, head_dim)
         where = {"dtype": model.dtype, "device": model.device}
         self.batch_size, self.max_length = batch_size, max_length
         # Zero-filled, because masking does not remove NaNs. Allocated outside inference mode, because inference tensors
         # cannot be updated in place outside it.
         with torch.inference_mode(False):
-            self.layers = [
-                (torch.zeros(shape, **where), torch.zeros(shape, **where)) for _ in range(config.num_hidden_layers)
-            ]
+            self.layers: list[tuple[Tensor, Tensor]] = []
+            for layer in model.model.layers:
+                attention = layer.self_attn
+                heads = attention.k_proj.out_features // attention.head_dim
+                shape = (batch_size, max_length, heads, attention.head_dim)
+                self.layers.append((torch.zeros(shape, **where), torch.zeros(shape, **where)))
 
     @property
     def size(self) -> tuple[int, int]:
@@ -61,12 +61,12 @@ class GraphBuffers:
         return self.batch_size, self.max_length
 
     def holds(self, batch_size: int, max_length: int) -> bool:
-        """Tell if it is large enough."""
+        """Tell if the buffers are large enough."""
         return batch_size <= self.batch_size and max_length <= self.max_length
 
 
 class BufferLease:
-    """The right of one cache to buffers, which it gets with its first tokens.
+    """The claim of one cache to buffers, which it gets with its first tokens.
 
     Attributes:
         lender: The decoder that lends them.
@@ -79,7 +79,7 @@ class BufferLease:
         self.buffers: GraphBuffers | None = None
 
     def take(self, batch_size: int) -> GraphBuffers:
-        """Return the buffers, which the lease holds from now on."""
+        """Return the buffers, which the lease holds until its release."""
         if self.buffers is None:
             self.buffers = self.lender.lend(self, batch_size)
         return self.buffers
@@ -93,17 +93,17 @@ class GraphLayer(PreallocatedLayer):
         self._lease, self._number = lease, number
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Take the memory for the batch of `key_states`."""
+        """Allocate the memory for the batch of `key_states`."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self._see(key_states.shape[0])
         self.is_initialized = True
 
     def in_buffers(self) -> bool:
-        """Tell if keys and values are where a decode step reads them."""
+        """Tell if keys and values are in the buffers that a decode step reads."""
         return self.is_initialized and self.keys.data_ptr() == self.tensors()[0].data_ptr()
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """All memory that is held, for sequences that are not there too."""
+        """Return all memory that is held, also for sequences that are not used."""
         return () if self._lease.buffers is None else self._lease.buffers.layers[self._number]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -111,7 +111,7 @@ class GraphLayer(PreallocatedLayer):
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every sequence `repeats` times, outside the buffers if these hold fewer."""
+        """Repeat every sequence `repeats` times, outside the buffers if they hold fewer sequences."""
         if self.is_initialized:
             self.batch_select_indices(torch.arange(self.keys.shape[0]).repeat_interleave(repeats))
 
@@ -141,12 +141,12 @@ class GraphCache(Cache):  # type: ignore[misc]
         super().__init__(layers=[GraphLayer(self.lease, number) for number in range(num_hidden_layers)])
 
     def step(self) -> DecodeStep:
-        """Return the decode step of the sequences that it holds, which is made now if there is none yet."""
+        """Return the decode step of the sequences that the cache holds; create it if it does not exist yet."""
         assert self.lease.buffers is not None
         return self.lease.lender.step(self.lease.buffers, self.layers[0].keys.shape[0])
 
     def release(self) -> None:
-        """Give the buffers back; the cache is not used any more."""
+        """Return the buffers to the lender; the cache is not used any more."""
         self.lease.lender.release(self.lease)
 
     def as_held(self, workload: Workload) -> Workload:
@@ -158,10 +158,10 @@ class GraphCache(Cache):  # type: ignore[misc]
         return replace(workload, batch_size=buffers.batch_size, max_new_tokens=new)
 
     def in_buffers(self) -> bool:
-        """Tell if all layers are where a decode step reads them, or will be with their first tokens."""
+        """Tell if all layers are in the buffers that a decode step reads, or will be with their first tokens."""
         return all(layer.in_buffers() or not layer.is_initialized for layer in self.layers)
 
     def set_length(self, length: int) -> None:
-        """Tell the layers how many tokens they hold, after steps that did not."""
+        """Set the number of tokens in the layers, after steps that did not update it."""
         for layer in self.layers:
             layer.length = length

@@ -1,7 +1,7 @@
-"""The decoder: it makes decode steps, captured and optionally compiled by torch, and keeps the buffers they run over.
+"""The decoder: compiles and captures decode steps, and keeps their KV buffers.
 
-Compiled are one decoder layer, for all of them, and the model's end. torch keeps what it compiled on disk, for later
-runs. Where there is no Triton or no C compiler, a step is captured as it is.
+torch compiles one decoder layer, which serves all layers, and the model's end. It caches compiled code on the disk for
+later runs. Without Triton or a C compiler, a step is captured without compilation.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from qwen_vram.spec.workload import Workload
 
 _LOGGER = logging.getLogger(__name__)
 
-# With it torch writes kernels of its own for products of one row, which read the matrix faster than cuBLAS does.
+# With this option torch generates kernels for products of one row, which read the matrix faster than cuBLAS does.
 # Source: torch 2.11, torch/_inductor/decomposition.py, `mm`.
 _TUNED: dict[str, str | int | bool | Callable[..., Any]] = {"coordinate_descent_tuning": True}
 
-# cuBLAS keeps a workspace for every stream for good: those of closed models are used again.
+# cuBLAS keeps a workspace for every stream until the process ends, so the streams of closed models are reused.
 _FREE_STREAMS: defaultdict[torch.device, list[torch.cuda.Stream]] = defaultdict(list)
 
 
 class Decoder:
-    """Makes decode steps of a model, and keeps buffers of the planned size for one cache at a time.
+    """Maker of a model's decode steps, which keeps buffers of the planned size for one cache at a time.
 
     Attributes:
-        seconds: What compiling and capturing took so far.
-        backend: torch's compiler; `None` where steps are captured as they are.
+        seconds: The time of compiling and capturing so far.
+        backend: torch's compiler; `None` if steps are captured without compilation.
     """
 
     def __init__(self, model: Any, *, batch_size: int, max_length: int, backend: Any = "inductor") -> None:
@@ -54,7 +54,7 @@ class Decoder:
         self._planned = (batch_size, max_length)
         self._functions: dict[int, Functions] = {}
         self._home: GraphBuffers | None = None
-        # By buffers, then by how many of their sequences a step feeds. A step holds views of the buffers' tensors.
+        # By buffers, then by the number of sequences that a step feeds. A step holds views of the buffers' tensors.
         self._steps: WeakKeyDictionary[GraphBuffers, dict[int, Step]] = WeakKeyDictionary()
         self._holder: Callable[[], BufferLease | None] = lambda: None
         self._stream: torch.cuda.Stream | None = None
@@ -64,13 +64,13 @@ class Decoder:
 
     @property
     def layers(self) -> int:
-        """How many decoder layers the model has."""
+        """The number of decoder layers of the model."""
         return len(self.model.model.layers)
 
     def prepare(self, batch_size: int, max_length: int) -> None:
-        """Make buffers and a step for a workload; buffers of another size are dropped first.
+        """Create buffers and a step for a workload; buffers of another size are dropped first.
 
-        A workload within the plan gets buffers of the planned size, a larger one buffers of its own size.
+        A workload within the plan gets buffers of the planned size. A larger one gets buffers of its own size.
         """
         if self._holder() is None:
             planned = batch_size <= self._planned[0] and max_length <= self._planned[1]
@@ -81,7 +81,7 @@ class Decoder:
             self.step(self._home, batch_size)
 
     def drop_larger_buffers(self) -> None:
-        """Drop buffers of another than the planned size, which no plan counts, if no cache has them."""
+        """Drop buffers that are not of the planned size, which no plan counts, if no cache has them."""
         if self._home is not None and self._home.size != self._planned and self._holder() is None:
             self._home = None
 
@@ -91,7 +91,7 @@ class Decoder:
             self._home = None
 
     def lend(self, holder: BufferLease, batch_size: int) -> GraphBuffers:
-        """Return buffers for a cache: those that are kept, or buffers of its own while another cache has those."""
+        """Return the buffers that are kept, or new ones while another cache has those."""
         free = self._holder() is None
         if free and self._home is not None and self._home.holds(batch_size, holder.max_length):
             self._holder = weakref.ref(holder)
@@ -99,15 +99,15 @@ class Decoder:
         return GraphBuffers(self.model, batch_size, holder.max_length)
 
     def release(self, holder: BufferLease) -> None:
-        """Take the buffers back that are kept, if `holder` has them."""
+        """Take back the buffers that are kept, if `holder` has them."""
         if self._holder() is holder:
             self._holder = lambda: None
 
     def step(self, buffers: GraphBuffers, batch_size: int) -> Step:
-        """Return the step of the first `batch_size` sequences of buffers, which is made now if there is none yet.
+        """Return the step of the first `batch_size` sequences of `buffers`; create it if it does not exist yet.
 
-        At most two steps are kept for the same buffers: that of all their sequences, and that of the smaller batch that
-        ran last.
+        At most two steps are kept for the same buffers: the step of all their sequences, and the step of the smaller
+        batch that ran last.
         """
         steps = self._steps.setdefault(buffers, {})
         if batch_size not in steps:
@@ -121,7 +121,7 @@ class Decoder:
         return steps[batch_size]
 
     def close(self) -> None:
-        """Let go of graphs, buffers, compiled code and the model."""
+        """Release graphs, buffers, compiled code and the model."""
         self._steps.clear()
         self._home = None
         self._functions.clear()
@@ -134,7 +134,7 @@ class Decoder:
         step = self._rehearsed(buffers, batch_size)
         if self._stream is not None:
             step.capture(self._stream, self._pool)
-            torch.cuda.empty_cache()  # what a compiler tried out
+            torch.cuda.empty_cache()  # tensors of a compiler's trials
         return step
 
     @torch.inference_mode(False)
@@ -157,7 +157,7 @@ class Decoder:
         return step
 
     def _compiled(self) -> Functions:
-        """Layer and end, each a function of its own: what torch compiles belongs to a function's code, for good."""
+        """Return layer and end. Compiled ones are new functions, because torch attaches code to a function for good."""
         if self.backend is None:
             fused = isinstance(self.model.model.layers[0], FusedLayer)
             return (fused_decode_layer, fused_decode_end) if fused else (decode_layer, decode_end)
@@ -170,7 +170,7 @@ class Decoder:
 
 
 def decoder_for(model: Any, workload: Workload, progress: Callable[..., Iterable[int]], *, compiled: bool) -> Decoder:
-    """Decode steps for `model.generate`: those of a workload are captured now, and compiled before that if asked for.
+    """Return a decoder for `model.generate`, with the steps of a workload captured, and compiled first if asked.
 
     Args:
         model: A `transformers` model, or a `PeftModel` of one.
@@ -181,7 +181,7 @@ def decoder_for(model: Any, workload: Workload, progress: Callable[..., Iterable
     sizes = {"batch_size": workload.batch_size, "max_length": workload.context_len}
     decoder = Decoder(base, **sizes, backend=compiler_for(base.device) if compiled else None)
     for _ in progress(range(1), desc="Compiling the decode step" if compiled else "Capturing the decode step"):
-        # In the thread that generations have, with its cuBLAS handle and workspaces.
+        # In the thread of generations, with its cuBLAS handle and workspaces.
         job = Job(Turns(), lambda turn: decoder.prepare(**sizes), base.device)
         job.start()
         job.result()
@@ -191,12 +191,12 @@ def decoder_for(model: Any, workload: Workload, progress: Callable[..., Iterable
 def decoder_where_it_runs(
     model: Any, workload: Workload, progress: Callable[..., Iterable[int]], *, compiled: bool
 ) -> Decoder | None:
-    """As `decoder_for`; `None`, with a warning, where steps cannot be captured and nobody asked for compiled ones."""
+    """Return the result of `decoder_for`; `None`, with a warning, if uncompiled steps cannot be captured."""
     try:
         return decoder_for(model, workload, progress, compiled=compiled)
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:  # of a driver or a torch that captures less than those that were tried
+    except RuntimeError as error:  # a driver or a torch that captures less than the tested ones
         if compiled:
             raise
         _LOGGER.warning(
@@ -207,7 +207,7 @@ def decoder_where_it_runs(
 
 
 def compiler_for(device: torch.device) -> str | None:
-    """The compiler of torch, where it can make code for `device` here; says once what is missing."""
+    """Return torch's compiler if it can generate code for `device` here; log once what is missing."""
     missing = missing_compiler()
     if not missing:
         return "inductor"
@@ -237,7 +237,7 @@ def _compiler_errors() -> tuple[type[BaseException], ...]:
 
 @contextmanager
 def _on(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """Run on `stream`, after what was asked for before and before what is asked for next."""
+    """Run on `stream`, after earlier work of the current stream and before its later work."""
     if stream is None:
         yield
         return

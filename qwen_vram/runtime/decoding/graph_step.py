@@ -1,6 +1,6 @@
-"""The decode step: one token of every sequence, captured as a CUDA graph and then only replayed.
+"""The decode step: one token of every sequence, captured as a CUDA graph.
 
-Captured is the whole of it, state included: places in the cache move on by themselves.
+The graph contains the whole step with its state: it also advances the positions in the cache.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Functions = tuple[Callable[..., Tensor], Callable[..., Tensor]]
 
 
 class Step:
-    """One decode step for the first `batch_size` sequences of buffers. It makes the host wait for nothing."""
+    """One decode step for the first `batch_size` sequences of buffers. The host never waits for it."""
 
     def __init__(
         self, model: Any, functions: Functions, buffers: GraphBuffers, batch_size: int, *, dynamic: bool
@@ -30,7 +30,7 @@ class Step:
         self.memory = [
             (keys[:batch_size].flatten(0, 1), values[:batch_size].flatten(0, 1)) for keys, values in buffers.layers
         ]
-        if dynamic:  # buffers of other lengths run the same code
+        if dynamic:  # the same code serves buffers of other lengths
             for pair in self.memory:
                 for one in pair:
                     torch._dynamo.mark_dynamic(one, 0)
@@ -43,17 +43,17 @@ class Step:
         self.starts = state(batch_size + 1, dtype=torch.int32)
         self.rows = torch.arange(batch_size + 1, dtype=torch.int32, device=model.device)
         self.logits = state(batch_size, model.config.vocab_size, dtype=torch.float32)
-        # Rows of a table on the host are gathered before a replay.
+        # Rows of embeddings on the host are gathered before a replay.
         table, width = model.get_input_embeddings(), model.config.hidden_size
         self.table = table if isinstance(table, HostEmbedding) else None
         self.embedded = None if self.table is None else state(batch_size, width, dtype=model.dtype)
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def begin(self, length: int, padding: Tensor, positions: Tensor) -> None:
-        """Say that the buffers hold `length` tokens of each sequence.
+        """Set the state: the buffers hold `length` tokens of each sequence.
 
         Args:
-            padding: How many of them are padding at the front, (batch,).
+            padding: The number of padding tokens at the front of each sequence, (batch,).
             positions: The next tokens' positions, (batch, 1).
         """
         batch = len(self.tokens)
@@ -65,7 +65,7 @@ class Step:
         self.positions.copy_(positions)
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Feed a token of each sequence, (batch,); returns logits (batch, vocab_size), which the next step replaces."""
+        """Feed a token of each sequence, (batch,); return logits (batch, vocab_size), valid until the next step."""
         self.tokens.copy_(tokens)
         self.embed()
         if self.graph is None:
@@ -77,14 +77,14 @@ class Step:
     @torch.inference_mode(False)
     @torch.no_grad()
     def embed(self) -> None:
-        """Bring the tokens' rows from a table on the host."""
+        """Gather the rows of the tokens from embeddings on the host."""
         if self.table is not None and self.embedded is not None:
             self.embedded.copy_(self.table(self.tokens))
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def run(self) -> None:
-        """What is captured."""
+        """Run the operations that are captured."""
         model = self.model.model
         hidden = model.embed_tokens(self.tokens) if self.embedded is None else self.embedded
         cos, sin = model.rotary_emb(hidden[:, None], self.positions)
@@ -96,14 +96,14 @@ class Step:
             counter.add_(1)
 
     def rehearse(self) -> None:
-        """Run it at the last position of the buffers, which is still free. This compiles what is not compiled yet."""
+        """Run the step at the last, free position of the buffers, which compiles code that is not compiled yet."""
         self.begin(
             self.max_length - 1, torch.full_like(self.slots, self.max_length - 1), torch.zeros_like(self.positions)
         )
         self.run()
 
     def capture(self, stream: torch.cuda.Stream, pool: Any) -> None:
-        """Make the graph, with its temporary tensors in `pool`; `stream` has rehearsed."""
+        """Capture the graph, with its temporary tensors in `pool`, on a `stream` that has rehearsed."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self.run()

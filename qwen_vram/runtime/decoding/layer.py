@@ -1,7 +1,7 @@
-"""One new token of every sequence through a decoder layer and through the model's end: what is captured or compiled.
+"""One new token per sequence through a decoder layer and the head, for capture.
 
-Nothing here knows a layer's number or a cache: tensors are arguments, so that one compiled function serves all layers.
-The modules are `transformers`' own, whatever their matrices are stored in; sums are those of its forward.
+The functions take tensors as arguments, without a layer's number or a cache, so one compiled function serves all
+layers. The modules are `transformers`' own, in every storage format, and the sums are those of its forward pass.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from qwen_vram.runtime.linear import few_rows
 
 
 class Place(NamedTuple):
-    """Where a step's tokens are, on the device.
+    """Position of a step's tokens, on the device.
 
     Attributes:
-        cos, sin: Of the rotary embedding, (batch, 1, head_dim).
-        slots: Where keys and values go, (batch,): rows of a layer's memory.
-        rows, starts, filled: As for `attention.decode`, the new token included.
+        cos, sin: Cosines and sines of the rotary embedding, (batch, 1, head_dim).
+        slots: Rows of a layer's memory for the new keys and values, (batch,).
+        rows, starts, filled: As for `attention.decode`, with the new token.
     """
 
     cos: Tensor
@@ -35,7 +35,7 @@ class Place(NamedTuple):
 
 
 def decode_layer(layer: Any, hidden: Tensor, keys: Tensor, values: Tensor, place: Place) -> Tensor:
-    """One decoder layer: (batch, hidden_size) to the same; puts its keys and values into the memory."""
+    """Return a decoder layer's result, (batch, hidden_size) to the same; store its keys and values in the memory."""
     attention, batch = layer.self_attn, hidden.shape[0]
     normed = layer.input_layernorm(hidden)
     query = _product(attention.q_proj, normed).view(batch, -1, attention.head_dim)
@@ -54,7 +54,7 @@ def decode_layer(layer: Any, hidden: Tensor, keys: Tensor, values: Tensor, place
 
 
 def fused_decode_layer(layer: Any, hidden: Tensor, keys: Tensor, values: Tensor, place: Place) -> Tensor:
-    """As `decode_layer`, by this library's own kernels: for layers with `kernels="fused"`, and not to be compiled."""
+    """Return the result of `decode_layer` by this library's kernels, for `kernels="fused"` without compilation."""
     attention, batch = layer.self_attn, hidden.shape[0]
     normed = layer.input_layernorm(hidden)
     query, key, value = _products((attention.q_proj, attention.k_proj, attention.v_proj), normed)
@@ -73,30 +73,30 @@ def fused_decode_layer(layer: Any, hidden: Tensor, keys: Tensor, values: Tensor,
 
 
 def fused_decode_end(model: Any, hidden: Tensor) -> Tensor:
-    """As `decode_end`, with the product of few rows."""
+    """Return the result of `decode_end`, with this library's product of few rows."""
     return _products((model.lm_head,), model.model.norm(hidden))[0].float()
 
 
 def _products(linears: tuple[nn.Module, ...], rows: Tensor) -> tuple[Tensor, ...]:
-    """The products of some matrices with the same rows: in one launch where that can be."""
+    """Return the products of some matrices with the same rows, in one launch if possible."""
     return few_rows.multiply_each(linears, rows) or tuple(linear(rows) for linear in linears)
 
 
 def _mlp(mlp: Any, rows: Tensor) -> Tensor:
-    """SwiGLU and what follows it; a whole call of the module where its matrices are not this library's to multiply."""
+    """Return SwiGLU and the down projection, or the module's own result if our kernels cannot read its matrices."""
     inner = few_rows.swiglu(mlp.gate_proj, mlp.up_proj, rows)
     result: Tensor = mlp(rows) if inner is None else _products((mlp.down_proj,), inner)[0]
     return result
 
 
 def decode_end(model: Any, hidden: Tensor) -> Tensor:
-    """The last norm and the head: (batch, hidden_size) to logits (batch, vocab_size) in float32."""
+    """Return the logits (batch, vocab_size) in float32 of (batch, hidden_size), by the last norm and the head."""
     logits: Tensor = model.lm_head(model.model.norm(hidden))
     return logits.float()
 
 
 def _product(linear: nn.Module, rows: Tensor) -> Tensor:
-    """A matrix product. For one row the bias comes after it: torch's compiler leaves a sum of both to cuBLAS."""
+    """Return a matrix product. For one row the bias is added after it: torch would leave a fused sum to cuBLAS."""
     if type(linear) is nn.Linear and linear.bias is not None and len(rows) == 1:
         return functional.linear(rows, linear.weight) + linear.bias
     result: Tensor = linear(rows)
@@ -104,6 +104,6 @@ def _product(linear: nn.Module, rows: Tensor) -> Tensor:
 
 
 def _rotated(heads: Tensor, place: Place) -> Tensor:
-    """Rotary embedding of (batch, heads, head_dim)."""
+    """Return the rotary embedding of (batch, heads, head_dim)."""
     left, right = heads.chunk(2, dim=-1)
     return heads * place.cos + torch.cat((-right, left), dim=-1) * place.sin

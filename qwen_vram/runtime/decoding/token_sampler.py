@@ -1,4 +1,4 @@
-"""Sampling after a decode step: choose the next tokens, and check one step late if they were the last.
+"""Sampling after a decode step, with a deferred check of the end.
 
 Source of the order: transformers 5.17 and 5.23, generation/utils.py, `_sample` and `DeferredStopCheck`.
 """
@@ -12,12 +12,12 @@ from torch import Tensor
 
 
 class TokenSampler:
-    """The sequences as they grow, in memory taken once, and what `generate` returns beside them."""
+    """The growing sequences, in memory allocated once, and the other results that `generate` returns."""
 
     def __init__(self, processor: Any, criteria: Any, config: Any, input_ids: Tensor, *, left: int) -> None:
         batch, prompt = input_ids.shape
         self.processor, self.criteria, self.config = processor, criteria, config
-        # The last token need not fit the cache: it is never fed.
+        # The last token does not have to fit the cache, because it is never fed.
         most = prompt + left + 1
         self.limit = most if criteria.max_length is None else min(criteria.max_length, most)
         self.stops_at_limit = criteria.max_length is not None and criteria.max_length <= most
@@ -32,16 +32,16 @@ class TokenSampler:
 
     @property
     def sequences(self) -> Tensor:
-        """Prompts and what followed, (batch, tokens)."""
+        """Prompts and the following tokens, (batch, tokens)."""
         return self.ids[:, : self.length]
 
     @property
     def full(self) -> bool:
-        """Tell if the longest that was asked for is there."""
+        """True if the sequences have the maximum length that was asked for."""
         return self.stops_at_limit and self.length >= self.limit
 
     def next(self, logits: Tensor) -> Tensor:
-        """Pick a token of each sequence, (batch,), from logits (batch, vocab_size), which may be overwritten."""
+        """Choose a token of each sequence, (batch,), from logits (batch, vocab_size), which may be overwritten."""
         if self.scores is not None or self.logits is not None:
             logits = logits.clone()
         scores = self.processor(self.sequences, logits)
@@ -61,14 +61,14 @@ class TokenSampler:
         return tokens
 
     def undo(self) -> None:
-        """Forget the newest token."""
+        """Remove the newest token."""
         self.length -= 1
         self.scores = self.scores[:-1] if self.scores else self.scores
         self.logits = self.logits[:-1] if self.logits else self.logits
 
 
 class DeferredStop:
-    """Tells whether the step before the newest one was the last, and hands its tokens to a streamer."""
+    """The deferred check if the step before the newest one was the last; it also hands tokens to a streamer."""
 
     def __init__(self, batch_size: int, device: torch.device, streamer: Any) -> None:
         self.streamer = streamer
@@ -77,7 +77,7 @@ class DeferredStop:
         self._count = 0
 
     def put(self, unfinished: Tensor, tokens: Tensor) -> bool:
-        """Send the newest step's outcome to the host, and read the one before."""
+        """Send the newest step's result to the host, and tell if the step before was the last."""
         done, kept, event = self._sent[self._count % 2]
         done.copy_(unfinished.max() == 0, non_blocking=True)
         kept.copy_(tokens, non_blocking=True)

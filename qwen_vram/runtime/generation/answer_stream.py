@@ -1,4 +1,4 @@
-"""Answers that are read while they are made."""
+"""Streams of answers, which are read while they are generated."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from transformers.generation.streamers import BaseStreamer
 
 from qwen_vram.runtime.scheduling.job import Job
 
-# Makes the job of an answer, from a streamer that takes its tokens and what to call after its end.
+# Creates the job of an answer, from a streamer for its tokens and a function to call after its end.
 MakeJob = Callable[[BaseStreamer, Callable[[], object]], "Job[Any]"]
 
-# How long a stream that is dropped waits for its generation to end, so that its memory is free by then. Not for ever:
-# the garbage collector may drop it in a thread for which the generation waits.
+# The time that a dropped stream waits for its generation to end, so that its memory is free. The time is limited: the
+# garbage collector may drop the stream in a thread for which the generation waits.
 _PATIENCE_SECONDS = 10.0
 
 
 class Tee(BaseStreamer):  # type: ignore[misc]
-    """Hands tokens to several streamers of `transformers`."""
+    """Streamer that hands tokens to several streamers of `transformers`."""
 
     def __init__(self, *streamers: BaseStreamer) -> None:
         self._streamers = streamers
 
     def put(self, value: Tensor) -> None:
-        """Hand on token ids, of the prompt first."""
+        """Hand on token ids, those of the prompt first."""
         for one in self._streamers:
             one.put(value)
 
     def end(self) -> None:
-        """Say that no more come."""
+        """Tell the streamers that no more tokens follow."""
         for one in self._streamers:
             one.end()
 
 
 class AnswerStream(Iterator[str]):
-    """Pieces of an answer, as they are made. The first `next()` starts the generation, in its turn.
+    """Iterator over pieces of an answer while it is generated. The first `next()` starts the generation, in its turn.
 
-    The generation goes on by itself, whether somebody reads or not. `close()` stops it from any thread, and so do the
-    end of a `with` block and dropping the stream: `break` in a `for` loop over it, `del`, the garbage collector.
+    The generation continues if nobody reads. `close()` stops it from any thread, and so does the end of a `with` block.
+    Dropping the stream stops it too: `break` in a `for` loop over it, `del`, or the garbage collector.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, make: MakeJob) -> None:
@@ -55,7 +55,7 @@ class AnswerStream(Iterator[str]):
         self._pieces: Any = self._text.text_queue
 
     def __next__(self) -> str:
-        """The next piece, never empty.
+        """Return the next piece, which is never empty.
 
         Raises:
             GenerationStoppedError: the generation was stopped, but not by this stream.
@@ -65,11 +65,11 @@ class AnswerStream(Iterator[str]):
         while job is not None and not self._closed:
             try:
                 piece = self._pieces.get()
-            except BaseException:  # Ctrl-C: what raised it may be kept, and this stream with it
+            except BaseException:  # Ctrl-C: its traceback may be kept, and this stream with it
                 job.stop("was stopped by an interrupt of its reader")
                 raise
             if piece is self._text.stop_signal:
-                self._pieces.put(piece)  # for every `next()` to come
+                self._pieces.put(piece)  # for every later `next()`
                 job.join()
                 if not self._closed:
                     job.check()
@@ -79,7 +79,7 @@ class AnswerStream(Iterator[str]):
         raise StopIteration
 
     def close(self) -> None:
-        """Stop the generation, and return when it has ended; nothing more can be read. Any thread may call this."""
+        """Stop the generation, and wait for its end; nothing more can be read. Any thread may call this."""
         job = self._stop()
         if job is not None:
             job.join()
@@ -93,14 +93,14 @@ class AnswerStream(Iterator[str]):
         self.close()
 
     def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
-        if is_finalizing() or not hasattr(self, "_pieces"):  # modules are gone by then, or `__init__` failed
+        if is_finalizing() or not hasattr(self, "_pieces"):  # modules may be gone, or `__init__` failed
             return
         job = self._stop()
         if job is not None:
             job.join(_PATIENCE_SECONDS)
 
     def _started(self) -> Job[Any] | None:
-        """The job, which starts now if it has not; `None` of a stream that was closed before."""
+        """Return the job, and start it if needed; `None` for a stream that was closed before."""
         with self._starting:
             if self._make is not None and not self._closed:
                 pieces, end = self._pieces, self._text.stop_signal

@@ -1,4 +1,4 @@
-"""What a caller's options of `generate` change about the memory that was planned, and those that nothing counts."""
+"""Options of `generate` that change the planned memory, or that no estimate counts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ELSEWHERE = "llm.model.generate() takes it, outside of what the plan promises"
 _THROWN_AWAY = (
     f"it keeps a tensor for each new token, and generate(), chat() and stream() return text alone; {_ELSEWHERE}"
 )
-# Options that keep or take memory which no estimate counts, and why each is refused.
+# Options that need memory which no estimate counts, with the reason of each refusal.
 _UNCOUNTED = {
     "output_scores": _THROWN_AWAY,
     "output_logits": _THROWN_AWAY,
@@ -33,19 +33,19 @@ class Asked:
     """The options of one call of `generate`, on top of a model's own `generation_config`.
 
     Args:
-        model: Its `generation_config` has the values that no option names.
-        options: As the caller passed them.
+        model: A model whose `generation_config` has the values that no option sets.
+        options: The caller's options.
     """
 
     def __init__(self, model: Any, options: Mapping[str, Any]) -> None:
         self._model, self._options = model, options
 
     def sequences(self) -> int:
-        """How many sequences run for each prompt."""
+        """Return the number of sequences for each prompt."""
         return max(int(self._value(name) or 1) for name in ("num_beams", "num_return_sequences"))
 
     def check(self) -> None:
-        """Refuse options that take memory which no estimate counts.
+        """Refuse options that need memory which no estimate counts.
 
         Raises:
             NotSupportedError: one of them is set.
@@ -72,14 +72,14 @@ class Asked:
             )
 
     def brings_cache(self) -> bool:
-        """Tell if the options say which cache there is, so that the plan's is not made."""
+        """Tell if the options set the cache, so that the plan's cache is not created."""
         return self._passed("past_key_values") is not None or self._passed("cache_implementation") is not None
 
     def profile(self, planned: Profile) -> Profile:
-        """The profile that runs: the planned one, with the cache and the chunk size that the options ask for.
+        """Return the profile of this call: the planned one with the cache and chunk size of the options.
 
         Raises:
-            NotSupportedError: a cache of a kind that no estimate counts.
+            NotSupportedError: no estimate counts a cache of this kind.
         """
         changes: dict[str, object] = {}
         chunk = self._passed("prefill_chunk_size")
@@ -104,34 +104,34 @@ class Asked:
                 knob="past_key_values" if cache is not None else "cache_implementation",
                 value=name or type(cache).__name__,
             )
-        if "cache" in changes:  # captured steps run over the plan's own cache, which makes way
+        if "cache" in changes:  # captured steps run over the plan's own cache only
             changes["captured"] = False
         return planned.replace(**changes) if any(getattr(planned, k) != v for k, v in changes.items()) else planned
 
     def cache_length(self) -> int:
-        """Tokens that the caller's own cache has memory for; 0 if there is none, or if it grows."""
+        """Return the tokens that the caller's own cache has memory for; 0 if it grows, or without such a cache."""
         cache = self._passed("past_key_values")
         if cache is None or isinstance(cache, DynamicCache):
             return 0
         return max(0, int(cache.get_max_length()))
 
     def _passed(self, name: str) -> Any:
-        """The value of an option in this call."""
+        """Return the value of an option in this call."""
         if name in self._options:
             return self._options[name]
         return getattr(self._options.get("generation_config"), name, None)
 
     def _value(self, name: str) -> Any:
-        """The value of an option, of this call or of the model's `generation_config`."""
+        """Return the value of an option, of this call or of the model's `generation_config`."""
         found = self._passed(name)
         return getattr(self._model.generation_config, name, None) if found is None else found
 
 
 def _knobs_of(cache: object) -> dict[str, object]:
-    """The knobs of a profile that has this cache; none for the cache of compiled steps, which only such a plan makes.
+    """Return the knobs of a profile with this cache; empty for the cache of captured steps, which needs such a plan.
 
     Raises:
-        NotSupportedError: no profile has such a cache.
+        NotSupportedError: no profile has a cache of this kind.
     """
     if isinstance(cache, GraphCache):
         return {}

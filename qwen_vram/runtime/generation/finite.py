@@ -1,4 +1,4 @@
-"""Logits that are not finite: noticed while a generation runs, and traced to the first module that makes them."""
+"""Detection of logits that are not finite, and search for the module that made them."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor
 
 from qwen_vram.errors import NotFiniteError
+from qwen_vram.runtime.torch_dtypes import ROWS
 
-# A tensor on a GPU is looked at once in so many tokens, without waiting for the GPU.
+# Number of tokens between two reads of the flag on a GPU, which do not wait for the GPU.
 _EVERY = 16
-# The most tokens of the context that are run again to find the module.
+# The most tokens of the context that are processed again to find the module.
 _TRACED = 1024
-_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 _LARGEST_FP16 = torch.finfo(torch.float16).max
 
 
 class NotFinite(Exception):
-    """Ends a generation whose logits are not finite. Does not leave this package: see `explained`."""
+    """Internal signal that ends a generation with logits that are not finite; see `explained`."""
 
 
 class FiniteLogits(LogitsProcessor):  # type: ignore[misc]
-    """Notices NaN, +infinity, and a row without any finite logit, in what `generate` picks its tokens from.
+    """Detector of NaN, +infinity, and rows without a finite logit, before `generate` samples.
 
-    -infinity in single logits is how `transformers` forbids tokens, and is not looked at. On the CPU the generation
-    ends at once. On a GPU a flag stays there, and the host reads a copy of it that has arrived already, so that no step
-    waits; `check()` reads it at the end.
+    -infinity in single logits is ignored, because `transformers` forbids tokens with it. On the CPU the generation ends
+    immediately. On a GPU a flag stays on the device. The host reads copies of it that have already arrived, so no step
+    waits. `check()` reads the flag at the end.
     """
 
     def __init__(self) -> None:
@@ -37,13 +37,13 @@ class FiniteLogits(LogitsProcessor):  # type: ignore[misc]
         self._steps = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """The scores (rows, vocab_size), with zeros in rows that are not finite, so that sampling from them is safe.
+        """Return the scores (rows, vocab_size), with zeros in rows that are not finite, so that sampling is safe.
 
         Raises:
             NotFinite: a row is not finite, in these scores or, on a GPU, in earlier ones.
         """
         highest = scores.amax(dim=-1, keepdim=True)
-        wrong = (highest - highest) != 0  # NaN for NaN and for infinities
+        wrong = (highest - highest) != 0  # the difference is NaN for NaN and infinities
         found = wrong.any()
         self._found = found if self._found is None else self._found.logical_or_(found)
         self.context = input_ids
@@ -54,7 +54,7 @@ class FiniteLogits(LogitsProcessor):  # type: ignore[misc]
         return scores.masked_fill_(wrong, 0.0)
 
     def check(self) -> None:
-        """Read the flag, which waits for the GPU.
+        """Read the flag, and wait for the GPU.
 
         Raises:
             NotFinite: logits of this generation were not finite.
@@ -63,7 +63,7 @@ class FiniteLogits(LogitsProcessor):  # type: ignore[misc]
             raise NotFinite
 
     def _look(self) -> None:
-        """Read the newest copy of the flag if it has arrived, and send for another one."""
+        """Read the newest copy of the flag if it has arrived, and start another copy."""
         self._steps += 1
         if self._steps % _EVERY != 1:
             return
@@ -82,11 +82,11 @@ class FiniteLogits(LogitsProcessor):  # type: ignore[misc]
 
 
 def explained(model: Any, context: Tensor | None) -> NotFiniteError:
-    """The error for a model whose logits after `context`, (batch, tokens), are not finite.
+    """Return the error for a model whose logits after `context`, (batch, tokens), are not finite.
 
-    Runs the first tokens of the context once more, to find the first module whose output is not finite.
+    It runs the first tokens of the context again, to find the first module whose output is not finite.
     """
-    dtype = _NAMES.get(model.dtype, str(model.dtype).removeprefix("torch."))
+    dtype = ROWS[model.dtype].name or ROWS[model.dtype].torch
     module, stored = ("", False) if context is None else _traced(model, context[:, :_TRACED])
     where = f"; the first output that is not finite is that of {module!r}" if module else ""
     if stored:
@@ -103,9 +103,9 @@ def explained(model: Any, context: Tensor | None) -> NotFiniteError:
 
 
 def _traced(model: Any, context: Tensor) -> tuple[str, bool]:
-    """The first module whose output is not finite, and whether it holds such values itself; an empty name for none.
+    """Return the first module whose output is not finite, or `""`, and if its weights are not finite themselves.
 
-    Infinities in fp16 are values of the file that did not fit, and do not count as values that it holds.
+    Infinities in fp16 are values of the file beyond its range, and do not count as weights that are not finite.
     """
     found: list[tuple[str, nn.Module]] = []
 
@@ -120,7 +120,7 @@ def _traced(model: Any, context: Tensor) -> tuple[str, bool]:
     hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
     try:
         model(input_ids=context, use_cache=False, logits_to_keep=1)
-    except torch.OutOfMemoryError:  # the cause stays unknown, the fault does not
+    except torch.OutOfMemoryError:  # the module stays unknown, but the error is certain
         return "", False
     finally:
         for hook in hooks:

@@ -1,4 +1,4 @@
-"""Generating by a plan, one generation at a time: its cache, what a workload may take, and what each run took."""
+"""Generations by a plan, one at a time: cache, limits and measured memory."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from qwen_vram.runtime.scheduling.turns import Turn, Turns
 from qwen_vram.spec.profile import Profile
 from qwen_vram.spec.workload import Workload
 
-# What `generate` returns beside its tokens is thrown away here, whatever a generation_config.json asks for.
+# Options that keep only the tokens, because the other results are dropped here. They override generation_config.json.
 _TOKENS_ALONE = {
     "return_dict_in_generate": True,
     "output_scores": False,
@@ -44,16 +44,16 @@ _TOKENS_ALONE = {
 
 
 class Generations:
-    """Makes the generations of a loaded model. Holds no model, so that reports stay after the model's memory is free.
+    """Generations of a loaded model. The object holds no model, so reports remain after the model is freed.
 
     Args:
-        loaded: What loading took, by its parts, on each device.
-        before: What torch had allocated on each device before the model was loaded.
+        loaded: Bytes that loading took, by part, on each device.
+        before: Bytes that torch had allocated on each device before the model was loaded.
 
     Attributes:
         turns: The order of the generations; one of them runs at a time.
-        measured: What loading took, and the last generation where there was one, on each device.
-        timed: What the last generation took of time.
+        measured: Bytes of loading and of the last generation, by part, on each device.
+        timed: Times of the last generation; `None` before the first.
     """
 
     def __init__(
@@ -75,20 +75,20 @@ class Generations:
         self._last: Workload | None = None
 
     def close(self) -> None:
-        """Let go of decode steps and their memory; the measured figures stay."""
+        """Release decode steps and their memory; the measured figures stay."""
         self._segments.close()
         if self.decoder is not None:
             self.decoder.close()
 
     def prediction(self) -> Estimate:
-        """What was promised for the last generation, or for the plan's workload before the first."""
+        """Return the estimate for the last generation, or for the plan's workload before the first."""
         known = self.plan.estimate
         if self._last is None or known.architecture is None:
             return known
         return at_workload(known, self._last)
 
     def new_cache(self, *, max_length: int) -> Cache:
-        """As `LoadedModel.new_cache`."""
+        """Return a cache as `LoadedModel.new_cache`."""
         if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
             raise WorkloadError(
                 f"max_length must be a positive whole number of tokens, got {max_length!r}",
@@ -112,12 +112,12 @@ class Generations:
         options: Mapping[str, Any],
         ended: Callable[[], object] | None = None,
     ) -> Job[torch.Tensor]:
-        """A generation that has not started: prompts and what follows, (batch, tokens).
+        """Return a generation that has not started; its result is prompts and answers, (batch, tokens).
 
-        It is `model.generate` with the plan's cache, and `options` on top.
+        It calls `model.generate` with the plan's cache and with `options`.
 
         Args:
-            model: Gives the model, or raises the error of a closed one. It is asked again when the turn comes.
+            model: Returns the model, or raises the error of a closed one. It is called again when the turn comes.
             ended: Called in the job's thread after its end.
 
         Raises:
@@ -150,7 +150,7 @@ class Generations:
         options: Mapping[str, Any],
         turn: Turn,
     ) -> torch.Tensor:
-        """The work of a job: `length` is as for `_cache_settings`, and `None` if the options bring a cache."""
+        """Run the work of a job; `length` is as for `_cache_settings`, or `None` if the options bring a cache."""
         with self._segments.within((workload, length), promised=promised):
             if length is None and self.decoder is not None:
                 self.decoder.drop_buffers()
@@ -173,7 +173,7 @@ class Generations:
         stop = StopOfTurn(turn, workload.prompt_len, clock)
         settings = {
             "max_new_tokens": workload.max_new_tokens,
-            # The plan's cache replaces the file's; and a step that transformers compiles takes memory of its own.
+            # The plan's cache replaces the file's. A step that transformers compiles would take additional memory.
             "cache_implementation": None,
             "disable_compile": True,
             **({} if length is None else self._cache_settings(generator, workload, length)),
@@ -190,7 +190,7 @@ class Generations:
             self._note(workload, output, meters)
         finally:
             if isinstance(cache, GraphCache) and "past_key_values" not in options:
-                cache.release()  # or what still refers to it would keep the memory from the next generation
+                cache.release()  # otherwise references to it would keep the memory from the next generation
             if self.decoder is not None:
                 self.decoder.drop_larger_buffers()
         if stop.obeyed:
@@ -198,7 +198,7 @@ class Generations:
         return cast("torch.Tensor", output.sequences)
 
     def _cache_settings(self, model: Any, workload: Workload, length: int) -> dict[str, Any]:
-        """The plan's cache as `generate` takes it; a preallocated one has room for `length` tokens."""
+        """Return the plan's cache as options of `generate`; a preallocated cache holds `length` tokens."""
         kind = self.plan.profile.cache
         if self.decoder is not None:
             self.decoder.prepare(workload.batch_size, workload.context_len)
@@ -206,16 +206,16 @@ class Generations:
         if kind == "preallocated":
             return {"past_key_values": self.new_cache(max_length=length)}
         if kind == "static":
-            # Our own, for `generate` keeps the one that it makes; and it compiles for one unless it is told not to.
+            # `generate` would keep a static cache that it creates, and would compile for it unless told otherwise.
             cache = StaticCache(config=model.config, max_cache_len=workload.context_len)
             return {"past_key_values": cache, "disable_compile": True}
         return {"cache_implementation": "dynamic"}
 
     def _cache_length(self, workload: Workload) -> int:
-        """Tokens of a preallocated cache, which fits: those planned, so that as many sequences take one block again.
+        """Return the length of a preallocated cache that fits: the planned one, so that its block is used again.
 
-        A block for each length would leave ever longer ones behind, reserved beside what was promised. It is as long as
-        the workload where that is longer than planned, or where padding, which was not, leaves no room for more.
+        A block for each length would leave longer and longer blocks reserved beside the promised memory. The length is
+        that of the workload if it is longer than planned, or if unplanned padding leaves no memory for more.
 
         Raises:
             DoesNotFitError, WorkloadError: as for `LoadedModel.chat`.
@@ -233,7 +233,7 @@ class Generations:
         return workload.context_len
 
     def _is_covered(self, workload: Workload) -> bool:
-        """Tell if the plan's own workload has at least as many sequences and tokens."""
+        """Tell if the plan's own workload has at least the sequences and tokens of this one."""
         planned = self.plan.workload
         return (
             workload.batch_size <= planned.batch_size
@@ -242,18 +242,18 @@ class Generations:
         )
 
     def _is_promised(self, asked: Asked, workload: Workload) -> bool:
-        """Tell if the plan's estimate covers the generation; any other has been held against the budget."""
+        """Tell if the plan's estimate covers the generation; any other one has been compared with the budget."""
         planned = self.plan
         padding = planned.workload.padded or not workload.padded
         same = not asked.brings_cache() and asked.profile(planned.profile) == planned.profile
         return padding and same and self._is_covered(workload)
 
     def _check_room(self, workload: Workload) -> None:
-        """Refuse what does not fit the budget."""
+        """Refuse a workload that does not fit the budget."""
         self._search(self.plan.profile, workload, session=False).run("quality")
 
     def _check_asked(self, asked: Asked, workload: Workload) -> None:
-        """Hold the cache and the chunk size that options ask for against the budget.
+        """Compare the cache and the chunk size of the options with the budget.
 
         Raises:
             DoesNotFitError: they do not fit.
@@ -270,7 +270,7 @@ class Generations:
         self._search(profile, workload, session=True).run("quality")
 
     def _search(self, profile: Profile, workload: Workload, *, session: bool) -> Search:
-        """Return the search that holds `workload` against the plan's budget and split."""
+        """Return the search that compares `workload` with the plan's budget and split."""
         known, budget = self.plan.estimate, self.plan.budget
         assert known.architecture is not None
         return Search(
@@ -286,17 +286,17 @@ class Generations:
         )
 
     def _note(self, workload: Workload, output: Any, meters: list[PeakMeter]) -> None:
-        """Keep what the generation took, under the names of the estimate's parts."""
+        """Keep the measured memory of the generation, under the names of the estimate's parts."""
         if self.plan.profile.cache == "dynamic":
-            # A growing cache holds what was really made, which an early end keeps short.
+            # A growing cache holds the generated tokens, which an early end makes fewer.
             made = output.sequences.shape[1] - workload.prompt_len
             workload = replace(workload, max_new_tokens=made)
         cache = output.past_key_values
-        # All of the cache is held and counted, not only the part that is filled.
+        # The whole cache is allocated and counted, not only the filled part.
         if isinstance(cache, GraphCache):
             workload = cache.as_held(workload)
         elif isinstance(cache, (PreallocatedCache, HostCache)):
-            # The last token is never stored: a caller's cache may be one shorter than the workload.
+            # The last token is never stored, so a caller's cache may be one token shorter than the workload.
             new = max(1, cache.layers[0].max_length - workload.prompt_len)
             workload = replace(workload, max_new_tokens=new)
         measured = {device: dict(parts) for device, parts in self.measured.items()}
@@ -308,9 +308,9 @@ class Generations:
                 run["peak_allocated"] -= beside
                 run["peak_reserved"] -= beside
                 weights = self.measured[meter.device]["weights"]
-                # What stays allocated at rest beside the weights: workspace, rounding, buffers.
+                # Memory that stays allocated beside the weights: workspace, rounding, buffers.
                 answer = output.sequences.nbytes if meter.device == self.device else 0
                 run["workspace"] = max(0, meter.allocated() - beside - held - answer - weights)
                 run["activations"] = run["peak_allocated"] - weights - held - run["workspace"]
             measured[meter.device].update(run)
-        self._last, self.measured = workload, measured  # at once, for another thread may ask for a report
+        self._last, self.measured = workload, measured  # in one assignment, because another thread may ask for a report

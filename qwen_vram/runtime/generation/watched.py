@@ -1,4 +1,4 @@
-"""What goes on around each call of `model.generate`: finite logits, a seed, and errors of its own."""
+"""Context of each call of `model.generate`: finite logits, a seed, and clear errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qwen_vram.runtime.requests.seeded import Seeded
 
 @contextmanager
 def watched(model: Any, settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Arguments for `model.generate` that notice logits which are not finite, and draw from `settings["seed"]`.
+    """Give arguments for `model.generate` that detect logits which are not finite, and sample from `settings["seed"]`.
 
     Raises:
         NotFiniteError: the logits are not finite.

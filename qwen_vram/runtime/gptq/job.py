@@ -1,4 +1,4 @@
-"""What GPTQModel is to do to a checkpoint: checked first, then done in a process of its own."""
+"""The job of a GPTQ quantization: checked first, then run in a separate process."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 from qwen_vram.checkpoints.files.local import read_config
 from qwen_vram.checkpoints.files.names import CONFIG
+from qwen_vram.dtypes import BF16, FP16
 from qwen_vram.errors import ConfigError, UnknownNameError
 from qwen_vram.runtime.backends.gptq_library import check_installed
 from qwen_vram.runtime.gptq.process import run_worker
@@ -18,19 +19,20 @@ from qwen_vram.runtime.gptq.sample_texts import Calibration, calibration_texts, 
 from qwen_vram.runtime.loading.devices import working_device
 from qwen_vram.runtime.progress import progress_bar
 from qwen_vram.runtime.tensors.checkpoint import Checkpoint, open_checkpoint
-from qwen_vram.spec.architecture import Architecture, Weight
+from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.formats import FORMATS
+from qwen_vram.spec.layers import Weight
 from qwen_vram.units import parse_bytes
 
 _BITS = (4, 8)
 _GROUP_SIZES = (32, 64, 128)
-# Rows that the kernels divide by. Source: GPTQModel 7.6.0, tritonv2.py.
+# The kernels need a multiple of this number of rows. Source: GPTQModel 7.6.0, tritonv2.py.
 _ROWS = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GptqJob:
-    """How a checkpoint is quantized, not knowing which."""
+    """Settings of a quantization, without its checkpoint."""
 
     texts: list[str]
     bits: int
@@ -44,10 +46,10 @@ class GptqJob:
         return f"gptq-int{self.bits}"
 
     def check(self, architecture: Architecture) -> None:
-        """Refuse matrices that do not divide into groups of columns, or into the kernels' rows.
+        """Refuse matrices that do not divide into groups of columns, or into the rows of the kernels.
 
         Raises:
-            ConfigError: as said.
+            ConfigError: a matrix does not divide.
         """
         for weight in _matrices(architecture):
             rows, columns = weight.shape
@@ -59,7 +61,7 @@ class GptqJob:
                 )
 
     def needed_bytes(self, architecture: Architecture) -> int:
-        """Room for the result, and for the 16-bit layers that GPTQModel puts on the disk while it works."""
+        """Return the bytes on the disk for the result, and for the 16-bit layers that GPTQModel writes meanwhile."""
         storage = FORMATS[self.format]._replace(group_size=self.group_size)
         quantized = {weight.name for weight in _matrices(architecture)}
         return sum(
@@ -68,16 +70,16 @@ class GptqJob:
         )
 
     def write(self, checkpoint: Checkpoint, folder: Path, *, progress: bool) -> tuple[str, ...]:
-        """Write the quantized weights of `checkpoint` and their config.json into `folder`; the names of the files."""
+        """Write the quantized weights of `checkpoint` and their config.json into `folder`; return the files' names."""
         samples = [ids for ids in tokens(checkpoint.folder, self.texts) if ids]
         _warn_of_few(samples, checkpoint.architecture)
         config = read_config(checkpoint.folder)
-        dtype = "float16" if config.get("dtype", config.get("torch_dtype")) == "float16" else "bfloat16"
+        dtype = FP16.torch if checkpoint.architecture.dtype == FP16.name else BF16.torch
         work = folder / "work"
         result = work / "result"
         work.mkdir()
         layers = checkpoint.architecture.num_hidden_layers
-        each = 2 * sum(weight.numel for weight in checkpoint.architecture.block)
+        each = 2 * sum(layer.numel for layer in checkpoint.architecture.layers) // layers
         with progress_bar("quantizing", layers * each, shown=progress) as advance:
             run_worker(
                 {
@@ -99,7 +101,7 @@ class GptqJob:
             path.rename(folder / path.name)
         (folder / CONFIG).write_text(_config(config, read_config(result), dtype), encoding="utf-8")
         shutil.rmtree(work)
-        open_checkpoint(folder)  # by its headers it is the model that config.json says
+        open_checkpoint(folder)  # checks that its headers match config.json
         return tuple(path.name for path in files if path.suffix == ".safetensors")
 
 
@@ -111,7 +113,7 @@ def gptq_job(
     device: str | None = None,
     max_shard_size: str | int = "4GB",
 ) -> GptqJob:
-    """The job that these arguments of `quantize_gptq` say, checked as far as no checkpoint is needed for it."""
+    """Return the job for these arguments of `quantize_gptq`, checked as far as possible without a checkpoint."""
     for name, value, allowed in (("bits", bits, _BITS), ("group_size", group_size, _GROUP_SIZES)):
         if value not in allowed:
             raise UnknownNameError(name, value, tuple(map(str, allowed)))
@@ -131,7 +133,7 @@ def _matrices(architecture: Architecture) -> list[Weight]:
 
 
 def _config(source: dict[str, object], written: dict[str, Any], dtype: str) -> str:
-    """The text of config.json: the source's, with what GPTQModel says of the quantization, less its own paths."""
+    """Return the text of config.json: the source's, with GPTQModel's quantization settings, but not its paths."""
     quantization = dict(written["quantization_config"])
     meta = {key: value for key, value in quantization.get("meta", {}).items() if not key.startswith("offload_to_disk")}
     dtypes = dict.fromkeys({"dtype", "torch_dtype"} & source.keys() or {"dtype"}, dtype)

@@ -1,4 +1,4 @@
-"""GPTQModel run in a process of its own, in an environment that is set here; how it ends is told by its log."""
+"""The separate process of GPTQModel: its environment, progress and log."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 def run_worker(job: Mapping[str, Any], work: Path, layer_done: Callable[[], None]) -> None:
-    """Run the worker on `job`, its files in `work`; `layer_done` is called for every layer.
+    """Run the worker on `job`, with its files in `work`; call `layer_done` for every layer.
 
     Raises:
-        QuantizationFailedError: it ended in any other way than by finishing.
+        QuantizationFailedError: it did not finish successfully.
     """
     (work / "job.json").write_text(json.dumps(job), encoding="utf-8")
     log = work / "log.txt"
@@ -30,7 +30,7 @@ def run_worker(job: Mapping[str, Any], work: Path, layer_done: Callable[[], None
     with os.fdopen(reading) as lines, log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", _WORKER, "job.json", str(writing)],
-            stdin=subprocess.PIPE,  # it ends when this end is closed, however this process ends
+            stdin=subprocess.PIPE,  # the worker ends when this end is closed, also if this process is killed
             stdout=output,
             stderr=subprocess.STDOUT,
             pass_fds=(writing,),
@@ -58,13 +58,13 @@ def run_worker(job: Mapping[str, Any], work: Path, layer_done: Callable[[], None
 def _environment(work: Path) -> dict[str, str]:
     package = str(Path(__file__).parents[2])
     settings = {
-        # With fewer than 2, as it takes on hosts of 2 processors, it does not start. Source: GPTQModel 7.6.0.
+        # It does not start with fewer than 2, its default on hosts with 2 processors. Source: GPTQModel 7.6.0.
         "GPTQMODEL_CPU_WORKERS": str(max(2, (os.cpu_count() or 1) // 2)),
         "LOGBAR_ANIMATION": "0",
     }
     fixed = {
         "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(work / "hub"),  # made whether it is needed or not, or else in /tmp
+        "HF_HOME": str(work / "hub"),  # always created, by default in /tmp
         "TMPDIR": str(work),
         "PYTHONPATH": os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH")))),
     }

@@ -1,4 +1,4 @@
-"""`quantize_gptq()`: a 16-bit checkpoint to GPTQ's codes, in the format that AutoGPTQ wrote and GPTQModel does."""
+"""`quantize_gptq()`: quantize a 16-bit checkpoint to the GPTQ format."""
 
 from __future__ import annotations
 
@@ -28,33 +28,33 @@ def quantize_gptq(
     overwrite: bool = False,
     progress: bool = True,
 ) -> SaveReport:
-    """Quantize the matrices of attention and MLP by GPTQ, and write a checkpoint that `load()` takes with no knob.
+    """Quantize the matrices of attention and MLP by GPTQ, and write a checkpoint that `load()` loads without a knob.
 
-    GPTQModel does it, in a process of its own, layer by layer; the head keeps its 16 bits. Nothing appears at `out`
-    before all of it is there, and then all at once.
+    GPTQModel quantizes layer by layer in a separate process. The head stays in 16 bits. The output appears at `out`
+    only when it is complete.
 
     Args:
         model: A 16-bit checkpoint: a folder, a catalog name or a hub id.
         out: A new folder.
-        calibration: Sample texts, or a file with one on each line (`.jsonl`: in JSON). Some hundred, of the kind that
-            the model will read, in its chat format where it is one for chats; 2,048 tokens of each are used.
+        calibration: Sample texts, or a file with one on each line (`.jsonl`: in JSON). Pass some hundred texts of the
+            kind that the model will read, in its chat format for a chat model. 2,048 tokens of each are used.
         bits: 4 or 8.
         group_size: 128, 64 or 32 weights that share a scale.
-        device: `"cuda"` or `"cpu"`; `None` takes the GPU where there is one.
+        device: `"cuda"` or `"cpu"`; `None` uses the GPU if there is one.
         max_shard_size: The most tensor data in one file.
-        overwrite: Replace a checkpoint that is at `out`; it stays there until the new one is complete.
+        overwrite: Replace a checkpoint at `out`; it stays there until the new one is complete.
         progress: Show a bar on standard error.
 
     Raises:
         WorkloadError: no calibration texts.
-        BackendUnavailableError: GPTQModel, or the GPU, is not here.
+        BackendUnavailableError: GPTQModel or the GPU is missing.
         CheckpointError, ConfigError, HubError: the checkpoint or the output folder cannot be used, or a matrix does not
             divide into groups.
         QuantizationFailedError: GPTQModel failed; the message has the end of its log.
-        UnknownNameError, UnitError: `bits`, `group_size` or `max_shard_size` is not one.
+        UnknownNameError, UnitError: `bits`, `group_size` or `max_shard_size` is not allowed.
 
     Warns:
-        UserWarning: there are fewer tokens than the widest matrix has columns.
+        UserWarning: the texts have fewer tokens than the widest matrix has columns.
     """
     began = time.monotonic()
     job = gptq_job(calibration, bits=bits, group_size=group_size, device=device, max_shard_size=max_shard_size)

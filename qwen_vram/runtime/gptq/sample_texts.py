@@ -1,4 +1,4 @@
-"""Sample texts that a quantization is calibrated on: from a list or a file, and as tokens."""
+"""Sample texts for calibration, from a list or a file, and as tokens."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from qwen_vram.runtime.tensors.checkpoint import open_tokenizer
 
 Calibration = str | Path | Sequence[str]
 
-# Tokens of a sample that are used. Longer ones take more memory, and say little more of what activations are like.
+# Tokens of a sample that are used. Longer samples take more memory, and add little information about activations.
 MOST_TOKENS = 2048
 
 
 def calibration_texts(calibration: Calibration | None) -> list[str]:
-    """The texts of `calibration`: a list, or a file with one on each line, in JSON where its name ends in .jsonl.
+    """Return the texts of `calibration`: a list, or a file with one on each line, in JSON if its name ends in .jsonl.
 
     A line of JSON is a text, or an object with a text under `"text"`.
 
     Raises:
-        WorkloadError: there is none, a file cannot be read, or something in it is no text.
+        WorkloadError: there are no texts, a file cannot be read, or an entry is not a text.
     """
     if calibration is None:
         raise _refused(
@@ -59,7 +59,7 @@ def _read(path: Path) -> list[Any]:
 
 
 def tokens(folder: Path, texts: Sequence[str]) -> list[list[int]]:
-    """Token numbers of each text, by the tokenizer in `folder`, cut to `MOST_TOKENS`."""
+    """Return the token ids of each text, by the tokenizer in `folder`, cut to `MOST_TOKENS`."""
     tokenizer = open_tokenizer(folder)
     return [tokenizer(text, truncation=True, max_length=MOST_TOKENS)["input_ids"] for text in texts]
 

@@ -1,6 +1,6 @@
-"""The process that `quantize_gptq()` starts: GPTQModel, its settings and its patches, on its own.
+"""The worker process of `quantize_gptq()`, with GPTQModel's settings and patches.
 
-Started with the path of a JSON file that says what to do, and the number of a file that gets a line for every layer.
+Its arguments are the path of a JSON file with the job, and the number of a file descriptor that gets a line per layer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main() -> None:
             print(layer_idx, file=done)
 
     model.layer_callback = layer_is_done
-    # GPTQModel collects garbage several times a matrix, and what is here now is none: 3 seconds instead of 20.
+    # GPTQModel collects garbage several times a matrix. With these objects frozen that takes 3 seconds, not 20.
     gc.collect()
     gc.freeze()
     samples = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in job["samples"]]

@@ -1,9 +1,10 @@
-"""`kernels="fused"`: decoder layers whose norms, rotary embedding and SwiGLU are one kernel each, and sums in place.
+"""`kernels="fused"`: decoder layers with fused norms, rotary embedding and SwiGLU.
 
-The modules stay `transformers`' own, weights and hooks included; each gets a forward of the same arithmetic that makes
-fewer tensors. Where gradients are wanted, and while torch compiles, their own forward runs.
+The modules stay `transformers`' own, with weights and hooks. Each gets a forward of the same arithmetic that allocates
+fewer tensors. A family names the classes with this arithmetic, because another class may compute something else. Their
+own forward runs for gradients, and while torch compiles.
 
-Source of what they do: transformers 5.17 and 5.23, modeling_qwen2.py and modeling_qwen3.py.
+Source of the arithmetic: transformers 5.17 and 5.23, the modeling files of the families.
 """
 
 from __future__ import annotations
@@ -19,23 +20,29 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qwen_vram.errors import NotSupportedError
 from qwen_vram.runtime.kernels import fused_ops
+from qwen_vram.spec.families import find_family, model_types
+from qwen_vram.spec.family import FusedPart
 
 
 def fuse_layers(model: nn.Module) -> None:
-    """Let every decoder layer of a Qwen model run so, and its last norm.
+    """Give every decoder layer of a model, and its last norm, the fused forward.
 
     Raises:
-        NotSupportedError: it has none, as a plugged-in backend's model may.
+        NotSupportedError: the model has no class that its family names, which is possible with another package's
+            backend.
     """
+    config: Any = getattr(model, "config", None)
+    family = find_family(str(getattr(config, "model_type", "")))
+    parts = {} if family is None else family.fused
     for module in model.modules():
         kind: Any = type(module)
-        for ending, fused in _FUSED.items():
-            if kind.__name__.endswith(ending):
-                module.__class__ = _joined_class(kind, fused)
+        part = parts.get(f"{kind.__module__}.{kind.__qualname__}")
+        if part is not None and not issubclass(kind, _FUSED[part]):
+            module.__class__ = _joined_class(kind, _FUSED[part])
     if not any(isinstance(module, FusedLayer) for module in model.modules()):
         raise NotSupportedError(
-            f"kernels='fused' knows the decoder layers of transformers' Qwen models, and {type(model).__name__} has "
-            "none; use kernels='plain'",
+            f"kernels='fused' knows the decoder layers of transformers' {', '.join(model_types())}, and "
+            f"{type(model).__name__} has none; use kernels='plain'",
             knob="kernels",
             value="fused",
         )
@@ -53,10 +60,10 @@ def _plain(states: Tensor) -> bool:
 
 
 class FusedNorm:
-    """An RMSNorm in one kernel."""
+    """RMSNorm in one kernel."""
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        """(..., width) to the same."""
+        """Return the norm of (..., width), in the same shape."""
         if _plain(hidden_states) or self.weight.dtype != hidden_states.dtype:
             result: Tensor = super().forward(hidden_states)  # type: ignore[misc]
             return result
@@ -64,10 +71,10 @@ class FusedNorm:
 
 
 class FusedMlp:
-    """SwiGLU whose product is made in the gate's memory."""
+    """SwiGLU whose product is stored in the gate's memory."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        """(..., hidden_size) to the same."""
+        """Return the result for (..., hidden_size), in the same shape."""
         if _plain(x):
             plain: Tensor = super().forward(x)  # type: ignore[misc]
             return plain
@@ -76,7 +83,7 @@ class FusedMlp:
 
 
 class FusedAttention:
-    """Attention whose queries and keys are rotated in place."""
+    """Attention with queries and keys that are rotated in place."""
 
     def forward(
         self: Any,
@@ -86,7 +93,7 @@ class FusedAttention:
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """(batch, tokens, hidden_size) to the same, and what eager attention returns beside it."""
+        """Return the result for (batch, tokens, hidden_size) in the same shape, and weights as eager attention."""
         if _plain(hidden_states):
             plain: tuple[Tensor, Tensor | None] = super().forward(  # type: ignore[misc]
                 hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
@@ -111,17 +118,17 @@ class FusedAttention:
             attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
-            sliding_window=self.sliding_window,
+            sliding_window=getattr(self, "sliding_window", None),
             **kwargs,
         )
         return self.o_proj(attended.reshape(*shape, -1).contiguous()), weights
 
 
 class FusedLayer:
-    """A decoder layer whose sums go where the newer of their terms is."""
+    """A decoder layer that adds each residual in place, into the newer term."""
 
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(batch, tokens, hidden_size) to the same."""
+        """Return the result for (batch, tokens, hidden_size), in the same shape."""
         if args or _plain(hidden_states):
             plain: Tensor = super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
             return plain
@@ -134,16 +141,16 @@ class FusedLayer:
         return hidden_states.add_(residual)
 
 
-_FUSED: dict[str, type] = {
-    "RMSNorm": FusedNorm,
-    "MLP": FusedMlp,
-    "Attention": FusedAttention,
-    "DecoderLayer": FusedLayer,
+_FUSED: dict[FusedPart, type] = {
+    "norm": FusedNorm,
+    "mlp": FusedMlp,
+    "attention": FusedAttention,
+    "layer": FusedLayer,
 }
 
 
 def _attention_function(name: str, kind: type) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """What `transformers` would call for a module of `kind`."""
+    """Return the function that `transformers` would call for a module of `kind`."""
     eager = sys.modules[kind.__module__].eager_attention_forward
     found: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
     return found

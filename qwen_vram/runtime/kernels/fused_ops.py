@@ -1,7 +1,7 @@
-"""What is done element by element between a layer's matrix products: one kernel each where Triton runs.
+"""Element-by-element operations of a layer, as one kernel each if Triton runs.
 
-Everywhere else torch's own operators do the same. Results go where an argument was, so that the largest tensors of a
-prefill are fewer; arguments must be the caller's own, and no gradient wanted.
+Elsewhere torch's own operators compute the same. A result overwrites an argument, which saves the largest tensors of a
+prefill. The caller must own the arguments, and there is no gradient.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _LOGGER = logging.getLogger(__name__)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last dimension, in float32 and rounded before it is scaled, as `transformers` does it."""
+    """Return RMSNorm over the last dimension, in float32 and rounded before it is scaled, as in `transformers`."""
     kernels = kernels_on(x.device)
     if kernels is None or not x.is_contiguous():
         return functional.rms_norm(x, weight.shape, None, eps).mul_(weight)
@@ -32,7 +32,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def multiply_silu(gate: Tensor, up: Tensor) -> Tensor:
-    """`silu(gate) * up`, in the memory of `gate`."""
+    """Return `silu(gate) * up`, stored in the memory of `gate`."""
     kernels = kernels_on(gate.device)
     if kernels is None or not (gate.is_contiguous() and up.is_contiguous()):
         return functional.silu(gate, inplace=True).mul_(up)
@@ -42,7 +42,7 @@ def multiply_silu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Rotary embedding in place: (batch, tokens, heads, head_dim); `cos` and `sin` (batch or 1, tokens, head_dim)."""
+    """Rotate (batch, tokens, heads, head_dim) in place; `cos` and `sin` are (batch or 1, tokens, head_dim)."""
     kernels = kernels_on(query.device)
     if kernels is not None and all(one.is_contiguous() for one in (query, key, cos, sin)):
         with _device_of(query):
@@ -55,10 +55,10 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 def join(total: Tensor, sums: Tensor, part: Tensor, part_sums: Tensor, out: Tensor) -> None:
-    """Attention over some keys and over others, joined into `out`, which may be one of the two.
+    """Join attention over two sets of keys into `out`, which may be one of the two results.
 
-    All three are (batch, heads, q, head_dim); their scores' log-sum-exps (batch, heads, q, 1), in float32 and
-    contiguous. `sums` becomes that of both.
+    All three are (batch, heads, q, head_dim). The log-sum-exps of the scores are (batch, heads, q, 1), in float32 and
+    contiguous. `sums` is overwritten with that of both.
     """
     kernels = kernels_on(total.device)
     if kernels is not None:
@@ -73,7 +73,7 @@ def join(total: Tensor, sums: Tensor, part: Tensor, part_sums: Tensor, out: Tens
 
 @lru_cache(maxsize=16)
 def kernels_on(device: torch.device) -> ModuleType | None:
-    """The kernels, if they run on `device`; says once why not. They are compiled here, for what Triton has not yet."""
+    """Return the kernels, if they run on `device`, compiled if Triton has not cached them; log once why not."""
     if device.type != "cuda":
         return None
     missing = missing_compiler()
@@ -85,7 +85,7 @@ def kernels_on(device: torch.device) -> ModuleType | None:
                 row = torch.ones(16, dtype=torch.float32, device=device)
                 triton_kernels.rms_norm(row, row, 1e-6)
                 torch.cuda.synchronize(device)
-        except Exception as error:  # whatever a compiler on somebody's machine may raise
+        except Exception as error:  # a compiler can raise any error
             missing = f"a Triton that works ({str(error).strip()[:200]})"
         else:
             return triton_kernels
@@ -94,7 +94,7 @@ def kernels_on(device: torch.device) -> ModuleType | None:
 
 
 def missing_compiler() -> str:
-    """What it takes to compile kernels and is not here; empty where nothing is missing."""
+    """Return the part that is missing to compile kernels; empty if nothing is missing."""
     compilers = (os.environ.get("CC", ""), "cc", "gcc", "clang")
     if not any(which(name) for name in compilers if name):
         return "a C compiler"
@@ -102,6 +102,6 @@ def missing_compiler() -> str:
 
 
 def _device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device."""
+    """Return a context with the tensor's device as the current one, on which Triton launches."""
     here = tensor.device.index == torch.cuda.current_device()
     return nullcontext() if here else torch.cuda.device(tensor.device)

@@ -1,17 +1,20 @@
-"""What `fused_ops` does in one kernel each, on a GPU. Sums and roundings are those of `transformers`' modules."""
+"""Triton kernels of the operations in `fused_ops`.
 
-# Triton reads annotations as they are: none of them may be put off.
+Sums and roundings are those of `transformers`' modules.
+"""
+
+# Triton reads annotations as objects, so this module must not postpone their evaluation.
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_ELEMENTS = 4096  # of a program, where nothing else says
+_ELEMENTS = 4096  # of a program, by default
 _QUERIES = 32  # of a head, joined by one program
 
 
-# Lengths differ from prompt to prompt, and no kernel is compiled again for one.
+# Lengths differ between prompts, and kernels are not compiled again for a new length.
 @triton.jit(do_not_specialize=["rows"])
 def _rms_norm(x, weight, out, rows, width, eps, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -26,7 +29,7 @@ def _rms_norm(x, weight, out, rows, width, eps, ROWS: tl.constexpr, WIDTH: tl.co
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`weight * (x / rms(x))` over the last dimension of a contiguous `x`."""
+    """Return `weight * (x / rms(x))` over the last dimension of a contiguous `x`."""
     out = torch.empty_like(x)
     width = x.shape[-1]
     rows = x.numel() // width
@@ -47,7 +50,7 @@ def _multiply_silu(gate, up, count, SIZE: tl.constexpr):
 
 
 def multiply_silu(gate: Tensor, up: Tensor) -> None:
-    """`gate = silu(gate) * up`, both contiguous."""
+    """Compute `gate = silu(gate) * up`, both contiguous."""
     count = gate.numel()
     _multiply_silu[(triton.cdiv(count, _ELEMENTS),)](gate, up, count, SIZE=_ELEMENTS, num_warps=8)
 
@@ -85,14 +88,14 @@ def _rotate(
 
 
 def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Rotary embedding in place of (batch, tokens, heads, head_dim); cosines (batch or 1, tokens, head_dim)."""
+    """Rotate (batch, tokens, heads, head_dim) in place; `cos` and `sin` are (batch or 1, tokens, head_dim)."""
     batch, tokens, heads, head_dim = query.shape
     half, kv_heads = head_dim // 2, key.shape[2]
     _rotate[(batch * tokens,)](
         query, key, cos, sin, heads, kv_heads, cos.numel() // head_dim, half,
         HEADS=triton.next_power_of_2(heads), KV_HEADS=triton.next_power_of_2(kv_heads),
         HALF=triton.next_power_of_2(half), num_warps=4,
-        enable_fp_fusion=False,  # or one of the two products would be added without being rounded
+        enable_fp_fusion=False,  # with it, one of the two products would be added without rounding
     )  # fmt: skip
 
 
@@ -121,9 +124,9 @@ def _join(
 
 
 def join(total: Tensor, sums: Tensor, part: Tensor, part_sums: Tensor, out: Tensor) -> None:
-    """Into `out`, which may be one of the two: attention over the keys of both, (batch, heads, q, head_dim) each.
+    """Join attention over two sets of keys, (batch, heads, q, head_dim) each, into `out`, which may be one of them.
 
-    Their log-sum-exps are contiguous, (batch, heads, q, 1); `sums` becomes that of both.
+    Their log-sum-exps are contiguous, (batch, heads, q, 1); `sums` is overwritten with that of both.
     """
     batch, heads, queries, width = part.shape
     _join[(triton.cdiv(queries, _QUERIES), batch * heads)](

@@ -1,7 +1,7 @@
-"""A KV cache in host memory: two slots on the device hold the layer that computes and the one that is fetched.
+"""KV cache in host memory: two device buffers hold the layers in use.
 
-Memory runs token by token, (max_length, 2, batch, kv_heads, head_dim), keys before values: the tokens so far are one
-block, which crosses the link in one copy. A view in the usual order would cross head by head, or through a temporary.
+The memory is ordered by tokens, (max_length, 2, batch, kv_heads, head_dim), keys before values. The filled tokens are
+therefore one block, which is copied over the link at once. The usual order would need a copy per head, or a temporary.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _LOGGER = logging.getLogger(__name__)
 
 
 class HostCache(Cache):  # type: ignore[misc]
-    """A cache for `model.generate(past_key_values=...)` of `max_length` tokens, whose layers live on the host.
+    """A cache of `max_length` tokens for `model.generate(past_key_values=...)`, with its layers in host memory.
 
-    Memory is taken at the first token: on the device exactly what `arithmetic.kv_cache` predicts. The host's is pinned
-    where it can be; torch rounds a pinned block, a layer, up to a power of two.
+    Memory is allocated at the first token: on the device exactly the bytes that `arithmetic.kv_cache` predicts. The
+    host memory is pinned if possible; torch rounds a pinned block, one layer, up to a power of two.
 
     Args:
-        split: Layers of each GPU in order, where a model is on several: each has slots of its own.
+        split: Layers of each GPU in order, for a model on several GPUs: each GPU has its own slots.
     """
 
     def __init__(self, num_hidden_layers: int, *, max_length: int, split: Sequence[int] = ()) -> None:
@@ -45,7 +45,7 @@ class HostCache(Cache):  # type: ignore[misc]
 class HostLayer(PreallocatedLayer):
     """One layer's keys and values on the host, (batch, kv_heads, max_length, head_dim) each, filled from the front.
 
-    Attention sees the filled part of a slot on the device, until the second layer after this one is updated.
+    Attention reads the filled part of a slot on the device, valid until the second layer after this one is updated.
     """
 
     def __init__(self, max_length: int, slots: _Slots, index: int) -> None:
@@ -54,14 +54,14 @@ class HostLayer(PreallocatedLayer):
         self.index = index  # among the layers that share the slots
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Take the host's memory, in the dtype of the first keys and values."""
+        """Allocate the host memory, in the dtype of the first keys and values."""
         self.dtype, self.device = key_states.dtype, key_states.device
         shape = (self.max_length, 2, *key_states.shape[:2], key_states.shape[-1])
         self._keep(self.slots.host_rows(shape, key_states))
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append (batch, kv_heads, q, head_dim) keys and values, and return all that are filled, on the device.
+        """Append (batch, kv_heads, q, head_dim) keys and values, and return all filled ones, on the device.
 
         Raises:
             ValueError: more tokens than `max_length`.
@@ -81,7 +81,7 @@ class HostLayer(PreallocatedLayer):
             self.batch_select_indices(torch.arange(self.rows.shape[2]).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the sequences at `indices`, in that order, in the same memory where their number is the same."""
+        """Keep the sequences at `indices`, in that order, in the same memory if their number is the same."""
         if self.is_initialized:
             self.slots.forget()
             chosen = self.rows[: self.length, :, indices.cpu()]
@@ -96,12 +96,12 @@ class HostLayer(PreallocatedLayer):
         self.keys, self.values = _as_attention_reads(rows)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """What is on the device: the slots, which all layers share."""
+        """Return the tensors on the device: the slots, which all layers share."""
         return tuple(slot.rows for slot in self.slots.open_slots)
 
 
 class _Slot:
-    """Room on the device for one layer, and which of whose tokens it holds: the first `tokens` of the layer `index`."""
+    """A buffer on the device for one layer. It holds the first `tokens` tokens of layer `index`."""
 
     def __init__(self, rows: Tensor) -> None:
         self.rows = rows
@@ -112,13 +112,13 @@ class _Slot:
 
 
 class _Slots:
-    """The slots, and the stream on which tokens cross, in order; on the CPU the same copies run in line.
+    """The slots, and the stream of their copies in order; on the CPU the same copies run immediately.
 
-    In order, a token is on the host before it is fetched from there or overwritten in its slot.
+    Because of the order, a token is on the host before it is fetched from there or overwritten in its slot.
     """
 
     def __init__(self) -> None:
-        # Weak: with a cycle the memory of a cache that was dropped would wait for the garbage collector.
+        # Weak references: with a cycle, the memory of a dropped cache would wait for the garbage collector.
         self.layers: list[weakref.ref[HostLayer]] = []
         self.open_slots: list[_Slot] = []
         self.newest: _Slot | None = None
@@ -127,7 +127,7 @@ class _Slots:
         self.pinned = True
 
     def host_rows(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """Host memory in the dtype of `like`, pinned for a GPU; ordinary memory, and a warning, where that fails."""
+        """Return host memory in the dtype of `like`, pinned for a GPU, or ordinary memory with a warning."""
         if self.pinned and (like.is_cuda or self.stream is not None):
             try:
                 return torch.empty(shape, dtype=like.dtype, pin_memory=True)
@@ -138,7 +138,7 @@ class _Slots:
         return torch.empty(shape, dtype=like.dtype)
 
     def holding(self, layer: HostLayer) -> _Slot:
-        """The slot with the layer's tokens, once they have arrived; they are fetched now if nobody did before."""
+        """Return the slot with the layer's tokens after they have arrived; fetch them now if needed."""
         if not self.open_slots or self.open_slots[0].rows.shape != layer.rows.shape:
             self._open(layer)
         slot = self._find(layer)
@@ -146,13 +146,13 @@ class _Slots:
             self._after_compute()
             slot = self._fetch(layer)
         if slot.filled is not None:
-            # The stream of the layer's own device, which need not be the current one.
+            # The stream of the layer's own device, which may differ from the current device.
             slot.filled.wait(torch.cuda.current_stream(slot.rows.device))
         self.newest = slot
         return slot
 
     def store(self, slot: _Slot, layer: HostLayer, end: int) -> None:
-        """Bring the tokens up to `end` that were put into a layer's slot to the host, and fetch the next layer's."""
+        """Copy the tokens up to `end` from a layer's slot to the host, and fetch the next layer's tokens."""
         self._after_compute()
         with self._copying():
             layer.rows[layer.length : end].copy_(slot.rows[layer.length : end], non_blocking=True)
@@ -162,7 +162,7 @@ class _Slots:
             self._fetch(following)
 
     def forget(self) -> None:
-        """Wait for every copy and let the slots hold nothing: the host's tokens are about to change."""
+        """Wait for every copy and mark the slots empty, because the tokens on the host are about to change."""
         if self.stream is not None:
             self.stream.synchronize()
         self.newest = None
@@ -177,7 +177,7 @@ class _Slots:
         for _ in range(min(len(self.layers), HOST_CACHE_LAYERS)):
             slot = _Slot(torch.empty_like(layer.rows, device=layer.device))
             if self.stream is not None:
-                # The last prefetch may still run when the cache is dropped: its memory must not go to anyone before.
+                # The last prefetch may still run when the cache is dropped: its memory must not be reused before.
                 slot.rows.record_stream(self.stream)
             self.open_slots.append(slot)
 
@@ -185,7 +185,7 @@ class _Slots:
         return next((one for one in self.open_slots if one.index == layer.index and one.tokens >= layer.length), None)
 
     def _fetch(self, layer: HostLayer) -> _Slot:
-        """Start bringing a layer's tokens into the slot that was not used last."""
+        """Start copying a layer's tokens into the least recently used slot."""
         slot = next((slot for slot in self.open_slots if slot is not self.newest), self.open_slots[0])
         slot.index, slot.tokens = layer.index, layer.length
         with self._copying():
@@ -196,7 +196,7 @@ class _Slots:
         return slot
 
     def _after_compute(self) -> None:
-        """Let copies wait for what computes so far: the slots' new tokens, and attention over the other slot."""
+        """Let copies wait for the present kernels: the slots' new tokens, and attention over the other slot."""
         if self.stream is not None and self.computed is not None:
             self.computed.record(torch.cuda.current_stream(self.stream.device))
             self.stream.wait_event(self.computed)
@@ -206,6 +206,6 @@ class _Slots:
 
 
 def _as_attention_reads(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of (tokens, 2, batch, kv_heads, head_dim) as views, (batch, kv_heads, tokens, head_dim)."""
+    """Return keys and values of (tokens, 2, batch, kv_heads, head_dim) as views (batch, kv_heads, tokens, head_dim)."""
     keys, values = rows.permute(1, 2, 3, 0, 4)
     return keys, values

@@ -1,4 +1,7 @@
-"""A KV cache that takes its whole context once: nothing is copied as it grows, and nothing fragments the allocator."""
+"""KV cache that is allocated once for the whole context.
+
+Nothing is copied as it grows, and nothing fragments the allocator.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,13 @@ from transformers.cache_utils import CacheLayerMixin
 
 from qwen_vram.runtime.kv_cache.arena import KvArena, like_states, rearranged
 from qwen_vram.runtime.kv_cache.quantized import QuantizedLayer
-from qwen_vram.spec.profile import KvFormat
+from qwen_vram.spec.kv_formats import KvFormatName, kv_format
 
 
 class PreallocatedLayer(CacheLayerMixin):  # type: ignore[misc]
     """One layer's keys and values, (batch, kv_heads, max_length, head_dim) each, filled from the front.
 
-    Attention sees the filled part as a view.
+    Attention reads the filled part as a view.
     """
 
     is_croppable = True
@@ -30,7 +33,7 @@ class PreallocatedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.length = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Take the memory, in the dtype and on the device of the first keys and values."""
+        """Allocate the memory, in the dtype and on the device of the first keys and values."""
         self.dtype, self.device = key_states.dtype, key_states.device
         wanted = {name: like_states(key_states, self.max_length) for name in ("keys", "values")}
         part = self.room.take(wanted, self.device)
@@ -38,7 +41,7 @@ class PreallocatedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append (batch, kv_heads, q, head_dim) keys and values, and return all that are filled.
+        """Append (batch, kv_heads, q, head_dim) keys and values, and return all filled ones.
 
         Raises:
             ValueError: more tokens than `max_length`.
@@ -52,7 +55,7 @@ class PreallocatedLayer(CacheLayerMixin):  # type: ignore[misc]
         return self.keys[:, :, :end], self.values[:, :, :end]
 
     def end_after(self, key_states: Tensor) -> int:
-        """Tokens held once (batch, kv_heads, q, head_dim) keys are appended.
+        """Return the number of tokens after (batch, kv_heads, q, head_dim) keys are appended.
 
         Raises:
             ValueError: more than `max_length`.
@@ -66,23 +69,23 @@ class PreallocatedLayer(CacheLayerMixin):  # type: ignore[misc]
         return int(end)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Keys that `query_length` more queries will see, and the first one's position."""
+        """Return the number of keys that `query_length` more queries will see, and the first key's position."""
         return self.length + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Tokens held."""
+        """Return the number of tokens held."""
         return self.length
 
     def get_max_length(self) -> int:
-        """Tokens that can be held."""
+        """Return the number of tokens that can be held."""
         return self.max_length
 
     def reset(self) -> None:
-        """Forget all tokens and keep the memory."""
+        """Remove all tokens and keep the memory."""
         self.length = 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest tokens; the count may be negative, as `transformers` passes it."""
+        """Remove the newest tokens; the count may be negative, as `transformers` passes it."""
         self.length = max(0, self.length - abs(tokens_to_remove))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -92,7 +95,7 @@ class PreallocatedLayer(CacheLayerMixin):  # type: ignore[misc]
             self.values = self.values.repeat_interleave(repeats, dim=0)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the sequences at `indices`, in that order, in the same memory where their number is the same."""
+        """Keep the sequences at `indices`, in that order, in the same memory if their number is the same."""
         if self.is_initialized:
             self.keys = rearranged(self.keys, indices.to(self.device))
             self.values = rearranged(self.values, indices.to(self.device))
@@ -101,13 +104,16 @@ class PreallocatedLayer(CacheLayerMixin):  # type: ignore[misc]
 
 
 class PreallocatedCache(Cache):  # type: ignore[misc]
-    """A cache for `model.generate(past_key_values=...)` that never grows: `max_length` tokens in every layer.
+    """A cache for `model.generate(past_key_values=...)` that never grows, with `max_length` tokens in every layer.
 
-    `kv_cache` is `"bf16"` for the model's own dtype, `"int8"` or `"int4"`. Memory is taken at the first token: exactly
-    what `arithmetic.kv_cache` predicts, in one block.
+    `kv_cache` is `"bf16"` for the model's own dtype, `"int8"` or `"int4"`. Memory is allocated at the first token, in
+    one block, with exactly the bytes that `arithmetic.kv_cache` predicts.
 
     Args:
-        split: Layers of each GPU in order, where a model is on several: each has a block of its own.
+        split: Layers of each GPU in order, for a model on several GPUs: each GPU has its own block.
+
+    Raises:
+        UnknownNameError: the format is not known.
     """
 
     def __init__(
@@ -115,23 +121,24 @@ class PreallocatedCache(Cache):  # type: ignore[misc]
         num_hidden_layers: int,
         *,
         max_length: int,
-        kv_cache: KvFormat = "bf16",
+        kv_cache: KvFormatName = "bf16",
         split: Sequence[int] = (),
     ) -> None:
         layers: list[CacheLayerMixin] = []
+        quantized = kv_format(kv_cache).is_quantized
         for count in split or (num_hidden_layers,):
             room = KvArena(count)
             for _ in range(count):
-                if kv_cache == "bf16":
-                    layers.append(PreallocatedLayer(max_length, room))
-                else:
+                if quantized:
                     layers.append(QuantizedLayer(max_length, kv_cache, room))
+                else:
+                    layers.append(PreallocatedLayer(max_length, room))
         super().__init__(layers=layers)
         self.kv_cache = kv_cache
 
 
 def cache_bytes(cache: Cache, device: torch.device | None = None) -> int:
-    """Bytes of the tensors that a cache holds on devices, or on `device` alone where one is given."""
+    """Return the bytes of the tensors that a cache holds on devices, or only on `device` if it is given."""
     tensors = [
         tensor
         for layer in cache.layers

@@ -1,7 +1,9 @@
-"""A KV cache in 8 or 4 bits: keys scaled per channel over 32 tokens, values per token and head, the newest kept whole.
+"""KV cache in 8 or 4 bits, with the newest tokens unquantized.
 
-A token is quantized once, when a whole group of 32 has become older than the newest 128, and never again. Its scale and
-least value are stored in float16, and its code is chosen for the stored ones.
+Keys are scaled per channel over 32 tokens, values per token and head.
+
+A token is quantized once, when a whole group of 32 is older than the newest 128. Its scale and smallest value are
+stored in float16, and its code is computed from the stored values.
 """
 
 from __future__ import annotations
@@ -13,10 +15,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from qwen_vram.arithmetic.kv_cache import KEY_GROUP, quantized_tokens, whole_tokens
 from qwen_vram.runtime.kv_cache.arena import KvArena, like_states, rearranged
+from qwen_vram.spec.kv_formats import KvFormat, kv_format
 
-_BITS = {"int8": 8, "int4": 4}
 _LARGEST = torch.finfo(torch.float16).max
 
 
@@ -26,32 +27,32 @@ class Codes:
     A scale belongs to `span` tokens of one channel (keys), or to all channels of one token (values, `span` of 0).
     """
 
-    def __init__(self, part: Sequence[Tensor], bits: int, span: int) -> None:
+    def __init__(self, part: Sequence[Tensor], stored: KvFormat, span: int) -> None:
         self.data, self.scale, self.least = part
-        self.bits, self.span = bits, span
+        self.stored, self.span = stored, span
 
     @staticmethod
-    def wanted(like: Tensor, tokens: int, bits: int, span: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes, scales and least values for `tokens` tokens, on the meta device."""
+    def wanted(like: Tensor, tokens: int, stored: KvFormat, span: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return codes, scales and smallest values for `tokens` tokens, on the meta device."""
         batch, heads, _, channels = like.shape
         shape = (batch, heads, tokens // span, channels) if span else (batch, heads, tokens, 1)
-        codes = torch.empty((batch, heads, tokens, channels * bits // 8), dtype=torch.uint8, device="meta")
+        codes = torch.empty((batch, heads, tokens, channels * stored.bits // 8), dtype=torch.uint8, device="meta")
         scale, least = (torch.empty(shape, dtype=torch.float16, device="meta") for _ in range(2))
         return codes, scale, least
 
     def write(self, rows: Tensor, start: int) -> None:
-        """Quantize `rows` to the tokens from `start` on; both are multiples of `span`."""
+        """Quantize `rows` into the tokens from `start` on; both are multiples of `span`."""
         end = start + rows.shape[2]
         scales = slice(start // self.span, end // self.span) if self.span else slice(start, end)
         grouped = self._grouped(rows.to(torch.float32, copy=True))
         along = 3 if self.span else -1
         least, most = grouped.amin(along, keepdim=True), grouped.amax(along, keepdim=True)
-        # Codes are chosen for the rounded figures, and a constant group has a scale that divides.
+        # Codes are computed from the rounded values. The scale of a constant group is not zero.
         least = least.clamp_(-_LARGEST, _LARGEST).half()
-        scale = ((most - least.float()) / (2**self.bits - 1)).half().clamp_(min=torch.finfo(torch.float16).tiny)
-        codes = grouped.sub_(least.float()).div_(scale.float()).round_().clamp_(0, 2**self.bits - 1)
+        scale = ((most - least.float()) / self.stored.largest_code).half().clamp_(min=torch.finfo(torch.float16).tiny)
+        codes = grouped.sub_(least.float()).div_(scale.float()).round_().clamp_(0, self.stored.largest_code)
         codes = codes.to(torch.uint8).reshape(rows.shape)
-        if self.bits == 4:
+        if self.stored.is_packed:
             low, high = codes.chunk(2, dim=-1)
             codes = low | high << 4
         self.data[:, :, start:end] = codes
@@ -61,7 +62,7 @@ class Codes:
     def read(self, end: int, out: Tensor) -> None:
         """Dequantize the first `end` tokens into `out`, (batch, kv_heads, end, head_dim)."""
         data = self.data[:, :, :end]
-        if self.bits == 4:
+        if self.stored.is_packed:
             low, high = out.chunk(2, dim=-1)
             low.copy_(data & 15)
             high.copy_(data >> 4)
@@ -75,14 +76,14 @@ class Codes:
         grouped.mul_(scale).add_(least)
 
     def _grouped(self, rows: Tensor) -> Tensor:
-        """Keys as (batch, kv_heads, groups, span, head_dim); values as they are."""
+        """Return keys as (batch, kv_heads, groups, span, head_dim), and values unchanged."""
         if not self.span:
             return rows
         batch, heads, tokens, channels = rows.shape
         return rows.view(batch, heads, tokens // self.span, self.span, channels)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Everything that is stored."""
+        """Return all stored tensors."""
         return self.data, self.scale, self.least
 
     def rebatch(self, indices: Tensor) -> None:
@@ -91,9 +92,9 @@ class Codes:
 
 
 class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
-    """One layer's keys and values for `max_length` tokens: codes of the older ones, then the newest as they came.
+    """One layer's keys and values for `max_length` tokens: codes of the older ones, the newest unquantized.
 
-    `keys` and `values` are the codes. Attention gets every token in the model's own dtype, made anew at each step.
+    `keys` and `values` are the codes. Attention gets all tokens in the model's own dtype, dequantized at each step.
     """
 
     is_croppable = True
@@ -102,20 +103,26 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
         super().__init__()
         self.max_length = max_length
         self.room = room or KvArena(1)
-        self.bits = _BITS[kv_cache]
+        self.stored = kv_format(kv_cache)
         self.quantized = 0
         self.whole = 0
 
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return self.stored.bits
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Take the memory, in the dtype and on the device of the first keys and values."""
+        """Allocate the memory, in the dtype and on the device of the first keys and values."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        tokens, newest = quantized_tokens(self.max_length), like_states(key_states, whole_tokens(self.max_length))
-        of_keys = Codes.wanted(key_states, tokens, self.bits, KEY_GROUP)
-        of_values = Codes.wanted(value_states, tokens, self.bits, 0)
+        stored, tokens = self.stored, self.stored.quantized_tokens(self.max_length)
+        newest = like_states(key_states, stored.whole_tokens(self.max_length))
+        of_keys = Codes.wanted(key_states, tokens, stored, stored.key_group)
+        of_values = Codes.wanted(value_states, tokens, stored, 0)
         part = self.room.take(dict(enumerate((*of_keys, *of_values, newest, newest))), self.device)
         *codes, self.new_keys, self.new_values = (part[index] for index in range(len(part)))
-        self.key_codes = Codes(codes[:3], self.bits, KEY_GROUP)
-        self.value_codes = Codes(codes[3:], self.bits, 0)
+        self.key_codes = Codes(codes[:3], stored, stored.key_group)
+        self.value_codes = Codes(codes[3:], stored, 0)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -135,7 +142,7 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
             )
         keys = self._all(self.key_codes, self.new_keys, key_states)
         values = self._all(self.value_codes, self.new_values, value_states)
-        older = quantized_tokens(end)
+        older = self.stored.quantized_tokens(end)
         if older > self.quantized:
             self.key_codes.write(keys[:, :, self.quantized : older], self.quantized)
             self.value_codes.write(values[:, :, self.quantized : older], self.quantized)
@@ -146,7 +153,7 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
         return keys, values
 
     def _all(self, codes: Codes, newest: Tensor, appended: Tensor) -> Tensor:
-        """Every token in the model's dtype; on the first call what was appended itself."""
+        """Return all tokens in the model's dtype; on the first call, the appended tensor itself."""
         held = self.get_seq_length()
         if not held:
             return appended
@@ -160,32 +167,32 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
         return every
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Keys that `query_length` more queries will see, and the first one's position."""
+        """Return the number of keys that `query_length` more queries will see, and the first key's position."""
         return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Tokens held."""
+        """Return the number of tokens held."""
         return self.quantized + self.whole
 
     def get_max_length(self) -> int:
-        """Tokens that can be held."""
+        """Return the number of tokens that can be held."""
         return self.max_length
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Everything that is stored."""
+        """Return all stored tensors."""
         if not self.is_initialized:
             return ()
         return (*self.key_codes.tensors(), *self.value_codes.tensors(), self.new_keys, self.new_values)
 
     def reset(self) -> None:
-        """Forget all tokens and keep the memory."""
+        """Remove all tokens and keep the memory."""
         self.quantized = self.whole = 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest tokens, at most those that are not quantized yet; the count may be negative.
+        """Remove the newest tokens, at most those that are not quantized yet; the count may be negative.
 
         Raises:
-            ValueError: more than that.
+            ValueError: the count includes quantized tokens.
         """
         count = abs(tokens_to_remove)
         if count > self.whole:

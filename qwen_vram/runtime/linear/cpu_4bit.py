@@ -1,6 +1,7 @@
-"""4-bit matrices of bitsandbytes multiplied on the CPU by its fused kernel, beside a GPU too.
+"""Products of bitsandbytes' 4-bit matrices by its fused kernel on the CPU.
 
-bitsandbytes loads one native library; the one for a GPU lacks this kernel, which is in the CPU's, in the same package.
+bitsandbytes loads one native library. Its library for a GPU lacks this kernel, which is in the library for the CPU, in
+the same package. The kernel therefore also runs beside a GPU.
 Source of layout and call: bitsandbytes 0.50.2, functional.py (_convert_weight_packed_for_cpu), backends/cpu/ops.py.
 """
 
@@ -14,13 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qwen_vram.arithmetic.weights import PACKED_ROWS
+from qwen_vram.spec.formats import PACKED_ROWS
 
 _HALF = PACKED_ROWS // 2
 
 
 class PackedMatrix(NamedTuple):
-    """A matrix of (out_features, in_features) as the kernel reads it: codes by 32 rows, block maxima by columns."""
+    """A matrix (out_features, in_features) in the kernel's layout: codes by 32 rows, block maxima by columns."""
 
     codes: Tensor
     absmax: Tensor
@@ -30,7 +31,7 @@ class PackedMatrix(NamedTuple):
 
 
 def import_quietly() -> None:
-    """Import bitsandbytes without the line that it logs on CPUs with AVX512-BF16, which asks for a kernel hub."""
+    """Import bitsandbytes without the log line on CPUs with AVX512-BF16, which asks for a kernel hub."""
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -42,7 +43,7 @@ def import_quietly() -> None:
 
 @cache
 def kernel_library() -> Any:
-    """The library of bitsandbytes for the CPU; `None` where there is none, or the CPU has no AVX512-BF16."""
+    """Return bitsandbytes' library for the CPU; `None` if it is missing, or if the CPU has no AVX512-BF16."""
     import_quietly()
     from bitsandbytes.consts import DYNAMIC_LIBRARY_SUFFIX, PACKAGE_DIR
 
@@ -55,14 +56,14 @@ def kernel_library() -> Any:
 
 
 def pack(codes: Tensor, state: Any) -> PackedMatrix:
-    """A 4-bit matrix on the host, with its `QuantState`, in memory of its own: 4 bits a weight, and bf16 maxima."""
+    """Return a packed copy of a 4-bit matrix on the host, from its `QuantState`: 4 bits a weight, and bf16 maxima."""
     from bitsandbytes.functional import dequantize_blockwise
 
     rows, columns = state.shape
     absmax = state.absmax
     if state.nested:
         absmax = dequantize_blockwise(absmax, state.state2) + state.offset
-    # Two rows that are 16 apart share a byte; each column pair of 32 rows lies side by side.
+    # Two rows at a distance of 16 share a byte, and the column pairs of 32 rows are contiguous.
     first, second = codes.view(torch.uint8).view(rows // PACKED_ROWS, 2, _HALF, columns // 2).unbind(1)
     pairs = torch.stack(((second & 0xF0) | (first >> 4), (second << 4) | (first & 0x0F)), dim=-1)
     packed = pairs.transpose(1, 2).contiguous().view(rows, columns // 2)
@@ -71,10 +72,10 @@ def pack(codes: Tensor, state: Any) -> PackedMatrix:
 
 
 def multiply(x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Tensor:
-    """`x @ matrix.T + bias` in bf16: (..., in_features) to (..., out_features), in the dtype of `x`.
+    """Return `x @ matrix.T + bias` in bf16: (..., in_features) to (..., out_features), in the dtype of `x`.
 
     Raises:
-        ValueError: `x` is not on the CPU; the kernel would read wherever its address points.
+        ValueError: `x` is not on the CPU; the kernel would read host memory at a device address.
     """
     if x.device.type != "cpu":
         raise ValueError(f"the matrix is on the CPU, the input on {x.device}; call the decoder layer as a whole")

@@ -1,7 +1,7 @@
-"""Products of one to eight rows: where the kernels of `few_rows_kernels` make them.
+"""Products of one to eight rows, if a kernel of `few_rows_kernels` applies.
 
-Each function returns `None` where they do not apply, and the caller multiplies as it would without them. Nothing here
-waits for the GPU or allocates more than the result, so that it may be captured in a CUDA graph.
+A function returns `None` if they do not apply, and the caller then multiplies without them. The functions never wait
+for the GPU and allocate only the result, so a CUDA graph can capture them.
 """
 
 from __future__ import annotations
@@ -16,29 +16,30 @@ import torch
 from torch import Tensor, nn
 
 from qwen_vram.runtime.kernels.fused_ops import kernels_on
+from qwen_vram.spec.formats import BLOCK, FORMATS, NESTED_BLOCK, QUANT_TYPES
 
 _LOGGER = logging.getLogger(__name__)
 
 MOST_ROWS = 8
-# Of a 16-bit matrix, which cuBLAS multiplies by two rows in the time of one.
+# Name of a 16-bit matrix's format in these kernels.
+_DENSE = "dense"
+# The limit for a 16-bit matrix, which cuBLAS multiplies by two rows in the time of one.
 _MOST_DENSE_ROWS = 1
-_BLOCK = 64  # of bitsandbytes' 4-bit matrices, for its kernel and for these
-_OUTER_BLOCK = 256  # of the maxima of blocks. Source: bitsandbytes 0.50.2, functional.quantize_blockwise
 
-# How 16 values are looked up, and how products are divided (`_division`): of the divisions that
-# benchmarks/few_rows.py tried, few that serve all shapes. With one row of Qwen2.5-7B they are within 10 % of the
-# fastest but for matrices of 512 rows, which are multiplied together with others.
+# The look-up of 16 values and the division of products (`_division`): a few of the divisions that
+# benchmarks/few_rows.py tried, which serve all shapes. With one row of Qwen2.5-7B they are within 10 % of the
+# fastest, except for matrices of 512 rows, which are multiplied together with others.
 # measured: NVIDIA H200, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-30.
 _LOOKUP = "shuffle"
-_DEEP = 8_192  # columns: from here on a program's warps share a row
-_SHORT = 8_192  # rows, up to which programs are few
+_DEEP = 8_192  # columns: from this number on a program's warps share a row
+_SHORT = 8_192  # rows: up to this number there are few programs
 
-# Formats whose kernels do not run here, for this process.
+# Formats whose kernels failed in this process.
 _BROKEN: set[str] = set()
 
 
 class _Codes(NamedTuple):
-    """The tensors that a kernel reads of a matrix, and the format that it is in."""
+    """The tensors of a matrix that a kernel reads, and its storage format."""
 
     storage: str
     nested: bool
@@ -47,13 +48,13 @@ class _Codes(NamedTuple):
 
 
 def multiply(linear: nn.Module, x: Tensor) -> Tensor | None:
-    """`x @ matrix.T + bias`: (rows, in_features) to (rows, out_features)."""
+    """Return `x @ matrix.T + bias`: (rows, in_features) to (rows, out_features)."""
     products = multiply_each((linear,), x)
     return None if products is None else products[0]
 
 
 def multiply_each(linears: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...] | None:
-    """The products of up to three matrices of one format with the same rows: for one row in one launch."""
+    """Return the products of up to three matrices of one format with the same rows, in one launch for one row."""
     read = _read(linears, x)
     if read is None:
         return None
@@ -69,7 +70,7 @@ def multiply_each(linears: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...]
 
 
 def swiglu(gate: nn.Module, up: nn.Module, x: Tensor) -> Tensor | None:
-    """`silu(x @ gate.T) * (x @ up.T)` of one row and two matrices of one shape without biases, in one launch."""
+    """Return `silu(x @ gate.T) * (x @ up.T)` of one row, for matrices of one shape without biases, in one launch."""
     if len(x) > 1 or getattr(gate, "bias", None) is not None or gate.out_features != up.out_features:
         return None
     read = _read((gate, up), x)
@@ -82,13 +83,13 @@ def swiglu(gate: nn.Module, up: nn.Module, x: Tensor) -> Tensor | None:
 
 
 def _launch(storage: str, x: Tensor, run: Callable[[], None]) -> bool:
-    """Tell if a kernel was launched. One that this machine's Triton cannot compile is not tried again."""
+    """Launch a kernel, and tell if it ran. A kernel that this machine's Triton cannot compile is not tried again."""
     try:
         with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
             run()
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # whatever a compiler on somebody's machine may raise
+    except Exception as error:  # a compiler can raise any error
         _BROKEN.add(storage)
         _LOGGER.warning(
             "products of few rows with %s matrices go by other kernels, which are slower: Triton cannot compile this "
@@ -101,7 +102,7 @@ def _launch(storage: str, x: Tensor, run: Callable[[], None]) -> bool:
 
 
 def _read(linears: Sequence[nn.Module], x: Tensor) -> tuple[Any, tuple[Any, ...], str] | None:
-    """The kernels, and the matrices with their results; `None` where the kernels do not apply."""
+    """Return the kernels, the matrices with their results, and the format; `None` if the kernels do not apply."""
     fits = x.dim() == 2 and 0 < len(x) <= MOST_ROWS and x.dtype in (torch.bfloat16, torch.float16)
     if not (fits and x.is_contiguous() and _aligned(x)) or (torch.is_grad_enabled() and x.requires_grad):
         return None
@@ -122,7 +123,7 @@ def _read(linears: Sequence[nn.Module], x: Tensor) -> tuple[Any, tuple[Any, ...]
 
 
 def _codes(linear: Any, x: Tensor) -> _Codes | None:
-    """Return what is read of a layer's matrix, if the kernels know it and a call does nothing else."""
+    """Return the tensors of a layer's matrix, if the kernels support it and its call does nothing else."""
     if not isinstance(linear, nn.Linear) or linear._forward_hooks or linear._forward_pre_hooks:
         return None
     weight = linear.weight
@@ -131,9 +132,9 @@ def _codes(linear: Any, x: Tensor) -> _Codes | None:
     if type(linear) is nn.Linear:
         if len(x) > _MOST_DENSE_ROWS or weight.dtype != x.dtype or x.shape[1] != weight.shape[1] or x.shape[1] % 8:
             return None
-        return _Codes("dense", False, weight.view(-1).view(torch.int32), (weight,))
+        return _Codes(_DENSE, False, weight.view(-1).view(torch.int32), (weight,))
     storage = getattr(linear, "format", None)
-    if storage in ("int8-wo", "fp8"):
+    if storage is not None and FORMATS[storage].few_rows:
         if x.shape[1] != linear.in_features or x.shape[1] % 16:
             return None
         return _Codes(str(storage), False, weight.view(-1).view(torch.int32), (cast("Tensor", linear.scale),))
@@ -141,16 +142,16 @@ def _codes(linear: Any, x: Tensor) -> _Codes | None:
     if (
         state is None
         or weight.dtype != torch.uint8
-        or state.quant_type not in ("nf4", "fp4")
-        or state.blocksize != _BLOCK
+        or state.quant_type not in QUANT_TYPES
+        or state.blocksize != BLOCK
         or state.shape[1] != x.shape[1]
-        or x.shape[1] % _BLOCK
+        or x.shape[1] % BLOCK
         or getattr(state, "packing_format_for_cpu", False)
     ):
         return None
     scales: tuple[Tensor, ...] = (state.absmax, state.code)
     if state.nested:
-        if state.state2.blocksize != _OUTER_BLOCK:
+        if state.state2.blocksize != NESTED_BLOCK:
             return None
         scales = (*scales, state.state2.code, state.state2.absmax, state.offset)
     return _Codes(state.quant_type, state.nested, weight.view(-1).view(torch.int32), scales)
@@ -158,7 +159,7 @@ def _codes(linear: Any, x: Tensor) -> _Codes | None:
 
 @lru_cache(maxsize=16)
 def kernels_for(device: torch.device) -> ModuleType | None:
-    """The kernels, if Triton runs on `device`."""
+    """Return the kernels, if Triton runs on `device`."""
     if kernels_on(device) is None:
         return None
     from qwen_vram.runtime.linear import few_rows_kernels
@@ -167,26 +168,26 @@ def kernels_for(device: torch.device) -> ModuleType | None:
 
 
 def _division(storage: str, rows: int, out: int, width: int, *, alone: bool) -> tuple[int, int, int]:
-    """Rows of the matrix for a program, chunks of 16 bytes a step, and warps.
+    """Return the division of a product: rows of the matrix per program, chunks of 16 bytes per step, and warps.
 
     Args:
-        rows: Of x.
+        rows: Rows of x.
         out: Rows of the matrices together.
-        alone: There is one matrix, and nothing else is made of its product.
+        alone: There is one matrix, and the kernel computes only its product.
     """
-    if storage == "dense":
+    if storage == _DENSE:
         return (2, 128, 4)
     if rows > 4:
         return (2, 32, 1)
     if width > _DEEP:
-        return (4, 128, 4) if rows > 1 or storage in ("nf4", "fp4") else (2, 128, 4)
+        return (4, 128, 4) if rows > 1 or storage in QUANT_TYPES else (2, 128, 4)
     if rows > 1 or out > _SHORT:
         return (4, 32, 1)
-    if storage in ("nf4", "fp4"):
+    if storage in QUANT_TYPES:
         return (4, 64, 2) if alone else (4, 32, 1)
     return (2, 128, 4)
 
 
 def _aligned(tensor: Tensor) -> bool:
-    """Begins where the kernels' loads of 16 bytes may."""
+    """Tell if the tensor begins at an address that the kernels' loads of 16 bytes allow."""
     return tensor.data_ptr() % 16 == 0

@@ -1,11 +1,11 @@
-"""Products of one to eight rows with matrices, each matrix read once, at the rate of the GPU's memory.
+"""Triton kernels for products of one to eight rows, which read each matrix once.
 
-A program makes a few columns of the result over the whole of K, so that sums are the same in every run. Sums are in
-float32; a dequantized value is a code's float32 times its scale and is not rounded to 16 bits, as bitsandbytes rounds
-it before a product by cuBLAS.
+A program computes a few columns of the result over the whole of K, so sums are equal in every run. Sums are in float32.
+A dequantized value is a code's float32 times its scale. It is not rounded to 16 bits, while bitsandbytes rounds it
+before a product by cuBLAS.
 """
 
-# Triton reads annotations as they are: none of them may be put off.
+# Triton reads annotations as objects, so this module must not postpone their evaluation.
 
 from typing import NamedTuple
 
@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qwen_vram.spec.formats import QUANT_TYPES
+
 _NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -23,16 +25,16 @@ _NF4 = (
 _FP4_HALF = (0.0, 0.0052083334885537624, 0.6666666865348816, 1.0, 0.3333333432674408, 0.5, 0.1666666716337204, 0.25)
 _FP4 = (*_FP4_HALF, *(-value for value in _FP4_HALF))
 
-# How 16 values are looked up.
+# Methods to look up one of 16 values.
 LOAD, SHUFFLE, PERMUTE = "load", "shuffle", "permute"
 
 # Operands below: $0 to $7 are values of a word's eight codes, $8 is the word. A byte's high nibble is its first code.
 
 
 def _permute_asm(values: tuple[float, ...]) -> str:
-    """PTX that looks up eight values in registers: the bytes of 16 numbers in fp16 are in eight of them.
+    """Return PTX that looks up eight values in registers; eight registers hold the bytes of 16 numbers in fp16.
 
-    fp16 holds these values with 11 bits, bf16 would with 8.
+    fp16 holds these values with 11 bits, and bf16 would hold them with 8.
     """
     bits = np.array(values, dtype=np.float16).view(np.uint16)
     low, high = (
@@ -56,9 +58,9 @@ def _permute_asm(values: tuple[float, ...]) -> str:
 
 
 def _shuffle_asm() -> str:
-    """PTX that looks up eight values among a warp's lanes: $9 is entry `lane % 16` of the table.
+    """Return PTX that looks up eight values among a warp's lanes: $9 is entry `lane % 16` of the table.
 
-    Of an index the shuffle reads the lowest five bits, and the fifth does not matter.
+    The shuffle reads the lowest five bits of an index, and the fifth has no effect.
     """
     lines = ["{ .reg .b32 i;", "shfl.sync.idx.b32 $1, $9, $8, 31, 0xffffffff;"]
     for nibble in range(1, 8):
@@ -77,13 +79,13 @@ _FLOATS = tl.constexpr((tl.float32,) * 8)
 
 @triton.jit
 def _half(bits):
-    """fp16 in the low half of an int32."""
+    """Return the fp16 number in the low half of an int32, as float32."""
     return (bits & 65535).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
 def _floats(pair, BF16: tl.constexpr):
-    """Two neighbours of x, which are one int32."""
+    """Return two neighbours of x, which are one int32, as float32."""
     if BF16:
         even, odd = (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
     else:
@@ -93,7 +95,7 @@ def _floats(pair, BF16: tl.constexpr):
 
 @triton.jit
 def _values(words, table, entry, BF16: tl.constexpr, FORMAT: tl.constexpr, LOOKUP: tl.constexpr):
-    """Values of a word: eight codes of four bits, four of eight, or two numbers of 16 bits."""
+    """Return the values of a word: eight codes of four bits, four of eight, or two numbers of 16 bits."""
     if FORMAT == "dense":
         if BF16:
             values = ((words << 16).to(tl.float32, bitcast=True), (words & -65536).to(tl.float32, bitcast=True))
@@ -104,7 +106,7 @@ def _values(words, table, entry, BF16: tl.constexpr, FORMAT: tl.constexpr, LOOKU
         for byte in tl.static_range(4):
             values = values + (((words << (24 - 8 * byte)) >> 24).to(tl.float32),)
     elif FORMAT == "fp8":
-        # e4m3 has fp16's fields with an exponent of one bit less: its bits in their places are the value over 256.
+        # e4m3 has fp16's fields with one exponent bit less: its bits in fp16's positions are the value divided by 256.
         even = ((words & 0x800080) << 8) | ((words & 0x7F007F) << 7)
         odd = (words & -0x7FFF8000) | ((words & 0x7F007F00) >> 1)
         values = (_half(even), _half(odd), _half(even >> 16), _half(odd >> 16))
@@ -128,11 +130,11 @@ def _sums(
     M: tl.constexpr, BF16: tl.constexpr, FORMAT: tl.constexpr, NESTED: tl.constexpr, LOOKUP: tl.constexpr,
     ROWS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """For each row of x its products with rows of a matrix.
+    """Return, for each row of x, its products with rows of a matrix.
 
-    Of each row of the matrix `STEP` chunks of 16 bytes are read at a time, each by one thread, which reads what of x
-    belongs to it. Chunks are the first dimension: Triton gives a warp's threads to the first one among equals, all
-    tensors have one layout then, and nothing goes through shared memory.
+    It reads `STEP` chunks of 16 bytes of each row of the matrix at a time. One thread reads a chunk and its part of x.
+    Chunks are the first dimension, because Triton distributes a warp's threads over the first of equal dimensions. All
+    tensors then have one layout, and no data pass through shared memory.
     """
     FOUR_BIT: tl.constexpr = FORMAT == "nf4" or FORMAT == "fp4"
     PAIRS: tl.constexpr = 4 if FOUR_BIT else 1 if FORMAT == "dense" else 2  # of x, for a word of the matrix
@@ -156,7 +158,7 @@ def _sums(
         sums = sums + (tl.zeros((STEP, ROWS), tl.float32),)
     words = tl.load(weight_at, mask=(chunk < chunks)[:, None, None], other=0)
     for start in range(0, chunks, STEP):
-        # The next ones are on their way while these are multiplied.
+        # The next ones are loaded while these are multiplied.
         ahead = (start + STEP + chunk < chunks)[:, None]
         next_words = tl.load(weight_at + (start + STEP) * 4, mask=ahead[:, :, None], other=0)
         here = start + chunk < chunks
@@ -219,7 +221,7 @@ def _columns(
     M: tl.constexpr, BF16: tl.constexpr, FORMAT: tl.constexpr, NESTED: tl.constexpr, LOOKUP: tl.constexpr,
     BIAS: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Some columns of one product: `matrix` is weight, bias, result, how many rows, scales."""
+    """Compute some columns of one product; `matrix` is weight, bias, result, number of rows, and scales."""
     row = program * ROWS + tl.arange(0, ROWS)
     count = matrix[3]
     there = tl.minimum(row, count - 1)
@@ -237,7 +239,7 @@ def _multiply(
     M: tl.constexpr, BF16: tl.constexpr, FORMAT: tl.constexpr, NESTED: tl.constexpr, LOOKUP: tl.constexpr,
     BIAS: tl.constexpr, COUNT: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Products with up to three matrices: programs are divided among them."""
+    """Compute products with up to three matrices, among which the programs are divided."""
     program = tl.program_id(0)
     if COUNT == 1:
         _columns(x, first, program, width, M, BF16, FORMAT, NESTED, LOOKUP, BIAS, ROWS, STEP)
@@ -258,7 +260,7 @@ def _swiglu(
     M: tl.constexpr, BF16: tl.constexpr, FORMAT: tl.constexpr, NESTED: tl.constexpr, LOOKUP: tl.constexpr,
     ROWS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """`silu(x @ gate.T) * (x @ up.T)`, rounded after each operation, as `transformers` does it."""
+    """Compute `silu(x @ gate.T) * (x @ up.T)`, rounded after each operation, as in `transformers`."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     count = gate[3]
     there = tl.minimum(row, count - 1)
@@ -273,15 +275,15 @@ def _swiglu(
 
 
 class Matrix(NamedTuple):
-    """A matrix and where its product goes.
+    """A matrix, and the memory of its product.
 
     Attributes:
         weight: Codes, or numbers of 16 bits, as words of int32, contiguous.
         bias: (rows,) or `None`.
         out: (M, rows), contiguous.
-        rows: How many the matrix has.
-        scales: `(scale,)` of rows; `(absmax, table)` of blocks of 64, or `(absmax, table, code, absmax_2, offset)`; of
-            a dense matrix any tensor.
+        rows: The number of rows of the matrix.
+        scales: `(scale,)` for rows; `(absmax, table)` for blocks of 64, or `(absmax, table, code, absmax_2, offset)`;
+            any tensor for a dense matrix.
     """
 
     weight: Tensor
@@ -292,7 +294,7 @@ class Matrix(NamedTuple):
 
 
 class Config(NamedTuple):
-    """The division of a product: rows of the matrix for a program, blocks or chunks a step, warps, and the look-up."""
+    """The division of a product: rows of the matrix per program, blocks or chunks per step, warps, and the look-up."""
 
     rows: int
     step: int
@@ -301,10 +303,10 @@ class Config(NamedTuple):
 
 
 def multiply(x: Tensor, matrices: tuple[Matrix, ...], storage: str, config: Config) -> None:
-    """Products of x (M, width), contiguous, with one to three matrices of a storage format in one launch."""
+    """Compute products of x (M, width), contiguous, with one to three matrices of a storage format in one launch."""
     first, second, third = (*(tuple(one) for one in matrices), None, None)[:3]
     programs = sum(triton.cdiv(one.rows, config.rows) for one in matrices)
-    four_bit = storage in ("nf4", "fp4")
+    four_bit = storage in QUANT_TYPES
     _multiply[(programs,)](
         x.view(torch.int32), first, second, third, x.shape[1],
         M=x.shape[0], BF16=x.dtype == torch.bfloat16, FORMAT=storage, NESTED=len(matrices[0].scales) > 2,
@@ -314,8 +316,8 @@ def multiply(x: Tensor, matrices: tuple[Matrix, ...], storage: str, config: Conf
 
 
 def swiglu(x: Tensor, gate: Matrix, up: Matrix, storage: str, config: Config) -> None:
-    """`silu(x @ gate.T) * (x @ up.T)` into the gate's result; matrices of one shape, without biases."""
-    four_bit = storage in ("nf4", "fp4")
+    """Compute `silu(x @ gate.T) * (x @ up.T)` into the gate's result, for matrices of one shape without biases."""
+    four_bit = storage in QUANT_TYPES
     _swiglu[(triton.cdiv(gate.rows, config.rows),)](
         x.view(torch.int32), tuple(gate), tuple(up), x.shape[1],
         M=x.shape[0], BF16=x.dtype == torch.bfloat16, FORMAT=storage, NESTED=len(gate.scales) > 2,

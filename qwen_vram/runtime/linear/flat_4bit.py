@@ -1,8 +1,8 @@
-"""4-bit matrices of bitsandbytes whose shapes its kernels for CPUs do not take, multiplied on the CPU all the same.
+"""Products on the CPU of 4-bit matrices whose shapes bitsandbytes' kernels refuse.
 
-On CPUs with AVX512-BF16 `Linear4bit` packs a matrix, which needs rows by 32 and columns by the size of a block, mostly
-64. Elsewhere it calls `dequantize_4bit`, which gives wrong weights for 96 columns: its kernel takes a block of weights
-to end with its row.
+On CPUs with AVX512-BF16 `Linear4bit` packs a matrix. That needs a multiple of 32 rows, and columns in multiples of the
+block size, mostly 64. On other CPUs it calls `dequantize_4bit`, which returns wrong weights for 96 columns: its kernel
+ends a block of weights with the row.
 Source: bitsandbytes 0.50.2, functional.py (_convert_weight_packed_for_cpu), backends/cpu/ops.py (dequantize_4bit).
 """
 
@@ -15,14 +15,14 @@ from bitsandbytes import functional
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 
-from qwen_vram.arithmetic.weights import is_packed
+from qwen_vram.spec.formats import is_packed
 
 
 class FlatLinear4bit(Linear4bit):  # type: ignore[misc]
-    """`Linear4bit` that dequantizes its matrix on the CPU as one row, where blocks follow each other without a gap."""
+    """`Linear4bit` that dequantizes its matrix on the CPU as one row, in which blocks follow without gaps."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x @ weight.T + bias`: (..., in_features) to (..., out_features), the whole matrix in the dtype of `x`."""
+        """Return `x @ weight.T + bias`, (..., in_features) to (..., out_features); the whole matrix is dequantized."""
         if x.device.type != "cpu":
             product: Tensor = super().forward(x)
             return product
@@ -31,7 +31,7 @@ class FlatLinear4bit(Linear4bit):  # type: ignore[misc]
 
 
 def multiply_flat(model: nn.Module) -> None:
-    """Let the 4-bit matrices of `model`, itself or a part of it, that the CPU's kernels do not take multiply flat."""
+    """Use `FlatLinear4bit` for the 4-bit matrices in `model`, a module, that the CPU's kernels do not support."""
     for module in model.modules():
         if type(module) is Linear4bit:
             state = cast("Any", module.weight).quant_state
@@ -40,7 +40,7 @@ def multiply_flat(model: nn.Module) -> None:
 
 
 def _dequantized(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The matrix of (out_features, in_features)."""
+    """Return the matrix (out_features, in_features) in `dtype`."""
     state = weight.quant_state  # type: ignore[attr-defined]
     absmax = state.absmax
     if state.nested:

@@ -1,4 +1,7 @@
-"""int4: tinygemm's kernels, which torch carries; groups of 128 weights of a row with a scale and a zero in bf16."""
+"""int4 linear layers on torch's tinygemm kernels.
+
+Groups of 128 weights of a row share a scale and a zero in bf16.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ _GROUP = FORMATS["int4"].group_size
 
 
 class Int4Linear(WeightOnlyLinear):
-    """Codes in the order that the kernel of their device reads, scales and zeros (groups, out_features, 2)."""
+    """int4 codes in the order of the device's kernel, with scales and zeros (groups, out_features, 2)."""
 
     format = "int4"
     scales = "scales_and_zeros"
@@ -25,17 +28,17 @@ class Int4Linear(WeightOnlyLinear):
 
     @staticmethod
     def empty_codes(matrix: Tensor) -> Tensor:
-        """(out_features, in_features / 2) in uint8."""
+        """Return an empty tensor for codes, (out_features, in_features / 2) in uint8."""
         return matrix.new_empty((matrix.shape[0], matrix.shape[1] // 2), dtype=torch.uint8)
 
     @staticmethod
     def empty_scales(matrix: Tensor) -> Tensor:
-        """(groups, out_features, 2)."""
+        """Return an empty tensor for scales and zeros, (groups, out_features, 2)."""
         return matrix.new_empty((matrix.shape[1] // _GROUP, matrix.shape[0], 2), dtype=torch.bfloat16)
 
     @classmethod
     def quantize(cls, matrix: Tensor) -> dict[str, Tensor]:
-        """Codes and levels of each group with a small squared error."""
+        """Return codes and levels, which give each group a small squared error."""
         weight, scales_and_zeros = as_packed(cls.empty_codes(matrix)), cls.empty_scales(matrix)
         for start, end, rows in chunks(matrix):
             pairs, levels = encode(rows)
@@ -45,16 +48,16 @@ class Int4Linear(WeightOnlyLinear):
         return {"weight": weight, "scales_and_zeros": scales_and_zeros}
 
     def restore(self) -> None:
-        """Arrange pairs for the kernel, on a GPU in their own room: one chunk is beside them."""
+        """Reorder pairs for the kernel; on a GPU in their own memory, with one chunk beside them."""
         pairs = self.weight.data
-        # On the CPU they may be a view of the file.
+        # On the CPU the pairs may be a view of the file.
         packed = as_packed(pairs if pairs.is_cuda else torch.empty_like(pairs))
         for start, end in row_ranges(self.out_features, self.in_features):
             rows_of(packed, start, end).copy_(arrange(pairs[start:end]))
         self.weight = nn.Parameter(packed, requires_grad=False)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """Codes as pairs, in every device's checkpoint alike."""
+        """Save codes as pairs, in the same order for every device."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.loaded:
             ranges = row_ranges(self.out_features, self.in_features)
@@ -66,7 +69,7 @@ class Int4Linear(WeightOnlyLinear):
         return pair(codes.add_(8))
 
     def dequantize(self, start: int, end: int, dtype: torch.dtype) -> Tensor:
-        """Codes times scales plus zeros, rounded once, as the kernel does."""
+        """Return codes times scales plus zeros, rounded once, as the kernel does."""
         tile = torch.empty((end - start, self.in_features), dtype=dtype, device=self.weight.device)
         unpack(rows_of(self.weight, start, end), tile)
         groups = tile.view(end - start, -1, _GROUP)
@@ -75,12 +78,12 @@ class Int4Linear(WeightOnlyLinear):
         return tile
 
     def multiply(self, x: Tensor) -> Tensor | None:
-        """By torch's kernel, up to as many rows as it is fast for."""
+        """Return the product by torch's kernel; `None` for more rows than it is fast for."""
         few = x.shape[0] < UNPACK_FROM_ROWS and x.dtype == torch.bfloat16
         return self.read(x) if few else None
 
     def read(self, x: Tensor) -> Tensor:
-        """`x @ matrix.T` for x in bf16, by torch's kernel."""
+        """Return `x @ matrix.T` for x in bf16, by torch's kernel."""
         aten = torch.ops.aten
         kernel = aten._weight_int4pack_mm_for_cpu if x.device.type == "cpu" else aten._weight_int4pack_mm
         product: Tensor = kernel(x.contiguous(), self.weight, _GROUP, self.scales_and_zeros)
@@ -88,7 +91,7 @@ class Int4Linear(WeightOnlyLinear):
 
 
 def encode(rows: Tensor) -> tuple[Tensor, Levels]:
-    """Pairs of codes, (rows, in_features / 2), and levels, (rows, groups, 1), of some rows in float32."""
+    """Return pairs of codes, (rows, in_features / 2), and levels, (rows, groups, 1), of some rows in float32."""
     groups = rows.view(rows.shape[0], -1, _GROUP)
     levels = fit(groups)
     return pair(codes(groups, levels).add_(8).view_as(rows)), levels

@@ -1,4 +1,4 @@
-"""Orders in which torch's int4 kernels keep codes: made by torch's own operators, read back here.
+"""Packing and unpacking of int4 codes in the orders of torch's kernels.
 
 Source: torch 2.11 to 2.13, aten/src/ATen/native/cuda/int4mm.cu (matrix_to_m16n8k16_Bint4_layout) and
 cpu/int4mm_kernel.cpp (weight_to_int4pack_kernel).
@@ -9,26 +9,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Inner k-tiles of CUDA's layout: the widest, 16 bytes a lane.
+# Inner k-tiles of CUDA's layout: the largest number, 16 bytes per lane.
 _INNER = 8
 
 
 def pair(codes: Tensor) -> Tensor:
-    """Codes of 0 to 15, (rows, columns) in any dtype, two a byte: (rows, columns / 2).
+    """Return codes of 0 to 15, (rows, columns) in any dtype, as two per byte: (rows, columns / 2).
 
-    The even column is in the high half. So checkpoints store them, whatever the device.
+    The even column is in the high half. Checkpoints store codes in this form for every device.
     """
     codes = codes.to(torch.uint8)
     return codes[:, ::2] << 4 | codes[:, 1::2]
 
 
 def unpair(pairs: Tensor) -> Tensor:
-    """The codes of pairs, (rows, columns / 2), as uint8: (rows, columns)."""
+    """Return the codes of pairs, (rows, columns / 2), in uint8: (rows, columns)."""
     return torch.stack((pairs >> 4, pairs & 15), -1).view(pairs.shape[0], -1)
 
 
 def arrange(pairs: Tensor) -> Tensor:
-    """Pairs, (rows, columns / 2), as the kernel of their device reads them: as many bytes, in another order."""
+    """Return pairs, (rows, columns / 2), in the order of their device's kernel, with the same number of bytes."""
     packed: Tensor
     if pairs.device.type == "cpu":
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unpair(pairs).to(torch.int32), 1)
@@ -38,7 +38,7 @@ def arrange(pairs: Tensor) -> Tensor:
 
 
 def as_packed(room: Tensor) -> Tensor:
-    """Room for pairs, (rows, columns / 2) in uint8, seen as the kernel of its device does."""
+    """Return the memory of pairs, (rows, columns / 2) in uint8, as a view in the shape of the device's kernel."""
     rows, half = room.shape
     if room.device.type == "cpu":
         return room
@@ -46,20 +46,20 @@ def as_packed(room: Tensor) -> Tensor:
 
 
 def rows_of(packed: Tensor, start: int, end: int) -> Tensor:
-    """The part of packed codes that holds rows `start` to `end`: multiples of 64, or the end."""
+    """Return the part of packed codes with rows `start` to `end`, which are multiples of 64, or the end."""
     return packed[start:end] if packed.device.type == "cpu" else packed[start // 8 : end // 8]
 
 
 def unpack(packed: Tensor, codes: Tensor) -> None:
-    """Write the codes less 8 of `rows_of` packed ones to `codes`, (rows, columns) in any dtype that has signs."""
+    """Write the codes minus 8 of `rows_of` packed ones to `codes`, (rows, columns) in a signed dtype."""
     (_unpack_cpu if packed.device.type == "cpu" else unpack_tiles)(packed, codes)
 
 
 def unpack_tiles(packed: Tensor, codes: Tensor) -> None:
-    """`unpack` for CUDA's layout, (rows / 8, columns / 128, 32, 4) in int32, on any device.
+    """Unpack CUDA's layout, (rows / 8, columns / 128, 32, 4) in int32, on any device.
 
-    Lane 4 r + c of a tile holds row r; in word j the low half has the even columns 32 j + 16 a + 8 b + 2 c, the high
-    half the odd ones after them, (a, b) = 00, 01, 10, 11 from its lowest nibble on.
+    Lane 4 r + c of a tile holds row r. In word j the low half has the even columns 32 j + 16 a + 8 b + 2 c. The high
+    half has the odd columns after them. The pairs (a, b) are 00, 01, 10, 11 from the lowest nibble on.
     """
     blocks = packed.shape[1]
     stored = packed.view(torch.int8).view(-1, blocks, 8, 4, 4, 2, 2)  # tile, block, r, c, j, odd, a; b: the nibble
@@ -70,7 +70,7 @@ def unpack_tiles(packed: Tensor, codes: Tensor) -> None:
 
 
 def order_is_known() -> bool:
-    """Tell if codes come back as they were packed on the CPU: torch may keep another order on other CPUs."""
+    """Tell if codes packed on this CPU are unpacked correctly: torch may use another order on other CPUs."""
     probe = torch.arange(112 * 128).view(112, 128) * 7 % 16
     codes = torch.empty_like(probe)
     unpack(arrange(pair(probe)), codes)
@@ -78,9 +78,10 @@ def order_is_known() -> bool:
 
 
 def _unpack_cpu(packed: Tensor, codes: Tensor) -> None:
-    """`unpack` for the CPU's layout: blocks of rows, and what is left of them, each column of a block together.
+    """Unpack the CPU's layout: blocks of rows and a rest, with each column of a block together.
 
-    With AVX a byte of a whole block has a row of its first half and one of its second half; neighbours elsewhere.
+    With AVX, a byte of a full block has a row of its first half and one of its second half. Otherwise it has two
+    neighbouring rows.
     """
     rows, columns = codes.shape
     capability = torch.backends.cpu.get_cpu_capability()

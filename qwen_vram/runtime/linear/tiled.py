@@ -1,4 +1,4 @@
-"""A product with a matrix that is dequantized one tile of rows after the other."""
+"""A product with a matrix that is dequantized one tile after the other."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from qwen_vram.arithmetic.tiling import tile_rows
 def tiled_product(
     x: Tensor, out_features: int, dequantize: Callable[[int, int], Tensor], bias: Tensor | None
 ) -> Tensor:
-    """`x @ matrix.T + bias`: (rows, in_features) to (rows, out_features).
+    """Return `x @ matrix.T + bias`: (rows, in_features) to (rows, out_features).
 
     Args:
-        dequantize: Rows `start` to `end` of the matrix in x's dtype.
+        dequantize: Returns rows `start` to `end` of the matrix in x's dtype.
     """
     step = tile_rows(out_features, x.shape[1])
     result = x.new_empty(x.shape[0], out_features)
@@ -28,5 +28,5 @@ def tiled_product(
             torch.mm(x, tile.t(), out=columns)
         else:
             torch.addmm(bias[start:end], x, tile.t(), out=columns)
-        del tile  # before the next one is made
+        del tile  # before the next one is allocated
     return result

@@ -1,4 +1,4 @@
-"""4-bit matrices of bitsandbytes that are dequantized tile by tile, not whole, where many rows are multiplied."""
+"""bitsandbytes' 4-bit linear layers, dequantized by tiles for many rows."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from qwen_vram.arithmetic.tiling import is_tiled
 from qwen_vram.runtime.linear import few_rows
 from qwen_vram.runtime.linear.tiled import tiled_product
 
-# From this many rows on products are made by tiles on every GPU.
+# From this number of rows on, products are tiled on every GPU.
 _MANY_ROWS = 64
 
 
 class TiledLinear4bit(Linear4bit):  # type: ignore[misc]
     """`Linear4bit` whose product with many rows holds one tile of the matrix in 16 bits at a time.
 
-    The same sums as bitsandbytes' own product, which dequantizes the whole matrix first; small products, training, and
-    weights that bitsandbytes has repacked for a CPU are left to it.
+    Its sums are those of bitsandbytes' own product, which dequantizes the whole matrix first. bitsandbytes computes
+    small products, training, and weights that it has repacked for a CPU.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x @ weight.T + bias`: (..., in_features) to (..., out_features)."""
+        """Return `x @ weight.T + bias`: (..., in_features) to (..., out_features)."""
         state = self.weight.quant_state
         rows = x.numel() // x.shape[-1]
         few = few_rows.multiply(self, x.reshape(rows, -1)) if x.is_cuda and not torch.compiler.is_compiling() else None
@@ -43,9 +43,9 @@ class TiledLinear4bit(Linear4bit):  # type: ignore[misc]
 
 
 def _fused_kernel_runs(x: Tensor, shape: tuple[int, int], blocksize: int, rows: int) -> bool:
-    """Tell if bitsandbytes multiplies a few rows without dequantizing the matrix, which takes less memory than a tile.
+    """Tell if bitsandbytes multiplies a few rows without dequantizing the matrix, with less memory than a tile.
 
-    Its choice depends on the GPU and the shape, and is a private function: without it the product is made by tiles.
+    Its choice depends on GPU and shape, and is a private function. Without that function the product is tiled.
     """
     if rows >= _MANY_ROWS or not x.is_cuda or shape[1] % blocksize:
         return False
@@ -56,7 +56,7 @@ def _fused_kernel_runs(x: Tensor, shape: tuple[int, int], blocksize: int, rows: 
 
 
 def dequantize_in_tiles(model: nn.Module) -> None:
-    """Let every 4-bit matrix of `model` multiply by tiles."""
+    """Use tiled products for every 4-bit matrix of `model`."""
     for module in model.modules():
         if type(module) is Linear4bit:
             module.__class__ = TiledLinear4bit

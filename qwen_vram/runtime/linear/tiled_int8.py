@@ -1,7 +1,7 @@
-"""int8 matrices of bitsandbytes whose memory does not depend on the data: pieces of rows, and outliers by tiles.
+"""bitsandbytes' int8 linear layers with memory that does not depend on the data.
 
-bitsandbytes copies every outlier column of a matrix twice in float32, in each product as many as its input has. A GPU's
-memory then depends on the text, and blocks that differ a little from layer to layer leave gaps that no block fits.
+In each product, bitsandbytes copies the matrix columns of the input's outliers twice in float32. The memory then
+depends on the text, and blocks of slightly different sizes in each layer leave gaps that no later block fits.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from torch import Tensor, nn
 
 from qwen_vram.arithmetic.tiling import int8_rows, int8_tile_elements
 
-# Codes are -127 to 127: what bitsandbytes multiplies a row's scale by. Source: bitsandbytes 0.50.2, 1 / 127 in float32.
+# Factor of a row's scale, for codes of -127 to 127. Source: bitsandbytes 0.50.2, 1 / 127 in float32.
 _PER_CODE = 7.874015718698502e-3
 
 
 class TiledLinear8bit(Linear8bitLt):  # type: ignore[misc]
-    """`Linear8bitLt` that multiplies pieces of the input's rows, and outlier columns through buffers of a fixed size.
+    """`Linear8bitLt` that multiplies pieces of the input's rows, with outlier columns in buffers of a fixed size.
 
-    The sums of a piece are those that bitsandbytes makes of it; which columns have outliers is decided for each piece.
+    The sums of a piece are those of bitsandbytes. The columns with outliers are determined for each piece.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x @ weight.T + bias`: (..., in_features) to (..., out_features)."""
+        """Return `x @ weight.T + bias`: (..., in_features) to (..., out_features)."""
         rows = x.numel() // x.shape[-1]
         state = self.state
         if state.has_fp16_weights or not rows or (torch.is_grad_enabled() and x.requires_grad):
@@ -58,14 +58,14 @@ class TiledLinear8bit(Linear8bitLt):  # type: ignore[misc]
 
 
 def multiply_int8_in_pieces(model: nn.Module) -> None:
-    """Let every int8 matrix of `model` multiply so."""
+    """Use tiled products for every int8 matrix of `model`."""
     for module in model.modules():
         if type(module) is Linear8bitLt:
             module.__class__ = TiledLinear8bit
 
 
 def _add_outliers(result: Tensor, x: Tensor, weight: Tensor, scales: Tensor, columns: Tensor | None) -> None:
-    """Add `x[:, columns] @ (weight in 16 bits)[:, columns].T`; the buffers are taken whether there are any or not.
+    """Add `x[:, columns] @ (weight in 16 bits)[:, columns].T`; the buffers are allocated with or without outliers.
 
     With a threshold of 0 bitsandbytes has no `columns`.
     """

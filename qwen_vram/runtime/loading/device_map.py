@@ -1,7 +1,7 @@
-"""Where `transformers` is told to put modules, and the model with hooks between GPUs alone.
+"""The device map for `transformers`, and hooks between GPUs only.
 
-Those that it adds for a second device would copy a whole token table and every offloaded parameter, one by one,
-whenever a module runs.
+`transformers`' own hooks for a second device would copy all token embeddings and every offloaded parameter, one by one,
+each time that a module runs.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import torch
 from qwen_vram.planning.planner import Plan
 from qwen_vram.runtime.backends.base import Backend, Request
 
-# What they say of modules that are left out does not hold here: ours are put in afterwards.
+# Loggers whose warnings about missing modules are wrong here: these modules are added afterwards.
 _MISTAKEN = ("accelerate.big_modeling", "transformers.integrations.bitsandbytes")
 
 
 def device_map(chosen: Plan, device: torch.device) -> dict[str, int | str | torch.device]:
-    """Everything on `device`, but for a token table on the host, and what is left on "meta" to be built afterwards.
+    """Return `device` for all modules, except embeddings on the host and modules on "meta" that are built afterwards.
 
-    That is streamed layers, and beside them a head to be quantized: `transformers` would bring it to the device whole
-    first. Over several GPUs it is the plan's own, where no layer streams.
+    Those modules are streamed layers, and with them a head to quantize, which `transformers` would first copy to the
+    device in 16 bits. Over several GPUs the result is the plan's own map, and no layer streams.
     """
     if chosen.estimate.devices:
         return dict(chosen.device_map)
@@ -32,29 +32,28 @@ def device_map(chosen: Plan, device: torch.device) -> dict[str, int | str | torc
     streamed = chosen.residency.streamed
     if not on_host and not streamed:
         return {"": "cpu" if device.type == "cpu" else device.index}
-    # "cpu" as a text would be a second device, on which bitsandbytes' quantizer leaves matrices as they are.
+    # "cpu" as a text would be a second device, on which bitsandbytes' quantizer does not quantize matrices.
     here = device if device.type == "cpu" else device.index
     where: dict[str, int | str | torch.device] = dict.fromkeys(chosen.device_map, here)
     if on_host:
         where["model.embed_tokens"] = "cpu"
     architecture = chosen.estimate.architecture
     assert architecture is not None
-    children = {weight.name.split(".")[0] for weight in architecture.block}
-    # Matrices on "disk" stay torch's own, to be quantized; on "meta" they become bitsandbytes', to take what is stored.
+    # Layers on "disk" stay torch's own, to be quantized. On "meta" they become bitsandbytes', for stored codes.
     away = "disk" if architecture.stored_format is None else "meta"
     for number in streamed:
         del where[f"model.layers.{number}"]
-        # By their children: transformers 5.17 takes "model.layers.1" for the beginning of layer 12 too.
-        where |= {f"model.layers.{number}.{child}": away for child in children}
+        # By their children: in transformers 5.17 "model.layers.1" also matches the beginning of layer 12.
+        where |= {f"model.layers.{number}.{child}": away for child in architecture.layers[number].children}
     if chosen.residency.late_head:
         where["lm_head"] = where["model.embed_tokens"] if architecture.tie_word_embeddings else "disk"
     return where
 
 
 def left_out(chosen: Plan) -> dict[str, tuple[int, ...]]:
-    """Parameters of the layers that stream, with their shapes in the model, where they are stored quantized.
+    """Return the parameters of streamed layers, with their shapes in the model, if they are stored quantized.
 
-    `transformers` is not shown them: it would unpack them, and write them to the disk again.
+    They are hidden from `transformers`, which would unpack them and write them to the disk again.
     """
     architecture = chosen.estimate.architecture
     assert architecture is not None
@@ -63,12 +62,12 @@ def left_out(chosen: Plan) -> dict[str, tuple[int, ...]]:
     return {
         f"model.layers.{number}.{weight.name}": weight.shape
         for number in chosen.residency.streamed
-        for weight in architecture.block
+        for weight in architecture.layers[number].weights
     }
 
 
 def undispatched(backend: Backend, request: Request) -> Any:
-    """The model that `backend` loads, as if all of it were on the request's device."""
+    """Return the model that `backend` loads, as if all modules were on the request's device."""
     if len(request.device_map) == 1:
         return backend.load(request)
     from accelerate.hooks import remove_hook_from_submodules
@@ -77,7 +76,7 @@ def undispatched(backend: Backend, request: Request) -> Any:
         model: Any = backend.load(request)
     remove_hook_from_submodules(model)
     for module in model.modules():
-        # accelerate leaves the bound method behind, which would hide the forward of a class that takes its place.
+        # accelerate leaves the bound method in the module, which would hide the forward of a replacing class.
         if getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward:
             del module.forward
     del model.hf_device_map
@@ -85,9 +84,9 @@ def undispatched(backend: Backend, request: Request) -> Any:
 
 
 def connect(model: Any, chosen: Plan, first: torch.device) -> None:
-    """Put accelerate's hooks between GPUs: every layer gets its tensors, and `generate` the logits on the first.
+    """Add accelerate's hooks between GPUs: every layer gets its inputs, and `generate` the logits on the first GPU.
 
-    It is done last: a hook keeps the forward that it finds.
+    It is called last, because a hook keeps the forward that it finds.
     """
     from accelerate import dispatch_model
 

@@ -1,15 +1,15 @@
-"""The devices that a model is loaded on: which they are, and whether they have the memory that a plan needs now."""
+"""The devices that a model is loaded on, and the check of their free memory."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from qwen_vram.errors import BackendUnavailableError, UnknownNameError
-from qwen_vram.planning.capacity.available_memory import free_vram
-from qwen_vram.planning.capacity.budget import FREE_RESERVE, VramLike, by_device
+from qwen_vram.planning.capacity.budget import FREE_RESERVE, Budget, VramLike, by_device, size_of
 from qwen_vram.planning.errors import DoesNotFitError
 from qwen_vram.planning.planner import Plan
 from qwen_vram.runtime.measure import process_bytes
@@ -19,17 +19,18 @@ _LOGGER = logging.getLogger(__name__)
 
 
 def devices_for(device: str | None, vram: VramLike) -> list[torch.device]:
-    """Where to load: the GPUs that `vram` names or the current one, the CPU for `{}`, or what the caller says.
+    """Return the devices to load on: the GPUs that `vram` names or the current one, the CPU for `{}`, or `device`.
 
     Raises:
         UnknownNameError: an unknown device.
-        BackendUnavailableError: a GPU that is not here.
-        UnitError: `vram` is a dict with other keys than device numbers.
+        BackendUnavailableError: a GPU is missing.
+        UnitError: `vram` is no size, or a dict with other keys than device numbers.
     """
     if device not in (None, "cpu", "cuda"):
         raise UnknownNameError("device", device, ("cuda", "cpu"))
-    wanted = device == "cuda" or (device is None and vram not in (None, {}))
-    without = device == "cpu" or (device is None and vram == {})
+    size = size_of(vram)
+    wanted = device == "cuda" or (device is None and size is not None)
+    without = device == "cpu" or (device is None and vram is not None and size is None)
     if torch.cuda.is_available() and not without:
         numbers = list(by_device(vram)) or [torch.cuda.current_device()]
         _check_numbers(numbers)
@@ -45,11 +46,11 @@ def devices_for(device: str | None, vram: VramLike) -> list[torch.device]:
 
 
 def working_device(device: str | None) -> torch.device:
-    """Where arithmetic is done on files: the GPU where there is one, unless the caller says otherwise.
+    """Return the device for arithmetic on files: `device`, or by default the GPU if there is one.
 
     Raises:
         UnknownNameError: an unknown device.
-        BackendUnavailableError: a GPU that is not here.
+        BackendUnavailableError: the GPU is missing.
     """
     if device not in (None, "cpu", "cuda"):
         raise UnknownNameError("device", device, ("cuda", "cpu"))
@@ -73,32 +74,33 @@ def _check_numbers(numbers: list[int]) -> None:
         )
 
 
-def budget_on(
-    devices: list[torch.device], vram: VramLike, reserve: str | int | None
-) -> tuple[VramLike, str | int | None]:
-    """The `vram` and `reserve` to plan with: without a `vram`, what the GPU that the model goes to has free now.
+def budget_on(devices: list[torch.device], vram: VramLike, ram: str | int | None, reserve: str | int | None) -> Budget:
+    """Return the budget of a model for these devices; without a `vram`, the free memory of the GPU for the model.
 
-    Says so if live tensors of this process, such as a model loaded before, take memory of that GPU.
+    It logs a line if live tensors of this process, such as an earlier model, take memory of that GPU.
+
+    Raises:
+        UnitError: as for `Budget.of`.
     """
-    if devices[0].type == "cpu":
-        return {}, reserve
-    if vram is not None:
-        return vram, reserve
     device = devices[0]
-    free, held = free_vram(device.index), torch.cuda.memory_allocated(device)
-    if held > FREE_RESERVE:
+    if device.type == "cpu":
+        return Budget.of({}, ram, reserve)
+    budget = Budget.of(vram, ram, reserve, held=held_beside_torch(devices), number=device.index)
+    budget = replace(budget, capability=torch.cuda.get_device_capability(weakest(devices)))
+    held = torch.cuda.memory_allocated(device)
+    if vram is None and held > FREE_RESERVE:
         _LOGGER.warning(
             "this process already holds %s in tensors on GPU %d, such as a model that was loaded before; the plan is "
             "for the %s beside them. To plan for the whole GPU, call close() on that model first",
             format_gib(held),
             device.index,
-            format_gib(free or 0),
+            format_gib((budget.vram or 0) + budget.reserve),
         )
-    return None if free is None else max(1, free), FREE_RESERVE if reserve is None else reserve
+    return budget
 
 
 def weakest(devices: list[torch.device]) -> torch.device:
-    """The device of the oldest compute capability, which says what all can run."""
+    """Return the device with the oldest compute capability, which determines what all devices can run."""
     return devices[0] if len(devices) == 1 else min(devices, key=torch.cuda.get_device_capability)
 
 
@@ -119,9 +121,9 @@ def held_beside_torch(devices: Sequence[torch.device]) -> dict[int, int]:
 
 
 def check_free(chosen: Plan, devices: list[torch.device]) -> None:
-    """Hold a plan against what is free now, whatever budget it was made for.
+    """Compare a plan with the memory that is free now, which may be less than its budget.
 
-    Asking the driver makes the CUDA context, which the plan counts: it is not asked for again.
+    Asking the driver creates the CUDA context, which the plan counts, so it is not required again.
 
     Raises:
         DoesNotFitError: other processes, or other tensors of this one, leave too little.
@@ -146,7 +148,7 @@ def check_free(chosen: Plan, devices: list[torch.device]) -> None:
 
 
 def _holders(device: torch.device) -> str:
-    """Who holds the rest of a GPU's memory, and how to free it."""
+    """Return who holds the rest of a GPU's memory, and how to free it."""
     held = torch.cuda.memory_allocated(device)
     if held <= FREE_RESERVE:
         return "other processes hold the rest; end them"

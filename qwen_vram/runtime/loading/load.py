@@ -1,4 +1,4 @@
-"""`load()`: plan first, refuse early, then build exactly what was planned."""
+"""`load()`: plan, check, and build exactly what was planned."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from qwen_vram.checkpoints.adapters.base_name import warn_of_another_base
 from qwen_vram.checkpoints.adapters.folder import AdapterChoice, check_own_adapter
 from qwen_vram.checkpoints.adapters.keys import Adapter, open_adapter
 from qwen_vram.checkpoints.files.names import CONFIG
-from qwen_vram.checkpoints.resolve import ModelLike, own_adapter, resolve
-from qwen_vram.errors import BackendUnavailableError, NotSupportedError
+from qwen_vram.checkpoints.resolve import ModelLike, adapted, own_adapter, resolve
+from qwen_vram.errors import NotSupportedError
 from qwen_vram.estimator import warn_of_positions
-from qwen_vram.planning.capacity.budget import Budget, VramLike
+from qwen_vram.planning.capacity.budget import VramLike
 from qwen_vram.planning.planner import Plan, plan_for
 from qwen_vram.planning.search.search import Prefer
 from qwen_vram.runtime.attention import fused as attention
@@ -29,8 +29,8 @@ from qwen_vram.runtime.decoding.graph_decoder import decoder_where_it_runs
 from qwen_vram.runtime.kernels.fused_layers import fuse_layers
 from qwen_vram.runtime.loaded_model import LoadedModel
 from qwen_vram.runtime.loading.device_map import connect, device_map, left_out, undispatched
-from qwen_vram.runtime.loading.devices import budget_on, check_free, devices_for, held_beside_torch, weakest
-from qwen_vram.runtime.loading.preflight import check, check_files, check_host, dtype_for
+from qwen_vram.runtime.loading.devices import budget_on, check_free, devices_for, weakest
+from qwen_vram.runtime.loading.preflight import can_compute, check, check_files, dtype_for
 from qwen_vram.runtime.loading.verify import verify as check_plan
 from qwen_vram.runtime.measure import PeakMeter, weight_storages
 from qwen_vram.runtime.memory.release import give_back_heap, nothing_left_after_a_failure
@@ -76,58 +76,57 @@ def load(
 ) -> LoadedModel:
     """Load a checkpoint as `plan()` would, with the same arguments, and return it with its plan.
 
-    The plan is made and checked before a file is downloaded or a byte allocated. Without a GPU the model is loaded on
-    the CPU. `model, tokenizer = load(...)` unpacks.
+    The plan is made and checked before a file is downloaded or a byte is allocated. Without a GPU the model is loaded
+    on the CPU. `model, tokenizer = load(...)` unpacks the result.
 
     Args:
         model: A checkpoint folder, a catalog name, or a hub id.
-        padded: As for `plan()`. A padded batch that was not planned has to fit all the same before it runs.
+        padded: As for `plan()`. A padded batch that was not planned is also checked before it runs.
         vram: As for `plan()`; needs a GPU, and every GPU that a dict names.
         adapter: Folder or hub id of a LoRA adapter, run beside the base by PEFT; the model is then a `PeftModel`.
-            `False` if the one in the model's own folder is merged already.
-        device: `"cuda"` or `"cpu"`; `None` takes the GPU where there is one.
+            `False` if the one in the model's own folder is already merged.
+        device: `"cuda"` or `"cpu"`; `None` uses the GPU if there is one.
         progress: Show transformers' bars while weights load and streamed layers are packed.
-        disable_mmap: Read the weights through instead of mapping them, for network drives, on which a mapped file is
-            fetched page by page.
+        disable_mmap: Read the weights completely instead of mapping them, for network drives, which fetch a mapped file
+            page by page.
         verify: Run one prefill of `prompt_len` random tokens and one decode step before returning.
 
     Raises:
-        DoesNotFitError: no plan fits, or the one asked for does not, or not into what other processes leave free now.
-        NotSupportedError: a knob that is counted but cannot be run yet, or a combination that cannot.
-        BackendUnavailableError: a library, or the GPU that was asked for, is not here.
+        DoesNotFitError: no plan fits, or the requested one does not, or other processes leave too little memory.
+        NotSupportedError: a knob or combination that is counted but cannot be run.
+        BackendUnavailableError: a library or the requested GPU is missing.
         CheckpointError, ConfigError, HubError: the checkpoint cannot be used.
-        PlanNotHeldError: `verify=True`, and what was loaded takes more than was planned.
+        PlanNotHeldError: `verify=True`, and the loaded model takes more than planned.
         UnknownNameError, UnitError, WorkloadError: as for `plan()`.
     """
     adapter = own_adapter(model, adapter)
     opened = None if adapter is None or adapter is False else open_adapter(adapter)
     devices = devices_for(device, vram)
     collect_dropped(devices)
-    place = weakest(devices)
-    if place.type == "cuda" and profile == "auto" and torch.cuda.get_device_capability(place) < (8, 0):
-        knobs.setdefault("attention", "sdpa")  # the flash kernel begins with Ampere
     chosen_adapter = adapter if opened is None else opened.folder
     workload = Workload(prompt_len=prompt_len, max_new_tokens=max_new_tokens, batch_size=batch_size, padded=padded)
-    offered, reserve = budget_on(devices, vram, reserve)
-    budget = Budget.of(offered, ram, reserve, held=held_beside_torch(devices))
+    budget = budget_on(devices, vram, ram, reserve)
     found = resolve(model, chosen_adapter)
-    planned = partial(
-        plan_for, model, workload, budget, found=found, profile=profile, prefer=prefer, adapter=chosen_adapter, **knobs
+    architecture = adapted(found, opened or chosen_adapter)
+    chosen = plan_for(
+        model,
+        workload,
+        budget,
+        found=found,
+        architecture=architecture,
+        profile=profile,
+        prefer=prefer,
+        adapter=adapter,
+        computes=partial(can_compute, architecture),
+        **knobs,
     )
-    chosen = planned()
     warn_of_positions(chosen.estimate)
     backend = get_backend(chosen.profile.weights)
-    if chosen.profile.host_layers and "host_layers" not in knobs and profile == "auto":
-        try:
-            check_host(chosen, backend)
-        except (NotSupportedError, BackendUnavailableError):  # another backend, or another CPU than was measured
-            chosen = planned(host_layers=0)
-            backend = get_backend(chosen.profile.weights)
     for one in devices:
         check(chosen, backend, one)
     if opened is not None:
         check_peft()
-        check_values(opened, dtype_for(chosen.profile, place))
+        check_values(opened, dtype_for(chosen.profile, weakest(devices)))
         warn_of_another_base(opened, model)
     if disable_mmap and "disk" in device_map(chosen, devices[0]).values():
         raise NotSupportedError(
@@ -138,14 +137,13 @@ def load(
             value=True,
         )
     if found.config:
-        model_config(found.config, found.source)  # what transformers refuses is refused before a download
+        model_config(found.config, found.source)  # refusals of transformers come before a download
     check_free(chosen, devices)
     with nothing_left_after_a_failure():
         with garbage_of_this_load(), ExitStack() as after_a_failure:
             checkpoint = open_checkpoint(model, found)
             check_own_adapter(checkpoint.folder, chosen_adapter)
-            assert chosen.estimate.architecture is not None
-            order = chosen.estimate.architecture.adapter_layers
+            order = architecture.adapter_layers
             if order:
                 checkpoint = replace(checkpoint, files=checkpoint.files.with_layers(order))
             llm = _build(checkpoint, chosen, backend, devices, opened, progress, disable_mmap, after_a_failure)
@@ -258,11 +256,11 @@ def _build(
 
 
 def _loaded(model: Any, backend: Backend, meters: list[PeakMeter]) -> dict[torch.device, dict[str, int]]:
-    """What loading took of each device; what torch has reserved beside that goes back to all of them."""
+    """Return the bytes that loading took on each device; first return unused reserved memory of all devices."""
     found = [(meter, meter.stop()) for meter in meters]
     if meters[0].cuda:
         gc.collect()
-        torch.cuda.empty_cache()  # a segment that held what was quantized would never be whole again
+        torch.cuda.empty_cache()  # segments of unquantized tensors would never be free as a whole again
     loaded = {}
     for meter, peaks in found:
         load_peak = {"load_peak": peaks["peak_allocated"] - meter.before} if peaks else {}

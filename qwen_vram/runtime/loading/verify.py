@@ -1,4 +1,4 @@
-"""Verifying: one prefill of the planned prompt and one decode step, held against the plan."""
+"""Check of a loaded model against its plan, by one prefill and one decode step."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from qwen_vram.runtime.loaded_model import LoadedModel
 from qwen_vram.runtime.measure import Report
 from qwen_vram.units import format_bytes
 
-# What arithmetic promises to this share. Reserved bytes depend on addresses that the driver chooses: they count in the
-# process, which is held against the budget.
+# Tolerance of the parts that are computed. Reserved bytes depend on addresses that the driver chooses. They are part of
+# the process memory, which is compared with the budget.
 _TOLERANCE = 0.01
 _PROMISED = ("weights", "kv_cache", "load_peak", "peak_allocated")
 # Predictions of a small model's peaks can miss by a segment of the allocator.
@@ -20,9 +20,9 @@ _SLACK = 2 * 2**20
 
 
 def verify(llm: LoadedModel) -> Report:
-    """Run the largest prefill that was planned for and one decode step, from random tokens; return what they took.
+    """Run the largest planned prefill and one decode step from random tokens; return the measured memory.
 
-    The cache is the whole one, except that a dynamic cache grows only by what is fed. Nothing stays reserved.
+    The cache has its full size, but a dynamic cache has only the tokens that are fed. No memory stays reserved.
 
     Raises:
         PlanNotHeldError: a part is more than 1 % above the plan, the process is above its budget, or memory ran out.
@@ -49,7 +49,7 @@ def verify(llm: LoadedModel) -> Report:
 
 
 def _check(report: Report, budget: int | None, where: str) -> None:
-    """Hold one device's parts against what was promised of it."""
+    """Compare one device's parts with its promised memory."""
     parts = {
         part + where: (predicted, measured)
         for part, predicted, measured in report.lines()

@@ -1,6 +1,6 @@
-"""Memory of torch on a model's devices that is not the model's: the caller's tensors, and other models'.
+"""Torch's memory on a model's devices that belongs to others.
 
-torch tells one number for a process. Not the model's is what was there before it was loaded, and what comes and goes
+torch reports one number for a process. Bytes allocated before the model was loaded belong to others, and so do changes
 between its generations.
 """
 
@@ -14,10 +14,10 @@ from qwen_vram.runtime.memory.workspaces import take_workspace
 
 
 class Beside:
-    """The bytes beside a model, by its devices on CUDA; nothing on others.
+    """The bytes beside a model, by its devices on CUDA; zero on other devices.
 
     Args:
-        before: What was allocated on each device before the model was loaded, without workspaces that it uses again.
+        before: Bytes allocated on each device before the model was loaded, without workspaces that it reuses.
     """
 
     def __init__(self, before: Mapping[torch.device, int]) -> None:
@@ -29,11 +29,11 @@ class Beside:
         return max(0, self._bytes.get(device, 0))
 
     def begin(self) -> None:
-        """A generation begins, in this thread: what came or went since the last one is not the model's."""
+        """Note the beginning of a generation in this thread: changes since the last one are not the model's."""
         for device, at_rest in self._at_rest.items():
             self._bytes[device] += torch.cuda.memory_allocated(device) - at_rest
             take_workspace(device)
 
     def end(self) -> None:
-        """A generation has ended, and its tensors are gone."""
+        """Note the end of a generation, whose tensors are freed."""
         self._at_rest = {device: torch.cuda.memory_allocated(device) for device in self._at_rest}

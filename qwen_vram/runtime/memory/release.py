@@ -1,4 +1,4 @@
-"""Memory that libraries and errors keep, given back to the system and the driver."""
+"""Return of memory that libraries and errors keep, to the system and the driver."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CALLS_MODULES = "torch.nn.modules.module"
 
 
 def give_back_memory() -> None:
-    """Collect garbage, and give back what torch keeps of GPUs and pinned memory, and the C library of its heap."""
+    """Collect garbage, and return cached memory of GPUs, of pinned memory, and of the C library's heap."""
     gc.collect()
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()
@@ -27,7 +27,7 @@ def give_back_memory() -> None:
 
 @contextmanager
 def nothing_left_after_a_failure() -> Iterator[None]:
-    """After an error or an interrupt, leave no memory taken: neither what was made so far, nor what the error holds."""
+    """After an error or an interrupt, free all memory of the unfinished work and of the error's frames."""
     handled = sys.exc_info()[1]
     try:
         yield
@@ -38,12 +38,12 @@ def nothing_left_after_a_failure() -> Iterator[None]:
 
 
 def forget_frames(error: BaseException, handled: BaseException | None = None) -> None:
-    """Clear the variables of the frames that an error refers to: they hold models, caches and logits.
+    """Clear the variables of the frames that an error refers to, such as models, caches and logits.
 
-    Frames that still run keep theirs, and the text of the traceback stays as it is.
+    Frames that still run keep their variables, and the text of the traceback does not change.
 
     Args:
-        handled: An error that was being handled before; it belongs to somebody else and stays as it is.
+        handled: An error that was already being handled; it belongs to the caller and does not change.
     """
     done: list[BaseException | None] = [None, handled]
     pending: list[BaseException | None] = [error]
@@ -60,19 +60,19 @@ def forget_frames(error: BaseException, handled: BaseException | None = None) ->
 
 
 def _forget_arguments(frame: FrameType) -> None:
-    """Clear what torch's call of a module with hooks refers to: its arguments are not in a frame, but in a closure.
+    """Clear the references of torch's call of a module with hooks: its arguments are in a closure, not in a frame.
 
     Source: torch 2.13, torch/nn/modules/module.py, `_call_impl` and its `inner`. Python 3.10's frames have no function.
     """
     for function in gc.get_referents(frame):
         if isinstance(function, FunctionType) and function.__code__ is frame.f_code:
             for cell in function.__closure__ or ():
-                with suppress(ValueError):  # it is empty already
+                with suppress(ValueError):  # it is already empty
                     del cell.cell_contents
 
 
 def give_back_heap() -> None:
-    """Give the free pages of the C library's heap back to the system; nothing where it has no `malloc_trim`.
+    """Return the free pages of the C library's heap to the system; do nothing without `malloc_trim`.
 
     glibc keeps pages below the highest block in use, such as the temporary tensors of quantizing. Measured: torch 2.13
     on the CPU, bitsandbytes 0.50.2, the bundled checkpoint in nf4, 2026-11-30.
@@ -93,7 +93,7 @@ def _malloc_trim() -> Callable[[int], int] | None:
 
 
 def _empty_host_cache() -> None:
-    """Unpin host memory that torch keeps for later; nothing in a torch that cannot."""
+    """Unpin host memory that torch caches; do nothing if torch has no such function."""
     empty = getattr(torch._C, "_host_emptyCache", None)
     if empty is not None:
         empty()

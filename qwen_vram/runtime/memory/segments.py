@@ -1,4 +1,4 @@
-"""Keep the memory that torch's allocator reserves within a plan, over a session of generations.
+"""Limits on torch's reserved memory, within a plan and over a session.
 
 torch keeps the segments of a generation for the next one. Tensors of another length may not fit into them, and then it
 takes new ones beside the old. A plan counts each workload in a process that reserves nothing else, so unused segments
@@ -21,13 +21,13 @@ from qwen_vram.runtime.memory.beside import Beside
 
 
 class _Promise(NamedTuple):
-    """What one GPU was promised, in bytes.
+    """The promised memory of one GPU, in bytes.
 
     Attributes:
-        resting: What the model has allocated between generations.
+        resting: Bytes that the model has allocated between generations.
         reserved: The most that torch reserves for it.
-        limited: Torch must be told. A plan may count on segments that torch returns before it is out of memory. A card
-            of the budget's size makes torch do so; on a larger card a limit does.
+        limited: torch needs a limit. A plan may assume that torch returns segments before it is out of memory. A GPU of
+            the budget's size makes torch do so; on a larger GPU the limit does.
     """
 
     resting: int
@@ -36,12 +36,12 @@ class _Promise(NamedTuple):
 
 
 class Segments:
-    """The segments of a loaded model's devices; all calls change nothing off CUDA.
+    """The segments of a loaded model's devices; its methods do nothing outside CUDA.
 
     Args:
-        plan: What was promised.
+        plan: The plan, with the promised memory.
         devices: The devices of the model, in order.
-        beside: What the process has allocated that is not the model's.
+        beside: Bytes that the process has allocated and that do not belong to the model.
     """
 
     def __init__(self, plan: Plan, devices: Iterable[torch.device], beside: Beside) -> None:
@@ -51,7 +51,7 @@ class Segments:
         _OPEN.add(self)
 
     def close(self) -> None:
-        """Count the model no more: its memory is free."""
+        """Stop counting the model, whose memory is free."""
         self._promises.clear()
 
     @contextmanager
@@ -60,7 +60,7 @@ class Segments:
 
         Args:
             shape: Two generations of equal shapes take tensors of the same sizes in the same order.
-            promised: The plan covers the generation. Any other one was held against the budget, and leaves nothing.
+            promised: The plan covers the generation. Any other one was checked against the budget, and leaves none.
         """
         self._beside.begin()
         if self._promises and shape != self._last:
@@ -77,7 +77,7 @@ class Segments:
         self._beside.end()
 
     def _headroom(self, device: torch.device) -> int:
-        """Return the bytes for what is not the model's, with what other models may still take."""
+        """Return the bytes that do not belong to the model, plus those that other models may still take."""
         others = (one._promises.get(device) for one in set(_OPEN) if one is not self)
         return self._beside.nbytes(device) + sum(other.reserved - other.resting for other in others if other)
 
@@ -94,7 +94,7 @@ def _promise(plan: Plan, device: torch.device) -> _Promise:
     return _Promise(part.weights + part.workspace + room, most - part.beside_torch, most < part.process_total)
 
 
-# The limits of generations that run now, and what the caller had set before the first of them.
+# The limits of running generations, and the caller's limit before the first of them.
 _RUNNING: defaultdict[torch.device, list[int]] = defaultdict(list)
 _BEFORE: dict[torch.device, float] = {}
 _LOCK = Lock()
@@ -102,7 +102,7 @@ _LOCK = Lock()
 
 @contextmanager
 def _limited(limits: Mapping[torch.device, int]) -> Iterator[None]:
-    """Limit the bytes that torch reserves on devices; a lower limit of the caller's stays.
+    """Limit the bytes that torch reserves on devices; a lower limit of the caller stays.
 
     Models that generate at the same time share the highest limit: each counts the others' promises.
     """
@@ -122,7 +122,7 @@ def _limited(limits: Mapping[torch.device, int]) -> Iterator[None]:
 
 
 def _apply(device: torch.device) -> None:
-    """Set the highest limit of those that run; what was set before, if none runs."""
+    """Set the highest limit of the running generations, or the caller's limit if none runs."""
     fraction = _BEFORE[device]
     if _RUNNING[device]:
         total = torch.cuda.get_device_properties(device).total_memory

@@ -1,7 +1,7 @@
-"""cuBLAS's workspaces: one for each thread and stream that multiplies, allocated until the process ends.
+"""cuBLAS workspaces, one for each thread and stream, which stay allocated.
 
-Generations of all models compute in threads that stay (`runner`), so that they share workspaces. What a workspace takes
-is noted here, to tell it from the caller's tensors.
+Generations of all models compute in permanent threads (`runner`), so they share workspaces. This module notes the bytes
+of a workspace, to distinguish them from the caller's tensors.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ _TAKEN: dict[tuple[int, torch.device, int], int] = {}
 
 
 def take_workspace(device: torch.device, *, of_sums: bool = False) -> None:
-    """Have cuBLAS take its workspace for this thread and its stream on `device`, if it has not.
+    """Make cuBLAS allocate its workspace for this thread and its stream on `device`, if it has not.
 
-    Later it would be cut from buffers of other use, such as a compiler's measurements of 256 MiB each, which could
-    then not be returned to the device.
+    Otherwise it would later take a part of other buffers, such as a compiler's measurement buffers of 256 MiB. These
+    could then not be returned to the device.
 
     Args:
-        of_sums: cuBLASLt's workspace too, for products with a bias.
+        of_sums: Also allocate cuBLASLt's workspace, for products with a bias.
     """
     key = (threading.get_ident(), device, torch.cuda.current_stream(device).cuda_stream)
     if key in _TAKEN:
@@ -35,7 +35,7 @@ def take_workspace(device: torch.device, *, of_sums: bool = False) -> None:
 
 
 def reused_bytes(device: torch.device, *, captured: bool) -> int:
-    """Return the bytes of workspaces that the next model's generations find there, and its captured steps too."""
+    """Return the bytes of workspaces that the next model's generations reuse, with those of captured steps."""
     main = torch.cuda.default_stream(device).cuda_stream
     here = [(stream == main, nbytes) for (_, where, stream), nbytes in _TAKEN.items() if where == device]
     on_main = max((nbytes for is_main, nbytes in here if is_main), default=0)

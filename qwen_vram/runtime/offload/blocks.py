@@ -1,4 +1,4 @@
-"""Blocks: decoder layers that stream, each in one piece, on the host or in the checkpoint's files."""
+"""Streamed decoder layers, each one block in host memory or in files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qwen_vram.runtime.tensors.file_extents import Extent, FileExtents
 from qwen_vram.runtime.tensors.mapped_checkpoint import MappedCheckpoint
 from qwen_vram.runtime.tensors.packed_layout import HostMemory, Layout
 
-# Makes a module use prepared tensors: assignments alone.
+# A call that makes a module use prepared tensors, by assignments only.
 Binding = Callable[[], None]
 
 
@@ -25,7 +25,7 @@ class Block(ABC):
     Attributes:
         layer: The layer; its parameters and quantization state are views, into a slot or on the host.
         modules: Its modules with tensors of their own.
-        nbytes: All of its tensors together.
+        nbytes: Bytes of all its tensors.
     """
 
     def __init__(self, layer: nn.Module, modules: Sequence[nn.Module], backend: StreamingBackend) -> None:
@@ -40,20 +40,20 @@ class Block(ABC):
         self._in_slots: list[list[Binding]] = []
 
     def prepare(self, slots: Sequence[Tensor]) -> None:
-        """Make the views into each slot's memory, once for all steps to come."""
+        """Create the views into each slot's memory, once for all later steps."""
         self._in_slots = [self._bindings(self._layout.views(memory)) for memory in slots]
 
     def bind(self, slot: int) -> None:
-        """Let the layer use what lies in a slot."""
+        """Make the layer use the contents of a slot."""
         for bind in self._in_slots[slot]:
             bind()
 
     @abstractmethod
     def bind_host(self, index: int) -> None:
-        """Let one of its modules use tensors on the host."""
+        """Make one of its modules use tensors on the host."""
 
     def drop(self) -> None:
-        """Let go of all memory: the layer's tensors are left empty."""
+        """Release all memory: the layer's tensors become empty."""
         for bind in self._empty:
             bind()
         self._in_slots = []
@@ -66,7 +66,7 @@ class Block(ABC):
 
 
 class HostBlock(Block):
-    """One that stays in host memory, in `blob`; `computes` where it can run on the CPU too."""
+    """A block that stays in host memory, in `blob`; it `computes` if it can also run on the CPU."""
 
     def __init__(
         self, layer: nn.Module, modules: Sequence[nn.Module], backend: StreamingBackend, memory: HostMemory
@@ -85,28 +85,28 @@ class HostBlock(Block):
 
     @property
     def computes(self) -> bool:
-        """Tell if `compute_on` was called."""
+        """True if `compute_on` was called."""
         return bool(self._computing)
 
     def compute_on(self, backend: HostBackend) -> None:
-        """Make what its modules need to compute on the CPU, for `bind_computing`."""
+        """Prepare the modules to compute on the CPU, for `bind_computing`."""
         self._computing = [
             backend.host_binding(module, {name: view for (owner, name), view in self._views.items() if owner == index})
             for index, module in enumerate(self.modules)
         ]
 
     def bind_computing(self) -> None:
-        """Let the layer compute on the CPU, until `stop_computing`, or until it is bound to a slot."""
+        """Make the layer compute on the CPU, until `stop_computing`, or until it is bound to a slot."""
         for bind in self._computing:
             bind()
 
     def bind(self, slot: int) -> None:
-        """Let the layer use what lies in a slot."""
+        """Make the layer use the contents of a slot."""
         self.stop_computing()
         super().bind(slot)
 
     def bind_host(self, index: int) -> None:
-        """Let one of its modules use what lies in `blob`."""
+        """Make one of its modules use its tensors in `blob`."""
         self._on_host[index]()
 
     def stop_computing(self) -> None:
@@ -115,7 +115,7 @@ class HostBlock(Block):
             module.__dict__.pop("forward", None)
 
     def drop(self) -> None:
-        """Let go of all memory: the layer's tensors are left empty."""
+        """Release all memory: the layer's tensors become empty."""
         self.stop_computing()
         super().drop()
         self._on_host, self._computing, self._views = [], [], {}
@@ -123,10 +123,10 @@ class HostBlock(Block):
 
 
 class DiskBlock(Block):
-    """One that stays in the checkpoint's files, as `image` says; the `nth` of its kind, from 0.
+    """A block that stays in the checkpoint's files, described by `image`; the `nth` of its kind, from 0.
 
     Raises:
-        NotSupportedError: a large tensor is no longer as it is there.
+        NotSupportedError: a large tensor differs from the one in the files.
     """
 
     def __init__(
@@ -143,11 +143,11 @@ class DiskBlock(Block):
         self._tensors = {}
         self.image = FileExtents({self._layout.places[key].offset: part for key, part in self._parts.items()})
         for bind in self._empty:
-            bind()  # or the layer would keep the files mapped
+            bind()  # otherwise the layer would keep the files mapped
 
     def bind_host(self, index: int) -> None:
-        """Let one of its modules use its tensors, read now into memory of their own."""
-        self.bind(0)  # for its quantization state is as it was stored
+        """Make one of its modules use its tensors, read now into new memory."""
+        self.bind(0)  # because its quantization state is as stored
         tensors = {}
         for (owner, name), part in self._parts.items():
             if owner == index:
@@ -158,7 +158,7 @@ class DiskBlock(Block):
 
 
 def _part(tensor: Tensor, mapped: MappedCheckpoint) -> Extent | bytes:
-    """Where a tensor lies in the files, or its bytes where they are few."""
+    """Return the position of a tensor in the files, or its bytes if they are few."""
     if tensor.nbytes < SMALLEST_READ:
         return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
     piece = mapped.piece(tensor)

@@ -1,4 +1,4 @@
-"""Packing: streamed layers built and quantized one tensor at a time, and left where they belong."""
+"""Building of streamed layers, quantized one tensor at a time."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def pack_layers(
     memory: HostMemory,
     progress: Callable[..., Iterable[int]],
 ) -> list[Block]:
-    """Build the streamed decoder layers, which are on the meta device, and put each where `homes` says.
+    """Build the streamed decoder layers, which are on the meta device, and put each in its location by `homes`.
 
-    A quantized head that stands there too is built first, to stay on the device. The device holds one matrix and a tile
-    at a time beside what it held before, and nothing more where matrices are stored quantized; the host, one layer in
-    the request's format beside the blocks. Of disk layers hardly anything is read.
+    A quantized head on the meta device is built first, and stays on the device. The device holds one additional matrix
+    and a tile at a time, and nothing additional if matrices are stored quantized. The host holds one layer in the
+    request's format beside the blocks. Almost nothing of disk layers is read.
 
     Args:
         progress: Wraps the numbers in a progress bar, as `tqdm` does.
@@ -61,7 +61,7 @@ def pack_layers(
 
 
 def _untie(model: Any) -> bool:
-    """Tell if the head was the token table; from here on it is not."""
+    """Tell if the head was tied to the embeddings, and untie it."""
     tied: bool = model.config.tie_word_embeddings
     model.config.tie_word_embeddings = False
     model.all_tied_weights_keys = {}
@@ -76,7 +76,7 @@ def _build(
     backend: StreamingBackend,
     request: Request,
 ) -> nn.Module:
-    """Put the module called `name` into `parent` with its weights; what is quantized now is on the device."""
+    """Put the module called `name` into `parent` with its weights; tensors that are quantized now are on the device."""
     module = parent.get_submodule(name)
     weights = mapped.tensors(full_name)
     if not request.stored:

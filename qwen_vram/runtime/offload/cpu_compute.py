@@ -1,7 +1,7 @@
-"""Host layers: decoder layers whose matrices multiply on the CPU, where they lie, in steps of few rows.
+"""Host layers: decoder layers whose matrix products the CPU computes.
 
-Attention, its cache and the rotary embedding stay on the device: queries, keys and values go there, its result comes
-back. In a prefill the layer streams like any other.
+They compute in steps of few rows. Attention, its cache and the rotary embedding stay on the device: queries, keys and
+values are copied there, and the result is copied back. In a prefill the layer streams like other layers.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from qwen_vram.runtime.offload.blocks import HostBlock
 
 
 class HostLayer:
-    """One such layer, by hooks on its modules that move what passes between CPU and device.
+    """One host layer, with hooks on its modules that copy tensors between CPU and device.
 
     Attributes:
-        active: Whether the current step computes on the CPU.
+        active: The current step computes on the CPU.
     """
 
     def __init__(self, block: HostBlock, device: torch.device) -> None:
@@ -32,26 +32,26 @@ class HostLayer:
         self._hooks.append(attention.o_proj.register_forward_pre_hook(self._to_host))
 
     def enter(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Begin a step on the CPU: what the layer is given, its hidden states there."""
+        """Begin a step on the CPU: return the layer's inputs with the hidden states there."""
         self.active = True
         self.block.bind_computing()
         return (inputs[0].to("cpu"), *inputs[1:])
 
     def leave(self, output: Tensor) -> Tensor:
-        """End it: the layer's result, on the device."""
+        """End the step: return the layer's result on the device."""
         self.active = False
         self.block.stop_computing()
         return output.to(self.device)
 
     def is_whole(self) -> bool:
-        """Tell if all that has weights in the layer came with it: an adapter's lie on the device, and compute there."""
+        """Tell if all modules with weights came with the layer; those of an adapter compute on the device."""
         return all(
             module in self._modules or not any(True for _ in module.parameters(recurse=False))
             for module in self.block.layer.modules()
         )
 
     def remove(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
 

@@ -1,4 +1,4 @@
-"""Disk layers: a thread reads them from the checkpoint's files, ahead of use, into a ring of buffers on the host."""
+"""Disk layers: a thread reads them ahead of use into a ring of host buffers."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 from qwen_vram.errors import QwenVramError
 from qwen_vram.runtime.tensors.file_extents import FileExtents
 
-# How often a forward that waits looks whether the thread is still there.
+# Interval at which a waiting forward pass checks that the thread still runs.
 _LOOK_SECONDS = 1.0
 
 
 class Buffer:
-    """Room on the host for one block: the number of the block that it holds, or is getting, and whether it is there.
+    """A host buffer for one block: the number of its block, and the state of reading it.
 
-    `copied` is an event that the last copy from it records; `None` where copies are done when they return.
+    `copied` is an event that the last copy from it records; `None` if copies are synchronous.
     """
 
     def __init__(self, memory: Tensor, copied: Any) -> None:
@@ -31,9 +31,9 @@ class Buffer:
 
 
 class DiskReader:
-    """Keeps the blocks that are used next in the buffers; they are used in a circle.
+    """Reader that keeps the next blocks in the buffers; blocks are used in a circle.
 
-    Any other order works too, more slowly. One thread at a time may take blocks.
+    Another order works too, but is slower. One thread at a time may take blocks.
     """
 
     def __init__(self, images: Sequence[FileExtents], buffers: Sequence[Buffer]) -> None:
@@ -49,7 +49,7 @@ class DiskReader:
             return buffer is not None and buffer.error is None
 
     def take(self, number: int) -> Buffer:
-        """The buffer that holds block `number`, once it is there. It stays so until `passed`.
+        """Return the buffer of block `number` when it is read. The buffer keeps the block until `passed`.
 
         Raises:
             CheckpointError: it cannot be read. The next call tries again.
@@ -70,19 +70,19 @@ class DiskReader:
             return buffer
 
     def passed(self, number: int) -> None:
-        """Read on: the copy of block `number` has been started, and will record its buffer's event."""
+        """Continue reading: the copy of block `number` has been started, and records its buffer's event."""
         with self._ring.changed:
             self._ring.want(number + 1)
 
     def close(self) -> None:
-        """End the thread, and let go of buffers and files; no copy may be under way."""
+        """End the thread, and release buffers and files; no copy may be running."""
         self._stop()
         self._thread.join()
         self._ring.buffers, self._ring.images = [], []
 
 
 class _Ring:
-    """What the thread shares with who takes blocks, under the lock of `changed`. Knows nothing of the model."""
+    """State shared between the reading thread and the caller, under the lock of `changed`, without the model."""
 
     def __init__(self, images: Sequence[FileExtents], buffers: Sequence[Buffer]) -> None:
         self.images, self.buffers = list(images), list(buffers)
@@ -94,7 +94,7 @@ class _Ring:
         return next((buffer for buffer in self.buffers if buffer.number == number and buffer.ready), None)
 
     def want(self, number: int) -> None:
-        """From now on block `number` is used next; what failed to be read is tried again."""
+        """Make block `number` the next one to use, and try failed reads again."""
         self._next = number
         for buffer in self.buffers:
             if buffer.ready and buffer.error is not None:
@@ -102,7 +102,7 @@ class _Ring:
         self.changed.notify_all()
 
     def job(self) -> tuple[Buffer, FileExtents] | None:
-        """The next block to read and a buffer that holds none that is wanted, once there are; `None` at the end."""
+        """Return the next block to read and a free buffer, when there are both; `None` at the end."""
         with self.changed:
             while not self.closed:
                 wanted = [(self._next + step) % len(self.images) for step in range(len(self.buffers))]
@@ -127,7 +127,7 @@ class _Ring:
 
 
 def _work(ring: _Ring) -> None:
-    """The thread: read what is wanted next, until the end."""
+    """Run the thread: read the next wanted block, until the end."""
     while (job := ring.job()) is not None:
         buffer, image = job
         failure = None
@@ -135,7 +135,7 @@ def _work(ring: _Ring) -> None:
             if buffer.copied is not None:
                 buffer.copied.synchronize()
             image.read_into(buffer.view)
-        except BaseException as error:  # handed to the forward, which needs the block
+        except BaseException as error:  # passed to the forward pass that needs the block
             failure = error
         ring.done(buffer, failure)
         del job, buffer, image, failure

@@ -1,4 +1,4 @@
-"""Host embeddings: the token table stays in host memory, and only the rows that a step needs travel."""
+"""Token embeddings in host memory, from which only the needed rows are copied."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 
 class HostEmbedding(nn.Module):
-    """Looks tokens up on the host and ships (batch, tokens, hidden_size) to `device`.
+    """Embedding that looks tokens up on the host and copies (batch, tokens, hidden_size) to `device`.
 
-    The table is kept out of the module's parameters, because `transformers` takes a model's device from its first
-    parameter and accelerate moves parameters; `state_dict()` has it all the same.
+    The matrix is not a parameter of the module, because `transformers` takes a model's device from its first parameter,
+    and accelerate moves parameters. `state_dict()` includes it.
     """
 
     def __init__(self, weight: Tensor, device: torch.device) -> None:
@@ -23,11 +23,11 @@ class HostEmbedding(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The table, (vocab_size, hidden_size), on the host."""
+        """The matrix, (vocab_size, hidden_size), on the host."""
         return self._table[0]
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """The rows of `input_ids`, on the device."""
+        """Return the rows of `input_ids`, on the device."""
         rows = nn.functional.embedding(input_ids.to("cpu"), self.weight)
         if self.device.type == "cuda":
             rows = rows.pin_memory()
@@ -38,11 +38,11 @@ class HostEmbedding(nn.Module):
         destination[prefix + "weight"] = self.weight
 
     def extra_repr(self) -> str:
-        """Sizes and device, for `print(model)`."""
+        """Return sizes and device, for `print(model)`."""
         return f"{self.num_embeddings}, {self.embedding_dim}, host -> {self.device}"
 
 
 def move_embedding_to_host(model: nn.Module, device: torch.device) -> None:
-    """Replace the model's token embedding by one whose table stays where it is loaded: on the host."""
+    """Replace the model's token embeddings by `HostEmbedding`, with the matrix on the host."""
     table = model.get_input_embeddings().weight.data  # type: ignore[operator]
     model.set_input_embeddings(HostEmbedding(table.to("cpu"), device))  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""A slot: room on the device through which streamed layers pass, one at a time."""
+"""A slot: a device buffer for the weights of one streamed layer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qwen_vram.runtime.offload.blocks import Block
 
 
 class Slot:
-    """Room on the device for one block, and which block it holds."""
+    """A buffer on the device for one block, and the block that it holds."""
 
     def __init__(self, index: int, memory: Tensor) -> None:
         self.index = index

@@ -1,8 +1,8 @@
-"""Streamed layers: decoder layers that stay on the host or the disk and pass through a ring of slots on the device.
+"""Streamed layers: copied from host or disk into a ring of slots on the device.
 
-While one layer computes in its slot, the next ones are copied into the others, on a stream of their own. A layer is one
-piece of memory, so that it is one copy. From token to token nothing is allocated, and the host waits for nothing but
-the disk, and for layers that it computes itself (`host_layers`).
+While one layer computes in its slot, the next layers are copied into the other slots, on a separate stream. A layer is
+one piece of memory, so it needs one copy. Nothing is allocated between tokens. The host waits only for the disk, and
+for layers that it computes itself (`host_layers`).
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from qwen_vram.runtime.tensors.packed_layout import HostMemory
 
 
 class Streamer:
-    """Brings each block into a slot before its layer runs, and the blocks that follow while it does.
+    """Copier of blocks: each block is in a slot before its layer runs, and the next blocks follow meanwhile.
 
-    Those of `hosts` compute on the CPU where a step has few rows, and are brought into slots where it has many, or once
-    they have an adapter. Blocks follow each other in a circle, as tokens make them; any other order works too, more
-    slowly. Threads may run the model at once: a lock lets one of them at a time run a layer. Between its runs a layer's
-    parameters show whatever its last slot holds now, except to `state_dict()`, which reads the host: what writes into
-    parameters, as merging an adapter does, is lost. Layers that stream compute no gradients.
+    Blocks in `hosts` compute on the CPU in steps of few rows. They are copied into slots for many rows, or after they
+    get an adapter. Blocks are used in a circle, in the order of the layers. Another order works too, but is slower.
+
+    Several threads may run the model: a lock lets one of them run a layer at a time. Between its runs, a layer's
+    parameters show the present contents of its last slot, except in `state_dict()`, which reads the host. Writes into
+    parameters, such as merging an adapter, are lost. Streamed layers compute no gradients.
     """
 
     def __init__(self, blocks: Sequence[Block], memory: HostMemory, slots: int, disk_buffers: int = 0) -> None:
@@ -42,7 +43,7 @@ class Streamer:
         self.stream: torch.cuda.Stream | None = None
         if self.device.type == "cuda":
             self.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-            torch.cuda.empty_cache()  # what packing reserved, matrix by matrix, does not fit slots
+            torch.cuda.empty_cache()  # segments reserved while packing do not fit slots
         largest = max(block.nbytes for block in blocks)
         self.slots = [
             Slot(index, torch.empty(largest, dtype=torch.uint8, device=self.device)) for index in range(slots)
@@ -51,7 +52,7 @@ class Streamer:
         self._one_at_a_time = RLock()
         for slot in self.slots:
             if self.stream is not None:
-                # The last copy may still run when a model is dropped: its slot must not go to anyone before.
+                # The last copy may still run when a model is dropped: its slot must not be reused before.
                 slot.memory.record_stream(self.stream)
         on_disk = [block for block in self.blocks if isinstance(block, DiskBlock)]
         self._reader = self._read(on_disk, disk_buffers) if on_disk else None
@@ -70,7 +71,7 @@ class Streamer:
                 self._fetch(block, slot)
 
     def _read(self, on_disk: Sequence[DiskBlock], buffers: int) -> DiskReader:
-        """Start reading the first of them."""
+        """Start reading the first disk layers."""
         largest = max(block.nbytes for block in on_disk)
         event: Any = torch.cuda.Event
         ring = [
@@ -80,8 +81,8 @@ class Streamer:
         return DiskReader([block.image for block in on_disk], ring)
 
     def close(self) -> None:
-        """Give back the slots and the host's memory; the layers cannot run any more."""
-        with self._one_at_a_time:  # a thread may run the model, for which no turn of ours was asked
+        """Free the slots and the host memory; the layers cannot run any more."""
+        with self._one_at_a_time:  # a thread may run the model without a turn
             if self.stream is not None:
                 self.stream.synchronize()
             if self._reader is not None:
@@ -101,21 +102,21 @@ class Streamer:
         resting = number % len(self.slots)
         block.bind(resting)
         block.layer.forward = partial(self._run, number, block.layer, block.layer.forward)
-        for index, module in enumerate(block.modules):  # each may be read alone
+        for index, module in enumerate(block.modules):  # each may be read on its own
             self._hooks += [
                 module.register_state_dict_pre_hook(lambda *_, index=index: block.bind_host(index)),  # type: ignore[no-untyped-call]
                 module.register_state_dict_post_hook(lambda *_: block.bind(resting)),  # type: ignore[no-untyped-call]
             ]
 
     def _run(self, number: int, layer: nn.Module, forward: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
-        """The forward of layer `number`, which `forward` was before; no other thread changes a slot meanwhile."""
+        """Run the forward of layer `number`, originally `forward`, while no other thread changes a slot."""
         with self._one_at_a_time:
             if not self.blocks:
                 _refuse()
             return self._after(number, forward(*self._before(number, layer, inputs), **options))
 
     def _before(self, number: int, layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Have the layer's block in a slot, wait for its copy, let it be used; or have the layer compute on the CPU."""
+        """Have the layer's block in a slot and bind it after its copy, or let the layer compute on the CPU."""
         if torch.is_grad_enabled():
             _check_no_gradient(layer, inputs)
         block, host = self.blocks[number], self.hosts.get(number)
@@ -123,8 +124,8 @@ class Streamer:
         if host is not None and self._few and host.is_whole():
             return host.enter(inputs)
         if host is not None:
-            host.active = False  # where a step was broken off
-            if self._few:  # and with an adapter that was put on since
+            host.active = False  # after an interrupted step
+            if self._few:  # and with an adapter that was added since
                 self.hosts.pop(number).remove()
                 self._orders = self._all_orders()
         slot = self._holding(block)
@@ -132,7 +133,7 @@ class Streamer:
             slot = self._fetch(block, self._idle(self._following(number)))
         if self.stream is not None:
             current = torch.cuda.current_stream(self.device)
-            if slot.computes_on != current:  # another thread's; the next copy waits for the newest alone
+            if slot.computes_on != current:  # another thread's stream; the next copy waits only for the newest one
                 slot.computed.record(slot.computes_on)
                 slot.computed.wait(current)
             slot.computes_on = current
@@ -141,7 +142,7 @@ class Streamer:
         return inputs
 
     def _after(self, number: int, output: Any) -> Any:
-        """Start copying what follows into slots that hold nothing of it, up to what the disk has yet to bring."""
+        """Start copies of the next blocks into slots that hold none of them, until a block is still on the disk."""
         following = self._following(number)
         for block in following:
             if self._holding(block) is None:
@@ -152,11 +153,11 @@ class Streamer:
         return host.leave(output) if host is not None and host.active else output
 
     def _following(self, number: int) -> list[Block]:
-        """The blocks that fill the slots once block `number` is done."""
+        """Return the blocks that fill the slots after block `number`."""
         return self._orders[self._few][number]
 
     def _all_orders(self) -> dict[bool, list[list[Block]]]:
-        """What follows each block, in steps of few rows and of many."""
+        """Return the blocks that follow each block, in steps of few rows and of many."""
         return {few: [self._order(number, few=few) for number in range(len(self.blocks))] for few in (False, True)}
 
     def _order(self, number: int, *, few: bool) -> list[Block]:
@@ -168,7 +169,7 @@ class Streamer:
         return next((slot for slot in self.slots if slot.block is block), None)
 
     def _idle(self, wanted: Sequence[Block]) -> Slot:
-        """The slot whose block is not wanted next, or wanted last."""
+        """Return the slot whose block is not needed next, or is needed last."""
         return max(self.slots, key=lambda slot: wanted.index(slot.block) if slot.block in wanted else len(wanted))
 
     def _is_ready(self, block: Block) -> bool:
@@ -176,7 +177,7 @@ class Streamer:
         return not isinstance(block, DiskBlock) or self._reader is None or self._reader.is_ready(block.nth)
 
     def _fetch(self, block: Block, slot: Slot) -> Slot:
-        """Start copying a block into a slot, once all that computes there is done, and the disk has brought it."""
+        """Start copying a block into a slot, after the work in the slot, and after the block is read from the disk."""
         slot.block = None  # in case this is interrupted
         if isinstance(block, HostBlock):
             self._copy(block.blob, slot)

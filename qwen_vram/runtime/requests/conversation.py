@@ -1,4 +1,4 @@
-"""Conversations: messages as people write them, through the chat template, to tokens."""
+"""Conversations: messages through the chat template to tokens."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from qwen_vram.runtime.requests.template import Template
 
 Message = Mapping[str, Any]
 
-# Parts of a message beside its content that a template has to read, or else they would be left out.
+# Parts of a message beside its content. If the template does not read them, the message is refused.
 _READ = ("tool_calls", "function_call", "images", "image", "videos", "video", "audio", "documents")
 
 
 def messages_of(message: str | Sequence[Message], system: str | None, template: Template) -> list[dict[str, Any]]:
-    """Messages whose content is a text: parts of text are joined, and calls of tools have arguments as objects.
+    """Return messages with content as one text: parts are joined, and arguments of tool calls become objects.
 
     Raises:
-        WorkloadError: it is no conversation, or holds what the template would leave out.
+        WorkloadError: it is not a conversation, or has parts that the template would leave out.
     """
     asked = [{"role": "user", "content": message}] if isinstance(message, str) else message
     if not isinstance(asked, Sequence) or not asked or not all(_is_message(one) for one in asked):
@@ -45,19 +45,19 @@ def rendered(
     options: Mapping[str, Any],
     folder: Path,
 ) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask`, (1, tokens), of a conversation.
+    """Return `input_ids` and `attention_mask`, (1, tokens), of a conversation.
 
     Args:
         options: Arguments of the template.
 
     Raises:
-        WorkloadError: the template refuses the conversation, or fails over it.
+        WorkloadError: the template refuses the conversation, or fails on it.
     """
     go_on = options.get("continue_final_message", False)
     arguments = {"add_generation_prompt": not go_on, **options, "chat_template": template.text}
     try:
         inputs = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True, **arguments)
-    except Exception as error:  # a template is a program, and raises what it likes
+    except Exception as error:  # a template is a program and can raise any error
         from jinja2 import TemplateError, UndefinedError
 
         own = isinstance(error, TemplateError) and not isinstance(error, UndefinedError)
@@ -93,7 +93,7 @@ def _read(number: int, message: Message, template: Template) -> dict[str, Any]:
 
 
 def _text(number: int, message: Message) -> str:
-    """The content of a message as one text; empty beside calls of tools."""
+    """Return the content of a message as one text; empty if it has only tool calls."""
     content = message.get("content")
     if content is None:
         return ""
@@ -118,7 +118,7 @@ def _text(number: int, message: Message) -> str:
 
 
 def _call(number: int, call: object) -> object:
-    """A call of a tool with its arguments as an object, which templates write as JSON themselves."""
+    """Return a tool call with its arguments as an object, which templates write as JSON themselves."""
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(call, Mapping) or not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise _refused(
@@ -130,7 +130,7 @@ def _call(number: int, call: object) -> object:
     try:
         parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
     except json.JSONDecodeError:
-        parsed = arguments  # what a model wrote is told to it as it is
+        parsed = arguments  # a model's own text is passed back unchanged
     if not isinstance(parsed, Mapping):
         return call
     changed = {**function, "arguments": parsed}

@@ -1,4 +1,7 @@
-"""Options of `chat`, `generate` and `stream`: each goes to the chat template or to `transformers`' `generate`."""
+"""Options of `chat`, `generate` and `stream`, sorted by their receiver.
+
+An option goes to the chat template or to `transformers`' `generate`.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,9 @@ from transformers import GenerationConfig
 from qwen_vram.errors import UnknownNameError, WorkloadError
 from qwen_vram.runtime.requests.template import Template
 
-# Arguments of `apply_chat_template` that change what is written. Source: transformers 5.23.
+# Arguments of `apply_chat_template` that change its text. Source: transformers 5.23.
 _TEMPLATE = ("tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message")
-# Of these, what a template has to read by its name, or else it would be left out.
+# Those of these that are refused if the template does not read them by name.
 _READ = ("tools", "documents")
 # Arguments of `generate` beside the fields of `generation_config`. Source: transformers 5.23, generation/utils.py.
 _GENERATE = (
@@ -22,13 +25,13 @@ _GENERATE = (
     "assistant_model", "assistant_tokenizer", "tokenizer", "streamer", "negative_prompt_ids",
     "negative_prompt_attention_mask", "custom_generate", "past_key_values",
 )  # fmt: skip
-# What the conversation or the prompt gives the model.
+# Arguments that the conversation or the prompt sets.
 _OURS = ("input_ids", "attention_mask", "inputs_embeds", "labels", "kwargs", "args", "transformers_version")
 _COMMON = (
     "max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "seed", "stop_strings", "num_beams",
     "num_return_sequences", "repetition_penalty",
 )  # fmt: skip
-# Names that other libraries have for the same.
+# Names of the same options in other libraries.
 _ELSEWHERE = {
     "max_tokens": "max_new_tokens",
     "max_completion_tokens": "max_new_tokens",
@@ -50,24 +53,24 @@ _ELSEWHERE = {
 
 
 class Options(NamedTuple):
-    """Options by where they go; `template` is that of the chat template."""
+    """Options by their receiver; those in `template` are for the chat template."""
 
     template: dict[str, Any]
     generate: dict[str, Any]
 
 
 def sorted_options(options: Mapping[str, Any], model: Any, template: Template | None) -> Options:
-    """Options by where they go.
+    """Return options by their receiver.
 
     Args:
-        options: As a caller passed them.
-        model: A `transformers` model, or a `PeftModel` of one; its `forward` takes further options. `None` if it is not
-            loaded yet.
-        template: The chat template; `None` if the prompt goes through none.
+        options: The caller's options.
+        model: A `transformers` model, or a `PeftModel` of one; its `forward` accepts further options. `None` if it is
+            not loaded yet.
+        template: The chat template; `None` if the prompt uses none.
 
     Raises:
-        UnknownNameError: an option that neither the template nor `generate` takes.
-        WorkloadError: `chat_template_kwargs` is no dict, or repeats an option with another value.
+        UnknownNameError: neither the template nor `generate` accepts an option.
+        WorkloadError: `chat_template_kwargs` is not a dict, or repeats an option with another value.
     """
     given = dict(options)
     known = _generate_names(model)
@@ -107,7 +110,7 @@ def _is_for_template(name: str, known: frozenset[str], variables: Iterable[str])
 
 
 def _generate_names(model: Any) -> frozenset[str]:
-    """Every option of `generate` for this model, and our own."""
+    """Return the names of all options of `generate` for this model, with those of this library."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     fields = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
     forward = () if base is None else inspect.signature(base.forward).parameters

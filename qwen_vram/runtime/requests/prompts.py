@@ -1,4 +1,4 @@
-"""Prompts: what a caller asks for, checked as a whole, as the tokens and the options that `generate` gets."""
+"""Prompts: a checked request, as tokens and options for `generate`."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from qwen_vram.spec.catalog import catalog_row
 
 
 class Prompt(NamedTuple):
-    """What one call of `generate` gets.
+    """The arguments of one call of `generate`.
 
     Attributes:
         inputs: `input_ids` and `attention_mask`, (prompts, tokens).
-        max_new_tokens: `None` is what was planned for.
-        options: Everything else.
-        answers: How many answers come back for each prompt.
+        max_new_tokens: `None` is the planned number.
+        options: All other options.
+        answers: The number of answers for each prompt.
     """
 
     inputs: dict[str, Tensor]
@@ -42,11 +42,11 @@ class Prompt(NamedTuple):
 
 
 class Prompts:
-    """Makes prompts for one model.
+    """Maker of prompts for one model.
 
     Args:
-        table: Rows of the model's token table.
-        folder: Its checkpoint, as errors name it.
+        table: Rows of the model's token embeddings.
+        folder: Its checkpoint, for errors.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, table: int, folder: Path) -> None:
@@ -65,11 +65,11 @@ class Prompts:
         streamed: bool = False,
         file: GenerationConfig | None = None,
     ) -> Prompt:
-        """The prompt of a question or a conversation, through the chat template.
+        """Return the prompt of a question or a conversation, through the chat template.
 
         Args:
             model: `None` if it is not loaded yet; `file` is then its `generation_config`.
-            streamed: The answer is read while it is made.
+            streamed: The answer is read while it is generated.
 
         Raises:
             WorkloadError, UnknownNameError, CheckpointError, ConfigError: as for `LoadedModel.chat`.
@@ -88,7 +88,7 @@ class Prompts:
     def of_texts(
         self, model: Any, prompts: Sequence[str], max_new_tokens: int | None, options: Mapping[str, Any]
     ) -> Prompt:
-        """The prompt of texts as they are, as one batch with padding at the front.
+        """Return the prompt of texts without a template, as one batch with padding at the front.
 
         Raises:
             WorkloadError, UnknownNameError, CheckpointError, ConfigError: as for `LoadedModel.generate`.
@@ -109,7 +109,7 @@ class Prompts:
 
 
 def check_chat(model: ModelLike, adapter: AdapterChoice, system: str | None, options: Mapping[str, Any]) -> None:
-    """Refuse a model that cannot be talked to with these options, before its weights are downloaded or read.
+    """Refuse a model that cannot chat with these options, before its weights are downloaded or read.
 
     Args:
         adapter: Folder or hub id of an adapter, which may bring a tokenizer and a chat template.

@@ -1,4 +1,4 @@
-"""Settings of one generation: a caller's options over the model's generation_config.json, checked and completed."""
+"""Settings of one generation: options over generation_config.json, checked."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FILE = "generation_config.json"
 
 
 class _Range(NamedTuple):
-    """The values that a setting takes, and how an error says so."""
+    """The allowed values of a setting, and their description for errors."""
 
     words: str
     low: float
@@ -52,7 +52,7 @@ _ALWAYS = {
     "length_penalty": _Range("a number", -math.inf),
 }
 _LARGEST_SEED = 2**64 - 1
-# Decoding that `transformers` 5 no longer has, and loads as code from the hub.
+# Decoding methods that `transformers` 5 no longer has, and loads as code from the hub.
 _FOREIGN_CODE = ("penalty_alpha", "num_beam_groups", "dola_layers", "constraints", "force_words_ids")
 
 
@@ -60,8 +60,8 @@ class Settings:
     """The settings of one generation.
 
     Args:
-        options: Options of `generate`, as the caller passed them.
-        file: The model's `generation_config`, which has what no option names.
+        options: The caller's options of `generate`.
+        file: The model's `generation_config`, with the values that no option sets.
     """
 
     def __init__(self, options: Mapping[str, Any], file: GenerationConfig) -> None:
@@ -69,37 +69,37 @@ class Settings:
         self._file = file
 
     def max_new_tokens(self, asked: int | None) -> int | None:
-        """The new tokens that the caller asks for, by an argument or in a `generation_config` of their own."""
+        """Return the caller's number of new tokens, from the argument or the caller's own `generation_config`."""
         return self._passed("max_new_tokens") if asked is None else asked
 
     @property
     def answers(self) -> int:
-        """How many answers come back for each prompt."""
+        """The number of answers for each prompt."""
         return self.value("num_return_sequences") or 1
 
     def value(self, name: str) -> Any:
-        """A setting as it applies: an option, a field of the caller's `generation_config`, or the file's."""
+        """Return a setting that applies: an option, a field of the caller's `generation_config`, or the file's."""
         own = self._passed(name)
         return getattr(self._file, name, None) if own is None and name not in self._options else own
 
     def settled(
         self, tokenizer: PreTrainedTokenizerBase, table: int, *, end_of_turn: int | None = None
     ) -> dict[str, Any]:
-        """Options for `generate` that mean what the caller asked for.
+        """Return complete and checked options for `generate`.
 
         A temperature of 0 is greedy, and an option of sampling without `do_sample` samples.
 
         Args:
-            table: Rows of the model's token table.
-            end_of_turn: A token that ends the answer beside the model's own.
+            table: Rows of the model's token embeddings.
+            end_of_turn: A token that ends the answer, in addition to the model's own.
 
         Raises:
             WorkloadError: an option is out of its range.
-            ConfigError: a setting of generation_config.json that applies is.
+            ConfigError: a setting of generation_config.json that applies is out of its range.
         """
         settings = {"tokenizer": tokenizer, **self._options}
         if self.value("use_cache") is False and "use_cache" not in self._options:
-            settings["use_cache"] = True  # a leftover of training; the plan has a cache
+            settings["use_cache"] = True  # false is a leftover of training; the plan has a cache
         do_sample = self._samples()
         for name in _FOREIGN_CODE:
             sampled = name == "penalty_alpha" and do_sample  # without effect
@@ -130,10 +130,10 @@ class Settings:
         return settings
 
     def check_stream(self) -> None:
-        """Refuse what gives more than one answer, or none before the last token.
+        """Refuse settings with more than one answer, or without an answer before the last token.
 
         Raises:
-            WorkloadError, ConfigError: it is an option, or a setting of generation_config.json.
+            WorkloadError, ConfigError: an option, or a setting of generation_config.json, is such a setting.
         """
         for name, allowed in ("num_beams", _ALWAYS["num_beams"]), ("num_return_sequences", _ALWAYS["num_beams"]):
             value = self.value(name)
@@ -171,7 +171,7 @@ class Settings:
     def _add_ends(
         self, settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase, table: int, end_of_turn: int | None
     ) -> None:
-        """Complete the tokens and texts that end an answer, and the token that follows an end in a batch."""
+        """Complete the tokens and texts that end an answer, and the padding token after an end in a batch."""
         ends = self.value("eos_token_id")
         ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
         if not all(type(one) is int for one in ends):
@@ -190,7 +190,7 @@ class Settings:
             raise self._refused("stop_strings", stops, "a text or a list of texts, none empty")
 
     def _passed(self, name: str) -> Any:
-        """The value of a setting in this call alone."""
+        """Return the value of a setting in this call only."""
         if name in self._options:
             return self._options[name]
         return getattr(self._options.get("generation_config"), name, None)
@@ -205,16 +205,16 @@ class Settings:
 
 
 def generation_config(folder: Path) -> GenerationConfig:
-    """The generation_config.json of a checkpoint as `transformers` reads it.
+    """Return the generation_config.json of a checkpoint as `transformers` reads it.
 
     Raises:
-        ConfigError: `transformers` refuses what is in it, and could not load the model.
+        ConfigError: `transformers` refuses its contents, and could not load the model.
     """
     try:
         return GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except OSError:  # no such file, or not JSON: `transformers` then goes by config.json
+    except OSError:  # no such file, or not JSON: `transformers` then uses config.json
         return GenerationConfig()
-    except Exception as error:  # whatever a value of another type leads to
+    except Exception as error:  # values of a wrong type can raise any error
         said = " ".join(str(error).split()).rstrip(".")
         raise ConfigError(
             f"{str(folder / _FILE)!r} cannot be used: {said}. Correct that setting, or remove it from the file",
@@ -223,5 +223,5 @@ def generation_config(folder: Path) -> GenerationConfig:
 
 
 def _listed(given: Any) -> list[Any]:
-    """Processors or criteria as a list, where people pass one of them alone."""
+    """Return processors or criteria as a list, also if the caller passes a single one."""
     return [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]

@@ -1,4 +1,4 @@
-"""Sampling from a seed of its own: PyTorch's generator of random numbers is lent for the moment of each draw alone."""
+"""Sampling from a seed, which borrows torch's generator for each draw."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 class Seeded:
-    """Swaps the state of the global generator in before `generate` draws a token, and out after it.
+    """Swap of the global generator's state: to this seed before `generate` draws a token, and back after it.
 
-    `generate` takes no generator. It calls logits processors before each draw, and stopping criteria after it. Numbers
-    that the caller draws meanwhile neither change the answer nor are changed by it.
+    `generate` accepts no generator. It calls logits processors before each draw, and stopping criteria after it. Random
+    numbers that the caller draws meanwhile do not change the answer, and the answer does not change them.
     """
 
     def __init__(self, seed: int) -> None:
@@ -22,7 +22,7 @@ class Seeded:
         self._generator: torch.Generator | None = None
 
     def lend(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """A logits processor: the scores as they are; from here on the global generator is this seed's."""
+        """Return the scores unchanged, as a logits processor, and set the global generator to this seed's state."""
         if self._callers is None:
             device = scores.device
             if self._generator is None:
@@ -35,12 +35,12 @@ class Seeded:
         return scores
 
     def give_back(self, input_ids: Tensor, scores: Any, **others: Any) -> Tensor:
-        """A stopping criterion, which stops none of the (batch, tokens) sequences."""
+        """Restore the global generator, as a stopping criterion that stops none of the (batch, tokens) sequences."""
         self.end()
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
     def end(self) -> None:
-        """Give the global generator back, if it is lent."""
+        """Restore the global generator, if it is set to this seed's state."""
         if self._callers is not None and self._generator is not None:
             self._own = self._generator.get_state()
             self._generator.set_state(self._callers)

@@ -1,4 +1,4 @@
-"""The chat template of a tokenizer: which one applies, the names that it reads, and the token that ends a turn."""
+"""The chat template of a tokenizer: its choice, its variables, and its end token."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qwen_vram.errors import CheckpointError, UnknownNameError
 
-# An answer that no template writes, to see what follows an answer.
+# An answer that no template contains, to find the text after an answer.
 _ANSWER = "zqxjkvb"
 _CURE = "put the model's own chat_template.jinja there, or pass chat_template="
 
@@ -33,11 +33,11 @@ class Template:
 
 
 def chosen_template(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any], folder: Path) -> Template:
-    """The template that a conversation goes through: `options["chat_template"]` names one or is one.
+    """Return the template of a conversation: `options["chat_template"]` names one or is one.
 
     Raises:
-        CheckpointError: there is none, several and none is the default, or it is not a Jinja template.
-        UnknownNameError: `options["chat_template"]` names none of those that there are.
+        CheckpointError: no template exists, several exist without a default, or it is not a Jinja template.
+        UnknownNameError: `options["chat_template"]` names no existing template.
     """
     known, asked = tokenizer.chat_template, options.get("chat_template")
     named: dict[str, str] = known if isinstance(known, dict) else {}
@@ -65,11 +65,11 @@ def chosen_template(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, An
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase, template: Template) -> int | None:
-    """The token that the template writes after an answer, such as `<|im_end|>`; `None` if it writes plain text."""
+    """Return the token that the template writes after an answer, such as `<|im_end|>`; `None` for plain text."""
     turn = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": _ANSWER}]
     try:
         text = str(tokenizer.apply_chat_template(turn, chat_template=template.text, tokenize=False))
-    except Exception:  # a template for other conversations; the caller's own is checked when it is rendered
+    except Exception:  # the template is for other conversations; rendering checks the caller's own
         return None
     _, answered, rest = text.rpartition(_ANSWER)
     tokens = tokenizer.encode(rest.lstrip(), add_special_tokens=False) if answered else []
@@ -78,7 +78,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, template: Template) -> int |
 
 @lru_cache(maxsize=16)
 def _parsed(text: str, source: str) -> Template:
-    """The template in `text`, with the names that it reads.
+    """Return the template in `text`, with the names that it reads.
 
     Raises:
         CheckpointError: the text is not a Jinja template.
@@ -88,7 +88,7 @@ def _parsed(text: str, source: str) -> Template:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """`{% generation %}`, with which templates of `transformers` mark an answer."""
+        """The tag `{% generation %}`, with which templates of `transformers` mark an answer."""
 
         tags = {"generation"}  # noqa: RUF012
 

@@ -1,4 +1,4 @@
-"""A tokenizer held against the token table of its model: words that are missing, tokens past the table, and padding."""
+"""Checks of a tokenizer against the embedding matrix of its model, and padding."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from transformers import PreTrainedTokenizerBase
 
 from qwen_vram.errors import CheckpointError
 
-# Files that a tokenizer is made of; the first three names hold its words.
+# Files of a tokenizer; the first three hold its vocabulary.
 _FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "added_tokens.json")
-# A tokenizer over bytes, as Qwen's are, has a token for each byte at least.
+# A byte-level tokenizer, such as Qwen's, has at least a token for each byte.
 _BYTES = 256
 _SHOWN = 3
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, table: int, folder: Path, *, used: bool = False) -> None:
-    """Refuse a tokenizer that lacks its words.
+    """Refuse a tokenizer that lacks its vocabulary.
 
-    A folder without any tokenizer file is let through if the tokenizer is not `used`: its model takes token ids.
+    A folder without any tokenizer file is accepted if the tokenizer is not `used`: its model takes token ids.
 
     Args:
-        table: Rows of the model's token table.
+        table: Rows of the model's token embeddings.
 
     Raises:
-        CheckpointError: the tokenizer knows less than half as many tokens as the table has rows, and it has no token
-            for each byte, or numbers without a token.
+        CheckpointError: the tokenizer has tokens for less than half of the embedding rows. It also lacks tokens for
+            some bytes, or has ids without a token.
     """
     if 2 * len(tokenizer) >= table:
         return
@@ -48,10 +48,10 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, table: int, folder: Pat
 
 
 def check_tokens(input_ids: Tensor, tokenizer: PreTrainedTokenizerBase, table: int, folder: Path) -> None:
-    """Refuse tokens that the model's table has no row for: on a GPU they would end the process.
+    """Refuse token ids beyond the rows of the embeddings: on a GPU they would end the process.
 
     Raises:
-        CheckpointError: there are some, or no token at all.
+        CheckpointError: there are such ids, or no tokens.
     """
     if not input_ids.shape[1]:
         raise CheckpointError(
@@ -72,13 +72,13 @@ def check_tokens(input_ids: Tensor, tokenizer: PreTrainedTokenizerBase, table: i
 
 
 def padding_token(tokenizer: PreTrainedTokenizerBase, table: int) -> int:
-    """A token to pad with, which attention never sees: the tokenizer's own, its end token, or token 0."""
+    """Return a token for padding, which attention never sees: the tokenizer's own, its end token, or token 0."""
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     return next((one for one in known if isinstance(one, int) and 0 <= one < table), 0)
 
 
 def padded_batch(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], table: int) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask` of prompts, (prompts, tokens), with padding at the front."""
+    """Return `input_ids` and `attention_mask` of prompts, (prompts, tokens), with padding at the front."""
     rows: Any = tokenizer(list(prompts))["input_ids"]
     ids = [torch.tensor(row, dtype=torch.int64) for row in rows]
     filler = padding_token(tokenizer, table)

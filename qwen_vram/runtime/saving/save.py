@@ -1,4 +1,4 @@
-"""`LoadedModel.save_quantized()`: weights as they are now, in a checkpoint that loads without the 16-bit file."""
+"""`LoadedModel.save_quantized()`: write the weights as a quantized checkpoint."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from qwen_vram.errors import NotSupportedError, UnknownNameError
 from qwen_vram.runtime.backends import get_backend
 from qwen_vram.runtime.backends.base import SavingBackend
 from qwen_vram.runtime.progress import progress_bar
-from qwen_vram.runtime.saving.writer import KINDS, CheckpointWriter
+from qwen_vram.runtime.saving.writer import CheckpointWriter
 from qwen_vram.runtime.tensors.checkpoint import open_checkpoint
+from qwen_vram.runtime.torch_dtypes import ROWS
 from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.formats import FORMAT_NAMES, FORMATS
 from qwen_vram.spec.profile import Profile
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveReport:
-    """What was written.
+    """The report of a written checkpoint.
 
     Attributes:
         weights, lm_head: Storage formats.
@@ -49,11 +50,11 @@ class SaveReport:
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain data."""
+        """Return all fields as plain data."""
         return asdict(self)
 
     def __str__(self) -> str:
-        """One line."""
+        """Return the report as one line."""
         return (
             f"{self.out}: {self.weights} weights, {self.lm_head} head, {self.total_bytes:,} bytes "
             f"({format_bytes(self.total_bytes)}) in {len(self.files)} file{'s' if len(self.files) > 1 else ''}, "
@@ -63,21 +64,21 @@ class SaveReport:
 
 @dataclass(frozen=True, slots=True)
 class _Module:
-    """A module with tensors of its own, by its name in the model, and their places in a file."""
+    """A module with its own tensors, by its name in the model, and their positions in a file."""
 
     name: str
     slots: tuple[TensorSlot, ...]
 
 
 def saving_backend(weights: str) -> SavingBackend:
-    """The backend that saves `weights`.
+    """Return the backend that saves the storage format `weights`.
 
     Raises:
-        NotSupportedError: they are not quantized, or their backend cannot save.
-        UnknownNameError: there is no such format.
+        NotSupportedError: the format is not quantized, or its backend cannot save.
+        UnknownNameError: the format is not known.
     """
     if weights not in FORMAT_NAMES:
-        saved = tuple(name for name, storage in FORMATS.items() if storage.library in ("bitsandbytes", "torch"))
+        saved = tuple(name for name, storage in FORMATS.items() if storage.is_quantized_on_load)
         raise UnknownNameError("format to save", weights, saved)
     backend = get_backend(weights)
     if isinstance(backend, SavingBackend):
@@ -85,14 +86,14 @@ def saving_backend(weights: str) -> SavingBackend:
     why = (
         "they are not quantized, and the checkpoint that they came from holds them already; load it with "
         "weights='nf4', or save a changed model by its own model.save_pretrained()"
-        if backend.name == "dense"
+        if FORMATS[weights].is_dense
         else f"the backend {backend.name!r} does not say how; use the library that wrote the checkpoint"
     )
     raise NotSupportedError(f"weights={weights!r} cannot be saved quantized: {why}", knob="weights", value=weights)
 
 
 def check_output(out: Path, source: str, *, weights: str, max_shard_size: str | int, overwrite: bool) -> None:
-    """What `save` refuses whatever the model holds, before it is loaded. `source` is a folder, or on the hub.
+    """Refuse before loading the arguments that `save` refuses for every model; `source` is a folder, or on the hub.
 
     Raises:
         NotSupportedError, CheckpointError, UnitError: as for `save`.
@@ -119,7 +120,7 @@ def save(
     max_shard_bytes = parse_bytes(max_shard_size, name="max_shard_size")
     config = _config(source, model, saving_backend(profile.weights).saved_config(model, profile))
     modules = list(_modules(model))
-    # A tied head may have been given a tensor of its own.
+    # A tied head may have got a separate tensor.
     _check(modules, replace(architecture, tie_word_embeddings=model.config.tie_word_embeddings))
     shards = lay_out(modules, max_shard_bytes)
     files = companion_files(source)
@@ -128,7 +129,7 @@ def save(
         copy_files(files, output.folder)
         (output.folder / CONFIG).write_text(config, encoding="utf-8")
         total_bytes = _write(model, shards, output.folder, progress)
-        open_checkpoint(output.folder)  # by its headers it is the model that config.json says
+        open_checkpoint(output.folder)  # checks that its headers match config.json
         output.publish()
     return SaveReport(
         out=str(out),
@@ -141,13 +142,14 @@ def save(
 
 
 def _modules(model: PreTrainedModel) -> Iterator[_Module]:
-    """Every module with tensors of its own, in the model's order; a head that is the embedding's tensor has none."""
+    """Yield every module with its own tensors, in the model's order, without a head that is tied to the embeddings."""
     for name, module in model.named_modules():
         if next(module.children(), None) is not None or _is_table(model, module):
             continue
         tensors = module.state_dict(prefix=f"{name}.")
         slots = tuple(
-            TensorSlot(key, KINDS[tensor.dtype], tuple(tensor.shape), tensor.nbytes) for key, tensor in tensors.items()
+            TensorSlot(key, ROWS[tensor.dtype].stored, tuple(tensor.shape), tensor.nbytes)
+            for key, tensor in tensors.items()
         )
         if slots:
             yield _Module(name, slots)
@@ -160,7 +162,7 @@ def _is_table(model: PreTrainedModel, module: torch.nn.Module) -> bool:
 
 
 def _check(modules: list[_Module], architecture: Architecture) -> None:
-    """Refuse a model that is more or less than its config.json says: a LoRA adapter is on it, mostly."""
+    """Refuse a model with more or fewer tensors than its config.json says, mostly because of a LoRA adapter."""
     wanted = {weight.name for weight in architecture.weights()}
     known = {name.rpartition(".")[0] for name in wanted}
     unknown = next((module.name for module in modules if module.name not in known), None)
@@ -181,16 +183,16 @@ def _check(modules: list[_Module], architecture: Architecture) -> None:
 
 
 def _config(source: Path, model: PreTrainedModel, quantization: dict[str, Any]) -> str:
-    """The text of the output's config.json: the source's, with the formats that the weights have now."""
+    """Return the text of the output's config.json: the source's, with the present formats of the weights."""
     config = {key: value for key, value in read_config(source).items() if key != NAMED_WEIGHTS}
     for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:
-        config[key] = str(model.dtype).removeprefix("torch.")
+        config[key] = ROWS[model.dtype].torch
     config |= {"tie_word_embeddings": model.config.tie_word_embeddings, "quantization_config": quantization}
     return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
 
 
 def _write(model: PreTrainedModel, shards: tuple[Shard[_Module], ...], folder: Path, progress: bool) -> int:
-    """Write the shards and their index, one tensor in flight; the bytes of all tensors."""
+    """Write the shards and their index, one tensor at a time, and return the bytes of all tensors."""
     writer = CheckpointWriter(folder, shards)
     total = sum(slot.nbytes for shard in shards for slot in shard.slots)
     try:

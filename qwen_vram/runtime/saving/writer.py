@@ -1,4 +1,4 @@
-"""Tensors written straight to their places in the output's safetensors files, by any thread; no shard is buffered."""
+"""Writer of tensors into safetensors files, in place and from any thread."""
 
 from __future__ import annotations
 
@@ -14,23 +14,13 @@ import torch
 from qwen_vram.checkpoints.files.names import INDEX
 from qwen_vram.checkpoints.output.safetensors_layout import Shard, header
 
-# dtypes as safetensors spells them.
-KINDS = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int32: "I32",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-}
-
-# Bytes after which the disk is set to work. The system itself waits for 10 % of memory or for seconds, and then has the
-# rest of the time to catch up in.
+# Bytes after which writing to the disk starts. The system itself would wait for 10 % of memory or for seconds, and then
+# have less time for the rest.
 _SYNC_BYTES = 2**28
 
 
 class CheckpointWriter:
-    """Writes the shards of one checkpoint into a folder. Files are valid after `finish()`, and safe after `close()`."""
+    """Writer of one checkpoint's shards into a folder. Files are valid after `finish()`, and safe after `close()`."""
 
     def __init__(self, folder: Path, shards: tuple[Shard[Any], ...]) -> None:
         self._folder = folder
@@ -51,7 +41,7 @@ class CheckpointWriter:
         return self._total_bytes
 
     def open(self, shard: Shard[Any]) -> None:
-        """Make the file of `shard`, with room for all that is known of it."""
+        """Create the file of `shard`, with space for all tensors of known size."""
         descriptor = os.open(self._folder / shard.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         self._descriptors[shard.file] = descriptor
         os.truncate(descriptor, shard.data_end)
@@ -70,7 +60,7 @@ class CheckpointWriter:
                 self._synced.append(self._syncer.submit(os.fdatasync, self._descriptors[shard.file]))
 
     def finish(self, shard: Shard[Any]) -> None:
-        """Append what came out last, write the header, and send the file to the disk in the background."""
+        """Append the tensors of unknown size, write the header, and start writing the file to the disk."""
         descriptor = self._descriptors[shard.file]
         end = shard.data_end
         sizes = []
@@ -93,7 +83,7 @@ class CheckpointWriter:
         os.close(self._descriptors.pop(file))
 
     def close(self) -> None:
-        """Wait until every file is on the disk, and write the index where there are several."""
+        """Wait until every file is on the disk, and write the index if there are several files."""
         for synced in self._synced:
             synced.result()
         if len(self._shards) > 1:
@@ -102,7 +92,7 @@ class CheckpointWriter:
             (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     def abandon(self) -> None:
-        """Let go of every file, whatever state it is in; does nothing after `close()`."""
+        """Close every file in its present state; does nothing after `close()`."""
         self._syncer.shutdown(wait=True, cancel_futures=True)
         for descriptor in self._descriptors.values():
             os.close(descriptor)

@@ -1,4 +1,4 @@
-"""When a generation began, had its first token, and ended: by the device's own clock, so that nothing waits for it."""
+"""Times of a generation by the device's clock, so that nothing waits for it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Timed(NamedTuple):
     """Measured milliseconds of a generation.
 
     Attributes:
-        workload: What ran: as many new tokens as were made.
+        workload: The workload, with the number of generated tokens.
         first_token_ms: From the call of the model's `generate` to the first token.
-        ms_per_token: For each later token, the mean; `None` without any.
+        ms_per_token: Mean for each later token; `None` without later tokens.
     """
 
     workload: Workload
@@ -26,7 +26,7 @@ class Timed(NamedTuple):
 
 
 class Clock:
-    """The clock of one generation on a device, whose current stream computes it."""
+    """The clock of one generation on a device, whose current stream computes the generation."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -34,16 +34,16 @@ class Clock:
         self._first: Any = None
 
     def begin(self) -> None:
-        """Note that the generation begins."""
+        """Note the beginning of the generation."""
         self._began = self._now()
 
     def token(self) -> None:
-        """Note that the kernels of a token are launched; all but the first change nothing."""
+        """Note that the kernels of a token are launched; only the first call has an effect."""
         if self._first is None:
             self._first = self._now()
 
     def end(self, workload: Workload, made: int) -> Timed | None:
-        """Return what it took, once `made` tokens of each sequence are there; `None` where none was noted."""
+        """Return the times, with `made` tokens of each sequence; `None` if no token was noted."""
         ended = self._now()
         if self._first is None or made < 1:
             return None
@@ -62,5 +62,5 @@ class Clock:
         return now
 
     def _between(self, start: Any, end: Any) -> float:
-        """Milliseconds."""
+        """Return the milliseconds between two times."""
         return float(start.elapsed_time(end)) if self._device.type == "cuda" else 1000 * float(end - start)

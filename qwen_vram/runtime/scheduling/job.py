@@ -1,6 +1,6 @@
-"""Jobs: each generation of a model waits for its turn in a thread of its own, and computes in a runner.
+"""Jobs: each generation waits for its turn in its own thread, and runs in a runner.
 
-A generation then runs to its end, or to the next token after it is stopped, whatever its caller does meanwhile.
+A generation runs to its end, or to the next token after it is stopped, independently of its caller.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from qwen_vram.runtime.scheduling.turns import LOOK_SECONDS, Turn, Turns
 
 Result = TypeVar("Result")
 
-# How long a caller that is interrupted waits for its generation, which ends with the next token. A second Ctrl-C ends
-# the wait. A forward pass that takes longer ends by itself, and the next generation waits for it.
+# The time that an interrupted caller waits for its generation, which ends with the next token. A second Ctrl-C ends the
+# wait. A longer forward pass continues to its end, and the next generation waits for it.
 _PATIENCE_SECONDS = 10.0
 
 
@@ -33,8 +33,8 @@ class Job(Generic[Result]):
     """One generation: `work`, called with its turn, in a runner.
 
     Args:
-        work: Has to end soon after `Turn.stopped` is set.
-        device: The runner computes on this device, and there on the CUDA stream of the thread that starts the job.
+        work: A function that must end soon after `Turn.stopped` is set.
+        device: The device of the runner, which uses the CUDA stream of the thread that starts the job.
         ended: Called in the job's thread after the turn is over.
     """
 
@@ -55,10 +55,10 @@ class Job(Generic[Result]):
         self._errors: list[BaseException] = []
 
     def start(self) -> None:
-        """Start the thread, and return when it has its place in the line.
+        """Start the thread, and return when it has its place in the queue.
 
         Raises:
-            QwenVramError: this thread runs a generation of the model now, which would wait for itself.
+            QwenVramError: this thread runs a generation of the model, which would wait for itself.
         """
         self._turns.refuse_inside("another generation cannot start")
         if self._device.type == "cuda":
@@ -66,14 +66,14 @@ class Job(Generic[Result]):
         try:
             Thread(target=self._run, name="qwen-vram generation", daemon=True).start()
             self._joined.wait()
-        except BaseException:  # the thread may run or not
+        except BaseException:  # the thread may or may not run
             self.stop("was stopped by an interrupt of its caller")
             raise
 
     def result(self) -> Result:
-        """What `work` returned, or raised. An interrupt of this wait stops the job."""
+        """Return the result of `work`, or raise its error. An interrupt of this wait stops the job."""
         try:
-            while not self._over.wait(LOOK_SECONDS):  # a thread's own join() believes in its end once it is interrupted
+            while not self._over.wait(LOOK_SECONDS):  # an interrupted join() of a thread assumes its end
                 pass
         except BaseException:
             self.stop("was stopped by an interrupt of its caller")
@@ -83,22 +83,22 @@ class Job(Generic[Result]):
         return self._results.pop()
 
     def check(self) -> None:
-        """Raise what `work` raised, once."""
+        """Raise the error of `work`, once."""
         if self._errors:
             raise self._errors.pop()
 
     def stop(self, why: str) -> None:
-        """Stop the job; `why` is as `Turn.stopped`."""
+        """Stop the job; `why` is a text as for `Turn.stopped`."""
         self._turn.stopped = self._turn.stopped or why
         self._turns.wake()
 
     def join(self, timeout: float | None = None) -> None:
-        """Wait for the end of a job that was started; its own thread does not wait for itself."""
+        """Wait for the end of a started job; its own thread does not wait for itself."""
         if self._turn.thread is not threading.current_thread():
             self._over.wait(timeout)
 
     def _run(self) -> None:
-        """The thread."""
+        """Run the job's thread."""
         _STARTED.add(self)
         try:
             try:
@@ -120,7 +120,7 @@ class Job(Generic[Result]):
                 self._ended()
 
     def _compute(self) -> Result:
-        """The work, in the runner's thread."""
+        """Run the work, in the runner's thread."""
         assert self._work is not None
         self._turn.thread = threading.current_thread()
         with self._place():
@@ -132,7 +132,7 @@ class Job(Generic[Result]):
 
 @atexit.register
 def _stop_all() -> None:
-    """End what still runs when the interpreter does: a thread that comes back from PyTorch later aborts the process."""
+    """End running jobs when the interpreter ends: a thread that returns from PyTorch later aborts the process."""
     for job in list(_STARTED):
         job.stop("was stopped by the end of the process")
     for job in list(_STARTED):

@@ -1,8 +1,8 @@
-"""Runners: threads in which generations compute, kept for the next one.
+"""Runners: threads in which generations compute, reused by later ones.
 
-torch gives each thread a cuBLAS handle of its own, and each handle a workspace that stays allocated. A handle goes back
-into torch's pool some time after its thread has ended. One thread for one generation after the other therefore keeps
-one workspace, whatever its callers' threads do.
+torch gives each thread a cuBLAS handle, and each handle a workspace that stays allocated. A handle returns to torch's
+pool some time after its thread has ended. One thread for successive generations therefore keeps one workspace,
+independently of the callers' threads.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 
 
 class _Call:
-    """One call of `work`, and what it came to."""
+    """One call of `work`, and its result or error."""
 
     def __init__(self, work: Callable[[], Any]) -> None:
         self.work: Callable[[], Any] | None = work
@@ -37,14 +37,14 @@ class _Call:
 
 
 class Runner:
-    """One thread, which makes calls one after the other."""
+    """One thread, which runs calls one after the other."""
 
     def __init__(self) -> None:
         self._calls: SimpleQueue[_Call] = SimpleQueue()
         Thread(target=self._serve, name="qwen-vram runner", daemon=True).start()
 
     def run(self, work: Callable[[], Result]) -> Result:
-        """Call `work` in the thread, and return what it returns, or raise what it raises."""
+        """Call `work` in the thread, and return its result or raise its error."""
         call = _Call(work)
         self._calls.put(call)
         call.over.wait()
@@ -54,11 +54,11 @@ class Runner:
             if error is not None:
                 raise error
         finally:
-            del error  # or the frame would refer to itself
+            del error  # otherwise the frame would refer to itself
         return result  # type: ignore[no-any-return]
 
     def _serve(self) -> None:
-        """The thread. It refers to no call while it waits for the next one."""
+        """Run the thread. It refers to no call while it waits for the next one."""
         while True:
             call = self._calls.get()
             call.run()
@@ -73,7 +73,7 @@ _IDLE: list[Runner] = []
 
 @contextmanager
 def runner() -> Iterator[Runner]:
-    """Lend a runner: the one that was given back last, so that there are as few as generations at a time."""
+    """Lend a runner: the one returned last, so there is one runner for each parallel generation."""
     try:
         one = _IDLE.pop()
     except IndexError:

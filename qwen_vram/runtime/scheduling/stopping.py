@@ -1,4 +1,4 @@
-"""Stopping: how a generation learns that somebody stopped its turn."""
+"""The stopping criterion of a generation whose turn was stopped."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from qwen_vram.runtime.scheduling.turns import Turn
 
 
 class StopOfTurn(StoppingCriteria):  # type: ignore[misc]
-    """Ends a generation after the token that is made when its turn is stopped, or before the prompt's next chunk.
+    """Criterion that ends a generation after the present token, or before the next chunk, if its turn is stopped.
 
-    It is asked after each token, of which it tells the clock.
+    It is called after each token, and notes it in the clock.
 
     Attributes:
-        obeyed: The generation ended, or ends with this token, because of this.
+        obeyed: The generation ended, or ends with this token, because of this criterion.
     """
 
     def __init__(self, turn: Turn, prompt_len: int, clock: Clock) -> None:
@@ -30,7 +30,7 @@ class StopOfTurn(StoppingCriteria):  # type: ignore[misc]
         self._answers: torch.Tensor | None = None
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """For each of (batch, tokens) sequences whether it ends now, (batch,)."""
+        """Return for each of the (batch, tokens) sequences if it ends now, (batch,)."""
         self._clock.token()
         stopped = bool(self._turn.stopped)
         if self._answers is None or stopped or len(self._answers) != len(input_ids):
@@ -40,7 +40,7 @@ class StopOfTurn(StoppingCriteria):  # type: ignore[misc]
 
     @contextmanager
     def before_chunks(self, model: Any) -> Iterator[None]:
-        """Raise the error of a stopped turn out of `model.generate` before a chunk of the prompt runs.
+        """Raise the error of a stopped turn from `model.generate` before a chunk of the prompt runs.
 
         Args:
             model: A `transformers` model, or a `PeftModel` of one.

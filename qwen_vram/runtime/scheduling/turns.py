@@ -1,4 +1,4 @@
-"""Turns: one generation of a model at a time, in the order in which callers asked for them."""
+"""Turns: one generation of a model at a time, first come, first served."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from qwen_vram.errors import GenerationStoppedError, QwenVramError
 
 Result = TypeVar("Result")
 
-# A thread that waits looks after this time even if nothing woke it: a signal may come between two steps of a wake-up,
-# and an interrupt without a signal (`_thread.interrupt_main`, Ctrl-C on Windows) wakes nobody.
+# A waiting thread checks again after this time without a wake-up. A signal may come between two steps of a wake-up, and
+# an interrupt without a signal (`_thread.interrupt_main`, Ctrl-C on Windows) wakes no thread.
 LOOK_SECONDS = 0.05
 
 CLOSED = "this model is closed; load it again"
 
 
 class Turn:
-    """The place of one generation in the line.
+    """The place of one generation in the queue.
 
     Attributes:
-        stopped: Why the generation has to end now, as the words after "the generation"; empty if nobody stopped it.
+        stopped: The reason why the generation must end, as the words after "the generation"; empty if it may continue.
         done: The turn is over. One assignment sets it, so that no signal can come between: see `Turns.wake`.
         thread: The thread that runs the generation, from its first step on.
     """
@@ -34,7 +34,7 @@ class Turn:
         self.thread: Thread | None = None
 
     def check(self, tokens: int = 0) -> None:
-        """Raise `GenerationStoppedError` if somebody stopped this generation, which has made `tokens` tokens so far."""
+        """Raise `GenerationStoppedError` if the generation, with `tokens` tokens so far, was stopped."""
         if self.stopped:
             raise GenerationStoppedError(f"the generation {self.stopped} after {tokens:,} new tokens", tokens=tokens)
 
@@ -45,7 +45,7 @@ class Turns:
     The lock of `_changed` is reentrant: the garbage collector may drop a stream, which stops its turn, on any line.
 
     Attributes:
-        closed: No turn is given any more.
+        closed: No further turn is given.
     """
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class Turns:
         self.closed = False
 
     def join(self, turn: Turn) -> None:
-        """Put `turn` at the end of the line.
+        """Put `turn` at the end of the queue.
 
         Raises:
             QwenVramError: the model is closed.
@@ -65,10 +65,10 @@ class Turns:
             self._line.append(turn)
 
     def wait(self, turn: Turn) -> None:
-        """Wait until `turn` is the first in the line, and take it for this thread.
+        """Wait until `turn` is the first in the queue, and take it for this thread.
 
         Raises:
-            GenerationStoppedError: somebody stopped this generation in the meantime.
+            GenerationStoppedError: this generation was stopped in the meantime.
             QwenVramError: the model was closed in the meantime.
         """
         with self._changed:
@@ -80,12 +80,12 @@ class Turns:
             turn.thread = threading.current_thread()
 
     def wake(self) -> None:
-        """Let the threads that wait look again, after `done` or `stopped` of a turn was set."""
+        """Let waiting threads check again, after `done` or `stopped` of a turn was set."""
         with self._changed:
             self._changed.notify_all()
 
     def run(self, work: Callable[[], Result]) -> Result:
-        """Call `work` in a turn of this thread, and return what it returns. `stop` does not end it.
+        """Call `work` in a turn of this thread, and return its result. `stop` does not end it.
 
         Raises:
             QwenVramError: as for `refuse_inside`, `join` and `wait`.
@@ -101,17 +101,17 @@ class Turns:
             self.wake()
 
     def stop(self, why: str) -> None:
-        """Stop the generation that runs now, if there is one; `why` is as `Turn.stopped`."""
+        """Stop the running generation, if there is one; `why` is a text as for `Turn.stopped`."""
         with self._changed:
             running = self._first()
             if running is not None:
                 running.stopped = running.stopped or why
 
     def close(self) -> None:
-        """Stop the generation that runs, refuse those that wait and those to come, and return when all have ended.
+        """Stop the running generation, refuse waiting and later ones, and return when all have ended.
 
         Raises:
-            QwenVramError: this thread runs a generation of the model now, which would wait for itself.
+            QwenVramError: this thread runs a generation of the model, which would wait for itself.
         """
         with self._changed:
             self.refuse_inside("close() cannot run")
@@ -122,10 +122,10 @@ class Turns:
                 self._changed.wait(LOOK_SECONDS)
 
     def refuse_inside(self, what: str) -> None:
-        """Refuse `what`, the beginning of a message, in the thread that runs a generation: it would wait for itself.
+        """Refuse `what`, the beginning of a message, in the thread of a running generation: it would wait for itself.
 
         Raises:
-            QwenVramError: this is that thread.
+            QwenVramError: the caller is in that thread.
         """
         with self._changed:
             running = self._first()
@@ -137,7 +137,7 @@ class Turns:
             )
 
     def _first(self) -> Turn | None:
-        """The turn that runs, or may run next; turns that are over are forgotten."""
+        """Return the turn that runs, or may run next, and remove turns that are over."""
         while self._line:
             turn = self._line[0]
             if not turn.done:

@@ -1,4 +1,4 @@
-"""Checkpoint: the files that a model is loaded from, checked before anything is allocated, and what is made of them."""
+"""The checked checkpoint that a model is loaded from, with config and tokenizer."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from qwen_vram.checkpoints.files.local import read_json
 from qwen_vram.checkpoints.files.place import Place
 from qwen_vram.checkpoints.hub.files import hub_snapshot
 from qwen_vram.checkpoints.resolve import ModelLike, Resolved, open_folder, resolve
+from qwen_vram.dtypes import BY_NAME, FP32
 from qwen_vram.errors import CheckpointError, ConfigError
 from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.profile import Profile
@@ -22,7 +23,6 @@ from qwen_vram.units import format_bytes
 
 _LOGGER = logging.getLogger(__name__)
 
-_NAMES = {"bf16": "bfloat16", "fp16": "float16"}
 _TOKENIZER_JSON = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
 )  # fmt: skip
@@ -31,31 +31,31 @@ _TOKENIZER = (*_TOKENIZER_JSON, "merges.txt", "tokenizer.model")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """A checked checkpoint: its name, and its folder as it was read."""
+    """A checked checkpoint: its name, and the contents of its folder."""
 
     name: str
     files: CheckpointFiles
 
     @property
     def folder(self) -> Path:
-        """The folder of its files."""
+        """The folder of the files."""
         return self.files.folder
 
     @property
     def architecture(self) -> Architecture:
-        """The shape of its model."""
+        """The architecture of the model."""
         return self.files.architecture
 
 
 def open_checkpoint(model: ModelLike, found: Resolved | None = None) -> Checkpoint:
-    """The checked files of `model`: a folder, a catalog name or a hub id, downloaded if it is not here yet.
+    """Return the checked files of `model`: a folder, a catalog name or a hub id, downloaded if needed.
 
     Args:
-        found: What `resolve(model)` gave, so that a folder which it has read is not read again.
+        found: The result of `resolve(model)`, so that its folder is not read again.
 
     Raises:
         ConfigError: `model` has no files (a dict, an `Architecture`), or its config.json cannot be used.
-        CheckpointError: safetensors are missing, cut off, corrupt, or hold other names or shapes than config.json says.
+        CheckpointError: safetensors are missing, cut off, corrupt, or have other names or shapes than in config.json.
         HubError: the hub does not give the files.
     """
     if not isinstance(model, (str, Path)):
@@ -72,19 +72,19 @@ def open_checkpoint(model: ModelLike, found: Resolved | None = None) -> Checkpoi
 
 
 def model_config(config: Mapping[str, object], source: str, folder: Path | None = None) -> Any:
-    """The config of `transformers` that a config.json describes, made of what was read of it.
+    """Return `transformers`' config object for the contents of a config.json.
 
     Args:
-        folder: Where it is, if it is here.
+        folder: The folder of the file, if it is local.
 
     Raises:
-        ConfigError: `transformers` refuses it.
+        ConfigError: `transformers` refuses the contents.
     """
     from transformers import CONFIG_MAPPING
 
     try:
         made = CONFIG_MAPPING[str(config["model_type"])].from_dict(copy.deepcopy(dict(config)))
-    except Exception as error:  # whatever its many validators raise
+    except Exception as error:  # its validators raise many kinds of errors
         lines = " ".join(str(error).split())
         raise ConfigError(f"{source}: transformers refuses it ({lines}); correct that key", source=source) from error
     if folder is not None:
@@ -93,27 +93,27 @@ def model_config(config: Mapping[str, object], source: str, folder: Path | None 
 
 
 def warn_of_files(files: CheckpointFiles, profile: Profile) -> None:
-    """Log one line for each thing worth knowing of the files: tensors without a place, and a file twice too large."""
+    """Log one line for each note on the files: tensors without a module, and files in float32 for 16 bits."""
     for note in files.notes:
         _LOGGER.warning("%s: %s", files.folder, note)
     total = sum(tensor.nbytes for tensor in files.tensors.values())
-    wide = sum(tensor.nbytes for tensor in files.tensors.values() if tensor.dtype == "F32")
-    if files.architecture.stored_format is None and profile.dtype != "fp32" and 2 * wide > total:
+    wide = sum(tensor.nbytes for tensor in files.tensors.values() if tensor.dtype == FP32.stored)
+    if files.architecture.stored_format is None and profile.dtype != FP32.name and 2 * wide > total:
         _LOGGER.warning(
             "%s: the weights are stored in float32 (%s) and run in %s, so that the files are twice as large as they "
             "need to be; save them once in %s and every load reads half",
             files.folder,
             format_bytes(total),
             profile.dtype,
-            _NAMES[profile.dtype],
+            BY_NAME[profile.dtype].torch,
         )
 
 
 def open_tokenizer(folder: Path, config: Any = None) -> Any:
-    """The tokenizer of a checkpoint; without any files it is one that knows no words.
+    """Return the tokenizer of a checkpoint; without tokenizer files it has no vocabulary.
 
     Args:
-        config: The model's, if it was made already.
+        config: The model's config, if it exists already.
 
     Raises:
         CheckpointError: its files are broken.
@@ -127,7 +127,7 @@ def open_tokenizer(folder: Path, config: Any = None) -> Any:
 
 
 def _broken_tokenizer(folder: Path, error: Exception) -> CheckpointError:
-    """The error for a tokenizer that cannot be made: the first of its files that is no such file, or the library's."""
+    """Return the error for a tokenizer that cannot be opened: for its first broken file, or the library's error."""
     broken = f"the tokenizer in {str(folder)!r} cannot be read"
     for name in _TOKENIZER:
         path = folder / name

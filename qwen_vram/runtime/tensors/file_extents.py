@@ -1,8 +1,8 @@
-"""Images: where the bytes of a block lie in the checkpoint's files, and reading them.
+"""Byte ranges of a block in the checkpoint's files, and reading them.
 
-They are read, not mapped: a page fault stops whatever touches the memory, a page at a time, cannot fill pinned memory,
-and where a file has become shorter it ends the process. A read runs at the disk's rate beside Python, and says what is
-wrong. What the system's page cache still holds comes from there either way.
+The files are read, not mapped. A page fault blocks its thread for each page, cannot fill pinned memory, and ends the
+process if the file has become shorter. A read runs at the disk's rate beside Python, and reports errors. Both use the
+system's page cache.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from qwen_vram.errors import CheckpointError
 
 
 class WeightsFile:
-    """A file of the checkpoint, open as long as this object lives; any thread may read it."""
+    """A file of the checkpoint, open until this object is freed; any thread may read it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -47,7 +47,7 @@ class WeightsFile:
 
 
 class Extent(NamedTuple):
-    """Bytes of a block that lie side by side in a file."""
+    """Contiguous bytes of a block in a file."""
 
     file: WeightsFile
     offset: int
@@ -55,20 +55,20 @@ class Extent(NamedTuple):
 
 
 class FileExtents:
-    """A block's bytes: where each piece of them lies in the checkpoint's files; small ones are kept.
+    """The bytes of a block: the position of each piece in the checkpoint's files; small pieces are kept in memory.
 
     Args:
-        parts: Each piece, or its bytes themselves, by where it begins in the block.
+        parts: Each piece, or its bytes themselves, by its first byte in the block.
     """
 
     def __init__(self, parts: dict[int, Extent | bytes]) -> None:
         self._kept = [(start, part) for start, part in parts.items() if isinstance(part, bytes)]
         read = [(start, part) for start, part in parts.items() if isinstance(part, Extent)]
-        # In the order of the files, for the system reads ahead.
+        # In the order of the files, because the system reads ahead.
         self._read = sorted(read, key=lambda item: (str(item[1].file.path), item[1].offset))
 
     def read_into(self, block: memoryview) -> None:
-        """Put all of it into `block`, or more room.
+        """Read all pieces into `block`, which may be larger.
 
         Raises:
             CheckpointError: a file ends before, or cannot be read.

@@ -1,4 +1,4 @@
-"""The garbage collector while a model loads."""
+"""Control of Python's garbage collector while a model loads."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from contextlib import contextmanager
 
 import torch
 
-# Python 3.12 freezes some of its own objects as it starts, 375 there; a program that freezes has imported far more.
+# Python 3.12 freezes some of its own objects at its start (375). A program that freezes objects has far more.
 _FROZEN_AT_START = 10_000
-# Bytes on a GPU that are no longer only what torch keeps for itself, such as cuBLAS' workspace.
+# Bytes on a GPU from which on a model may be there, and not only memory of torch, such as cuBLAS' workspace.
 _MAY_BE_A_MODEL = 2**26
 
 
 def collect_dropped(devices: Iterable[torch.device]) -> None:
-    """Let go of models that were dropped and not closed, where GPUs may hold one: no plan should have to spare it."""
+    """Free models that were dropped without `close()`, if GPUs may hold one, so that plans get their memory."""
     if any(one.type == "cuda" and torch.cuda.memory_allocated(one) > _MAY_BE_A_MODEL for one in devices):
         gc.collect()
 
 
 @contextmanager
 def garbage_of_this_load() -> Iterator[None]:
-    """Have the garbage collector look at new objects alone: all that `transformers` imported takes it 0.2 s a time."""
-    if gc.get_freeze_count() > _FROZEN_AT_START:  # they are the program's own, and would be let go
+    """Let the garbage collector scan only new objects: the imports of `transformers` cost it 0.2 s each time."""
+    if gc.get_freeze_count() > _FROZEN_AT_START:  # the program's own frozen objects would be unfrozen
         yield
         return
     gc.freeze()

@@ -1,4 +1,4 @@
-"""A checkpoint's tensors as they are stored, mapped from its files, and where in them each lies."""
+"""Stored tensors of a checkpoint, mapped from its files, with their byte ranges."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from qwen_vram.runtime.tensors.file_extents import Extent, WeightsFile
 
 
 def open_weights(path: Path, *, mapped: bool) -> Any:
-    """A safetensors file, open: its tensors are mapped, or each is read when it is asked for."""
+    """Return an open safetensors file whose tensors are mapped, or read when they are used."""
     from safetensors import safe_open
 
     return safe_open(path, framework="pt") if mapped else safe_open(path, framework="pt", backend="pread")
 
 
 class MappedCheckpoint:
-    """The tensors of a checkpoint; `stack` keeps its files open for them.
+    """The tensors of a checkpoint; `stack` keeps its files open.
 
     Args:
-        mapped: Whether they are mapped; otherwise each is read when it is asked for.
+        mapped: Map the files; otherwise each tensor is read when it is used.
     """
 
     def __init__(self, files: CheckpointFiles, stack: ExitStack, *, mapped: bool) -> None:
@@ -39,13 +39,13 @@ class MappedCheckpoint:
         self._given: dict[int, tuple[str, Tensor]] = {}
 
     def tensors(self, module: str) -> dict[str, Tensor]:
-        """A module's tensors, by their names in it."""
+        """Return a module's tensors, by their names in the module."""
         prefix = f"{module}."
         own = takewhile(lambda name: name.startswith(prefix), self._names[bisect_left(self._names, prefix) :])
         return {name.removeprefix(prefix): self._tensor(name) for name in own}
 
     def piece(self, tensor: Tensor) -> Extent | None:
-        """Where the bytes of a tensor lie that `tensors` gave, in whatever shape; `None` for any other."""
+        """Return the position of a tensor from `tensors`, in any shape; `None` for other tensors."""
         name, given = self._given.get(tensor.data_ptr(), ("", None))
         if given is None or tensor.nbytes != given.nbytes or not tensor.is_contiguous():
             return None
@@ -55,7 +55,7 @@ class MappedCheckpoint:
         return Extent(self._to_read[place.file], place.offset, place.nbytes)
 
     def forget(self) -> None:
-        """Let go of the tensors given so far."""
+        """Release the tensors returned so far."""
         self._given.clear()
 
     def _tensor(self, name: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""A block of weights as one piece of memory: its tensors side by side, so that one copy moves them all."""
+"""Layout of a block of weights in one piece of memory, for one copy."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class _Place(NamedTuple):
 
 
 class Layout(Generic[Key]):
-    """Where each of some tensors lies in one piece of memory of exactly their bytes.
+    """The positions of some tensors in one piece of memory of exactly their bytes.
 
-    Sizes with more factors of two go first: each tensor then starts at a multiple of the largest power of two that
-    divides its size, and no byte is lost between them. Matrices of Qwen's shapes so keep 256 bytes or more, by which
-    cuBLAS chooses its kernels, and bitsandbytes reads block maxima one by one.
+    Sizes with more factors of two come first. Each tensor then starts at a multiple of the largest power of two that
+    divides its size, without gaps. Matrices of Qwen's shapes keep an alignment of 256 bytes or more, on which cuBLAS
+    bases its choice of kernels. bitsandbytes reads block maxima one by one.
     """
 
     def __init__(self, tensors: Mapping[Key, Tensor]) -> None:
@@ -40,7 +40,7 @@ class Layout(Generic[Key]):
             self.nbytes += tensor.nbytes
 
     def views(self, memory: Tensor) -> dict[Key, Tensor]:
-        """The tensors that lie in `memory`, bytes on any device."""
+        """Return the tensors as views of `memory`, bytes on any device."""
         return {
             key: memory[offset : offset + prod(shape) * dtype.itemsize].view(dtype).view(shape)
             for key, (offset, dtype, shape) in self.places.items()
@@ -48,11 +48,10 @@ class Layout(Generic[Key]):
 
 
 class HostMemory:
-    """Host memory for blocks, locked in place where a GPU copies from it: until `give_back()`, or with this object.
+    """Host memory for blocks, pinned for copies to a GPU until `give_back()`, or until this object is freed.
 
-    Pages are registered with the driver one block at a time: torch's own pinned memory would round each block up to a
-    power of two, and keep it for later. Where the system allows no more, one warning says so, and the rest stays
-    ordinary memory.
+    Pages are registered with the driver one block at a time. torch's own pinned memory would round each block up to a
+    power of two, and cache it. If the system allows no more, one warning says so, and the rest stays ordinary memory.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -60,13 +59,13 @@ class HostMemory:
         self.pinned = device.type == "cuda"
         self._locked: list[Tensor] = []
         self.give_back = weakref.finalize(self, _unlock, self._locked, device)
-        self.give_back.atexit = False  # a process that ends gives everything back
+        self.give_back.atexit = False  # the end of the process frees everything
 
     def take(self, nbytes: int) -> Tensor:
-        """`nbytes` bytes of it."""
+        """Return `nbytes` bytes of host memory."""
         if not self.pinned:
             return torch.empty(nbytes, dtype=torch.uint8)
-        # A mapping of its own for each block: whole pages, which no other memory shares.
+        # A separate mapping for each block: whole pages, which no other memory shares.
         whole = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
         pages = torch.frombuffer(_map(whole), dtype=torch.uint8)
         status = int(torch.cuda.cudart().cudaHostRegister(pages.data_ptr(), whole, 0))  # type: ignore[no-untyped-call]
@@ -74,7 +73,7 @@ class HostMemory:
             self._locked.append(pages)
         else:
             self.pinned = False
-            with suppress(RuntimeError):  # the next kernel would report the refusal as its own
+            with suppress(RuntimeError):  # otherwise the next kernel would report this error
                 torch.ones(1, device=self.device)
             text = "streamed layers stay in unpinned host memory, from which copies are slower: CUDA error %d"
             _LOGGER.warning(text, status)
@@ -82,7 +81,7 @@ class HostMemory:
 
 
 def _map(nbytes: int) -> mmap.mmap:
-    """Memory of this process alone, from the system."""
+    """Return private memory of this process, from the system."""
     if hasattr(mmap, "MAP_PRIVATE"):
         return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return mmap.mmap(-1, nbytes)

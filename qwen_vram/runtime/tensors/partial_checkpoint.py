@@ -1,6 +1,6 @@
-"""`from_pretrained` of other tensors than a checkpoint holds: one more that is quantized as it comes, or some fewer.
+"""`from_pretrained` with more or fewer tensors than the checkpoint holds.
 
-Nothing is read before its turn, and nothing twice at once.
+A tensor is read only when it is needed, and is not in memory twice.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ from qwen_vram.checkpoints.checkpoint import CheckpointFiles
 from qwen_vram.checkpoints.files.names import GENERATION
 from qwen_vram.checkpoints.tensors.names import HEAD, TABLE
 from qwen_vram.runtime.tensors.mapped_checkpoint import open_weights
-
-_SPELLED = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+from qwen_vram.runtime.torch_dtypes import ROWS
 
 
 def load_with_own_head(files: CheckpointFiles, *, mapped: bool, config: Any, **options: Any) -> nn.Module:
-    """The model of a checkpoint as if the head were stored beside the table: a head of its own for tied embeddings.
+    """Return the model of a checkpoint with tied embeddings, with a separate head, as if the head were stored.
 
-    A head that the file holds all the same is taken, as `transformers` does where the two differ.
+    A head in the file is used, as in `transformers` if the two tables differ.
     """
     config.tie_word_embeddings = False
     with _slices(files, mapped) as tensors:
@@ -41,16 +40,16 @@ def load_without(
     narrowed: Collection[str],
     **options: Any,
 ) -> nn.Module:
-    """The model of a checkpoint whose modules with these parameters, which go to "meta" by the device map, stay empty.
+    """Return the model of a checkpoint in which the modules of these parameters stay empty, on "meta".
 
-    A parameter that is not there at all would be made up, in its full size. So each comes without its data.
+    `transformers` would initialize a missing parameter in its full size, so each is passed without its data.
 
     Args:
         parameters: All parameters of those modules by name, with their shapes in the model.
-        mapped: Whether the files are mapped; otherwise each tensor is read when it is wanted.
+        mapped: Map the files; otherwise each tensor is read when it is used.
         made: Tensors that the files lack.
         narrowed: Names of tensors that are cast to the model's dtype as they are read.
-        **options: With `config`.
+        **options: Options of `from_pretrained`, with `config`.
     """
     modules = tuple({f"{name.rpartition('.')[0]}." for name in parameters})
     with _slices(files, mapped) as tensors:
@@ -64,7 +63,7 @@ def load_without(
 
 
 class _Copied:
-    """A tensor of a file that is copied when it is sliced. It stands where safetensors' slice would."""
+    """A tensor of a file that is copied when it is sliced, in place of safetensors' slice."""
 
     def __init__(self, tensor: Any) -> None:
         self._tensor = tensor
@@ -74,18 +73,18 @@ class _Copied:
         return part.clone()
 
     def get_shape(self) -> list[int]:
-        """Its shape."""
+        """Return the shape."""
         shape: list[int] = self._tensor.get_shape()
         return shape
 
     def get_dtype(self) -> str:
-        """Its dtype, as safetensors spells it."""
+        """Return the dtype, as safetensors spells it."""
         dtype: str = self._tensor.get_dtype()
         return dtype
 
 
 class _Narrowed(_Copied):
-    """The same for one that is cast."""
+    """A tensor of a file that is cast when it is sliced."""
 
     def __init__(self, tensor: Any, dtype: torch.dtype) -> None:
         super().__init__(tensor)
@@ -96,15 +95,16 @@ class _Narrowed(_Copied):
         return part.to(self._dtype)
 
     def get_dtype(self) -> str:
-        """The dtype that it is cast to, as safetensors spells it."""
-        return _SPELLED[self._dtype]
+        """Return the dtype of the result, as safetensors spells it."""
+        return ROWS[self._dtype].stored
 
 
 @contextmanager
 def _slices(files: CheckpointFiles, mapped: bool) -> Iterator[dict[str, Any]]:
-    """Every tensor of a checkpoint by the model's name, to be read when it is sliced.
+    """Give every tensor of a checkpoint by the model's name, to be read when it is sliced.
 
-    One that the model has twice is copied the second time, or both would be the same mapped memory on the CPU.
+    A tensor that the model has twice is copied the second time. Otherwise both would be the same mapped memory on the
+    CPU.
     """
     with ExitStack() as stack:
         names = {tensor.file for tensor in files.tensors.values()}
@@ -123,7 +123,7 @@ def _from_tensors(folder: Path, tensors: Mapping[str, Any], *, config: Any, **op
 
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     model: Any = kind.from_pretrained(None, config=config, state_dict=tensors, **options)
-    # What else from_pretrained takes from a folder.
+    # Further attributes that from_pretrained sets from a folder.
     model.name_or_path = model.config.name_or_path = str(folder)
     if (folder / GENERATION).is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)

@@ -9,12 +9,10 @@ from torch import nn
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
 import qwen_vram as qv
-from qwen_vram.arithmetic.replay import allocator as allocator_module
-from qwen_vram.arithmetic.replay.generation import replay_generation
-from qwen_vram.arithmetic.replay.load import replay_load
 from qwen_vram.runtime.kernels import fused_ops as elementwise
 from qwen_vram.runtime.kernels.fused_layers import FusedAttention, FusedLayer, FusedMlp, FusedNorm, fuse_layers
 from qwen_vram.spec.catalog import catalog_row
+from tests.helpers.exact_replay import exact_replay
 
 PLAIN = {"profile": "default", "attention": "sdpa", "device": "cpu", "progress": False}
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -76,9 +74,24 @@ def test_every_module_of_the_kinds_is_fused(llm):
 
 def test_a_model_without_such_layers_is_refused():
     with pytest.raises(
-        qv.NotSupportedError, match="transformers' Qwen models, and Linear has none; use kernels='plain'"
+        qv.NotSupportedError, match="transformers' .*qwen2, qwen3, and Linear has none; use kernels='plain'"
     ):
         fuse_layers(nn.Linear(2, 2))
+
+
+def test_a_class_that_ends_alike_is_left_alone():
+    """Qwen3-Next's norm multiplies by one plus its weight, so that the fused kernel would give other numbers."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNorm
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = Qwen3ForCausalLM(Qwen3Config(**sizes, num_hidden_layers=2, head_dim=16, vocab_size=128))
+    model.model.norm = Qwen3NextRMSNorm(64)
+    fuse_layers(model)
+    assert type(model.model.norm) is Qwen3NextRMSNorm
+    assert all(isinstance(layer.input_layernorm, FusedNorm) for layer in model.model.layers)
+    fuse_layers(model)  # what is fused already stays as it is
+    assert all(type(layer).__mro__.count(FusedLayer) == 1 for layer in model.model.layers)
 
 
 def test_another_activation_is_refused_by_name():
@@ -217,25 +230,20 @@ def test_the_mlp_s_product_takes_no_memory_of_its_own(model, chunk):
     )
     assert (plain.peak_moment.name, fused.peak_moment.name) == ("mlp product", "mlp up_proj")
     saved = plain.peak_moment.activations - fused.peak_moment.activations
-    assert saved == (chunk or 9_300) * plain.architecture.intermediate_size * 2
+    assert saved == (chunk or 9_300) * plain.architecture.layers[0].inner_size * 2
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("prompt_len", [4_608, 5_000, 9_300, 17_400])
 @pytest.mark.parametrize("chunk", [512, 1024, 3000])
-def test_both_ways_of_counting_joined_parts_agree(monkeypatch, chunk, prompt_len, batch_size):
-    monkeypatch.setattr(allocator_module, "_UNSPLIT", 511)
-    replay_load.cache_clear()
+def test_the_last_layer_has_the_peak_of_all_where_attention_is_joined(chunk, prompt_len, batch_size):
     shape = {**catalog_row("Qwen3-0.6B").shape._asdict(), "max_position_embeddings": 32_768}
     shape["intermediate_size"] = 64  # so that attention decides
     knobs = {"attention": "fused", "kernels": "fused", "cache": "preallocated", "prefill_chunk_size": chunk}
     estimate = qv.estimate_vram(shape, **knobs, prompt_len=prompt_len, batch_size=batch_size, max_new_tokens=2)
-    allocator = replay_load(estimate.architecture, estimate.profile).copy()
-    replay_load.cache_clear()
-    allocator.peak = allocator.allocated
-    replay_generation(allocator, estimate.architecture, estimate.profile, estimate.workload)
+    exact = exact_replay(estimate)
     assert estimate.peak_moment.name == "attention kernel"
-    assert estimate.peak_allocated == pytest.approx(allocator.peak, rel=0.001)
+    assert exact.summed == pytest.approx(exact.peak, rel=0.001)
 
 
 @pytest.mark.gpu

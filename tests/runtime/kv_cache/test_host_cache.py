@@ -111,7 +111,8 @@ def test_the_bytes_are_the_predicted_ones(request, model, batch_size):
     estimate = qv.estimate_vram(request.getfixturevalue(model), prompt_len=200, max_new_tokens=30, **knobs)
     shape = estimate.architecture
     cache = HostCache(shape.num_hidden_layers, max_length=230)
-    state = torch.zeros(batch_size, shape.num_key_value_heads, 1, shape.head_dim, dtype=torch.bfloat16)
+    attention = shape.layers[0].attention
+    state = torch.zeros(batch_size, attention.key_value_heads, 1, attention.head_dim, dtype=torch.bfloat16)
     for layer in range(shape.num_hidden_layers):
         cache.update(state, state, layer)
     assert cache_bytes(cache) == estimate.kv_cache == 2 * cache.layers[0].rows.nbytes

@@ -1,16 +1,17 @@
 """The KV cache in 8 and 4 bits: its bytes, its error, and what generations do with it."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qwen_vram as qv
-from qwen_vram.arithmetic.kv_cache import KEY_GROUP, RESIDUAL_TOKENS, quantized_tokens
 from qwen_vram.demo.tasks import examples
 from qwen_vram.runtime.kv_cache.preallocated import PreallocatedCache, cache_bytes
 from qwen_vram.runtime.kv_cache.quantized import QuantizedLayer
+from qwen_vram.spec.kv_formats import KV_FORMAT_NAMES, KV_FORMATS, kv_format
 
 KINDS = ("int8", "int4")
 # Half a step of the scale, and the rounding of the scale and the least value to float16.
@@ -43,10 +44,17 @@ def test_the_bytes_are_the_predicted_ones(demo, kind, tokens, batch_size):
     )
     shape = estimate.architecture
     cache = PreallocatedCache(shape.num_hidden_layers, max_length=tokens + 1, kv_cache=kind)
-    state = torch.zeros(batch_size, shape.num_key_value_heads, 1, shape.head_dim, dtype=torch.bfloat16)
+    attention = shape.layers[0].attention
+    state = torch.zeros(batch_size, attention.key_value_heads, 1, attention.head_dim, dtype=torch.bfloat16)
     for layer in range(shape.num_hidden_layers):
         cache.update(state, state, layer)
     assert cache_bytes(cache) == estimate.kv_cache
+
+
+@pytest.mark.parametrize("make", [kv_format, partial(QuantizedLayer, 8), partial(PreallocatedCache, 1, max_length=8)])
+def test_an_unknown_format_is_refused_and_never_counted_as_another(make):
+    with pytest.raises(qv.UnknownNameError, match="unknown KV cache format 'fp8'; choose from bf16, int8, int4"):
+        make(kv_cache="fp8") if make is not kv_format else make("fp8")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -56,11 +64,12 @@ def test_the_error_is_at_most_half_a_step(kind):
     assert read_keys is None
     layer, keys, values, _ = fill(kind, [400], max_length=401)
     read_keys, read_values = layer.update(keys[:, :, :1], values[:, :, :1])
-    older = quantized_tokens(400)
-    assert older == (400 - RESIDUAL_TOKENS) // KEY_GROUP * KEY_GROUP == 256
-    groups = keys[:, :, :older].unflatten(2, (-1, KEY_GROUP))
+    stored = KV_FORMATS[kind]
+    older = stored.quantized_tokens(400)
+    assert older == (400 - stored.residual) // stored.key_group * stored.key_group == 256
+    groups = keys[:, :, :older].unflatten(2, (-1, stored.key_group))
     spread = groups.amax(3, keepdim=True) - groups.amin(3, keepdim=True)
-    error = (read_keys[:, :, :older].unflatten(2, (-1, KEY_GROUP)) - groups).abs()
+    error = (read_keys[:, :, :older].unflatten(2, (-1, stored.key_group)) - groups).abs()
     assert (error <= spread / STEPS[kind] * 0.5 + spread * 0.001 + groups.abs() * 0.001).all()
     spread = values.amax(-1, keepdim=True) - values.amin(-1, keepdim=True)
     error = (read_values[:, :, :older] - values[:, :, :older]).abs()
@@ -137,7 +146,7 @@ def test_plain_transformers_generates_with_it(untied, kind):
     cache = PreallocatedCache(model.config.num_hidden_layers, max_length=length + 40, kv_cache=kind)
     made = model.generate(**inputs, past_key_values=cache, max_new_tokens=40, do_sample=False)
     assert made.shape == (2, length + 40)
-    assert cache.layers[0].quantized == quantized_tokens(length + 39) > 0
+    assert cache.layers[0].quantized == KV_FORMATS[kind].quantized_tokens(length + 39) > 0
     beams = PreallocatedCache(model.config.num_hidden_layers, max_length=length + 40, kv_cache=kind)
     searched = model.generate(**inputs, past_key_values=beams, max_new_tokens=40, do_sample=False, num_beams=2)
     assert searched.shape[0] == 2
@@ -156,7 +165,7 @@ def test_the_bundled_model_answers_as_before(demo, kind, knobs):
     assert report.measured["kv_cache"] == report.estimate.kv_cache
 
 
-@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("kind", KV_FORMAT_NAMES)
 def test_all_layers_are_one_block_which_goes_with_the_last_of_them(kind):
     states = [torch.randn(2, 2, 2, 200, 32) for _ in range(3)]
     cache = PreallocatedCache(3, max_length=300, kv_cache=kind)
@@ -183,7 +192,7 @@ def test_all_layers_are_one_block_which_goes_with_the_last_of_them(kind):
     assert cache.layers[0].room._memory is None, "or it would outlive the layers"
 
 
-@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("kind", KV_FORMAT_NAMES)
 def test_a_backward_pass_goes_through_it(untied, kind):
     model = AutoModelForCausalLM.from_pretrained(untied, dtype=torch.float32)
     tokens = torch.randint(0, 3000, (1, 20), generator=torch.Generator().manual_seed(0))

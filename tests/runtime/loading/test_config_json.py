@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import qwen_vram as qv
-from qwen_vram.spec.config_keys import KEYS, wrong_key
+from qwen_vram.spec.config.keys import wrong_key
+from qwen_vram.spec.families import family_of, model_types
 from tests.helpers.odd_folders import GONE, Base, config, make_base
 
 ASKED = {"prompt_len": 64, "max_new_tokens": 16, "progress": False}
@@ -29,18 +30,18 @@ def folder(base, tmp_path):
 
 
 def classes():
-    from transformers import Qwen2Config, Qwen3Config
+    from transformers import CONFIG_MAPPING
 
-    return {"qwen2": Qwen2Config, "qwen3": Qwen3Config}
+    return CONFIG_MAPPING
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", model_types())
 def test_defaults_are_those_of_transformers(kind):
     import dataclasses
 
     fields = {one.name: one.default for one in dataclasses.fields(classes()[kind])}
     shared = {one.name for one in dataclasses.fields(classes()[kind].__mro__[1])}
-    assert {name: key.default for name, key in KEYS[kind].items()} == {
+    assert {name: key.default for name, key in family_of(kind).keys.items()} == {
         name: default for name, default in fields.items() if name not in shared
     }
 
@@ -48,10 +49,10 @@ def test_defaults_are_those_of_transformers(kind):
 VALUES = [None, True, 0, 7, 1.5, "silu", "7", [7], ["full_attention"] * 4, [None], {}, {"rope_type": "default"}]
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", model_types())
 def test_values_are_refused_as_transformers_refuses_them(kind):
-    differing = {}
-    for name in [*KEYS[kind], "dtype", "torch_dtype", "num_labels"]:
+    differing, family = {}, family_of(kind)
+    for name in [*family.keys, "dtype", "torch_dtype", "num_labels"]:
         for value in [*VALUES, "bfloat16", "torch.bfloat16", "auto", "half"]:
             given = {**SHAPE, "model_type": kind, name: value}
             if name == "hidden_act" or (name.endswith("dtype") and value in ("silu", "7", 7, 0, True, 1.5)):
@@ -65,12 +66,12 @@ def test_values_are_refused_as_transformers_refuses_them(kind):
                 accepted = False
             if name.endswith(("dtype",)) and isinstance(value, (dict, list)):
                 continue  # no checkpoint has them
-            if (wrong_key(kind, given) == "") != accepted:
+            if ((wrong_key(family.keys, given) or family.wrong(given)) == "") != accepted:
                 differing[name, repr(value)] = accepted
     assert not differing
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", model_types())
 @pytest.mark.parametrize("gone", ["num_key_value_heads", "head_dim", "intermediate_size", "vocab_size", "hidden_size"])
 def test_a_key_that_is_missing_counts_as_transformers_has_it(kind, gone):
     import torch

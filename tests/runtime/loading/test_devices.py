@@ -7,7 +7,8 @@ import torch
 
 import qwen_vram as qv
 from qwen_vram.arithmetic.pipeline import slices
-from qwen_vram.arithmetic.replay.generation import _Generation
+from qwen_vram.arithmetic.replay.generation import Generation
+from qwen_vram.arithmetic.replay.live_bytes import LiveBytes
 from qwen_vram.checkpoints.resolve import resolve_model
 from qwen_vram.runtime.kv_cache.host import HostCache
 from qwen_vram.runtime.kv_cache.preallocated import PreallocatedCache, cache_bytes
@@ -63,11 +64,9 @@ def test_the_copies_that_accelerate_makes_are_the_ones_counted(untied):
     assert {tensor.device.type for number in (1, 2) for tensor in (*arrived[number], inputs[number])} == {"meta"}
     assert not {id(tensor) for tensor in arrived[1]} & {id(tensor) for tensor in arrived[2]}, "each layer has its own"
 
-    taken = []
-    counter = SimpleNamespace(take=taken.append, give=None)
     _, second = slices(resolve_model(untied)[1], (1, 2))
     workload = Workload(prompt_len=40, max_new_tokens=10, batch_size=2, padded=True)
-    _Generation(counter, second, Profile(cache="preallocated"), workload).copies(80, 40, 0)
+    taken = Generation(LiveBytes(), second, Profile(cache="preallocated"), workload).copies(40, 0)
     assert taken == [tensor.nbytes for tensor in arrived[1]] == [tensor.nbytes for tensor in arrived[2]]
     assert cache_bytes(cache, torch.device("meta")) == 2 * cache_bytes(cache, torch.device("cpu")) > 0
 

@@ -19,18 +19,22 @@ FIRST, SECOND, THIRD = (f"{digit * 8}-aaaa-bbbb-cccc-{digit * 12}" for digit in 
 
 
 class Driver(ModuleType):
-    """NVML over cards of given sizes in GiB; `mig` divides cards into instances, `mute` names functions that raise."""
+    """NVML over cards of given sizes in GiB; `mig` divides cards into instances, `mute` names functions that raise.
+
+    `generations` are their compute capabilities.
+    """
 
     class NVMLError(Exception):
         pass
 
-    def __init__(self, sizes, *, free=None, used_here=0, mig=None, mute=()):
+    def __init__(self, sizes, *, free=None, used_here=0, mig=None, mute=(), generations=()):
         super().__init__("pynvml")
         self.cards = [f"GPU-{uuid}" for uuid in (FIRST, SECOND, THIRD)][: len(sizes)]
         self.sizes = dict(zip(self.cards, sizes, strict=True))
         self.free, self.used_here, self.mig = free or {}, used_here, mig or {}
         for parts in self.mig.values():
             self.sizes |= parts
+        self.generations = dict(zip(self.cards, generations or [(8, 9)] * len(sizes), strict=True))
         for name in mute:
             setattr(self, name, self._refuse)
 
@@ -62,7 +66,10 @@ class Driver(ModuleType):
 
     def nvmlDeviceGetMemoryInfo(self, handle):
         total = self.sizes[handle] * GIB
-        return SimpleNamespace(total=total, free=self.free.get(handle, self.sizes[handle]) * GIB)
+        return SimpleNamespace(total=total, free=int(self.free.get(handle, self.sizes[handle]) * GIB))
+
+    def nvmlDeviceGetCudaComputeCapability(self, handle):
+        return list(self.generations[handle]) if handle in self.generations else self._refuse()  # MIG: as a driver may
 
     def nvmlDeviceGetComputeRunningProcesses(self, handle):
         return [
@@ -112,6 +119,9 @@ def cuda(monkeypatch):
             bus = {"pci_domain_id": 0, "pci_bus_id": order[number] + 1, "pci_device_id": 0}
             return SimpleNamespace(uuid=uuid, name="a card", **bus)
 
+        def capability(device=None):
+            return driver.generations[driver.cards[order[getattr(device, "index", device) or 0]]]
+
         def memory(number=None):
             info = driver.nvmlDeviceGetMemoryInfo(driver.cards[order[getattr(number, "index", number)]])
             return info.free, info.total
@@ -122,7 +132,7 @@ def cuda(monkeypatch):
             "device_count": lambda: len(order),
             "current_device": lambda: current,
             "get_device_properties": facts,
-            "get_device_capability": lambda device=None: (8, 9),
+            "get_device_capability": capability,
             "mem_get_info": memory,
             "memory_allocated": lambda device=None: int(live * GIB),
             "memory_reserved": lambda device=None: int((reserved or live) * GIB),
@@ -218,7 +228,7 @@ def test_the_budget_is_that_of_the_card_that_torch_means(drive, cuda, order, cur
     cuda(driver, order, current=current, uuids=uuids)
     assert free_vram() == size * GIB
     assert qv.plan(SEVEN, ram="64GiB").budget.vram == size * GIB - 256 * 2**20
-    assert budget_on([torch.device("cuda", 0)], None, None)[0] == [24, 12, 8][order[0]] * GIB
+    assert budget_on([torch.device("cuda", 0)], None, None, None).vram == [24, 12, 8][order[0]] * GIB - 256 * 2**20
 
 
 @pytest.mark.parametrize(("live", "reserved", "told"), [(15, 15, 16), (10, 15, 16), (15, 15, 0)])
@@ -229,11 +239,13 @@ def test_a_model_that_is_still_bound_is_not_free_memory(drive, cuda, caplog, liv
     beside = 8 + max(told, reserved) - live
     assert free_vram() == beside * GIB
     with caplog.at_level(logging.WARNING):
-        vram, reserve = budget_on([torch.device("cuda", 0)], None, None)
-    assert (vram, reserve) == (beside * GIB, 256 * 2**20)
+        budget = budget_on([torch.device("cuda", 0)], None, "64GiB", None)
+    assert (budget.vram, budget.reserve) == (beside * GIB - 256 * 2**20, 256 * 2**20)
     assert f"already holds {live}.00 GiB in tensors on GPU 0" in caplog.text
     assert "call close() on that model first" in caplog.text
-    assert budget_on([torch.device("cuda", 0)], "20GiB", None) == ("20GiB", None)
+    assert f"the plan is for the {beside}.00 GiB beside them" in caplog.text
+    given = budget_on([torch.device("cuda", 0)], "20GiB", "64GiB", None)
+    assert (given.vram, given.reserve, given.ram) == (20 * GIB, 0, 64 * GIB)
 
 
 def test_a_budget_that_an_old_model_takes_is_refused_with_the_cure(drive, cuda):

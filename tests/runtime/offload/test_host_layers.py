@@ -14,7 +14,6 @@ from qwen_vram.arithmetic.timing.bytes_moved import HOST_ROWS, decode_floor_ms
 from qwen_vram.arithmetic.timing.decode import decode_ms
 from qwen_vram.arithmetic.weights import computing_copies
 from qwen_vram.checkpoints import machine_file
-from qwen_vram.planning.planner import plan_for
 from qwen_vram.runtime.linear import cpu_4bit as cpu_product
 from qwen_vram.runtime.linear.cpu_4bit import kernel_library, multiply, pack
 from qwen_vram.spec.catalog import find
@@ -288,23 +287,6 @@ def test_without_bitsandbytes_that_is_what_is_missing(demo, monkeypatch):
     monkeypatch.setattr("qwen_vram.runtime.backends.bnb.find_spec", lambda name: None)
     with pytest.raises(qv.BackendUnavailableError, match="needs bitsandbytes, which is not installed"):
         load(demo, weights="nf4", streamed_layers=3, host_layers=2)
-
-
-def test_an_auto_plan_streams_where_the_backend_cannot_compute(demo, monkeypatch):
-    """The rates are another machine's, or the backend another package's."""
-    asked = []
-
-    def planned(*asked_for, **knobs):
-        asked.append(knobs.get("host_layers"))
-        return plan_for(*asked_for, **{"host_layers": 2, **knobs, "profile": "default", "streamed_layers": 3})
-
-    monkeypatch.setattr("qwen_vram.runtime.loading.load.plan_for", planned)
-    monkeypatch.setattr("qwen_vram.runtime.backends.bnb.kernel_library", lambda: None)
-    with qv.load(demo, weights="nf4", progress=False) as llm:
-        assert asked == [None, 0]
-        assert (llm.plan.profile.streamed_layers, llm.plan.profile.host_layers) == (3, 0)
-    with pytest.raises(qv.BackendUnavailableError, match="host_layers=2"):
-        qv.load(demo, weights="nf4", host_layers=2, progress=False)
 
 
 def test_a_package_without_the_library_has_no_kernel(monkeypatch, tmp_path):

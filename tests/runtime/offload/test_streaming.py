@@ -154,7 +154,7 @@ def test_tensors_lie_side_by_side_and_aligned_as_their_sizes_allow():
 
 def test_published_shapes_keep_the_alignment_that_matrix_products_choose_kernels_by():
     for name in ("Qwen2.5-0.5B", "Qwen2.5-3B", "Qwen2.5-7B", "Qwen2.5-32B", "Qwen3-4B", "Qwen3-32B"):
-        block = qv.estimate_vram(name).architecture.block
+        block = qv.estimate_vram(name).architecture.layers[0].weights
         layout = Layout({one.name: torch.empty(one.shape, dtype=torch.bfloat16, device="meta") for one in block})
         assert all(place.offset % 256 == 0 for place in layout.places.values())
 

@@ -1,12 +1,13 @@
-"""Checked values of a config.json's object, with the defaults of `transformers`."""
+"""Checked values of a config.json, with the defaults of `transformers` for its family."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from qwen_vram.dtypes import BF16, BY_CONFIG
 from qwen_vram.errors import ConfigError
-from qwen_vram.spec.config_keys import DTYPES, LARGEST, value_of, wrong_key
+from qwen_vram.spec.config.keys import LARGEST, Keys, value_of
 from qwen_vram.spec.quantization import (
     method_of,
     quantization_of,
@@ -16,25 +17,22 @@ from qwen_vram.spec.quantization import (
     stored_format,
 )
 
-SUPPORTED = ("qwen2", "qwen3")
-
 
 class ConfigReader:
     """Reads one config.json's object.
 
+    Args:
+        keys: The keys of its family.
+
     Raises:
-        ConfigError: another architecture, a model that is no language model, or a value that `transformers` refuses.
+        ConfigError: a model that is no language model, or MLX's quantization.
     """
 
-    def __init__(self, config: Mapping[str, object], source: str) -> None:
+    def __init__(self, config: Mapping[str, object], source: str, keys: Keys) -> None:
         self.config = config
         self.source = source
-        self.model_type = self._supported()
+        self.keys = keys
         self._check_kind()
-        self._check_attention()
-        wrong = wrong_key(self.model_type, config)
-        if wrong:
-            raise ConfigError(f"{source}: {wrong}", source=source)
 
     def error(self, what: str) -> ConfigError:
         """The error for a value that cannot be."""
@@ -42,37 +40,45 @@ class ConfigReader:
 
     def size(self, key: str) -> int:
         """A positive integer."""
-        value = value_of(self.model_type, self.config, key)
+        value = value_of(self.keys, self.config, key)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= LARGEST:
             raise self.error(f"{key} must be a positive integer of at most {LARGEST}, got {value!r}")
         return value
 
     def flag(self, key: str) -> bool:
         """A boolean."""
-        return bool(value_of(self.model_type, self.config, key))
+        return bool(value_of(self.keys, self.config, key))
 
     def key_value_heads(self, heads: int) -> int:
-        """`num_key_value_heads`: as many as heads if config.json has null, the default if it has none."""
-        if value_of(self.model_type, self.config, "num_key_value_heads") is None:
-            return heads
-        return self.size("num_key_value_heads")
+        """`num_key_value_heads`: as many as heads if config.json has null, the default if it has none.
+
+        Raises:
+            ConfigError: it does not divide `heads`.
+        """
+        given = value_of(self.keys, self.config, "num_key_value_heads")
+        key_value_heads = heads if given is None else self.size("num_key_value_heads")
+        if heads % key_value_heads:
+            raise self.error(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {key_value_heads}")
+        return key_value_heads
 
     def head_dim(self, hidden_size: int, heads: int) -> int:
-        """`head_dim`: a Qwen2 without it divides `hidden_size` by its heads; a Qwen3 without it has 128."""
-        if self.model_type == "qwen3":
-            return self.size("head_dim")
-        given = self.config.get("head_dim")
+        """`head_dim`: without one, `hidden_size` is divided by the heads, unless the family has a default.
+
+        Raises:
+            ConfigError: it cannot be divided, or heads are of an odd size.
+        """
+        given = value_of(self.keys, self.config, "head_dim")
         if given is None and hidden_size % heads:
             raise self.error(f"hidden_size {hidden_size} is not a multiple of num_attention_heads {heads}")
-        if given is None:
-            return hidden_size // heads
-        if isinstance(given, bool) or not isinstance(given, int) or not 0 < given <= LARGEST:
-            raise self.error(f"head_dim must be a positive integer of at most {LARGEST}, got {given!r}")
-        return given
+        head_dim = hidden_size // heads if given is None else self.size("head_dim")
+        if head_dim % 2:
+            raise self.error(f"head_dim {head_dim} is odd; rotary embeddings need an even one")
+        return head_dim
 
     def dtype(self) -> str:
-        """The plain dtype, by the name that its storage format has here."""
-        return DTYPES.get(str(self.config.get("dtype") or self.config.get("torch_dtype")), "bf16")
+        """The plain dtype, by its name here; bf16 if config.json gives none that a model can run in."""
+        given = BY_CONFIG.get(str(self.config.get("dtype") or self.config.get("torch_dtype")), BF16)
+        return given.name or BF16.name
 
     def stored(self) -> dict[str, Any]:
         """`stored_format` and `stored_head` of a checkpoint that bitsandbytes quantized; empty for plain dtypes."""
@@ -95,16 +101,6 @@ class ConfigReader:
         # A tied head is the token table, which is in 16 bits whatever the list says.
         quantized = not skips(skipped_modules(settings_of(quantization)), "lm_head")
         return {"stored_format": name, "stored_head": quantized and not self.flag("tie_word_embeddings")}
-
-    def _supported(self) -> str:
-        got = self.config.get("model_type")
-        if got not in SUPPORTED:
-            raise ConfigError(
-                f"{self.source}: model_type {got!r} is not supported; dense {' and '.join(SUPPORTED)} are "
-                "(Qwen2, Qwen2.5, Qwen3)",
-                source=self.source,
-            )
-        return str(got)
 
     def _check_kind(self) -> None:
         """Refuse what is no causal language model, and MLX's quantization, which has a block of its own."""
@@ -129,20 +125,5 @@ class ConfigReader:
             raise ConfigError(
                 f"{self.source}: MLX quantized this checkpoint for Apple's GPUs (its key 'quantization'), and no other "
                 "library reads that; use the 16-bit checkpoint that it was made from, and weights='nf4' or 'int4'",
-                source=self.source,
-            )
-
-    def _check_attention(self) -> None:
-        kinds = self.config.get("layer_types") or ()
-        other = sorted({str(kind) for kind in kinds if kind != "full_attention"}) if isinstance(kinds, list) else []
-        if self.config.get("use_sliding_window") is True or other == ["sliding_attention"]:
-            raise ConfigError(
-                f"{self.source}: sliding-window attention is switched on, which this library does not count; "
-                "set use_sliding_window to false",
-                source=self.source,
-            )
-        if other:
-            raise ConfigError(
-                f"{self.source}: layer_types has {', '.join(other)}; full_attention alone is counted",
                 source=self.source,
             )

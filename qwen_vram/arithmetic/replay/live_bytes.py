@@ -1,0 +1,142 @@
+"""Live bytes beside the weights at each moment of a step, summed from the trace.
+
+A step feeds new tokens of each sequence through the layers; layers that are alike make the same tensors. The trace is
+therefore followed through one decoder layer of each kind, as if it came last, and through both ends of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+from qwen_vram.arithmetic.kv_cache import kv_cache_bytes
+from qwen_vram.arithmetic.replay.generation import Generation
+from qwen_vram.spec.architecture import Architecture
+from qwen_vram.spec.profile import Profile
+from qwen_vram.spec.workload import Workload
+
+Phase = Literal["prefill", "decode"]
+
+
+class Moment(NamedTuple):
+    """What is alive on the device at one moment beside weights and workspace, in bytes."""
+
+    phase: Phase
+    name: str
+    kv_cache: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """Cache and activations together."""
+        return self.kv_cache + self.activations
+
+
+class LiveBytes:
+    """Sums the tensors that are live, and keeps the most of each moment. A block is its size.
+
+    A layer's cache counts from the step's start with the length that it has at its end: what it takes beyond that for
+    a time is part of the moment.
+
+    Attributes:
+        moments: The most that is live at each moment beside the cache, in the order of the moments.
+    """
+
+    def __init__(self) -> None:
+        self.moments: dict[str, int] = {}
+        self.begin(0, 0)
+
+    def begin(self, before: int, after: int) -> None:
+        """Begin with nothing; the cache of the traced layer is to grow from `before` to `after` bytes."""
+        self._moment = ""
+        self._live = self._most = 0
+        # The traced layer's cache, less what it is after the step.
+        self._cache = before - after
+
+    def take(self, nbytes: int, /) -> int:
+        """Count a tensor."""
+        self._live += nbytes
+        if self._live > self._most:
+            self._most = self._live
+        return nbytes
+
+    def give(self, /, *blocks: int) -> None:
+        """Take off tensors."""
+        for nbytes in blocks:
+            self._live -= nbytes
+
+    def keep(self, nbytes: int, /) -> int:
+        """Count a tensor of the cache."""
+        self._cache += nbytes
+        self._most = max(self._most, self._live + self._cache)
+        return nbytes
+
+    def drop(self, /, *blocks: int) -> None:
+        """Take off tensors of the cache."""
+        self._cache -= sum(blocks)
+
+    def at(self, moment: str, /) -> None:
+        """Begin a moment with what is live."""
+        if self._moment:
+            self.moments[self._moment] = max(self._most, self.moments.get(self._moment, 0))
+        self._moment = moment
+        self._most = self._live
+
+    def state(self) -> object:
+        """Return what is live: all that decides about the sums to come."""
+        return self._live, self._cache
+
+
+class _Step(NamedTuple):
+    """`queries` new tokens of each sequence, after which `cached` are in the cache."""
+
+    phase: Phase
+    queries: int
+    cached: int
+
+
+def moments(architecture: Architecture, profile: Profile, workload: Workload) -> Iterator[Moment]:
+    """The moments at which the peak can fall, over the steps that can hold it.
+
+    Prefill: the last full chunk and the shorter one after it. Decode: the last step. If layers differ, each moment is
+    that of the layer with the most bytes, as if it came last, when the cache is fullest. Exact up to the allocator's
+    split rule (at most 1 MiB for each tensor, see `allocator`).
+    """
+    live = LiveBytes()
+    generation = Generation(live, architecture, profile, workload)
+    last = {layer: number for number, layer in enumerate(architecture.layers)}
+    for step in _steps(profile, workload):
+        past, cache = step.cached - step.queries, 0
+        live.moments = {}
+        for number in last.values():
+            live.begin(*generation.resume(number, step.queries, past))
+            generation.inputs(workload.prompt_len if step.phase == "prefill" else step.cached)
+            logits = generation.one_layer_step(number, step.queries, past)
+            if workload.logits == "last":
+                generation.sample(logits, [], step.cached)
+            live.at("")
+        if workload.logits == "last":
+            cache = kv_cache_bytes(
+                architecture,
+                profile,
+                tokens=step.cached,
+                batch_size=workload.batch_size,
+                context_len=workload.context_len,
+            )
+        for name, most in live.moments.items():
+            yield Moment(step.phase, name, cache, most)
+
+
+def _steps(profile: Profile, workload: Workload) -> list[_Step]:
+    prompt = workload.prompt_len
+    if workload.logits == "all":
+        return [_Step("prefill", prompt, prompt)]
+    chunk = min(profile.prefill_chunk_size or prompt, prompt)
+    full, rest = divmod(prompt, chunk)
+    steps = [_Step("prefill", chunk, full * chunk)]
+    if rest:
+        steps.append(_Step("prefill", rest, prompt))
+    if workload.max_new_tokens > 1 and not profile.captures:
+        # A captured step has its own pool. The last token is never fed back.
+        steps.append(_Step("decode", 1, workload.context_len - 1))
+    return steps

@@ -1,0 +1,62 @@
+"""Limits of a plan by this machine: kernels that an old GPU lacks, and an unmeasured CPU."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from qwen_vram.dtypes import BF16
+from qwen_vram.planning.capacity.budget import Budget
+from qwen_vram.spec.machine import Machine
+from qwen_vram.spec.profile import Profile
+
+# The first compute capability with bf16 and with torch's flash kernel.
+# Source: torch 2.13, aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, check_flash_attention_hardware_support.
+AMPERE = (8, 0)
+
+# Says whether this machine's CPU can compute streamed layers of a profile.
+Computes = Callable[[Profile], bool]
+
+
+def is_old(budget: Budget) -> bool:
+    """Tell if a GPU of a budget is known to be older than Ampere."""
+    return budget.vram is not None and budget.capability is not None and budget.capability < AMPERE
+
+
+def knobs_on(budget: Budget, knobs: Mapping[str, object]) -> dict[str, object]:
+    """The caller's knobs for a search, with those added that an old GPU leaves no choice about."""
+    return {"attention": "sdpa", **knobs} if is_old(budget) else dict(knobs)
+
+
+def limits_of(budget: Budget, profile: Profile) -> str | None:
+    """Say what an old GPU changes about a plan; `None` if it changes nothing."""
+    if not is_old(budget) or budget.capability is None:
+        return None
+    changed = ["attention='sdpa'"] if profile.name == "auto" and profile.attention == "sdpa" else []
+    if profile.dtype == BF16.name:
+        changed.append("fp16 in place of bf16, in the same size")
+    if not changed:
+        return None
+    major, minor = budget.capability
+    return f"compute capability {major}.{minor} is below 8.0 (Ampere): {', '.join(changed)}"
+
+
+def cpu_name() -> str:
+    """The CPU's name if the system tells it, and its architecture otherwise."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.machine() or "CPU"
+
+
+def as_measured(profile: Profile) -> bool:
+    """Take it that a CPU whose rates were measured has the kernels that they were measured with."""
+    return True
+
+
+def is_measured_here(machine: Machine) -> bool:
+    """Tell if a machine's rates of the CPU are those of this CPU; files from before its name was kept do not say."""
+    return not machine.host or machine.host.rpartition(",")[0] == cpu_name()
