@@ -109,10 +109,10 @@ MUTATIONS = (
     Mutation(
         "config.json",
         "spec/config/reader.py",
-        "key_value_heads = heads if given is None",
-        "key_value_heads = 1 if given is None",
-        "tests/runtime/loading/test_config_json.py",
-        "test_config_json.py",
+        'key_value_heads = heads if given is None else self.size("num_key_value_heads")',
+        "key_value_heads = heads",
+        "tests/spec/test_architecture.py",
+        "test_architecture.py",
     ),
     Mutation(
         "headers of safetensors files",
