@@ -70,7 +70,8 @@ def test_without_heads_for_keys_and_values_there_are_as_many_as_for_queries():
 
     shape = {**CATALOG["Qwen/Qwen2.5-0.5B"].shape._asdict(), "num_key_value_heads": None}
     architecture = Architecture.from_config({**shape, "max_position_embeddings": 4096})
-    assert architecture.key_value_width == architecture.attention_width == 896
+    shapes = {weight.name: weight.shape for weight in architecture.weights()}
+    assert shapes["model.layers.0.self_attn.k_proj.weight"] == (896, 896)
 
 
 def test_a_name_is_found_with_and_without_its_organisation():
