@@ -211,12 +211,12 @@ MUTATIONS = (
         "test_quantized_cache.py",
     ),
     Mutation(
-        "slots of a broken forward",
+        "the slot that a layer computes with",
         "runtime/offload/streamer.py",
-        "        slot.block = None  # in case this is interrupted\n",
-        "",
-        "tests/runtime/offload/test_streaming.py::test_the_ring_is_right_after_an_interrupt_of_its_own_work",
-        "test_streaming.py::test_the_ring_is_right_after_an_interrupt_of_its_own_work",
+        "        block.bind(slot.index)\n        return inputs\n",
+        "        block.bind(0)\n        return inputs\n",
+        "tests/runtime/offload/test_streaming.py::test_logits_are_those_of_the_resident_model",
+        "test_streaming.py::test_logits_are_those_of_the_resident_model",
     ),
     Mutation(
         "positions of decode steps",
