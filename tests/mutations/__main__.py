@@ -38,7 +38,7 @@ def main() -> int:
 
 
 def report(mutation: Mutation, copy: Path, *, everything: bool) -> bool:
-    """Put the fault in, run the tests, and take it out again; tell if a test failed."""
+    """Put the fault in, run the tests, and take it out again; tell if a test failed that passes without the fault."""
     file = copy / "qwen_vram" / mutation.file
     text = file.read_text(encoding="utf-8")
     if text.count(mutation.old) != 1:
@@ -47,20 +47,26 @@ def report(mutation: Mutation, copy: Path, *, everything: bool) -> bool:
         )
         return False
     file.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not full", "-p", "no:cacheprovider"]
-    environment = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
     began = time.monotonic()
     try:
-        ended = subprocess.run(
-            command + ([] if everything else [mutation.test]), cwd=copy, env=environment, capture_output=True, text=True
-        )
+        ended = run_tests(copy, [] if everything else [mutation.test])
     finally:
         file.write_text(text, encoding="utf-8")
+    seconds = time.monotonic() - began
     failed = next((line for line in ended.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))), "")
-    found = ended.returncode == 1
-    word = "found" if found else "NOT FOUND" if ended.returncode == 0 else f"pytest ended with {ended.returncode}"
-    print(f"{word} | {mutation.mechanism} | {time.monotonic() - began:.0f} s | {failed[:150]}", flush=True)
-    return found
+    test = failed.partition(" ")[2].partition(" - ")[0]
+    word = "found" if ended.returncode == 1 else "NOT FOUND" if ended.returncode == 0 else "pytest did not run"
+    if word == "found" and run_tests(copy, [test]).returncode != 0:
+        word = "FAILS WITHOUT THE FAULT"
+    print(f"{word} | {mutation.mechanism} | {seconds:.0f} s | {test}", flush=True)
+    return word == "found"
+
+
+def run_tests(copy: Path, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run pytest in the copy until the first failure."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not full", "-p", "no:cacheprovider", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
 
 
 if __name__ == "__main__":

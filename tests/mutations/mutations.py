@@ -13,8 +13,8 @@ class Mutation(NamedTuple):
         file: Below `qwen_vram/`.
         old, new: Text that is there once, and what takes its place.
         test: The test of `make test` that finds it, as pytest names it.
-        before: The test that found it in the suite of 2026-11-30, before products were thinned: a test of the same
-            name and assertions in a file of `tests/`, or the test whose product was thinned.
+        before: The same test in the flat suite of 2026-11-30, before products were thinned. Its assertions are the
+            same; it was not run on the fault again.
     """
 
     mechanism: str
