@@ -1,4 +1,4 @@
-"""Element types: the names that this library, config.json, torch and safetensors give them, in one table."""
+"""Element types, with their names here, in config.json, torch and safetensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of dtypes, joined with torch's own."""
+"""The dtypes of the table as torch has them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""KV cache formats: the bytes that keys and values take, as one table that all floors read."""
+"""Formats of the KV cache, and the bytes that keys and values take."""
 
 from __future__ import annotations
 

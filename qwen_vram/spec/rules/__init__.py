@@ -1,6 +1,6 @@
-"""Knobs that exclude each other, and what runs on no machine or on one GPU alone.
+"""Combinations of knobs that are refused, and why.
 
 Modules:
-    rule   A rule: one combination of knobs, models or devices that cannot be. `table` is the list of them.
-    table  Rules: knobs that exclude each other, and what runs on no machine or on one GPU alone, in one list.
+    rule   A rule: one combination of knobs, models or devices that is refused.
+    table  The rules for profiles, for models on any machine, and for several GPUs.
 """

@@ -1,4 +1,4 @@
-"""A rule: one combination of knobs, models or devices that cannot be. `table` is the list of them."""
+"""A rule: one combination of knobs, models or devices that is refused."""
 
 # ruff: noqa: D102  (a protocol's members say nothing beside their names)
 

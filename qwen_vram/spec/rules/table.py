@@ -1,4 +1,4 @@
-"""Rules: knobs that exclude each other, and what runs on no machine or on one GPU alone, in one list.
+"""The rules for profiles, for models on any machine, and for several GPUs.
 
 `Profile` reads the rules of scope "profile", the planner those of "anywhere" and "several GPUs". `runtime.loading` adds
 rows of scope "this machine", about devices and libraries. Of rules that are broken, the first one is the error.
