@@ -141,10 +141,10 @@ def offload_map(
 
     Args:
         model: As for `estimate_vram`.
-        vram: The most that nvidia-smi may show; `None` is what is free now. Over several GPUs (a dict by number) every
-            layer stays on one of them.
+        vram: The most bytes that nvidia-smi may show; `None` is the memory that is free now. With several GPUs (a dict
+            by number) every layer stays on one of them.
         reserve: As for `plan`.
-        ram: Likewise for the host; `None` is what is available now.
+        ram: The same for the host; `None` is the memory that is available now.
         layers_on_cpu: The number of layers on the host, for any budget; the token embeddings stay on the device. The
             article's third row is `layers_on_cpu=3`. The budget is then checked only if `vram` or `reserve` is given.
         profile: The profile whose weights, cache and attention are counted.

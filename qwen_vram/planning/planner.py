@@ -233,11 +233,11 @@ def plan(
     Args:
         model: As for `estimate_vram`.
         profile: `"auto"`, a name from `PROFILES`, or a `Profile`.
-        vram: The most bytes that nvidia-smi may show for the process: `"8GiB"`, an `int` of bytes, a dict by GPU
-            number, or `None` for the memory that is free now. Without a GPU the plan is for the host. A dict of several
+        vram: The most bytes that nvidia-smi may show for the process: `"8GiB"`, an `int` of bytes, or a dict by GPU
+            number. `None` is the memory that is free now; without a GPU the plan is for the host. A dict of several
             GPUs (`{0: "20GiB", 1: "20GiB"}`) splits the layers over all of them. The age of a GPU in this machine
             limits the kernels; a GPU that is not in it counts as Ampere or newer.
-        ram: The same for the host; `None` is what is available now.
+        ram: The same for the host; `None` is the memory that is available now.
         reserve: Bytes of each GPU, or of the host if there is no GPU, that stay free: a size, or 0. `None` is 256 MiB
             if `vram` is read from the machine, and 0 if it is given.
         prefer: Among the profiles that fit, `"quality"` takes the first one, `"memory"` the smallest one, and `"speed"`

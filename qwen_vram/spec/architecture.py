@@ -1,6 +1,6 @@
 """The shape of a decoder, and the list of every weight.
 
-It knows names, shapes, roles, and the dtype that config.json names. It does not know bytes or devices.
+It has names, shapes, roles, and the dtype that config.json names. It has no bytes and no devices.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Architecture:
     layer_dtypes: tuple[str, ...] = ()
 
     def __hash__(self) -> int:
-        """The hash of the fields, computed once: for a checkpoint's tensors it takes longer than what it caches."""
+        """The hash of the fields, computed once, because it is slow with the tensors of a checkpoint."""
         return self._hash
 
     @cached_property
@@ -126,8 +126,8 @@ class Architecture:
         """Make the architecture that a config.json describes.
 
         Raises:
-            ConfigError: another architecture, a missing key, an impossible size, or a feature that would be
-                counted wrong (sliding windows, a quantization whose bytes are only in the checkpoint's headers).
+            ConfigError: another architecture, a missing key, an impossible size, or a feature that would be counted
+                wrong. Such features are sliding windows, and a quantization whose bytes are only in the headers.
         """
         family, reader = open_config(config, source)
         model_type = str(config["model_type"])

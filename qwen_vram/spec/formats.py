@@ -16,8 +16,8 @@ FormatName = Literal[
     "fp8", "gptq", "awq", "fp8-block", "compressed-tensors",
 ]  # fmt: skip
 Of = Literal["weights", "rows", "columns", "row_groups", "tensor"]
-# The kernels that multiply by a matrix: 16- or 32-bit products, bitsandbytes' 4-bit or 8-bit kernels, torch's own int4
-# kernel, tiles that torch's operators dequantize, or GPTQModel's kernels. "plugged" is a backend of another package.
+# The kernels that multiply by a matrix. In order: 16- or 32-bit products, bitsandbytes' 4-bit and 8-bit kernels,
+# torch's own int4 kernel, tiles that torch's operators dequantize, GPTQModel's, and a backend of another package.
 KernelName = Literal["dense", "bnb-4bit", "bnb-int8", "tinygemm", "dequantized", "gptqmodel", "plugged"]
 
 # torch's caching allocator hands out multiples of this. Source: c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize.

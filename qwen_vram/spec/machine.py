@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 # nvidia-smi's figure minus torch's reserved bytes in a fresh process. The first is after a load of 16-bit weights. The
-# second is what its generations add, 82 to 136 MB (the most with 512 decode steps). An H100 shows 12 MB less.
+# second is the addition by its generations, 82 to 136 MB (the most with 512 decode steps). An H100 shows 12 MB less.
 # measured: NVIDIA H200, driver 580, torch 2.11.0+cu130, transformers 5.17.0, 2026-11-22.
 CUDA_CONTEXT = 649_068_544
 LAZY_KERNELS = 136_314_880

@@ -18,7 +18,7 @@ class Workload:
     The defaults are the article's test.
 
     Attributes:
-        logits: `"last"`: logits of the last position, as `generate` makes them; `"all"`: one plain forward pass without
+        logits: `"last"`: logits of the last position, as `generate` makes them. `"all"`: one plain forward pass without
             a cache that makes logits for every position of the prompt.
         padded: The batch has padding, so that attention needs a mask.
     """
@@ -63,9 +63,8 @@ class Workload:
             )
 
 
-# The article's 65-25-10 split is right for this workload on a card of 24 GB (10**9). The tensors that are live at once
-# are 15.23 GB of bf16 weights, keys and values for 102,400 tokens (5.87 GB), and one prefill step of 16,384 tokens
-# (2.34 GB).
+# The article's 65-25-10 split is right for this workload on a card of 24 GB (10**9). Live at once are 15.23 GB of bf16
+# weights, keys and values for 102,400 tokens (5.87 GB), and one prefill step of 16,384 tokens (2.34 GB).
 FULL_CARD_WORKLOAD: dict[str, object] = {
     "prompt_len": 24_576,
     "max_new_tokens": 1_024,

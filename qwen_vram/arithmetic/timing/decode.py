@@ -35,9 +35,9 @@ def decode_ms(
 ) -> float:
     """Predict the milliseconds of one decode step in the middle of the answer.
 
-    It is the longest of the times that overlap: kernels on the GPU, their launches by Python unless steps are captured,
-    bytes over the link, and bytes from the disk. Layers that compute on the CPU run before or after those on the GPU.
-    They read their bytes from host memory, as the link does.
+    It is the longest of the times that overlap. These are kernels on the GPU, their launches by Python unless steps are
+    captured, bytes over the link, and bytes from the disk. Layers that compute on the CPU run before or after those on
+    the GPU. They read their bytes from host memory, as the link does.
 
     Args:
         machine: The machine whose rates are used.

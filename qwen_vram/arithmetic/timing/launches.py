@@ -36,8 +36,9 @@ _PRODUCTS: dict[KernelName, float] = {
 # int8-wo, 51.9 ms a token with 19 tiles in a layer (H200, 2026-11-29, auto_plans.jsonl; H100, 2026-11-25,
 # streaming_caps.jsonl). int4 1.1 ms for 5 tiles (H100, 2026-11-25, unpack_rows.jsonl).
 _TILES: dict[KernelName, float] = {"bnb-4bit": 150e-6, "dequantized": 59e-6, "tinygemm": 200e-6}
-# Seconds of a product of few rows by this library's kernel more than a 16-bit one's: 35.3 ms a token with 196 of them
-# and 7 streamed layers. measured: H200, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-30, default_plans.jsonl (4 GiB).
+# Seconds of a product of few rows by this library's kernel more than a 16-bit one's. A token took 35.3 ms with 196 of
+# them and 7 streamed layers.
+# measured: H200, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-30, default_plans.jsonl (4 GiB).
 _FEW_ROWS = 70e-6
 # A layer's attention by sdpa, and its dynamic cache: plain transformers took 8.0 ms (H100) and 11.0 ms (H200) more in
 # bf16 (2026-11-26, decode.jsonl).

@@ -48,10 +48,9 @@ class Budget:
 
         Args:
             vram: `"8GiB"`, an `int` of bytes, or a dict by device number (`{0: "20GiB", 1: "20GiB"}`). `None` is the
-                free memory of torch's current GPU (without torch the first visible one), plus the memory that this
-                process holds in addition to its live tensors. The budget has no GPU if the machine has no GPU, and for
-                `{}`.
-            ram: The same for the host; `None` is what is available now.
+                free memory of torch's current GPU, or without torch of the first visible one. Memory of this process
+                beside its live tensors counts as free. The budget has no GPU if the machine has no GPU, and for `{}`.
+            ram: The same for the host; `None` is the memory that is available now.
             reserve: Bytes of each GPU, or of the host if there is no GPU, that stay free: a size, or 0. `None` is
                 256 MiB if `vram` is read from the machine, and 0 otherwise.
             held: As for `Budget`.

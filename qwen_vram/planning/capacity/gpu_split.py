@@ -40,9 +40,9 @@ def balanced(
     """Find the split over all of `budgets` (GPU -> bytes) whose fullest GPU needs the smallest share of its budget.
 
     Every GPU gets at least one layer, in the order of `budgets`. The needed bytes grow almost in proportion to the
-    layers, which gives the first split. If the budgets could hold it in total, layers are moved from the fullest GPU to
-    the one with the smallest share, while exact estimates show that it helps. Fragments are not a smooth function of
-    the layers: another split may be better by less than a hundredth.
+    layers, which gives the first split. If the budgets could hold it in total, layers are then moved from the fullest
+    GPU to the one with the smallest share. This ends when exact estimates show no better split. Fragments are not a
+    smooth function of the layers: another split may be better by less than a hundredth.
 
     Raises:
         WorkloadError: more GPUs than layers; a context that exceeds the model's positions.

@@ -2,7 +2,7 @@
 
 A module is imported when a model of its family is used.
 
-A module holds one `FAMILY`, a `spec.family.Family`. A new family is a new file here: nothing lists them.
+A module holds one `FAMILY`, a `spec.family.Family`. A new family is a new file here, and there is no list to extend.
 
 Modules:
     llama  Llama and models of its architecture: dense decoders, mostly without biases.
