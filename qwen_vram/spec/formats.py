@@ -53,6 +53,7 @@ class StorageFormat(NamedTuple):
         bits: Code bits per weight, without scales; 0 if only a checkpoint's headers state them.
         kernel: The kernel that multiplies by it.
         group_size: Weights of a row that share a scale; 0 if a format has no such groups.
+        few_rows: This library's own kernels multiply one to eight rows by it on a GPU.
         multiples: Numbers that must divide a matrix's rows and columns.
     """
 
@@ -62,6 +63,7 @@ class StorageFormat(NamedTuple):
     kernel: KernelName
     group_size: int = 0
     multiples: tuple[int, int] = (1, 1)
+    few_rows: bool = False
 
     @property
     def is_dense(self) -> bool:
@@ -224,10 +226,10 @@ FORMATS: dict[str, StorageFormat] = {
             for dtype in (FP32, BF16, FP16)
         ),
         StorageFormat("int8", (Part("weight", 1, 1, "weights"), Part("SCB", 4, 1, "rows")), 8, "bnb-int8"),
-        StorageFormat("nf4", _DOUBLE, 4, "bnb-4bit"),
-        StorageFormat("nf4-plain", _SINGLE, 4, "bnb-4bit"),
-        StorageFormat("fp4", _DOUBLE, 4, "bnb-4bit"),
-        StorageFormat("fp4-plain", _SINGLE, 4, "bnb-4bit"),
+        StorageFormat("nf4", _DOUBLE, 4, "bnb-4bit", few_rows=True),
+        StorageFormat("nf4-plain", _SINGLE, 4, "bnb-4bit", few_rows=True),
+        StorageFormat("fp4", _DOUBLE, 4, "bnb-4bit", few_rows=True),
+        StorageFormat("fp4-plain", _SINGLE, 4, "bnb-4bit", few_rows=True),
         # AutoGPTQ's layout, which GPTQModel writes too: int32 words, fp16 scales, one int32 a column for its group.
         StorageFormat(
             "gptq-int4",
@@ -255,8 +257,12 @@ FORMATS: dict[str, StorageFormat] = {
         ),
         # tinygemm: scale and zero in bf16 side by side. Source: torch's _weight_int4pack_mm, on the CPU too.
         StorageFormat("int4", (_CODES4, Part("scales_and_zeros", 4, 1, "row_groups")), 4, "tinygemm", 128, (16, 128)),
-        StorageFormat("int8-wo", (Part("weight", 1, 1, "weights"), Part("scale", 2, 1, "rows")), 8, "dequantized"),
-        StorageFormat("fp8", (Part("weight", 1, 1, "weights"), Part("scale", 4, 1, "rows")), 8, "dequantized"),
+        StorageFormat(
+            "int8-wo", (Part("weight", 1, 1, "weights"), Part("scale", 2, 1, "rows")), 8, "dequantized", few_rows=True
+        ),
+        StorageFormat(
+            "fp8", (Part("weight", 1, 1, "weights"), Part("scale", 4, 1, "rows")), 8, "dequantized", few_rows=True
+        ),
         # Formats of published checkpoints: bits, groups and skipped modules vary, so headers give the bytes (`stored`).
         StorageFormat("gptq", (), 0, "gptqmodel"),
         StorageFormat("awq", (), 0, "gptqmodel"),

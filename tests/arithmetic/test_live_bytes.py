@@ -18,12 +18,13 @@ TILE = 4_672 * 3_584  # of gate_proj and up_proj of 7B, whole blocks of 64 rows 
 def shape_of(model, tokens):
     """Bytes of a tensor for `tokens` rows in bf16, by its width."""
     part = resolve_model(model)[1]
+    layer, attention = part.layers[0], part.layers[0].attention
     widths = {
-        "hidden": part.hidden_size, "inner": part.intermediate_size, "wide": part.attention_width,
-        "narrow": part.key_value_width, "tables": 2 * part.head_dim,
+        "hidden": part.hidden_size, "inner": layer.inner_size, "wide": attention.width,
+        "narrow": attention.key_value_width, "tables": 2 * part.rotary_dim,
     }  # fmt: skip
     sizes = {name: tokens * width * 2 for name, width in widths.items()}
-    return SimpleNamespace(**sizes, heads=part.num_attention_heads, vocab=part.vocab_size)
+    return SimpleNamespace(**sizes, heads=attention.heads, vocab=part.vocab_size)
 
 
 def live(model, part=None, **knobs):

@@ -19,7 +19,7 @@ LOSSLESS = [
 ALL = {knob: value for knobs in LOSSLESS for knob, value in knobs.items()}
 
 
-@pytest.mark.parametrize("weights", ["bf16", "fp32"])
+@pytest.mark.parametrize("weights", ["bf16", pytest.param("fp32", marks=pytest.mark.full)])
 def test_lossless_savers_give_the_tokens_of_plain_transformers(demo, weights):
     texts = chats(demo)
     tokenizer = AutoTokenizer.from_pretrained(demo)

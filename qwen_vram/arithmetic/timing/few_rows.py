@@ -22,7 +22,12 @@ _NF4 = {1: Kernel(3.8e-6, 2.07e12), 4: Kernel(5.2e-6, 0.99e12), MOST_ROWS: Kerne
 _INT8_WO = {1: Kernel(6.5e-6, _MEMORY), 4: Kernel(6.6e-6, 2.93e12), MOST_ROWS: Kernel(6.1e-6, 0.94e12)}
 _FP8 = {1: Kernel(5.4e-6, _MEMORY), 4: Kernel(6.3e-6, 2.50e12), MOST_ROWS: Kernel(5.9e-6, 0.95e12)}
 _DENSE = {1: Kernel(4.2e-6, _MEMORY)}
-_EIGHT_BIT = {"int8-wo": _INT8_WO, "fp8": _FP8}
+_TIMES = {
+    **{name: _NF4 for name, row in FORMATS.items() if row.is_bnb_4bit},
+    **{name: _DENSE for name, row in FORMATS.items() if row.is_dense},
+    "int8-wo": _INT8_WO,
+    "fp8": _FP8,
+}
 
 
 def by_few_rows(profile: Profile, name: str, rows: int) -> bool:
@@ -35,7 +40,7 @@ def by_few_rows(profile: Profile, name: str, rows: int) -> bool:
     storage, fused = FORMATS[name], profile.captured and profile.kernels == "fused"
     if storage.is_dense:
         return fused and rows == 1
-    return storage.is_dequantized or (storage.is_bnb_4bit and (fused or profile.tiles))
+    return storage.few_rows and (storage.is_dequantized or fused or profile.tiles)
 
 
 def step_seconds(profile: Profile, name: str, of: Matrices, rows: int, machine: Machine) -> float:
@@ -44,7 +49,7 @@ def step_seconds(profile: Profile, name: str, of: Matrices, rows: int, machine: 
         return product_seconds(of, rows, machine, compiled=profile.compiled)
     joined = profile.captured and profile.kernels == "fused" and of.number > 1
     launches = _LAYER_LAUNCHES if joined else of.number
-    kernels = _DENSE if of.storage.is_dense else _EIGHT_BIT.get(name, _NF4)
+    kernels = _TIMES[name]
     below = max(known for known in kernels if known <= rows)
     above = min(known for known in kernels if known >= rows)
     least, most = (_seconds(kernels[known], launches, of.nbytes, machine) for known in (below, above))

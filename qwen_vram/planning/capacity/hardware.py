@@ -6,6 +6,7 @@ import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from qwen_vram.dtypes import BF16
 from qwen_vram.planning.capacity.budget import Budget
 from qwen_vram.spec.machine import Machine
 from qwen_vram.spec.profile import Profile
@@ -33,7 +34,7 @@ def limits_of(budget: Budget, profile: Profile) -> str | None:
     if not is_old(budget) or budget.capability is None:
         return None
     changed = ["attention='sdpa'"] if profile.name == "auto" and profile.attention == "sdpa" else []
-    if profile.dtype == "bf16":
+    if profile.dtype == BF16.name:
         changed.append("fp16 in place of bf16, in the same size")
     if not changed:
         return None

@@ -243,5 +243,6 @@ class Search(Candidates):
 
 
 def _turned(profile: Profile) -> Saver:
-    """Every knob that the steps to `profile` may have changed."""
-    return Saver({knob: getattr(profile, knob) for knob in KNOBS}, "")
+    """Every knob that the steps to `profile` may have changed, those of the cache last."""
+    ordered = sorted(KNOBS, key=("kv_cache", "kv_device").__contains__)
+    return Saver({knob: getattr(profile, knob) for knob in ordered}, "")

@@ -134,7 +134,7 @@ def _codes(linear: Any, x: Tensor) -> _Codes | None:
             return None
         return _Codes(_DENSE, False, weight.view(-1).view(torch.int32), (weight,))
     storage = getattr(linear, "format", None)
-    if storage is not None and FORMATS[storage].is_dequantized:
+    if storage is not None and FORMATS[storage].few_rows:
         if x.shape[1] != linear.in_features or x.shape[1] % 16:
             return None
         return _Codes(str(storage), False, weight.view(-1).view(torch.int32), (cast("Tensor", linear.scale),))

@@ -1,8 +1,7 @@
 """Families of decoders: one module for each `model_type` of config.json.
 
-A module is imported when a model of its family is used.
-
-A module holds one `FAMILY`, a `spec.family.Family`. A new family is a new file here, and there is no list to extend.
+A module is imported when a model of its family is used. It holds one `FAMILY`, a `spec.family.Family`. A new family is
+a new file here, and no code lists it; `python -m tests.hygiene.layout` writes it into the list below.
 
 Modules:
     llama  Llama and models of its architecture: dense decoders, mostly without biases.

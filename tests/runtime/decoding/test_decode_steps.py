@@ -92,14 +92,19 @@ OPTIONS = [
 ]
 
 
+def steps_of(llm):
+    """The steps that the decoder keeps for its own buffers, by batch."""
+    decoder = llm._generations.decoder
+    return decoder._steps[decoder._home]
+
+
 @pytest.mark.parametrize("new", [NEW, pytest.param(210, marks=pytest.mark.full)])
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "+".join(options))
-@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize(*thinned(1, options=OPTIONS, count=[1, 4]))
 def test_steps_give_the_tokens_of_the_ordinary_path(pairs, count, options, new):
     ordinary, steps = pairs("fp32")
     expected = sequences(ordinary, count, new, **options)
     assert sequences(steps, count, new, **options) == expected
-    assert count in steps._generations.decoder._home.steps
+    assert count in steps_of(steps)
 
 
 @pytest.mark.parametrize(*thinned(1, weights=["bf16", "nf4", "int4", "int8-wo", "fp8"], count=[1, 4]))
@@ -126,7 +131,7 @@ def test_a_table_on_the_host_runs_by_steps(demo, weights, count):
         decode_by_steps(llm.model)
         llm._generations.decoder = Decoder(llm.model, batch_size=4, max_length=820, backend=None)
         assert sequences(llm, count, new=60, do_sample=False) == sequences(ordinary, count, new=60, do_sample=False)
-        step = llm._generations.decoder._home.steps[count]
+        step = steps_of(llm)[count]
         assert step.embedded.shape == (count, llm.model.config.hidden_size)
 
 
@@ -140,7 +145,7 @@ def test_an_adapter_runs_by_steps(untied, adapter):
         llm._generations.decoder = Decoder(base, batch_size=1, max_length=400, backend=None)
         expected = ordinary.generate("hello", max_new_tokens=30, do_sample=False, eos_token_id=None)
         assert llm.generate("hello", max_new_tokens=30, do_sample=False, eos_token_id=None) == expected
-        assert llm._generations.decoder._home.steps
+        assert steps_of(llm)
 
 
 def test_what_generate_returns_beside_the_tokens(pairs):
@@ -441,7 +446,7 @@ def test_on_a_gpu_answers_are_right_and_memory_is_what_was_promised(demo, weight
     with qv.load(demo, profile="default", weights=weights, **KINDS[kind], **work) as llm:
         assert llm.compile_seconds > 0
         assert llm._generations.decoder.backend == (compiler_for(llm.device) if kind == "compiled" else None)
-        assert all(step.graph is not None for step in llm._generations.decoder._home.steps.values())
+        assert all(step.graph is not None for step in steps_of(llm).values())
         for example in ASKED:
             assert llm.chat(example.prompt, max_new_tokens=64, do_sample=False) == example.answer
         # Segments that earlier questions left stay reserved: the promise is the plan's, for its longest prompt.

@@ -23,6 +23,7 @@ from qwen_vram.runtime.backends import get_backend
 from qwen_vram.runtime.backends.gptq import KERNEL
 from qwen_vram.runtime.gptq import process as gptq_process
 from qwen_vram.runtime.measure import weight_storages
+from tests.helpers.command import qwen_vram
 from tests.helpers.gptq_files import as_auto_gptq, as_awq, change_config
 
 QUESTION, ANSWER = "What is 12 + 30?", "12 + 30 = 42"
@@ -65,7 +66,7 @@ def test_it_loads_with_no_knob_and_takes_the_bytes_that_were_counted(demo, gptq_
     assert changed <= {"TORCHINDUCTOR_CACHE_DIR", "PYTEST_CURRENT_TEST"}
 
 
-@pytest.mark.parametrize(("bits", "group_size"), [(8, 128), (4, 32)])
+@pytest.mark.parametrize(("bits", "group_size"), [(8, 128), pytest.param(4, 32, marks=pytest.mark.full)])
 def test_other_bits_and_groups(demo, gptqmodel, calibration, tmp_path, bits, group_size):
     out = tmp_path / "out"
     report = qv.quantize_gptq(
@@ -100,7 +101,10 @@ print(first() is None, second() is None)
 """
 
 
-@pytest.mark.parametrize("kind", ["gptq", "awq", "gptq with an adapter", "adapter"])
+@pytest.mark.parametrize(
+    "kind",
+    ["awq", "gptq with an adapter", *(pytest.param(kind, marks=pytest.mark.full) for kind in ("gptq", "adapter"))],
+)
 def test_the_first_model_of_a_process_is_collected_once_it_is_dropped(demo, gptq_demo, tmp_path, kind):
     folder = demo if kind == "adapter" else as_awq(gptq_demo, tmp_path / "awq") if kind == "awq" else gptq_demo
     adapter = [str(ADAPTER)] if "adapter" in kind else []
@@ -438,15 +442,15 @@ def test_stopped_on_the_way_it_leaves_no_process_and_no_output(demo, gptqmodel, 
 def test_the_command_line_quantizes_with_a_file_of_samples(demo, gptqmodel, calibration, tmp_path):
     texts = write(tmp_path / "texts.jsonl", "\n".join(map(json.dumps, calibration[:24])).encode())
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "qwen_vram.cli", "quantize", str(demo), str(out), "--weights", "gptq-int4"]
-    without = subprocess.run(command, capture_output=True, text=True)
+    command = ["quantize", demo, out, "--weights", "gptq-int4"]
+    without = qwen_vram(*command)
     assert without.returncode == 2
     assert "calibration: GPTQ needs sample texts" in without.stderr
-    other = [*command[:-1], "nf4", "--calibration", str(texts)]
-    assert "weights='nf4' needs no sample texts" in subprocess.run(other, capture_output=True, text=True).stderr
-    head = subprocess.run([*command, "--lm-head", "gptq-int4"], capture_output=True, text=True)
+    other = [*command[:-1], "nf4", "--calibration", texts]
+    assert "weights='nf4' needs no sample texts" in qwen_vram(*other).stderr
+    head = qwen_vram(*command, "--lm-head", "gptq-int4")
     assert "GPTQ leaves the head in 16 bits; leave --lm-head out" in head.stderr
-    run = subprocess.run([*command, "--calibration", str(texts), "--json"], capture_output=True, text=True)
+    run = qwen_vram(*command, "--calibration", texts, "--json")
     report = json.loads(run.stdout)
     assert report["weights"] == "gptq-int4"
     assert report["total_bytes"] == qv.estimate_vram(out).weights

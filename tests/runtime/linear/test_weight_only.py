@@ -20,6 +20,7 @@ from qwen_vram.runtime.linear.int4_packing import arrange, pair, unpack, unpack_
 from qwen_vram.runtime.linear.int8_fp8 import Fp8Linear, Int8Linear
 from qwen_vram.runtime.measure import weight_storages
 from qwen_vram.spec.catalog import CATALOG
+from tests.helpers.tiers import thinned
 
 LINEARS = {cls.format: cls for cls in (Int4Linear, Int8Linear, Fp8Linear)}
 WEIGHTS = tuple(LINEARS)
@@ -51,9 +52,7 @@ def matrix(layer):
 # the whole model
 
 
-@pytest.mark.parametrize("embeddings", ["device", "host"])
-@pytest.mark.parametrize("head", [False, True])
-@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize(*thinned(1, weights=WEIGHTS, head=[False, True], embeddings=["device", "host"]))
 def test_bytes_answers_and_distance_from_bf16(demo, weights, head, embeddings):
     with load(demo) as llm:
         texts = [chat(llm, example) + example.answer for example in QUESTIONS]
