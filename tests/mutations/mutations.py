@@ -109,10 +109,10 @@ MUTATIONS = (
     Mutation(
         "config.json",
         "spec/config/reader.py",
-        "key_value_heads = heads if given is None",
-        "key_value_heads = 1 if given is None",
-        "tests/runtime/loading/test_config_json.py",
-        "test_config_json.py",
+        'key_value_heads = heads if given is None else self.size("num_key_value_heads")',
+        "key_value_heads = heads",
+        "tests/spec/test_architecture.py",
+        "test_architecture.py",
     ),
     Mutation(
         "headers of safetensors files",
@@ -211,12 +211,12 @@ MUTATIONS = (
         "test_quantized_cache.py",
     ),
     Mutation(
-        "slots of a broken forward",
+        "the slot that a layer computes with",
         "runtime/offload/streamer.py",
-        "        slot.block = None  # in case this is interrupted\n",
-        "",
-        "tests/runtime/offload/test_streaming.py::test_the_ring_is_right_after_an_interrupt_of_its_own_work",
-        "test_streaming.py::test_the_ring_is_right_after_an_interrupt_of_its_own_work",
+        "        block.bind(slot.index)\n        return inputs\n",
+        "        block.bind(0)\n        return inputs\n",
+        "tests/runtime/offload/test_streaming.py::test_logits_are_those_of_the_resident_model",
+        "test_streaming.py::test_logits_are_those_of_the_resident_model",
     ),
     Mutation(
         "positions of decode steps",

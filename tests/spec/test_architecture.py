@@ -56,12 +56,22 @@ def test_every_weight_is_the_one_that_transformers_makes(name):
     assert ours == meta_parameters(**shape)
 
 
+@pytest.mark.torch
 def test_biases_of_a_qwen3_that_has_them_are_counted():
     shape = {**CATALOG["Qwen/Qwen3-0.6B"].shape._asdict(), "attention_bias": True}
     from qwen_vram import Architecture
 
     architecture = Architecture.from_config({**shape, "max_position_embeddings": 4096})
     assert {weight.name: weight.shape for weight in architecture.weights()} == meta_parameters(**shape)
+
+
+def test_without_heads_for_keys_and_values_there_are_as_many_as_for_queries():
+    from qwen_vram import Architecture
+
+    shape = {**CATALOG["Qwen/Qwen2.5-0.5B"].shape._asdict(), "num_key_value_heads": None}
+    architecture = Architecture.from_config({**shape, "max_position_embeddings": 4096})
+    shapes = {weight.name: weight.shape for weight in architecture.weights()}
+    assert shapes["model.layers.0.self_attn.k_proj.weight"] == (896, 896)
 
 
 def test_a_name_is_found_with_and_without_its_organisation():
