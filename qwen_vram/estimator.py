@@ -28,25 +28,25 @@ def estimate_vram(
 ) -> Estimate:
     """Predict the memory and times of a model on one GPU, before it is loaded. The defaults are those of the article.
 
-    Weights and cache are exact; docs/accuracy.md holds the rest against measurements.
+    Weights and cache are exact; docs/accuracy.md compares the other parts with measurements.
 
     Args:
         model: A catalog name, checkpoint folder, hub id (config.json, and headers if quantized), config `dict` or
             `Architecture`; or `None` with `params`.
         profile: A name from `PROFILES`, or a `Profile`.
-        params: With `model=None`: a number of parameters, for the rule of thumb parameters x bytes (weights alone).
-        logits: `"last"` for generation, `"all"` for one plain forward that makes logits for the whole prompt.
-        padded: The batch carries padding, so that attention needs a mask.
+        params: With `model=None`: a number of parameters, for the rule of thumb parameters x bytes (weights only).
+        logits: `"last"` for generation, `"all"` for one plain forward pass that makes logits for the whole prompt.
+        padded: The batch has padding, so that attention needs a mask.
         adapter: Folder or hub id of a LoRA adapter that runs beside the base; `False` if the one in the model's own
             folder is merged already.
         **knobs: Fields of `Profile` to replace, such as `weights="nf4"`.
 
     Raises:
-        UnknownNameError: a model, profile, format or knob that nobody has heard of.
-        WorkloadError: a length that is not positive, or a context past the model's positions.
+        UnknownNameError: an unknown model, profile, format or knob.
+        WorkloadError: a length that is not positive, or a context that exceeds the model's positions.
         ConfigError: a configuration that cannot be counted.
         CheckpointError, NotSupportedError: an adapter that cannot be used.
-        HubError: the hub does not give the config.json.
+        HubError: the hub does not return the config.json.
 
     Example:
         >>> estimate_vram("Qwen2.5-7B-Instruct").weights
@@ -69,7 +69,7 @@ def estimate_vram(
 
 
 def warn_of_positions(result: Estimate) -> None:
-    """Log one line for each thing worth knowing of the rotary positions: a stretch, or one without effect."""
+    """Log one warning for each problem of the rotary positions, such as an extension or one without effect."""
     rope = result.architecture.rope if result.architecture else None
     lines = rope.warnings(result.workload.context_len) if rope else []
     if not lines:
@@ -81,7 +81,7 @@ def warn_of_positions(result: Estimate) -> None:
 
 
 def _rule_of_thumb(params: float | None, profile: Profile, workload: Workload) -> Estimate:
-    """Parameters times bytes: the weights alone, as articles count them."""
+    """Parameters times bytes: only the weights, as articles count them."""
     if params is None or isinstance(params, bool) or not isinstance(params, (int, float)) or not 0 < params < 1e15:
         raise WorkloadError(
             f"model=None needs params, a positive number of parameters such as 7.62e9, got {params!r}",

@@ -14,11 +14,11 @@ _FP32 = 4
 
 
 def step_sizes(architecture: Architecture, profile: Profile, workload: Workload) -> tuple[int, ...]:
-    """Bytes of each tensor that a captured decode step keeps, in the order in which they are taken; none otherwise.
+    """Bytes of each tensor that a captured decode step keeps, in the order of allocation; empty without capture.
 
-    For each sequence its token, position, place in the cache and number of keys, where its keys start, its row, and its
-    logits in float32; with the table on the host, its token's row too. cuBLAS takes a workspace for every stream; the
-    step is captured on one of its own.
+    Each sequence has its token, position, place in the cache, number of keys, start of its keys, row, and logits in
+    float32. If the token embeddings are on the host, it also has its token's row. cuBLAS takes a workspace for every
+    stream, and the step is captured on a separate one.
     """
     if not profile.captures or workload.logits == "all":
         return ()

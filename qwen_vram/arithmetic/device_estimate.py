@@ -24,15 +24,15 @@ def estimate(
     session: bool = False,
     held: int = 0,
 ) -> Estimate:
-    """Return the estimate of an architecture, a profile and a workload that are resolved already.
+    """Return the estimate of an architecture, a profile and a workload.
 
     Args:
         machine: The machine whose CUDA context and kernels the process counts.
-        session: Count a session, of workloads up to this one, as a plan does: `Estimate.covered`.
+        session: Count a session of workloads up to this one, as a plan does (`Estimate.covered`).
         held: As for `Estimate`.
 
     Raises:
-        WorkloadError: a context past the model's positions, or more streamed layers than there are.
+        WorkloadError: a context that exceeds the model's positions, or more streamed layers than the model has.
     """
     workload.check(architecture)
     if profile.streamed_layers > architecture.num_hidden_layers:
@@ -50,11 +50,11 @@ def estimate(
     cache = 0
     if workload.logits == "last":
         cache = kv_cache_bytes(architecture, profile, tokens=context, batch_size=batch, context_len=context)
-    # A workload whose last decode step holds one token less than its context must not count below the full cache.
+    # The last decode step holds one token less than the context, and the full cache must be counted.
     peak = max(peak, cache)
     smaller: list[Workload] = []
     if session:
-        from qwen_vram.arithmetic.session import critical_workloads  # a plan's, and not an estimate's
+        from qwen_vram.arithmetic.session import critical_workloads  # for plans only
 
         smaller = critical_workloads(profile, workload)
     return Estimate(

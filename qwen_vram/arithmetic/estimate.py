@@ -29,32 +29,33 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Predicted peak device memory by cause, in bytes. Knows nothing about budgets.
+    """Predicted peak device memory by part, in bytes. It contains no budget.
 
     The parts of `shares()` sum to `peak_allocated`. Weights are exact. `kv_cache` is the full cache at the end of the
-    workload, and `activations` what the peak takes beyond it: where a growing cache peaks during prefill, the room
-    of the tokens to come serves activations first. `moments` has the live bytes of every moment unmixed.
-    `activations` and whatever is made of it replay torch's allocator on first use, some 20 ms.
+    workload, and `activations` are the other bytes of the peak. With a growing cache the peak may be in the prefill;
+    some bytes of the full cache are then still free for activations. `moments` has the live bytes of every moment, by
+    part. `activations`, and all sizes that depend on it, replay torch's allocator on first use, in about 20 ms.
 
     Attributes:
-        model: What was estimated.
+        model: The name of the model.
         architecture: Its shape; `None` for a bare number of parameters.
-        profile: The knobs counted.
-        workload: The tokens counted.
-        weights: Weights on the device, quantization state included.
-        kv_cache: Keys and values on the device once the context is full.
-        tensors: What else the peak moment holds, tensor by tensor, without the allocator's rounding.
-        workspace: cuBLAS's workspace, rotary buffers, and what torch's allocator adds to the weights.
-        load_peak: The most that is allocated while loading.
-        host: Host memory for streamed layers, a host embedding and a host cache.
-        disk: What is read of layers in the checkpoint's files. The system's page cache keeps what it has room for, and
-            gives it up when room is short: it is not part of `host`.
-        moments: Cache and activations at each moment of the steps that can hold the peak.
-        machine: Whose CUDA context and kernels the process counts: measured by `qwen-vram calibrate`, or the default.
-        devices: Where a model is split over several GPUs, the estimate of each one's part by the GPU's number; every
-            size here is then their sum.
-        held: What the process takes of the device beside torch's memory before it loads this model.
-        covered: Of a plan: estimates of smaller workloads, which a session runs before or after this one and which can
+        profile: The knobs of the estimate.
+        workload: The lengths of the estimate.
+        weights: Weights on the device, with quantization state.
+        kv_cache: Keys and values on the device when the context is full.
+        tensors: The other tensors of the peak moment, without the allocator's rounding.
+        workspace: cuBLAS's workspace, rotary buffers, and bytes that torch's allocator adds to the weights.
+        load_peak: The most allocated bytes while the model loads.
+        host: Host memory for streamed layers, host embeddings and a host cache.
+        disk: Bytes that are read of layers in the checkpoint's files. The page cache may keep them in free memory: they
+            are not part of `host`.
+        moments: Cache and activations at each moment of the steps that can have the peak.
+        machine: The machine whose CUDA context and kernels are counted: measured by `qwen-vram calibrate`, or the
+            default.
+        devices: If a model is split over several GPUs, the estimate of each part by the GPU's number; every size here
+            is then their sum.
+        held: Bytes that the process takes of the device beside torch's memory before it loads this model.
+        covered: For a plan: estimates of smaller workloads, which a session runs before or after this one and which can
             need more. `needed_bytes` and `process_total` are then those of the whole session.
     """
 
@@ -82,7 +83,7 @@ class Estimate:
 
     @property
     def activations(self) -> int:
-        """What else the peak moment holds, and what stays with blocks that the allocator cannot split."""
+        """The other bytes of the peak moment, with the rests of blocks that the allocator cannot split."""
         if self.architecture is None:
             return self.tensors
         if self.devices:
@@ -91,26 +92,26 @@ class Estimate:
 
     @property
     def peak_allocated(self) -> int:
-        """The most that torch has allocated at once (`torch.cuda.max_memory_allocated`)."""
+        """The most bytes that torch has allocated at once (`torch.cuda.max_memory_allocated`)."""
         return self.weights + self.kv_cache + self.activations + self.workspace
 
     @property
     def peak_reserved(self) -> int:
-        """What torch reserves, fragments included."""
+        """The bytes that torch reserves, with fragments."""
         if self.devices:
             return self.sum("peak_reserved")
         return self.peak_allocated if self.architecture is None else max(self.peak_allocated, self._replayed.reserved)
 
     @property
     def process_total(self) -> int:
-        """The most that nvidia-smi shows for the process, CUDA context and loaded kernels included."""
+        """The most bytes that nvidia-smi shows for the process, with CUDA context and loaded kernels."""
         if self.devices:
             return self.sum("process_total")
         if self.architecture is None:
             return self.peak_allocated
         if not self.covered:
             return self._process(self.peak_reserved)
-        from qwen_vram.arithmetic.session import smaller_step_bytes  # a plan's, and not an estimate's
+        from qwen_vram.arithmetic.session import smaller_step_bytes  # for plans only
 
         beside = smaller_step_bytes(self.architecture, self.profile, self.workload)
         most = beside + max(one.peak_reserved for one in (self, *self.covered))
@@ -122,16 +123,16 @@ class Estimate:
         return self.sum("beside_torch") if self.devices else self._process(0)
 
     def _process(self, reserved: int) -> int:
-        """Return what nvidia-smi shows for the process if torch has reserved `reserved` bytes."""
+        """Return the bytes that nvidia-smi shows for the process if torch has reserved `reserved` bytes."""
         return process_bytes(reserved, self.profile, self.machine, self.held)
 
     @property
     def peak_moment(self) -> Moment | None:
-        """The moment that holds the peak; `None` for a bare number of parameters, and for several devices together."""
+        """The moment of the peak; `None` for a bare number of parameters, and for several devices."""
         return max(self.moments, key=lambda moment: moment.total, default=None)
 
     def parts(self) -> dict[str, int]:
-        """The four parts of `peak_allocated`, by name."""
+        """The four parts of `peak_allocated`, in bytes by name."""
         return {name: getattr(self, name) for name in ("weights", "kv_cache", "activations", "workspace")}
 
     def shares(self) -> dict[str, float]:
@@ -139,7 +140,7 @@ class Estimate:
         return {name: size / self.peak_allocated for name, size in self.parts().items()}
 
     def fits(self, budget: str | int) -> bool:
-        """Tell if the whole process, and loading it, stay within `budget` (`"8GiB"`, or an `int` of bytes).
+        """Tell if the whole process, also while it loads, fits in `budget` (`"8GiB"`, or an `int` of bytes).
 
         Raises:
             UnitError: `budget` has no unit.
@@ -148,10 +149,10 @@ class Estimate:
 
     @cached_property
     def needed_bytes(self) -> int:
-        """The smallest budget that holds the process: while it runs, and while it loads.
+        """The smallest budget that the process fits, while it runs and while it loads.
 
-        Where much of `process_total` is fragments, less will do: torch gives unused segments back before it is out of
-        memory. How much less is found by replays under a limit, to 16 MiB, with 1 % left for what a replay can miss.
+        It is less than `process_total` if much of that is fragments, because torch returns unused segments before it is
+        out of memory. Replays under a limit find it, to 16 MiB, with 1 % added for the error of a replay.
         """
         if self.architecture is None:
             return self.peak_allocated
@@ -162,19 +163,19 @@ class Estimate:
 
     @cached_property
     def _least(self) -> int:
-        """The least that torch must be able to reserve for this workload alone, and for loading."""
+        """The least bytes that torch must be able to reserve for this workload alone, and for loading."""
         assert self.architecture is not None
         return least_reserved(self.architecture, self.profile, self.workload, self._roomy)
 
     @property
     def _roomy(self) -> int:
-        """What torch reserves without a limit: while it loads, or while it runs."""
+        """The bytes that torch reserves without a limit, while it loads or while it runs."""
         assert self.architecture is not None
         return max(self.peak_reserved, load_reserved_bytes(self.architecture, self.profile))
 
     @cached_property
     def _session_least(self) -> int:
-        """The least that torch must be able to reserve for a session of workloads up to this one, in any order."""
+        """The least bytes that torch must be able to reserve for a session of workloads up to this one."""
         assert self.architecture is not None
         from qwen_vram.arithmetic.session import Run, session_least
 
@@ -182,7 +183,7 @@ class Estimate:
         return session_least(self.architecture, self.profile, self.workload, runs)
 
     def needs_at_most(self, limit: int) -> bool:
-        """Tell if `needed_bytes` is at most `limit`: the same answer, sooner. For one device."""
+        """Tell if `needed_bytes` is at most `limit`. For one device it is faster than the comparison."""
         if self.architecture is None or self.devices or "needed_bytes" in vars(self):
             return self.needed_bytes <= limit
         left = limit - self._process(0)
@@ -191,15 +192,15 @@ class Estimate:
 
     @property
     def is_of_session(self) -> bool:
-        """Tell if `needed_bytes` and `process_total` hold for every smaller workload too, one after the other."""
+        """Tell if `needed_bytes` and `process_total` also hold for every smaller workload, one after the other."""
         return bool(self.covered) or any(part.covered for part in self.devices.values())
 
     def sum(self, part: str) -> int:
-        """A part's bytes on all devices together."""
+        """The sum of a part's bytes over all devices."""
         return sum(getattr(one, part) for one in self.devices.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain data that `json.dumps` takes; sizes in bytes."""
+        """Everything as plain data for `json.dumps`; sizes in bytes."""
         several = {"devices": {device: _of_device(one) for device, one in self.devices.items()}} if self.devices else {}
         return {
             "model": self.model,
@@ -222,7 +223,7 @@ class Estimate:
         }
 
     def shown(self) -> render.Shown:
-        """Return what is shown of it: as text, in a notebook and as a picture."""
+        """Return its texts and figures for display: as text, in a notebook and as a picture."""
         parts = [(device, part, part.architecture) for device, part in self.devices.items()]
         devices = tuple((device, _span(shape), part._sizes()) for device, part, shape in parts if shape)
         return render.Shown(self._subject, self._headline, self._sizes(), self.shares(), devices)

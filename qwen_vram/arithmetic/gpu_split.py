@@ -25,14 +25,14 @@ def split_estimate(
     session: bool = False,
     held: Mapping[int, int] | None = None,
 ) -> Estimate:
-    """Estimate a model with `layers` on each GPU (number -> how many, in the order in which they follow).
+    """Estimate a model with `layers` on each GPU (GPU number -> number of layers, in the order of the layers).
 
-    Bytes that cross from one GPU to the next are counted on the second. `machine` and `session` are as for `estimate`,
-    and so is `held`, for each GPU.
+    Bytes that are copied from one GPU to the next are counted on the second. `machine` and `session` are as for
+    `estimate`, and so is `held`, for each GPU.
 
     Raises:
-        NotSupportedError: a knob that works on one GPU alone.
-        WorkloadError: a context past the model's positions.
+        NotSupportedError: a knob that works on one GPU only.
+        WorkloadError: a context that exceeds the model's positions.
     """
     check_split(profile, len(layers))
     parts = zip(layers, slices(architecture, tuple(layers.values())), strict=True)
@@ -56,15 +56,15 @@ def split_estimate(
 
 
 def split_of(known: Estimate) -> dict[int, int]:
-    """How many layers each GPU has, by its number; empty for one."""
+    """The number of layers on each GPU, by the GPU's number; empty for one GPU."""
     return {device: part.architecture.num_hidden_layers for device, part in known.devices.items() if part.architecture}
 
 
 def at_workload(known: Estimate, workload: Workload) -> Estimate:
-    """The same model, profile and split at another workload.
+    """Estimate the same model, profile and split for another workload.
 
     Raises:
-        WorkloadError: a context past the model's positions.
+        WorkloadError: a context that exceeds the model's positions.
     """
     assert known.architecture is not None
     what = (known.model, known.architecture, known.profile, workload)

@@ -2,11 +2,12 @@
 
 Columns with an input of 6 or more are multiplied in 16 bits, beside copies of their weights.
 
-bitsandbytes' LLM.int8() takes such columns of a matrix product out (threshold 6.0, `BitsAndBytesConfig`'s default).
-How many there are depends on the data. Counted here is what the published shapes give before training: normed inputs
-are of unit variance and Qwen's weights are initialised with a deviation of 0.02, so gate and up projections are normal,
-and only their product, the input of `down_proj`, reaches 6. A trained model has outliers of its own: at worst every
-column, and then `down_proj` needs 9 x hidden_size x intermediate_size bytes while it multiplies.
+bitsandbytes' LLM.int8() separates such columns of a matrix product (threshold 6.0, `BitsAndBytesConfig`'s default).
+Their number depends on the data. This module counts the expected number for the published shapes before training.
+Normed inputs have unit variance, and Qwen's weights are initialized with a deviation of 0.02. Gate and up projections
+are then normal, and only their product, the input of `down_proj`, has values of 6 or more. A trained model has other
+outliers. In the worst case every column is one, and `down_proj` then needs 9 x hidden_size x intermediate_size bytes
+for its product.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _INITIALIZER_RANGE = 0.02
 
 
 def outlier_columns(weight: Weight, rows: int) -> int:
-    """Expected outlier columns among the inputs of `weight` for `rows` rows; 0 for all but `down_proj`."""
+    """Expected number of outlier columns in `rows` rows of the input of `weight`; 0 for all but `down_proj`."""
     out_features, in_features = weight.shape
     if weight.module != "down_proj":
         return 0
@@ -32,7 +33,7 @@ def outlier_columns(weight: Weight, rows: int) -> int:
 
 @lru_cache(maxsize=64)
 def _gated_share(hidden_size: int) -> float:
-    """P(|silu(gate) x up| >= threshold), gate and up normal: integrated over gate, exact to three digits."""
+    """P(|silu(gate) x up| >= threshold) for normal gate and up, integrated over gate, exact to three digits."""
     deviation = _INITIALIZER_RANGE * sqrt(hidden_size)
     step = deviation / 100
     total = 0.0

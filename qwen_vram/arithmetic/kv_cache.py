@@ -6,7 +6,7 @@ from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.layers import LayerSpec
 from qwen_vram.spec.profile import Profile
 
-# A cache on the host keeps the layer that computes and the one that is fetched on the device.
+# Layers of a host cache that are on the device: the one that computes, and the one that is copied.
 HOST_CACHE_LAYERS = 2
 
 
@@ -26,7 +26,7 @@ def kv_bytes_per_token(architecture: Architecture, profile: Profile) -> int:
 
 
 def layer_kv_bytes(layer: LayerSpec, profile: Profile, *, tokens: int, batch_size: int) -> int:
-    """Bytes that a layer's keys and values take for `tokens` tokens of each sequence, in the cache's format.
+    """Bytes of a layer's keys and values for `tokens` tokens of each sequence, in the cache's format.
 
     Exact.
     """
@@ -39,7 +39,7 @@ def layer_kv_bytes(layer: LayerSpec, profile: Profile, *, tokens: int, batch_siz
 
 
 def all_kv_bytes(architecture: Architecture, profile: Profile, *, tokens: int, batch_size: int) -> int:
-    """`layer_kv_bytes` of all layers together. Exact."""
+    """The sum of `layer_kv_bytes` over all layers. Exact."""
     return sum(
         count * layer_kv_bytes(layer, profile, tokens=tokens, batch_size=batch_size)
         for layer, count in architecture.kinds
@@ -47,16 +47,16 @@ def all_kv_bytes(architecture: Architecture, profile: Profile, *, tokens: int, b
 
 
 def largest_kv_bytes(architecture: Architecture, profile: Profile, *, tokens: int, batch_size: int) -> int:
-    """`layer_kv_bytes` of the layer with the most. Exact."""
+    """`layer_kv_bytes` of the layer with the most bytes. Exact."""
     return max(layer_kv_bytes(layer, profile, tokens=tokens, batch_size=batch_size) for layer, _ in architecture.kinds)
 
 
 def kv_cache_bytes(
     architecture: Architecture, profile: Profile, *, tokens: int, batch_size: int, context_len: int
 ) -> int:
-    """Bytes on the device once `tokens` of each sequence are cached, of `context_len` that will be.
+    """Bytes on the device if `tokens` of each sequence's `context_len` tokens are cached.
 
-    A dynamic cache holds what was fed; the other two hold the whole context from the first step.
+    A dynamic cache has memory for the cached tokens; the other two have memory for the whole context from the start.
     """
     held = tokens if profile.cache == "dynamic" else context_len
     if profile.kv_device == "host":
@@ -66,7 +66,7 @@ def kv_cache_bytes(
 
 
 def host_kv_bytes(architecture: Architecture, profile: Profile, *, batch_size: int, context_len: int) -> int:
-    """Bytes of pinned host memory that a cache on the host takes; 0 for one on the device.
+    """Bytes of pinned host memory for a cache on the host; 0 for a cache on the device.
 
     A layer is one block, which torch rounds up to a power of two.
     Source: torch 2.11, aten/src/ATen/core/CachingHostAllocator.h.

@@ -14,13 +14,13 @@ from qwen_vram.spec.prequantized import Stored
 
 
 def slices(architecture: Architecture, counts: Sequence[int]) -> Iterator[Architecture]:
-    """Parts of `counts` layers, in order; each is an `Architecture` that has only the weights of its own device.
+    """Yield parts of `counts` layers, in order; each is an `Architecture` with only the weights of its own device.
 
-    The first has the token table, the last the last norm and the head; a head that is the table stays with it. What
-    they hold together is the whole model, to the byte.
+    The first part has the token embeddings, and the last one the last norm and the head. A tied head is in the first
+    part. The parts sum to the whole model, to the byte.
 
     Args:
-        counts: Layers of each part, at least one, all of the model's together.
+        counts: Layers of each part, at least one; they sum to the layers of the model.
 
     Example:
         >>> from qwen_vram.spec.catalog import find
@@ -44,7 +44,7 @@ def slices(architecture: Architecture, counts: Sequence[int]) -> Iterator[Archit
 
 
 def _belongs(weight: Weight, part: Architecture) -> bool:
-    """Tell if an adapter's tensor is beside a module of `part`."""
+    """Tell if an adapter's tensor belongs to a module of `part`."""
     names = weight.name.split(".")
     if names[:2] == ["model", "layers"]:
         return part.first_layer <= int(names[2]) < part.first_layer + part.num_hidden_layers

@@ -25,7 +25,7 @@ SHOWN = {
 
 
 class Shown(NamedTuple):
-    """An estimate as it is shown.
+    """The texts and figures of an estimate for display.
 
     Attributes:
         subject: Model, profile and workload in one line.
@@ -70,7 +70,7 @@ def by_device(shown: Shown) -> list[tuple[str, list[str]]]:
 
 
 def html(shown: Shown) -> str:
-    """The same table for a notebook."""
+    """An HTML table of the same cells, for a notebook."""
     from html import escape  # slow to import, and only needed here
 
     head = "".join(f"<th>{name}</th>" for name in ("", "bytes", "GB", "GiB", "share"))

@@ -1,8 +1,8 @@
 """Memory of a session: generations within the planned lengths, in any order.
 
-A shorter prompt, a smaller batch or a shorter answer can need more than the planned workload: torch's allocator
-fragments by the sizes of tensors, and those depend on lengths. A few critical workloads are replayed, and a margin
-covers the others. `tests/arithmetic/test_session.py` holds it against all lengths.
+A shorter prompt, a smaller batch or a shorter answer can need more than the planned workload. The fragments of torch's
+allocator depend on the sizes of tensors, and these depend on the lengths. A few critical workloads are replayed, and a
+margin covers the others. `tests/arithmetic/test_session.py` compares it with all lengths.
 """
 
 from __future__ import annotations
@@ -29,17 +29,15 @@ _INT64 = 8
 # Recorded: NVIDIA H200, torch 2.11.0+cu130, bitsandbytes 0.50.2, 2026-11-26, pieces of more than 1,020 rows.
 _COLUMN_SEARCH = 2 * 2**20
 # The largest share of the peak that is counted for a fragment. Chosen by replay, so that
-# tests/arithmetic/test_session.py holds for all of its profiles; 0.02 was too little for one of them, 2026-11-30.
+# tests/arithmetic/test_session.py passes for all of its profiles; 0.02 was too little for one of them, 2026-11-30.
 _FRAGMENT = 0.04
 
 
 class Run(NamedTuple):
     """One workload in a fresh process, in bytes.
 
-    Attributes:
-        peak: The most that is allocated at once.
-        roomy: What torch reserves without a limit.
-        least: The least that it must be able to reserve.
+    `peak` is the most that is allocated at once. Torch reserves `roomy` without a limit, and must be able to reserve
+    `least`.
     """
 
     peak: int
@@ -50,7 +48,7 @@ class Run(NamedTuple):
 def critical_workloads(profile: Profile, workload: Workload) -> list[Workload]:
     """List the smaller workloads that can need more than `workload`; empty for a plain forward pass.
 
-    These are a prompt of half the length with as long a context, and a batch without padding.
+    These are a prompt of half the length with the same context, and a batch without padding.
     """
     if workload.logits == "all":
         return []
@@ -63,9 +61,9 @@ def critical_workloads(profile: Profile, workload: Workload) -> list[Workload]:
 
 
 def smaller_step_bytes(architecture: Architecture, profile: Profile, workload: Workload) -> int:
-    """Return the bytes of a captured step of a smaller batch, which stays beside the planned one; 0 if there is none.
+    """Return the bytes of a captured step of a smaller batch, which stays beside the planned one; otherwise 0.
 
-    Its logits are in float32, and it has segments in the pool of graphs.
+    Its logits are in float32, and it has segments in the pool of CUDA graphs.
     """
     if not profile.captures or workload.batch_size == 1 or workload.logits == "all":
         return 0
@@ -76,8 +74,8 @@ def fragment_bytes(architecture: Architecture, profile: Profile, workload: Workl
     """Return the bytes that torch may have reserved in a session beyond what a single workload needs.
 
     One result of `gate_proj` in a prefill step, (batch_size x chunk, intermediate_size), finds no free block of its
-    size. A quantized cache makes all keys and values of a layer whole in every step, in two tensors that grow with the
-    context: each leaves a block that the next one does not fit. There may be a captured step of a smaller batch.
+    size. With a quantized cache, every step dequantizes all keys and values of a layer, into two tensors that grow with
+    the context. Each leaves a block that the next one does not fit. There may be a captured step of a smaller batch.
     """
     widest = max(layer.inner_size for layer, _ in architecture.kinds)
     activation = _prefill_rows(profile, workload) * widest * profile.element_bytes
@@ -96,11 +94,11 @@ def _prefill_rows(profile: Profile, workload: Workload) -> int:
 
 
 def outlier_bytes(architecture: Architecture, profile: Profile, workload: Workload) -> int:
-    """Return the bytes that int8 matrices take because of the data: 0 for other formats.
+    """Return the bytes that int8 matrices take because of the data; 0 for other formats.
 
-    By tiles, torch's search for outlier columns can need a larger buffer than the block that was just freed, and with
-    it one segment for a piece of the input's rows. bitsandbytes' own products keep the number of each outlier column of
-    every matrix, 8 bytes, at most for all columns.
+    In tiled products, torch's search for outlier columns can need a larger buffer than the block that was just freed.
+    It then also needs one segment for a piece of the input's rows. bitsandbytes' own products keep the number of each
+    outlier column of every matrix, 8 bytes, at most for all columns.
     """
     if not FORMATS[profile.weights].has_outliers:
         return 0
@@ -116,9 +114,9 @@ def outlier_bytes(architecture: Architecture, profile: Profile, workload: Worklo
 def session_least(architecture: Architecture, profile: Profile, workload: Workload, runs: Sequence[Run]) -> int:
     """Return the bytes that torch must be able to reserve for a session whose critical workloads are `runs`.
 
-    At least what each of them needs, with the search's own step if it was searched; and the highest peak with the share
-    that a replay can miss. On top of it there is one fragment, or 4 % of the peak if that is less, and what the data
-    take (`outlier_bytes`).
+    They are at least the bytes that each run needs, with the step of the search if it was searched. They are also at
+    least the highest peak with the share for the error of a replay. One fragment is added, or 4 % of the peak if that
+    is less, and the bytes that depend on the data (`outlier_bytes`).
     """
     peak = max(run.peak for run in runs)
     least = max(run.least + (SEARCHED_TO if run.least < run.roomy else 0) for run in runs)

@@ -1,8 +1,8 @@
 """Tiles: the rows of a matrix that are quantized or dequantized at once.
 
-The estimator counts by these functions the tiles that the runtime makes: `runtime.linear.tiled_4bit` and
-`runtime.linear.tiled_int8` for bitsandbytes' matrices if `Profile.tiles`, `runtime.backends.bnb_rows` for a matrix
-that is quantized for streaming, and `runtime.linear.weight_only` for the formats of torch's own operators.
+The estimator counts tiles by these functions, and the runtime makes the same tiles. `runtime.linear.tiled_4bit` and
+`runtime.linear.tiled_int8` make those of bitsandbytes' matrices if `Profile.tiles`. `runtime.backends.bnb_rows` makes
+those of a matrix that is quantized for streaming, and `runtime.linear.weight_only` those of torch's own formats.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ _TILE_ELEMENTS = 2**24
 FUSED_ROWS = 4
 # Elements that are quantized at once: 16 MiB in float32.
 _CHUNK_ELEMENTS = 2**22
-# torch's int4 kernel reads the matrix once for every 16 rows of input; from so many on it is dequantized.
-# Source: torch 2.11, int4mm.cu, kMTileSize. Measured: the two meet between 192 and 256 rows, H100 80GB, torch 2.11.0,
-# 2026-11-25, benchmarks/unpack_rows.py.
+# torch's int4 kernel reads the matrix once for every 16 rows of input; from this number of rows on it is dequantized.
+# Source: torch 2.11, int4mm.cu, kMTileSize. Measured: both take the same time between 192 and 256 rows, H100 80GB,
+# torch 2.11.0, 2026-11-25, benchmarks/unpack_rows.py.
 UNPACK_FROM_ROWS = 192
 
 
 def tile_rows(out_features: int, in_features: int) -> int:
-    """Rows of the matrix in a tile, all of them where it is small; a multiple of 64, so that tiles hold whole blocks.
+    """Rows of the matrix in a tile: all of a small matrix, or a multiple of 64, so that tiles hold whole blocks.
 
     >>> tile_rows(18944, 3584), tile_rows(3584, 3584)
     (4672, 3584)
@@ -44,7 +44,7 @@ def counts_tiles(storage: StorageFormat, profile: Profile, shape: tuple[int, ...
 
 
 def chunk_rows(out_features: int, in_features: int) -> int:
-    """Rows of a matrix that are quantized at once; a multiple of 64 where they are not all.
+    """Rows of a matrix that are quantized at once: all of them, or a multiple of 64.
 
     >>> chunk_rows(18944, 3584), chunk_rows(512, 3584)
     (1152, 512)
@@ -53,7 +53,7 @@ def chunk_rows(out_features: int, in_features: int) -> int:
 
 
 def unpacks(storage: StorageFormat, rows: int) -> bool:
-    """Tell if a format of torch's own operators is dequantized by tiles for a product of `rows` rows, on a GPU."""
+    """Tell if a format of torch's own operators is dequantized in tiles for a product of `rows` rows, on a GPU."""
     return storage.is_dequantized or (storage.is_tinygemm and rows >= UNPACK_FROM_ROWS)
 
 
@@ -67,5 +67,5 @@ def int8_rows(out_features: int, in_features: int) -> int:
 
 
 def int8_tile_elements(out_features: int, in_features: int) -> int:
-    """Elements of the buffers for outlier columns of an int8 matrix: no more than it has, and a row at the least."""
+    """Elements of the buffers for outlier columns of an int8 matrix: at most all of its own, and at least a row."""
     return max(in_features, min(out_features * in_features, _CHUNK_ELEMENTS))

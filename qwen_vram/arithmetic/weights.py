@@ -14,21 +14,21 @@ from qwen_vram.spec.prequantized import Stored, size
 from qwen_vram.spec.profile import Profile
 from qwen_vram.spec.residency import residency
 
-# Layers below this cross the link faster than one token follows another: with two slots 28 NF4 layers of Qwen2.5-7B
-# (120 MB) took 65.8 ms a token, with three 64.2, where the link needs 61.1; 28 in bf16 (466 MB) keep it
-# at 98 % with two.
+# Layers below this cross the link faster than one token follows another. 28 NF4 layers of Qwen2.5-7B (120 MB) took
+# 65.8 ms a token with two slots and 64.2 with three, and the link needs 61.1. 28 layers in bf16 (466 MB) keep the link
+# busy at 98 % with two.
 # measured: NVIDIA H100, driver 580, torch 2.11.0+cu130, 2026-11-25.
 _QUICK_BLOCK = 2**28
 
-# Tensors of a disk layer below this stay in host memory, for each would be a request of its own to the disk: norms,
-# biases, tables and the scales of scales, 0.1 % of a layer of Qwen2.5-7B.
+# Tensors of a disk layer below this stay in host memory, because each would be a separate request to the disk. They are
+# norms, biases, tables and the scales of scales, 0.1 % of a layer of Qwen2.5-7B.
 SMALLEST_READ = 2**16
-# Host memory that disk layers pass through: one is copied to the device while the next is read.
+# Buffers in host memory that disk layers pass through: one is copied to the device while the next is read.
 _DISK_BUFFERS = 2
 
 
 class StoredWeight(NamedTuple):
-    """A weight with its storage format and exact bytes, quantization state included."""
+    """A weight with its storage format and exact bytes, with quantization state."""
 
     weight: Weight
     format: FormatName
@@ -39,10 +39,11 @@ class WeightBytes(NamedTuple):
     """Exact bytes of a model's weights.
 
     Attributes:
-        device: On the device for good: resident layers, slots of the streaming ring, head, norms, embedding, adapter.
-        host: On the host: streamed layers, copies of those that compute there, what those on the disk pass through, the
-            embedding where it lives there.
-        disk: In the checkpoint's files: what is read of disk layers.
+        device: Bytes that stay on the device: resident layers, slots of streamed layers, head, norms, embedding,
+            adapter.
+        host: Bytes on the host: streamed layers, copies of those that compute there, buffers of disk layers, and the
+            token embeddings if they are on the host.
+        disk: Bytes of disk layers that are read from the checkpoint's files.
     """
 
     device: int
@@ -58,7 +59,7 @@ def format_of(weight: Weight, profile: Profile) -> FormatName:
 
 
 def stored_weights(architecture: Architecture, profile: Profile) -> Iterator[StoredWeight]:
-    """Every weight with its format and bytes; a tied head appears where it is quantized into a tensor of its own."""
+    """Yield every weight with its format and bytes, also a tied head if it is quantized into a separate tensor."""
     stored = architecture.stored
     for weight in architecture.weights():
         name = format_of(weight, profile)
@@ -71,7 +72,7 @@ def stored_weights(architecture: Architecture, profile: Profile) -> Iterator[Sto
 
 
 def head_bytes(architecture: Architecture, profile: Profile) -> int:
-    """Bytes of the head's matrix in its format, as it is stored where that is known."""
+    """Bytes of the head's matrix in its format, or in the checkpoint if its headers were read."""
     if architecture.stored and architecture.stored.head:
         return size(architecture.stored.head)
     return FORMATS[profile.head_format].nbytes(architecture.head.shape)
@@ -79,7 +80,7 @@ def head_bytes(architecture: Architecture, profile: Profile) -> int:
 
 @lru_cache(maxsize=256)
 def block_bytes(architecture: Architecture, profile: Profile) -> int:
-    """Bytes of one decoder layer, quantization state included. Exact; where layers differ, the largest one's."""
+    """Bytes of one decoder layer, with quantization state; of the largest one if layers differ. Exact."""
     if architecture.stored:
         return max(map(size, architecture.stored.layers))
     return max(sum(_layer_parts(layer, profile)) for layer, _ in architecture.kinds)
@@ -87,7 +88,7 @@ def block_bytes(architecture: Architecture, profile: Profile) -> int:
 
 @lru_cache(maxsize=256)
 def slot_bytes(architecture: Architecture, profile: Profile) -> int:
-    """Bytes of one slot that streamed layers pass through: the largest of them. Exact."""
+    """Bytes of one slot that streamed layers pass through: those of the largest of them. Exact."""
     if architecture.stored:
         return block_bytes(architecture, profile)
     sizes = _layer_bytes(architecture, profile)
@@ -95,7 +96,7 @@ def slot_bytes(architecture: Architecture, profile: Profile) -> int:
 
 
 def _layer_bytes(architecture: Architecture, profile: Profile, *, below: int | None = None) -> list[int]:
-    """Bytes of each decoder layer, or of its tensors below a size."""
+    """Bytes of each decoder layer, or of its tensors below `below` bytes."""
     sizes = {
         layer: sum(part for part in _layer_parts(layer, profile) if below is None or part < below)
         for layer, _ in architecture.kinds
@@ -104,10 +105,10 @@ def _layer_bytes(architecture: Architecture, profile: Profile, *, below: int | N
 
 
 def streaming_slots(architecture: Architecture, profile: Profile) -> int:
-    """Slots that streamed layers pass through: one computes while the next fills.
+    """Slots that streamed layers pass through: one computes while the next is filled.
 
-    A third one keeps the link busy between tokens where no resident layer gives it time to catch up, every layer being
-    streamed, and layers are small.
+    A third one keeps the link busy between tokens if every layer is streamed, so that no resident layer gives it time,
+    and layers are small.
     """
     homes = residency(architecture, profile)
     pause = not homes.resident and block_bytes(architecture, profile) < _QUICK_BLOCK
@@ -115,12 +116,12 @@ def streaming_slots(architecture: Architecture, profile: Profile) -> int:
 
 
 def disk_buffers(profile: Profile) -> int:
-    """Blocks of host memory that disk layers pass through; so few of them stay in it, and are read once."""
+    """Buffers in host memory that disk layers pass through; if all of these layers fit, they are read once."""
     return min(profile.disk_layers, _DISK_BUFFERS)
 
 
 def computing_copies(architecture: Architecture, profile: Profile) -> int:
-    """Bytes of the copies that layers computing on the CPU need: 4-bit matrices as its kernel reads them.
+    """Bytes of the copies for layers that compute on the CPU: 4-bit matrices in the layout of its kernel.
 
     Their block maxima are bf16 there. Exact.
     """
@@ -133,10 +134,10 @@ def computing_copies(architecture: Architecture, profile: Profile) -> int:
 
 @lru_cache(maxsize=256)
 def weight_bytes(architecture: Architecture, profile: Profile) -> WeightBytes:
-    """Where the model's weights lie and what they take. Exact to the byte.
+    """The bytes of the model's weights on the device, on the host and on the disk. Exact.
 
-    Quantized biases do not exist: norms and biases stay in the model's own dtype. A checkpoint whose headers were read
-    is counted as it is stored.
+    Norms and biases are not quantized: they stay in the model's own dtype. A checkpoint whose headers were read is
+    counted as it is stored.
     """
     if architecture.stored:
         return _stored_bytes(architecture, architecture.stored, profile)
@@ -160,13 +161,13 @@ def weight_bytes(architecture: Architecture, profile: Profile) -> WeightBytes:
 
 
 def _layer_parts(layer: LayerSpec, profile: Profile) -> Iterator[int]:
-    """Bytes of every tensor of a decoder layer, quantization state included."""
+    """Yield the bytes of every tensor of a decoder layer, with quantization state."""
     for weight in layer.weights:
         yield from FORMATS[format_of(weight, profile)].part_sizes(weight.shape)
 
 
 def _stored_bytes(architecture: Architecture, stored: Stored, profile: Profile) -> WeightBytes:
-    """`weight_bytes` of a checkpoint whose headers say each tensor's bytes."""
+    """`weight_bytes` of a checkpoint whose headers give each tensor's bytes."""
     homes = residency(architecture, profile)
     streamed, in_files = len(homes.streamed), len(homes.disk)
     layers = stored.on_device(streamed, streaming_slots(architecture, profile))

@@ -11,7 +11,7 @@ from qwen_vram.spec.residency import residency
 _MERGE = "merge it into the 16-bit base: qv.merge_lora_then_quantize(base, adapter, out)"
 _WITH_PEFT = "merge it with PEFT itself (merge_and_unload), and pass the result as the model"
 _TABLE, _HEAD = "model.embed_tokens", "lm_head"
-# What an adapter that changes the base does to it, by the setting that says so, and what else helps.
+# Adapters that change the base, by their setting: the text of the change, and the advice.
 _BEGINS = {
     "init_lora_weights": (
         "begins with a decomposition of the base's 16-bit weights (PiSSA or OLoRA in init_lora_weights)",
@@ -27,7 +27,7 @@ _BLOCKS = "has block-diagonal factors (BD-LoRA in use_bdlora), which PEFT puts b
 
 
 def no_adapter_beside(architecture: Architecture, profile: Profile) -> NotSupportedError | None:
-    """Say why the adapter does not run beside the base in `profile`; `None` if it does, or if there is none."""
+    """Return the error if the adapter does not run beside the base in `profile`; `None` if it runs, or without one."""
     if not (architecture.adapter_weights or architecture.adapter_replaces):
         return None
     for knob, reason in (
@@ -115,13 +115,13 @@ def _embeddings(architecture: Architecture, profile: Profile) -> str:
 
 
 def _changes(architecture: Architecture, module: str) -> bool:
-    """Tell whether the adapter adds to `module` or replaces it."""
+    """Tell if the adapter adds to `module` or replaces it."""
     added = (weight.name for weight in architecture.adapter_weights)
     return any(name.startswith(f"{module}.") for name in (*added, *architecture.adapter_replaces))
 
 
 def _replaces(architecture: Architecture, module: str) -> bool:
-    """Tell whether the adapter replaces `module`'s weight, or rows of it."""
+    """Tell if the adapter replaces the weight of `module`, or rows of it."""
     rows = f"{module}.token_adapter."
     return f"{module}.weight" in architecture.adapter_replaces or any(
         weight.name.startswith(rows) for weight in architecture.adapter_weights

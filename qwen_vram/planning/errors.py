@@ -8,14 +8,15 @@ from qwen_vram.spec.workload import Workload
 
 
 class DoesNotFitError(QwenVramError):
-    """No plan, or not the plan asked for, fits the budget.
+    """No plan fits the budget, or the requested one does not.
 
     Attributes:
-        needed_bytes: What the smallest plan tried needs on the device that is short.
-        budget_bytes: What that device offers.
+        needed_bytes: Bytes that the smallest plan needs on the device or host that lacks memory.
+        budget_bytes: Bytes that this device or host offers.
         estimate: The estimate of that plan.
-        nearest: A workload that would fit, or `None` where even one token does not.
-        devices: What it needs of each GPU by its number, and what that offers, where the budget names several.
+        nearest: A workload that would fit; `None` if not even one token fits.
+        devices: Bytes that it needs of each GPU and bytes that the GPU offers, by the GPU's number, if the budget names
+            several GPUs.
     """
 
     def __init__(

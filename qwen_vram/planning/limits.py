@@ -15,9 +15,9 @@ from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.profile import Profile
 from qwen_vram.spec.workload import Workload
 
-# More than any host has.
+# More bytes than any host has.
 _ANY_HOST = 2**62
-# Batches are looked for up to here; no card of today holds more.
+# The largest batch that is searched for; no current GPU holds more.
 _MOST_SEQUENCES = 4096
 
 
@@ -33,10 +33,10 @@ def max_context(
     adapter: AdapterChoice = None,
     **knobs: object,
 ) -> int:
-    """The most tokens that one sequence can hold, `max_new_tokens` of them generated; 0 where nothing fits.
+    """Return the most tokens of one sequence, of which `max_new_tokens` are generated; 0 if nothing fits.
 
-    With `profile="auto"` every saver may be used that `knobs` leave open: `plan` says which ones a shorter context can
-    do without. Each answer takes some twenty estimates, a few seconds.
+    With `profile="auto"` every saver may be used that `knobs` leave open. `plan` shows which of them a shorter context
+    does not need. Each answer takes about twenty estimates, a few seconds.
 
     Args:
         model, vram, ram, profile, padded, adapter, **knobs: As for `plan`.
@@ -67,9 +67,9 @@ def max_batch(
     adapter: AdapterChoice = None,
     **knobs: object,
 ) -> int:
-    """The most sequences of `prompt_len` and `max_new_tokens` tokens at once, up to 4,096; 0 where not even one fits.
+    """Return the most sequences of `prompt_len` and `max_new_tokens` tokens at once, up to 4,096; 0 if none fits.
 
-    Savers, arguments and errors as for `max_context`.
+    Savers, arguments and errors are as for `max_context`.
     """
     label, architecture = resolve_model(model, adapter)
     workload = Workload(prompt_len=prompt_len, max_new_tokens=max_new_tokens, padded=padded)
@@ -88,9 +88,9 @@ def min_vram(
     adapter: AdapterChoice = None,
     **knobs: object,
 ) -> int:
-    """Bytes of the smallest `vram` for which `plan` says yes at this workload.
+    """Return the bytes of the smallest `vram` for which `plan` finds a plan for this workload.
 
-    Arguments and errors as for `plan`.
+    Arguments and errors are as for `plan`.
 
     Example:
         >>> min_vram("Qwen2.5-7B-Instruct", profile="default") / 2**30 > 15

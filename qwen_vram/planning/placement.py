@@ -28,10 +28,10 @@ Tier = Literal["device", "stream", "host", "disk"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """Where each part of a model lives: on a device, on the host, or on the disk.
+    """The location of each part of a model: a device, the host, or the disk.
 
     Attributes:
-        embeddings: The token table.
+        embeddings: The token embeddings.
         layers: One entry for each decoder layer.
         rotary: The rotary tables.
         norm: The last norm.
@@ -48,7 +48,7 @@ class Placement:
 
     @property
     def device_map(self) -> dict[str, Where]:
-        """The same as a `device_map` for `transformers` and accelerate: every module, under its own name."""
+        """The same as a `device_map` for `transformers` and accelerate: every module by its own name."""
         layers = {f"model.layers.{index}": where for index, where in enumerate(self.layers)}
         return {
             "model.embed_tokens": self.embeddings,
@@ -60,7 +60,7 @@ class Placement:
 
     @property
     def tiers(self) -> dict[str, Tier]:
-        """How each module computes: resident on a device, streamed to it from the host or the disk, or on the host."""
+        """The tier of each module: resident on a device, streamed to it from host or disk, or computing on the host."""
         return {name: self._tier(name, where) for name, where in self.device_map.items()}
 
     def _tier(self, name: str, where: Where) -> Tier:
@@ -73,7 +73,7 @@ class Placement:
 
 
 def place(architecture: Architecture, profile: Profile, *, device: Where = 0) -> Placement:
-    """Where `profile` puts each module: on `device`, on the host or on the disk."""
+    """Return the location of each module in `profile`: `device`, the host or the disk."""
     homes = residency(architecture, profile)
     where: dict[Home, Where] = {"device": device, "host": "cpu", "computing": "cpu", "disk": "disk"}
     return Placement(
@@ -87,9 +87,10 @@ def place(architecture: Architecture, profile: Profile, *, device: Where = 0) ->
 
 
 def place_split(architecture: Architecture, profile: Profile, counts: Mapping[int, int]) -> Placement:
-    """Where each module goes with `counts` layers on each of several GPUs, in order.
+    """Return the location of each module with `counts` layers on each of several GPUs, in order.
 
-    A token's way begins on the first and ends on the last; a head that is the token table is where that is.
+    A token passes through the GPUs from the first to the last. A head that is tied to the token embeddings is on the
+    same GPU as they are.
     """
     first, *_, last = counts
     return Placement(
@@ -102,7 +103,7 @@ def place_split(architecture: Architecture, profile: Profile, counts: Mapping[in
 
 
 def place_on(budget: Budget, result: Estimate) -> Placement:
-    """Where the modules of an estimate go: on its budget's devices, or all on the host where there is no GPU."""
+    """Return the location of an estimate's modules: devices of its budget, or the host if there is no GPU."""
     assert result.architecture is not None
     if result.devices:
         return place_split(result.architecture, result.profile, split_of(result))
@@ -111,7 +112,7 @@ def place_on(budget: Budget, result: Estimate) -> Placement:
 
 
 def _streaming(profile: Profile, count: int) -> Profile:
-    """`profile` with so many layers off the device, and no more of them on the disk or computing than that."""
+    """`profile` with `count` layers off the device, and at most `count` of them on the disk or computing."""
     disk = min(profile.disk_layers, count)
     return profile.replace(streamed_layers=count, disk_layers=disk, host_layers=min(profile.host_layers, count - disk))
 
@@ -131,27 +132,28 @@ def offload_map(
     adapter: AdapterChoice = None,
     **knobs: object,
 ) -> dict[str, Where]:
-    """A `device_map` that leaves room for cache and activations, with as little on the host as the budget allows.
+    """Make a `device_map` that leaves memory for cache and activations, with the fewest bytes on the host.
 
-    The token table goes first (rows can be gathered on the host), then decoder layers, spread evenly. Two slots on the
-    device are counted for layers that pass through. A tied table stays, because the head needs it, unless the head is a
-    copy (`lm_head`). Layers that the host does not hold either are "disk": in the checkpoint's files.
+    The token embeddings are moved to the host first (rows can be gathered there), then decoder layers, spread evenly.
+    Slots on the device are counted for streamed layers. Tied embeddings stay on the device, because the head needs
+    them, unless the head is a copy (`lm_head`). Layers that do not fit on the host are "disk": in the checkpoint's
+    files.
 
     Args:
         model: As for `estimate_vram`.
-        vram: The most that nvidia-smi may show; `None` is what is free now. Over several GPUs (a dict by number) every
-            layer stays on one of them.
+        vram: The most bytes that nvidia-smi may show; `None` is the memory that is free now. With several GPUs (a dict
+            by number) every layer stays on one of them.
         reserve: As for `plan`.
-        ram: Likewise for the host; `None` is what is available now.
-        layers_on_cpu: This many layers go to the host whatever fits, and the table stays: the article's third row is
-            `layers_on_cpu=3`. The budget is then checked where `vram` is given.
+        ram: The same for the host; `None` is the memory that is available now.
+        layers_on_cpu: The number of layers on the host, for any budget; the token embeddings stay on the device. The
+            article's third row is `layers_on_cpu=3`. The budget is then checked only if `vram` or `reserve` is given.
         profile: The profile whose weights, cache and attention are counted.
         padded, adapter: As for `plan`.
 
     Raises:
         DoesNotFitError: not even all layers on the host fit the budget.
         NotSupportedError: layers on the host and several GPUs.
-        WorkloadError: a length out of range, or more layers than there are.
+        WorkloadError: a length out of range, or more layers than the model has.
         UnknownNameError, UnitError, ConfigError: as for `estimate_vram`.
 
     Example:

@@ -35,14 +35,16 @@ from qwen_vram.units import format_bytes, format_gib
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What will be loaded and how, and what it will take. `load()` obeys it, `LoadedModel.report()` checks it.
+    """A profile for a model, a workload and a budget, with its predicted memory and times.
+
+    `load()` follows it, and `LoadedModel.report()` checks it.
 
     Attributes:
-        estimate: The prediction; model, profile and workload are in it.
-        budget: What it was made for.
-        placement: Where each module goes.
-        steps: Every candidate on the way, in order.
-        model: What was planned for, as the caller named it; `None` for a config or an `Architecture`.
+        estimate: The prediction, with model, profile and workload.
+        budget: The budget that the plan was made for.
+        placement: The location of each module.
+        steps: Every candidate of the search, in order.
+        model: The model as the caller named it; `None` for a config or an `Architecture`.
         adapter: The LoRA adapter beside it, as the caller named it; `None` without one, `False` if the one in the
             model's own folder is left out.
         sequences: Sequences of each prompt, by the checkpoint's generation_config.json (beams, or several answers).
@@ -59,23 +61,23 @@ class Plan:
 
     @property
     def profile(self) -> Profile:
-        """The knobs chosen."""
+        """The knobs of the plan."""
         return self.estimate.profile
 
     @property
     def workload(self) -> Workload:
-        """The tokens planned for."""
+        """The lengths and the batch of the plan."""
         return self.estimate.workload
 
     @property
     def residency(self) -> Residency:
-        """Where each layer, the token table and the head live: on the device, on the host, or in the files."""
+        """The location of each layer, the token embeddings and the head: the device, the host, or the files."""
         assert self.estimate.architecture is not None
         return residency(self.estimate.architecture, self.profile)
 
     @property
     def device_map(self) -> dict[str, Where]:
-        """Where each module goes, as `transformers` takes it."""
+        """The location of each module, in the form of `transformers`."""
         return self.placement.device_map
 
     @property
@@ -95,18 +97,18 @@ class Plan:
 
     @property
     def not_captured(self) -> str | None:
-        """Why decode steps on GPUs are launched one by one; `None` where they are captured, and on a CPU."""
+        """The reason why decode steps on GPUs are launched one by one; `None` if they are captured, and on a CPU."""
         return None if self.on_cpu else not_captured(self.estimate)
 
     @property
     def predicted_lines(self) -> tuple[str, ...]:
-        """The predicted times in words, and why decode steps are not captured and what that costs, if they are not."""
+        """The predicted times in words; if decode steps are not captured, also the reason and the cost of that."""
         launched = None if self.on_cpu else said_of(self.estimate)
         return (f"predicted: {self.times}", *([launched] if launched else []))
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """The predicted times in words, and what an old GPU changes about the plan, if it does."""
+        """The predicted times in words, and changes of the plan for an old GPU, if any."""
         limited = limits_of(self.budget, self.profile)
         return (*self.predicted_lines, *([limited] if limited else []))
 
@@ -127,7 +129,7 @@ class Plan:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain data that `json.dumps` takes, and `from_dict` makes a plan of; sizes in bytes."""
+        """Everything as plain data for `json.dumps` and for `from_dict`; sizes in bytes."""
         assert self.estimate.architecture is not None
         return {
             "model": self.estimate.model,
@@ -148,11 +150,11 @@ class Plan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
-        """The plan of what `to_dict` gave, also from JSON; its estimate is made anew, by this version and machine.
+        """Make the plan of `to_dict`'s data, also from JSON; this version and machine compute its estimate again.
 
         Raises:
-            ConfigError: a part is missing or of another form, or the split is not the model's.
-            UnknownNameError, WorkloadError: a knob or a length out of range.
+            ConfigError: a part is missing or has another form, or the split is not one of this model.
+            UnknownNameError, WorkloadError: a knob or a length is out of range.
         """
         try:
             architecture = Architecture.from_dict(data["architecture"])
@@ -221,33 +223,34 @@ def plan(
     adapter: AdapterChoice = None,
     **knobs: object,
 ) -> Plan:
-    """The least lossy way to run `model` at a workload within a budget, found by arithmetic alone.
+    """Find the least lossy profile for `model` and a workload within a budget, by arithmetic alone.
 
-    With `profile="auto"` the knobs named in `knobs` stay as the caller set them and the others are searched: what
-    costs nothing first (chunks, host embeddings), then precision of weights, head and cache, then the cache on the
-    host. Context and batch are never shortened. With any other profile nothing is searched, and the plan is that
-    profile if it fits.
+    With `profile="auto"` the knobs named in `knobs` stay as the caller set them, and the others are searched. Lossless
+    savers (chunks, host embeddings) come first, then precision of weights, head and cache, then the cache on the host.
+    Context and batch are never shortened. With any other profile nothing is searched, and the plan is that profile if
+    it fits.
 
     Args:
         model: As for `estimate_vram`.
         profile: `"auto"`, a name from `PROFILES`, or a `Profile`.
-        vram: The most that nvidia-smi may show for the process: `"8GiB"`, an `int` of bytes, a dict by GPU number, or
-            `None` for what is free now; without a GPU the plan is for the host. A dict of several GPUs
-            (`{0: "20GiB", 1: "20GiB"}`) splits the layers over all of them. A GPU that is in this machine limits the
-            kernels by its age; one that is not counts as Ampere or newer.
-        ram: Likewise for the host.
-        reserve: Kept free of each GPU, or of the host where there is no GPU: a size, or 0. `None` is 256 MiB where
-            `vram` is read from the machine, and 0 where it is given.
-        prefer: `"quality"` takes the first profile that fits, `"memory"` the smallest one, `"speed"` the one
-            whose generation is predicted to be the quickest among those that fit.
-        batch_size: Prompts at once. Each runs as so many sequences as the checkpoint's generation_config.json asks for.
+        vram: The most bytes that nvidia-smi may show for the process: `"8GiB"`, an `int` of bytes, or a dict by GPU
+            number. `None` is the memory that is free now; without a GPU the plan is for the host. A dict of several
+            GPUs (`{0: "20GiB", 1: "20GiB"}`) splits the layers over all of them. The age of a GPU in this machine
+            limits the kernels; a GPU that is not in it counts as Ampere or newer.
+        ram: The same for the host; `None` is the memory that is available now.
+        reserve: Bytes of each GPU, or of the host if there is no GPU, that stay free: a size, or 0. `None` is 256 MiB
+            if `vram` is read from the machine, and 0 if it is given.
+        prefer: Among the profiles that fit, `"quality"` takes the first one, `"memory"` the smallest one, and `"speed"`
+            the one with the shortest predicted generation.
+        batch_size: Prompts at once. The checkpoint's generation_config.json sets the number of sequences for each.
         padded: Prompts of a batch differ in length, so that attention needs a mask, and memory for it.
         adapter: Folder or hub id of a LoRA adapter that runs beside the base; `False` if the one in the model's own
             folder is merged already.
 
     Raises:
-        DoesNotFitError: nothing fits; the exception carries the bytes, the estimate and the nearest workload.
-        NotSupportedError: what loads on no machine, and a knob that works on one GPU alone with several GPUs.
+        DoesNotFitError: nothing fits; the exception has the bytes, the estimate and the nearest workload.
+        NotSupportedError: the model or the knobs load on no machine, or a knob works on one GPU only and `vram` names
+            several.
         UnknownNameError, WorkloadError, ConfigError, UnitError, HubError: as for `estimate_vram`.
     """
     workload = Workload(prompt_len=prompt_len, max_new_tokens=max_new_tokens, batch_size=batch_size, padded=padded)
@@ -283,10 +286,10 @@ def plan_for(
     computes: Computes,
     **knobs: object,
 ) -> Plan:
-    """Plan as `plan()` does, for a budget that is known already, without its warnings.
+    """Make a plan as `plan()` does, for a known budget, without its warnings.
 
     Args:
-        found: What `resolve(model)` gave, so that a folder is read once.
+        found: The result of `resolve(model)`, so that a folder is read once.
         architecture: The same with the adapter's tensors, so that an adapter is read once too.
         computes: As for `Search`.
     """

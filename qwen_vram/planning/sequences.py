@@ -11,9 +11,10 @@ from qwen_vram.spec.catalog import catalog_row
 
 
 def sequences_per_prompt(found: Resolved) -> int:
-    """The larger of `num_beams` and `num_return_sequences` in the file, which `generate` runs for each prompt.
+    """Return the larger of `num_beams` and `num_return_sequences` in the file: `generate`'s sequences for a prompt.
 
-    1 for a model without such a file, for published models of the catalog, and for values that `generate` refuses.
+    It is 1 for a model without such a file, for published models of the catalog, and for values that `generate`
+    refuses.
     """
     settings = found.files.generation if found.files is not None else _of_repository(found.repo_id)
     counts = [settings.get(name) for name in ("num_beams", "num_return_sequences")]
@@ -21,7 +22,7 @@ def sequences_per_prompt(found: Resolved) -> int:
 
 
 def _of_repository(repo_id: str) -> Mapping[str, object]:
-    """Return what the file of a repository says; nothing for one of the catalog, and for a file that is none."""
+    """Return the settings in a repository's file; empty for models of the catalog, and for an invalid file."""
     if not repo_id or catalog_row(repo_id) is not None:
         return {}
     from qwen_vram.checkpoints.hub.files import hub_generation_config

@@ -1,6 +1,6 @@
 """Refusals of profiles that are counted but that no machine can load.
 
-What one machine lacks (a library, a kernel, a GPU) is `runtime.loading.preflight`'s business.
+`runtime.loading.preflight` checks one machine for missing libraries, kernels and GPUs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from qwen_vram.spec.rules.table import ANYWHERE_RULES, Model
 
 
 def not_loadable(architecture: Architecture, profile: Profile) -> NotSupportedError | None:
-    """Why no machine runs `profile` with this model; `None` where one may, and where a plugged backend has the say."""
+    """The reason why no machine runs `profile` with this model; `None` if one may, or for a plugged backend."""
     if FORMATS[profile.weights].is_plugged:
         return None
     model = Model(architecture, profile)

@@ -1,6 +1,6 @@
 """The shape of a decoder, and the list of every weight.
 
-It knows names, shapes, roles, and the dtype that config.json names. It does not know bytes or devices.
+It has names, shapes, roles, and the dtype that config.json names. It has no bytes and no devices.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ class Architecture:
         layers: Its decoder layers, in order.
         rotary_dim: Elements of one token's cosines, and of its sines.
         vocab_size: Rows of the embedding, not the tokenizer's count.
-        max_position_embeddings: Positions the model may be used with, YaRN's factor included where config.json sets it.
+        max_position_embeddings: Positions that the model may be used with, including YaRN's factor if config.json sets
+            one.
         tie_word_embeddings: The head is the embedding's own tensor, so it is neither stored nor counted twice.
-        dtype: The plain dtype that config.json names; `"bf16"`, as every published one is, where it names none.
+        dtype: The plain dtype that config.json names; `"bf16"`, the dtype of every published one, if it names none.
         stored_format: The storage format of a checkpoint that is quantized already; `None` for plain dtypes.
-        stored_head: Whether its head is quantized too.
-        stored: Its tensors' bytes, where its headers were read for them.
+        stored_head: The head of such a checkpoint is quantized too.
+        stored: Bytes of such a checkpoint's tensors, if its headers were read for them.
         adapter_weights: The tensors of a LoRA adapter that runs beside the base.
         adapter_replaces: Names of the base's tensors whose values the adapter replaces.
         adapter_activated: The adapter acts on the tokens behind its invocation tokens only (an activated LoRA).
@@ -40,9 +41,9 @@ class Architecture:
         adapter_in_blocks: Some of its factors hold the blocks of a diagonal (BD-LoRA).
         adapter_layers: The number of the base's layer for each of these, if the adapter's model is made of other layers
             than the base.
-        first_layer: How many decoder layers come before these, if this is one device's part of a model
+        first_layer: The number of decoder layers before these, if this is one device's part of a model
             (`arithmetic.pipeline`).
-        layers_after: How many come behind them.
+        layers_after: The number of decoder layers after these.
         rope: The rotary positions of config.json; `None` without one.
         layer_dtypes: The dtypes, as safetensors spells them, of the decoder layers' large tensors, if their headers
             were read.
@@ -71,7 +72,7 @@ class Architecture:
     layer_dtypes: tuple[str, ...] = ()
 
     def __hash__(self) -> int:
-        """The fields' hash, made once: with the tensors of a checkpoint it takes longer than what is cached by it."""
+        """The hash of the fields, computed once, because it is slow with the tensors of a checkpoint."""
         return self._hash
 
     @cached_property
@@ -79,11 +80,11 @@ class Architecture:
         return hash(tuple(getattr(self, one.name) for one in fields(self)))
 
     def __getstate__(self) -> dict[str, Any]:
-        """The fields without their hash, which another process makes otherwise."""
+        """The fields without the hash, which differs in another process."""
         return {name: value for name, value in vars(self).items() if name != "_hash"}
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain data that `from_dict` takes, also by way of JSON; each kind of layer is there once."""
+        """Everything as plain data for `from_dict`, also through JSON. Each kind of layer is listed once."""
         kinds = [layer for layer, _ in self.kinds]
         numbers = {layer: number for number, layer in enumerate(kinds)}
         alike = asdict(replace(self, layers=()))
@@ -92,10 +93,10 @@ class Architecture:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Architecture:
-        """What `to_dict` gave. Any other mapping is not checked: `from_config` reads those.
+        """Make the architecture of `to_dict`'s data. Other mappings are not checked: use `from_config` for them.
 
         Raises:
-            KeyError, TypeError: a part is missing or of another form.
+            KeyError, TypeError: a part is missing or has another form.
         """
         stored = data["stored"]
         if stored is not None:
@@ -122,11 +123,11 @@ class Architecture:
 
     @classmethod
     def from_config(cls, config: Mapping[str, object], *, source: str = "config") -> Architecture:
-        """The architecture that a config.json describes.
+        """Make the architecture that a config.json describes.
 
         Raises:
-            ConfigError: another architecture, a missing key, an impossible size, or a feature that would be
-                counted wrong (sliding windows, a quantization whose bytes only the checkpoint's headers say).
+            ConfigError: another architecture, a missing key, an impossible size, or a feature that would be counted
+                wrong. Such features are sliding windows, and a quantization whose bytes are only in the headers.
         """
         family, reader = open_config(config, source)
         model_type = str(config["model_type"])
@@ -147,17 +148,17 @@ class Architecture:
 
     @property
     def num_hidden_layers(self) -> int:
-        """How many decoder layers there are."""
+        """The number of decoder layers."""
         return len(self.layers)
 
     @cached_property
     def kinds(self) -> tuple[tuple[LayerSpec, int], ...]:
-        """The kinds of layers in the order of their first layers, and how many there are of each."""
+        """The kinds of layers in the order of their first layers, with the number of layers of each kind."""
         return tuple(Counter(self.layers).items())
 
     @property
     def starts(self) -> bool:
-        """Tell if the token table, the rotary tables and what `generate` keeps are here."""
+        """Tell if the token embeddings, the rotary tables and `generate`'s own tensors are here."""
         return self.first_layer == 0
 
     @property
@@ -167,7 +168,7 @@ class Architecture:
 
     @property
     def has_head(self) -> bool:
-        """Tell if the head is here: behind the last layer, or where it is the token table, with that."""
+        """Tell if the head is here: after the last layer, or with the token embeddings if it is tied to them."""
         return self.starts if self.tie_word_embeddings else self.ends
 
     @cached_property
@@ -181,12 +182,12 @@ class Architecture:
 
     @property
     def head(self) -> Weight:
-        """The head's matrix, whether or not it is the embedding's tensor."""
+        """The head's matrix; it may be the embedding's tensor."""
         return Weight("lm_head.weight", (self.vocab_size, self.hidden_size), "head")
 
     @cached_property
     def adapted(self) -> frozenset[str]:
-        """The modules that an adapter works on, by their own names."""
+        """The modules that an adapter acts on, by their own names."""
         return frozenset(weight.name.partition(".lora_")[0].split(".")[-1] for weight in self.adapter_weights)
 
     def weights(self) -> Iterator[Weight]:
@@ -199,6 +200,6 @@ class Architecture:
 
     @cached_property
     def num_parameters(self) -> int:
-        """Parameters, a tied tensor counted once. Exact."""
+        """The number of parameters. A tied tensor is counted once. Exact."""
         outer = sum(weight.numel for weight in self.outer)
         return outer + sum(count * layer.numel for layer, count in self.kinds)

@@ -14,7 +14,7 @@ _BY_NAME = {key.lower(): row for row in ROWS for key in (row.repo_id, row.repo_i
 
 
 def catalog_row(name: str) -> Row | None:
-    """The row called `name`, with or without its organisation, in any case; `None` where there is none."""
+    """The row called `name`, with or without its organization, in any case; `None` if it is not in the catalog."""
     return _BY_NAME.get(name.lower())
 
 

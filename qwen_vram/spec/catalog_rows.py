@@ -1,12 +1,13 @@
 """Rows of the catalog: checkpoints with the numbers of their config.json.
 
-Every number is meant to be the one in the named repository's own ``config.json`` (branch ``main``); shapes are held
-against the published parameter totals by a test, positions were read in stored copies and transcriptions. Only
-``head_dim`` of Qwen2.5 is derived: those files do not state it, and the architecture defines it as
-``hidden_size // num_attention_heads``.  Qwen3 states it, and there it may differ from that quotient.
+Every number is meant to be the one in the named repository's own ``config.json`` (branch ``main``). A test compares the
+shapes with the published parameter totals. The positions were read in stored copies and transcriptions.
 
-``max_position_embeddings`` is what the file says, which need not be what the model card advertises:
-the card's longer figure can depend on RoPE scaling that the file leaves off.
+Only ``head_dim`` of Qwen2.5 is derived: those files do not state it, and the architecture defines it as
+``hidden_size // num_attention_heads``. Qwen3's files state it, and it may differ from that quotient.
+
+``max_position_embeddings`` is the file's value. The model card may state a longer one, which can depend on RoPE scaling
+that the file does not enable.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import NamedTuple
 
 
 class Shape(NamedTuple):
-    """What the checkpoints of one architecture and size have in common."""
+    """The common numbers of the checkpoints of one architecture and size."""
 
     model_type: str
     hidden_size: int

@@ -30,11 +30,11 @@ class Family:
     Attributes:
         names: The names under which they are published.
         keys: The keys of config.json that `transformers` types, with its defaults.
-        layers: Makes the descriptions of the decoder layers; raises `ConfigError` for sizes that cannot be.
-        refusal: The text for a config.json with a feature that would be counted wrong; empty if there is none.
-        wrong: The text for values that `transformers` refuses together; empty if there are none.
-        rope: The lengths that its models were trained for, and how they may be stretched.
-        fused: Full names of the classes of `transformers` that the fused kernels may stand in for, and their parts.
+        layers: Makes the descriptions of the decoder layers; raises `ConfigError` for impossible sizes.
+        refusal: The text for a config.json with a feature that would be counted wrong; empty if it has no such feature.
+        wrong: The text for a combination of values that `transformers` refuses; empty if it accepts them.
+        rope: The lengths that its models were trained for, and the allowed extensions.
+        fused: Full names of the classes of `transformers` that the fused kernels may replace, and their parts.
     """
 
     names: tuple[str, ...]
@@ -49,14 +49,14 @@ class Family:
 def dense_layers(
     reader: ConfigReader, *, publisher: str, biased: Collection[str] = (), head_norms: bool = False
 ) -> tuple[LayerSpec, ...]:
-    """Alike layers of softmax attention and a gated MLP, of the sizes that config.json names.
+    """Make equal layers of softmax attention and a gated MLP, in the sizes that config.json names.
 
     Args:
-        publisher: Who publishes these models, for the error about another activation.
+        publisher: The publisher of these models, for the error about another activation.
         biased: As for `dense_layer`.
 
     Raises:
-        ConfigError: a size that cannot be, or another activation than SiLU.
+        ConfigError: an impossible size, or another activation than SiLU.
     """
     heads, hidden_size = reader.size("num_attention_heads"), reader.size("hidden_size")
     head_dim = reader.head_dim(hidden_size, heads)

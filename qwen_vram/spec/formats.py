@@ -1,7 +1,7 @@
 """Storage formats: the bytes of a weight as sums that are checked by eye.
 
-Knows nothing of torch or of the library that writes a format; `runtime.backends` joins the two by the format's name,
-and a test holds every sum against the storages that the real library makes.
+It does not import torch or the library that writes a format. `runtime.backends` finds that library by the format's
+name. A test compares every sum with the storages that the real library makes.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ FormatName = Literal[
     "fp8", "gptq", "awq", "fp8-block", "compressed-tensors",
 ]  # fmt: skip
 Of = Literal["weights", "rows", "columns", "row_groups", "tensor"]
-# What multiplies by a matrix: 16- or 32-bit products; bitsandbytes' 4-bit or 8-bit kernels; torch's own int4 kernel;
-# tiles that are dequantized by torch's operators; GPTQModel's kernels; or a backend of another package.
+# The kernels that multiply by a matrix. In order: 16- or 32-bit products, bitsandbytes' 4-bit and 8-bit kernels,
+# torch's own int4 kernel, tiles that torch's operators dequantize, GPTQModel's, and a backend of another package.
 KernelName = Literal["dense", "bnb-4bit", "bnb-int8", "tinygemm", "dequantized", "gptqmodel", "plugged"]
 
 # torch's caching allocator hands out multiples of this. Source: c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize.
 ALLOCATION_STEP = 512
 
-# bitsandbytes' 4-bit layout: weights that share a block maximum; maxima that share one of their own where they are
-# quantized too (double quantization); and what a table of codes takes, 16 or 256 values in float32.
+# bitsandbytes' 4-bit layout: BLOCK weights share a block maximum. With double quantization the maxima are quantized
+# too, and NESTED_BLOCK of them share a maximum. A table of codes has 16 or 256 values in float32.
 # Source: bitsandbytes 0.50.2, functional.py, quantize_4bit (blocksize=64), quantize_blockwise and QuantState.
 BLOCK = 64
 NESTED_BLOCK = 256
@@ -37,7 +37,7 @@ _NESTED_CODE_TABLE = 256 * FP32.nbytes
 
 
 class Part(NamedTuple):
-    """One stored tensor of a format: `nbytes` for every `per` of what it counts, the last one rounded up."""
+    """One stored tensor of a format: `nbytes` bytes for every `per` units of `of`, the last group rounded up."""
 
     name: str
     nbytes: int
@@ -46,15 +46,15 @@ class Part(NamedTuple):
 
 
 class StorageFormat(NamedTuple):
-    """How a matrix of shape `(rows, columns)` is stored.
+    """The storage of a matrix of shape `(rows, columns)`.
 
     Attributes:
-        parts: What is stored, in storage order; empty where only a checkpoint's headers say it.
-        bits: Code bits per weight, scales not counted; 0 where only a checkpoint's headers say it.
-        kernel: What multiplies by it.
-        group_size: Weights that share a scale, where they do so along a row; 0 otherwise.
+        parts: The stored tensors, in storage order; empty if only a checkpoint's headers state them.
+        bits: Code bits per weight, without scales; 0 if only a checkpoint's headers state them.
+        kernel: The kernel that multiplies by it.
+        group_size: Weights of a row that share a scale; 0 if a format has no such groups.
         few_rows: This library's own kernels multiply one to eight rows by it on a GPU.
-        multiples: What a matrix's rows and columns must be multiples of.
+        multiples: Numbers that must divide a matrix's rows and columns.
     """
 
     name: str
@@ -82,7 +82,7 @@ class StorageFormat(NamedTuple):
 
     @property
     def has_outliers(self) -> bool:
-        """Tell if products take outlier columns of the input apart, and wait for their count: bitsandbytes' int8."""
+        """Tell if products separate outlier columns of the input, and wait for their count (bitsandbytes' int8)."""
         return self.kernel == "bnb-int8"
 
     @property
@@ -92,12 +92,12 @@ class StorageFormat(NamedTuple):
 
     @property
     def is_tinygemm(self) -> bool:
-        """Tell if torch's own int4 kernel multiplies by it, and tiles are dequantized for many rows alone."""
+        """Tell if torch's own int4 kernel multiplies by it, and tiles are dequantized for many rows only."""
         return self.kernel == "tinygemm"
 
     @property
     def is_dequantized(self) -> bool:
-        """Tell if torch's operators dequantize it by tiles for products of any number of rows."""
+        """Tell if torch's operators dequantize it in tiles for products of any number of rows."""
         return self.kernel == "dequantized"
 
     @property
@@ -107,7 +107,7 @@ class StorageFormat(NamedTuple):
 
     @property
     def is_gptqmodel(self) -> bool:
-        """Tell if GPTQModel runs it: it loads as it is stored, and is never made while a checkpoint loads."""
+        """Tell if GPTQModel runs it: it loads as it is stored, and no checkpoint is quantized to it at load."""
         return self.kernel == "gptqmodel"
 
     @property
@@ -117,12 +117,12 @@ class StorageFormat(NamedTuple):
 
     @property
     def needs_calibration(self) -> bool:
-        """Tell if sample texts decide its codes."""
+        """Tell if its codes depend on sample texts."""
         return self.is_gptqmodel and bool(self.parts)
 
     @property
     def is_quantized_on_load(self) -> bool:
-        """Tell if a 16-bit checkpoint is quantized to it while it loads, and its sums say every matrix's bytes."""
+        """Tell if a 16-bit checkpoint is quantized to it at load. Its sums then give every matrix's bytes."""
         return self.is_bnb or self.is_weight_only
 
     @property
@@ -137,29 +137,29 @@ class StorageFormat(NamedTuple):
 
     @property
     def streams(self) -> bool:
-        """Tell if layers in it can stay off the device: their backend says how they are moved."""
+        """Tell if layers in it can stay off the device: their backend defines how they are moved."""
         return self.is_dense or self.is_bnb
 
     @property
     def is_plugged(self) -> bool:
-        """Tell if this library counts it and another package's backend would load it."""
+        """Tell if this library counts it and only another package's backend would load it."""
         return self.kernel == "plugged"
 
     @property
     def library(self) -> str:
-        """The library that writes and runs it; empty for plain dtypes, and for what no backend here runs."""
+        """The library that writes and runs it; empty for plain dtypes, and for formats that no backend here runs."""
         return "bitsandbytes" if self.is_bnb else "torch" if self.is_weight_only else "gptqmodel" * self.is_gptqmodel
 
     @property
     def quant_type(self) -> str:
-        """Bitsandbytes' name of its 4-bit codes, without what is stored beside them."""
+        """Bitsandbytes' name of its 4-bit codes, without the suffix for the stored scales."""
         return self.name.removesuffix("-plain")
 
     def part_sizes(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Bytes of each part for a tensor of `shape`, `(rows, columns)` or one dimension. Exact.
 
         Raises:
-            ConfigError: a format whose bytes only a checkpoint's headers say, or that has no place for such a matrix.
+            ConfigError: only a checkpoint's headers state the format's bytes, or the format does not allow this shape.
         """
         if not self.parts:
             raise ConfigError(
@@ -202,7 +202,7 @@ def blocks(numel: int) -> int:
 
 
 def is_packed(shape: tuple[int, ...]) -> bool:
-    """Tell if the CPU's 4-bit kernel takes a matrix of this shape, (rows, columns)."""
+    """Tell if the CPU's 4-bit kernel accepts a matrix of this shape, (rows, columns)."""
     return shape[0] % PACKED_ROWS == 0 and shape[1] % BLOCK == 0
 
 
@@ -230,7 +230,7 @@ FORMATS: dict[str, StorageFormat] = {
         StorageFormat("nf4-plain", _SINGLE, 4, "bnb-4bit", few_rows=True),
         StorageFormat("fp4", _DOUBLE, 4, "bnb-4bit", few_rows=True),
         StorageFormat("fp4-plain", _SINGLE, 4, "bnb-4bit", few_rows=True),
-        # AutoGPTQ's layout, which GPTQModel writes too: int32 words, fp16 scales, one int32 a column for the order.
+        # AutoGPTQ's layout, which GPTQModel writes too: int32 words, fp16 scales, one int32 a column for its group.
         StorageFormat(
             "gptq-int4",
             (
@@ -263,7 +263,7 @@ FORMATS: dict[str, StorageFormat] = {
         StorageFormat(
             "fp8", (Part("weight", 1, 1, "weights"), Part("scale", 4, 1, "rows")), 8, "dequantized", few_rows=True
         ),
-        # What checkpoints are published in: bits, groups and skipped modules vary, so headers say the bytes (`stored`).
+        # Formats of published checkpoints: bits, groups and skipped modules vary, so headers give the bytes (`stored`).
         StorageFormat("gptq", (), 0, "gptqmodel"),
         StorageFormat("awq", (), 0, "gptqmodel"),
         StorageFormat("fp8-block", (), 0, "plugged"),
@@ -277,7 +277,7 @@ def storage_format(name: str) -> StorageFormat:
     """The storage format called `name`.
 
     Raises:
-        UnknownNameError: there is none.
+        UnknownNameError: no format has this name.
     """
     if name not in FORMATS:
         raise UnknownNameError("storage format", name, FORMAT_NAMES)

@@ -13,15 +13,16 @@ _LEVEL_BYTES = 2 * 2
 
 
 class KvFormat(NamedTuple):
-    """How a cache stores keys and values.
+    """The storage of keys and values in a cache.
 
-    A quantized format keeps its newest tokens, and those of an unfinished group, in the model's own dtype. Of the older
-    ones, keys share a scale and a least value per channel over `key_group` tokens, values per token and head.
+    A quantized format keeps its newest tokens, and those of an unfinished group, in the model's own dtype. Older keys
+    share a scale and a least value for each channel of `key_group` tokens. Older values share them for each token and
+    head.
 
     Attributes:
         bits: Bits of a code; 0 is the model's own dtype, without codes.
         key_group: Tokens whose keys share a scale.
-        residual: Newest tokens that stay whole.
+        residual: Newest tokens that are not quantized.
     """
 
     name: KvFormatName
@@ -31,7 +32,7 @@ class KvFormat(NamedTuple):
 
     @property
     def is_quantized(self) -> bool:
-        """Tell if older tokens are codes, of which every step makes whole keys and values."""
+        """Tell if older tokens are stored as codes, which every step dequantizes."""
         return self.bits > 0
 
     @property
@@ -85,7 +86,7 @@ def kv_format(name: str) -> KvFormat:
     """The KV cache format called `name`.
 
     Raises:
-        UnknownNameError: there is none.
+        UnknownNameError: no format has this name.
     """
     if name not in KV_FORMATS:
         raise UnknownNameError("KV cache format", name, KV_FORMAT_NAMES)

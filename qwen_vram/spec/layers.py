@@ -1,6 +1,6 @@
 """Description of a decoder layer: its weights, its attention, and its sizes.
 
-A family (`spec.families`) makes one description for each kind of layer. All else asks the description.
+A family (`spec.families`) makes one description for each kind of layer. All other modules read the description.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MLP_MATRICES = ("gate_proj", "up_proj", "down_proj")
 
 
 class Weight(NamedTuple):
-    """One parameter: its name in the checkpoint, its shape, and what it is for."""
+    """One parameter: its name in the checkpoint, its shape, and its role."""
 
     name: str
     shape: tuple[int, ...]
@@ -33,7 +33,7 @@ class Weight(NamedTuple):
 
     @property
     def is_linear(self) -> bool:
-        """Tell if a storage format applies: the matrices of attention, MLP and head, nothing else."""
+        """Tell if a storage format applies, as it does to the matrices of attention, MLP and head only."""
         return len(self.shape) == 2 and self.role not in ("embedding", "adapter")
 
     @property
@@ -75,12 +75,12 @@ class Attention(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    """One decoder layer. Layers of a model that are alike share one description.
+    """One decoder layer. Equal layers of a model share one description.
 
     Attributes:
-        attention: Its attention, and what that caches for a token.
+        attention: Its attention, with the sizes of the keys and values that it caches.
         inner_size: Width of its MLP.
-        weights: Its weights, named from the layer down, in the order of `transformers`.
+        weights: Its weights, with names relative to the layer, in the order of `transformers`.
     """
 
     attention: Attention
@@ -88,7 +88,7 @@ class LayerSpec:
     weights: tuple[Weight, ...]
 
     def __hash__(self) -> int:
-        """The fields' hash, made once: caches look a layer up by it."""
+        """The hash of the fields, computed once, because caches use a layer as a key."""
         return self._hash
 
     @cached_property
@@ -96,7 +96,7 @@ class LayerSpec:
         return hash(tuple(getattr(self, one.name) for one in fields(self)))
 
     def __getstate__(self) -> dict[str, Any]:
-        """The fields without their hash, which another process makes otherwise."""
+        """The fields without the hash, which differs in another process."""
         return {name: value for name, value in vars(self).items() if name != "_hash"}
 
     @cached_property
@@ -111,28 +111,28 @@ class LayerSpec:
 
     @cached_property
     def children(self) -> tuple[str, ...]:
-        """The modules right below the layer, in the order of their weights."""
+        """The direct child modules of the layer, in the order of their weights."""
         return tuple(dict.fromkeys(weight.name.partition(".")[0] for weight in self.weights))
 
     @cached_property
     def numel(self) -> int:
-        """Parameters."""
+        """The number of parameters."""
         return sum(weight.numel for weight in self.weights)
 
     @cached_property
     def linear_numel(self) -> int:
-        """Parameters of its matrices."""
+        """The number of parameters of its matrices."""
         return sum(weight.numel for weight in self.linears.values())
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LayerSpec:
-        """The layer of which `dataclasses.asdict` made `data`."""
+        """Make the layer that `dataclasses.asdict` turned into `data`."""
         weights = tuple(Weight(name, tuple(shape), role) for name, shape, role in data["weights"])
         return cls(attention=Attention(*data["attention"]), inner_size=data["inner_size"], weights=weights)
 
 
 def dense_layer(hidden_size: int, inner_size: int, attention: Attention, biased: Collection[str] = ()) -> LayerSpec:
-    """A layer of softmax attention and a gated MLP, each behind an RMSNorm.
+    """Make a layer of softmax attention and a gated MLP, each after an RMSNorm.
 
     Args:
         biased: Names of the modules whose matrices have a bias, of `ATTENTION_MATRICES` and `MLP_MATRICES`.

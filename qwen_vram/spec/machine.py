@@ -1,6 +1,6 @@
 """A machine: memory of GPU and driver, and rates; defaults until they are measured.
 
-`qwen-vram calibrate` measures a machine, `machine_file` keeps it.
+`qwen-vram calibrate` measures a machine, and `machine_file` stores it.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-# nvidia-smi's figure less torch's reserved bytes in a fresh process: after a load of 16-bit weights, and what its
-# generations add, 82 to 136 MB (512 decode steps the most). An H100 shows 12 MB less.
+# nvidia-smi's figure minus torch's reserved bytes in a fresh process. The first is after a load of 16-bit weights. The
+# second is the addition by its generations, 82 to 136 MB (the most with 512 decode steps). An H100 shows 12 MB less.
 # measured: NVIDIA H200, driver 580, torch 2.11.0+cu130, transformers 5.17.0, 2026-11-22.
 CUDA_CONTEXT = 649_068_544
 LAZY_KERNELS = 136_314_880
@@ -19,18 +19,18 @@ DEVICE_BANDWIDTH = 4_300_000_000_000
 PINNED_COPY_RATE = 55_200_000_000
 # measured: 3.56 and 3.85 GB/s, the disk of a virtual machine with 2 cores, tools.disk_rate, 2026-11-25; rounded down.
 DISK_READ_RATE = 3_500_000_000
-# What 32,000 tokens of Qwen2.5-7B in bf16 in chunks of 4,096 leave for products beside attention: 1.12 s.
+# 32,000 tokens of Qwen2.5-7B in bf16, in chunks of 4,096, take 1.12 s in products, without attention.
 # measured: NVIDIA H200, torch 2.11.0+cu130, 2026-11-26, benchmarks/results/caps_chunks.jsonl.
 MATMUL_RATE = 620_000_000_000_000
-# 28 layers of Qwen2.5-7B in bf16 took 18.1 to 24.3 ms a token, launched by Python, on different hosts of an H200, and
-# 21.6 on an H100's; this is the middle.
+# 28 layers of Qwen2.5-7B in bf16, launched by Python, took 18.1 to 24.3 ms a token on different hosts of an H200. On a
+# host of an H100 they took 21.6. This is the middle.
 # measured: torch 2.11.0+cu130, 2026-11-25 to 29, benchmarks/results: decode, auto_plans and streaming_speed.
 LAYER_LAUNCH_TIME = 695_000
-# 28 layers' kernels between products, 24 in each, ran for 1.47 ms in a step.
+# The kernels between products, 24 in each of 28 layers, took 1.47 ms in a step.
 # measured: NVIDIA H200, torch 2.11.0+cu130, 2026-11-26, benchmarks/results/decode.jsonl ("other" of uncompiled steps).
 GRAPH_NODE_TIME = 2_200
 
-# Every figure by its field: what it is called, and its unit.
+# Every figure by its field, with its name in texts and its unit.
 FIGURES = {
     "cuda_context": ("CUDA context", "bytes"),
     "lazy_kernels": ("kernels loaded on first use", "bytes"),
@@ -45,7 +45,7 @@ FIGURES = {
     "layer_launch_time": ("launching a layer from Python", "ns"),
     "graph_node_time": ("a small kernel in a CUDA graph", "ns"),
 }
-# Figures that files from before them lack: they are the defaults then.
+# Figures that older files lack: they then have the default values.
 _LATER = (
     "host_product_rate",
     "host_4bit_rate",
@@ -63,23 +63,25 @@ class Machine:
     """One GPU with its host and its versions.
 
     Attributes:
-        device: The GPU's name, as torch and the driver have it.
-        cuda_context: Bytes that nvidia-smi shows beside torch's reserved ones once a tensor is on the device.
-        lazy_kernels: Bytes that a load and a generation add to them.
+        device: The GPU's name, as torch and the driver state it.
+        cuda_context: Bytes that nvidia-smi shows in addition to torch's reserved ones, after a tensor is on the device.
+        lazy_kernels: Bytes that a load and a generation add to `cuda_context`.
         device_bandwidth: Bytes a second of a copy within device memory, read plus written.
         pinned_copy_rate: Bytes a second from pinned host memory to the device.
-        host_bandwidth: Bytes a second of a copy within host memory, read plus written; `None` has no stated default.
-        host_product_rate: Bytes a second of 16-bit weights that the CPU multiplies with one row; `None` likewise.
-        host_4bit_rate: The same of bitsandbytes' 4-bit weights; `None` too where the CPU has no kernel for it.
-        host_matmul_rate: Operations a second of a 16-bit product of many rows on the CPU; `None` likewise.
-        disk_read_rate: Bytes a second of reads from a file that the system's page cache does not hold.
+        host_bandwidth: Bytes a second of a copy within host memory, read plus written; `None` if it was not measured.
+        host_product_rate: Bytes a second of 16-bit weights that the CPU multiplies with one row; `None` if it was not
+            measured.
+        host_4bit_rate: The same for bitsandbytes' 4-bit weights; `None` also if the CPU has no kernel for them.
+        host_matmul_rate: Operations a second of a 16-bit product of many rows on the CPU; `None` if it was not
+            measured.
+        disk_read_rate: Bytes a second of reads from a file that is not in the page cache.
         matmul_rate: Operations a second of a 16-bit product of many rows on the device.
         layer_launch_time: Nanoseconds that Python takes to launch one decoder layer in 16 bits.
         graph_node_time: Nanoseconds that a small kernel takes in a captured step.
-        host: The CPU's name and cores; empty in files from before it.
-        torch, driver, date: What it was measured with, and when (ISO).
-        source: Whether `qwen-vram calibrate` measured it, or the library states it.
-        kept: Figures of a measured machine that could not be measured and are the defaults.
+        host: The CPU's name and cores; empty in older files.
+        torch, driver, date: The versions and the date (ISO) of the measurement.
+        source: `"measured"` by `qwen-vram calibrate`, or `"default"` for the library's stated figures.
+        kept: Figures of a measured machine that could not be measured and have the default values.
     """
 
     device: str
@@ -104,15 +106,15 @@ class Machine:
 
     @property
     def key(self) -> str:
-        """What it is stored under: another GPU or another torch is another machine."""
+        """The key that it is stored under. A change of the GPU or of torch's version makes another machine."""
         return f"{self.device}, torch {self.torch}"
 
     def is_measured(self, figure: str) -> bool:
-        """Tell if a figure was measured by `qwen-vram calibrate`, and is no stated default."""
+        """Tell if `qwen-vram calibrate` measured a figure, so that it is not a stated default."""
         return self.source == "measured" and figure not in self.kept and getattr(self, figure) is not None
 
     def __str__(self) -> str:
-        """The versions, and a line for each figure with where it is from."""
+        """The versions, and a line for each figure with its origin."""
         lines = [f"{self.key}, driver {self.driver}, {self.date}"]
         for name, (label, unit) in FIGURES.items():
             value = getattr(self, name)
@@ -137,10 +139,10 @@ DEFAULT = Machine(
 
 
 def parse_machine(data: object) -> Machine:
-    """A measured machine from plain data, such as a file holds.
+    """Make a measured machine from plain data, such as the contents of a file.
 
     Raises:
-        ValueError: a field is missing, unknown, of another type, or no size or rate that a computer can have.
+        ValueError: a field is missing or unknown, has another type, or is not a size or rate that a computer can have.
     """
     names = {field.name for field in fields(Machine)}
     if not isinstance(data, dict) or data.keys() | set(_LATER) != names:

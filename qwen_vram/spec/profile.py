@@ -27,18 +27,18 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 CHOICES_OR_NONE: dict[str, tuple[str, ...]] = {"lm_head": FORMAT_NAMES, "dequantization": get_args(Dequantization)}
 
-# Numbers, and the least of each.
+# Knobs that are numbers, with the least value of each.
 COUNTS = {"prefill_chunk_size": 1, "streamed_layers": 0, "host_layers": 0, "disk_layers": 0}
 
 
 class Knob(NamedTuple):
-    """One knob of a profile; `Profile` says in its docstring what it is.
+    """One knob of a profile. The docstring of `Profile` describes each of them.
 
     Attributes:
         default: Its value in a profile that does not name it.
-        choices: The names that it takes; empty for numbers and flags.
-        least: The least number that it takes; `None` for names and flags.
-        may_be_none: `None` is a value of it.
+        choices: The names that it accepts; empty for numbers and flags.
+        least: The least number that it accepts; `None` for names and flags.
+        may_be_none: It accepts `None`.
     """
 
     name: str
@@ -48,10 +48,10 @@ class Knob(NamedTuple):
     may_be_none: bool
 
     def check(self, value: object) -> None:
-        """Refuse a value that no part of the library knows.
+        """Refuse a value that is not valid for the knob.
 
         Raises:
-            UnknownNameError: a name that is none of the choices, or no flag.
+            UnknownNameError: a name that is not one of the choices, or a value that is not a flag.
             WorkloadError: a number out of range.
         """
         if value is None and self.may_be_none:
@@ -71,30 +71,32 @@ class Knob(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
-    """What is stored how and where, and how attention and prefill run. Knows no model, workload or budget.
+    """Storage formats, locations, and kernels of attention and prefill. It names no model, workload or budget.
 
     Attributes:
         name: Its name in `PROFILES`, or `"custom"`.
         weights: Storage format of the matrices of attention and MLP.
-        lm_head: Storage format of the head; `None` is the model's own dtype. With tied embeddings a head of another
-            format is a copy of its own.
-        embeddings: Where the token table lives. On the host, rows are gathered there.
+        lm_head: Storage format of the head; `None` is the model's own dtype. With tied embeddings, a head in another
+            format is a separate copy.
+        embeddings: Location of the token embeddings. On the host, rows are gathered there.
         kv_cache: Element format of keys and values; `"bf16"` is the model's own dtype.
-        kv_device: Where the cache lives. On the host, one layer ahead is brought to the device.
-        cache: `"dynamic"` grows by concatenation, `"preallocated"` and `"static"` take the whole context at once.
-        attention: The attention function; `"fused"` expands no heads and builds no mask.
-        kernels: What runs between a layer's matrix products. `"fused"`: norms, rotary embedding and SwiGLU are one
-            kernel each, and sums and products go into the memory of one of their terms.
-        prefill_chunk_size: Prompt tokens a sequence feeds at once; `None` is the whole prompt.
-        dequantization: How a matrix of bitsandbytes meets the rows of a prefill. In 4 bits: the `"whole"` matrix in 16
-            bits beside the result, or `"tiled"`, one tile of it after the other. In int8: all outlier columns at once,
-            as many as the data has, or by tiles of a fixed size. `None` is whole in 4 bits and tiled in int8.
-        streamed_layers: Decoder layers that stay on the host and pass through two slots on the device.
-        host_layers: How many of them compute on the CPU in steps of few rows, as decode steps of few sequences are, and
-            cross the link for a prefill alone.
-        disk_layers: How many of them stay in the checkpoint's files, and are read for every token.
-        captured: Decode steps are captured as a CUDA graph, over a cache that is taken at load and stays.
-        compiled: Decode steps are compiled by torch, and captured too.
+        kv_device: Location of the cache. On the host, each layer's part is copied to the device one layer ahead.
+        cache: `"dynamic"` grows by concatenation; `"preallocated"` and `"static"` allocate the whole context at once.
+        attention: The attention function. `"fused"` neither repeats keys and values for each head nor builds a mask.
+        kernels: The kernels between a layer's matrix products. `"fused"`: norms, rotary embedding and SwiGLU are one
+            kernel each, and sums and products are written into the memory of one of their terms.
+        prefill_chunk_size: Prompt tokens of a sequence in one forward pass; `None` is the whole prompt.
+        dequantization: The method for products of a bitsandbytes matrix with the rows of a prefill. In 4 bits,
+            `"whole"` makes the whole matrix in 16 bits beside the result, and `"tiled"` one tile after the other. In
+            int8, `"whole"` takes all outlier columns of the data at once, and `"tiled"` uses tiles of a fixed size.
+            `None` is whole in 4 bits and tiled in int8.
+        streamed_layers: The number of decoder layers that stay on the host and pass through two or three slots on the
+            device.
+        host_layers: The number of streamed layers that compute on the CPU in steps of few rows, such as decode steps of
+            few sequences. They cross the link for a prefill only.
+        disk_layers: The number of streamed layers that stay in the checkpoint's files, and are read for every token.
+        captured: Decode steps are captured as a CUDA graph, with a cache that is allocated at load and stays.
+        compiled: Decode steps are compiled by torch, and also captured.
     """
 
     name: str = "custom"
@@ -115,14 +117,14 @@ class Profile:
     compiled: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse every value that no part of the library knows, and knobs that exclude each other."""
+        """Refuse values that are not valid, and knobs that exclude each other."""
         for knob in KNOBS.values():
             knob.check(getattr(self, knob.name))
         check_profile(self)
 
     @property
     def captures(self) -> bool:
-        """Tell if decode steps are captured as a CUDA graph: compiled ones are too."""
+        """Tell if decode steps are captured as a CUDA graph, as compiled ones also are."""
         return self.captured or self.compiled
 
     @property
@@ -132,17 +134,17 @@ class Profile:
 
     @property
     def dtype(self) -> FormatName:
-        """The model's own dtype: activations, norms, biases, and whatever is not quantized."""
+        """The model's own dtype: of activations, norms, biases, and all weights that are not quantized."""
         return self.weights if FORMATS[self.weights].is_dense else "bf16"
 
     @property
     def tiles(self) -> bool:
-        """Tell if matrices of bitsandbytes are multiplied by tiles."""
+        """Tell if products with bitsandbytes' matrices are tiled."""
         return self.dequantization == "tiled" or (self.dequantization is None and FORMATS[self.weights].has_outliers)
 
     @property
     def attends_whole(self) -> bool:
-        """Tell if attention gets the whole of a cache, filled or not: a static one, which captured steps do not use."""
+        """Tell if attention gets the whole cache, filled or not: a static one, but not in captured steps."""
         return self.cache == "static" and not self.captures
 
     @property
@@ -156,10 +158,10 @@ class Profile:
         return self.lm_head or self.dtype
 
     def replace(self, **knobs: object) -> Profile:
-        """This profile with some knobs changed.
+        """Return this profile with some knobs changed.
 
         Raises:
-            UnknownNameError: a knob or its value is not known.
+            UnknownNameError: a knob or its value is unknown.
             WorkloadError: a number is out of range, or two knobs exclude each other.
         """
         for knob in knobs:
@@ -179,9 +181,9 @@ KNOBS = {field.name: _knob(field.name, field.default) for field in fields(Profil
 PROFILES: dict[str, Profile] = {
     row.name: row
     for row in (
-        # The article's row 1: what a plain from_pretrained and generate do.
+        # The article's row 1: a plain from_pretrained and generate.
         Profile(name="default"),
-        # Its row 2: NF4 with double quantization; torch's flash kernel stands in for the flash-attn package.
+        # Its row 2: NF4 with double quantization; torch's flash kernel replaces the flash-attn package.
         Profile(
             name="int4-flash",
             weights="nf4",
@@ -192,7 +194,7 @@ PROFILES: dict[str, Profile] = {
         ),
         # Its row 3: three layers on the host.
         Profile(name="cpu-offload", attention="fused", kernels="fused", cache="preallocated", streamed_layers=3),
-        # Its advice for 12 to 16 GB: layer split and a tuned KV cache.
+        # Its advice for 12 to 16 GB: a split of the layers and a tuned KV cache.
         Profile(
             name="split-kv",
             attention="fused",
@@ -243,7 +245,7 @@ _AUTO = "'auto' is for plan() and load(), which know a budget"
 
 
 def resolve_profile(profile: str | Profile, **knobs: object) -> Profile:
-    """The profile called `profile`, or `profile` itself, with `knobs` changed.
+    """Return the profile called `profile`, or `profile` itself, with `knobs` changed.
 
     Raises:
         UnknownNameError: no such profile, knob or value.

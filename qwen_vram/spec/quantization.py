@@ -1,6 +1,6 @@
 """`quantization_config` of config.json: method, format, and modules left out.
 
-Knows no tensors; `checkpoints.tensors.prequantized` holds them against what is read here.
+It uses no tensors; `checkpoints.tensors.prequantized` compares them with these settings.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import cast
 
 from qwen_vram.spec.formats import FORMATS, FormatName
 
-# Keys of the block, the one of transformers first; compressed-tensors and mlx-lm wrote the other two.
+# Keys of the block: first that of transformers; the other two are of compressed-tensors and mlx-lm.
 KEYS = ("quantization_config", "compression_config", "quantization")
 
-# quant_method of config.json -> storage format. Bits, groups and skipped modules vary, so that only headers say bytes.
+# quant_method of config.json -> storage format. Bits, groups and skipped modules vary, so only headers give the bytes.
 GPTQ, AWQ, BLOCK_FP8 = "gptq", "awq", "fp8"
 METHODS: dict[str, FormatName] = {
     GPTQ: "gptq",
@@ -22,7 +22,7 @@ METHODS: dict[str, FormatName] = {
     BLOCK_FP8: "fp8-block",
     "compressed-tensors": "compressed-tensors",
 }
-# What this library writes itself, of formats on torch's own operators.
+# The quant_method that this library writes, for formats on torch's own operators.
 OWN_METHOD = "qwen_vram"
 BITSANDBYTES = "bitsandbytes"
 # bitsandbytes' defaults. Source: transformers 5.23, BitsAndBytesConfig.
@@ -33,7 +33,7 @@ _FOUR_BIT: dict[tuple[object, bool], FormatName] = {
 
 
 def quantization_of(config: Mapping[str, object]) -> object:
-    """What config.json says of its quantization, under any of its keys; `None` for plain dtypes."""
+    """The quantization block of config.json, under any of its keys; `None` for plain dtypes."""
     return next((config[key] for key in KEYS if config.get(key) is not None), None)
 
 
@@ -43,12 +43,12 @@ def without_quantization(config: Mapping[str, object]) -> dict[str, object]:
 
 
 def settings_of(quantization: object) -> Mapping[str, object]:
-    """The block as a mapping; empty if it is none."""
+    """The block as a mapping; empty if it has another type."""
     return quantization if isinstance(quantization, Mapping) else {}
 
 
 def method_of(quantization: object) -> str | None:
-    """`quant_method`, or bitsandbytes where the block says that it loads in 4 or 8 bits, as `transformers` reads it."""
+    """`quant_method`; bitsandbytes if the block says "load in 4 or 8 bits", as `transformers` reads it."""
     settings = settings_of(quantization)
     if settings.get("load_in_4bit") or settings.get("load_in_8bit"):
         return BITSANDBYTES
@@ -57,10 +57,10 @@ def method_of(quantization: object) -> str | None:
 
 
 def stored_format(quantization: object) -> tuple[FormatName | None, bool]:
-    """The storage format that a block names, and whether only the headers say its bytes.
+    """Return the storage format that a block names, and True if only the headers give its bytes.
 
-    The format is `None` if it is none that is counted. A checkpoint of bitsandbytes or of this library is counted from
-    its config alone, unless modules beside the head are left in 16 bits.
+    The format is `None` if the library does not count it. A checkpoint of bitsandbytes or of this library is counted
+    from its config alone, unless modules other than the head are left in 16 bits.
     """
     settings, method = settings_of(quantization), method_of(quantization)
     if method == OWN_METHOD:
@@ -80,7 +80,7 @@ def stored_format(quantization: object) -> tuple[FormatName | None, bool]:
 
 
 def wrong_settings(quantization: object) -> str:
-    """What is wrong with the block of bitsandbytes or of this library by itself; empty if nothing is."""
+    """The error in a block of bitsandbytes or of this library by itself; empty if it is correct."""
     settings, method = settings_of(quantization), method_of(quantization)
     if method == OWN_METHOD and stored_format(quantization)[0] is None:
         own = ", ".join(name for name, storage in FORMATS.items() if storage.is_weight_only)
@@ -99,18 +99,18 @@ def four_bit_format(quant_type: str, *, double: bool) -> FormatName:
 
 
 def leaves_out_more(settings: Mapping[str, object]) -> bool:
-    """Tell if the block leaves modules beside the head in 16 bits."""
+    """Tell if the block leaves modules other than the head in 16 bits."""
     return bool(set(skipped_modules(settings)) - {"lm_head"})
 
 
 def skipped_modules(settings: Mapping[str, object]) -> list[str]:
-    """The modules that bitsandbytes or this library left as they were; the head alone if the block does not say."""
+    """The modules that bitsandbytes or this library did not quantize; only the head if the block names none."""
     skipped = settings.get("llm_int8_skip_modules", settings.get("modules_to_not_convert"))
     return [str(name) for name in cast("list[object]", skipped)] if isinstance(skipped, list) else ["lm_head"]
 
 
 def skips(patterns: Iterable[str], module: str) -> bool:
-    """Tell if a list of `transformers` leaves `module` out: as a beginning, as a regular expression, or as an end.
+    """Tell if a list of `transformers` leaves `module` out: as a prefix, a regular expression, or a suffix.
 
     Source: transformers 5.23, quantizers_utils.py, should_convert_module.
     """
@@ -120,7 +120,7 @@ def skips(patterns: Iterable[str], module: str) -> bool:
         try:
             if re.match(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", module):
                 return True
-        except re.error:  # no regular expression, and transformers would not start either
+        except re.error:  # not a regular expression; transformers would not start either
             continue
     return False
 
@@ -150,7 +150,7 @@ def leaving_out(quantization: object, module: str) -> str:
 
 
 def dynamic_rule(settings: Mapping[str, object], module: str) -> Mapping[str, object] | bool | None:
-    """The first rule of GPTQModel's `dynamic` for `module`; `False` leaves it out, a mapping has own settings."""
+    """The first rule of GPTQModel's `dynamic` for `module`: `False` leaves it out, a mapping has its settings."""
     rules = settings.get("dynamic")
     for pattern, own in rules.items() if isinstance(rules, Mapping) else ():
         try:
@@ -163,7 +163,7 @@ def dynamic_rule(settings: Mapping[str, object], module: str) -> Mapping[str, ob
 
 
 def _names(value: object) -> list[str]:
-    """A list of names, or of lists of names, as one list."""
+    """The names of a list, or of lists in a list, as one list."""
     if isinstance(value, str):
         return [value]
     return [name for item in value for name in _names(item)] if isinstance(value, (list, tuple)) else []

@@ -10,13 +10,13 @@ from qwen_vram.units import format_bytes
 
 
 class Quantizer(NamedTuple):
-    """A library's format: the name that people know it by, and the programs that run it."""
+    """A library's format: its usual name, and the programs that run it."""
 
     name: str
     runs: str
 
 
-# By `quant_method`, or by what the tensors are where config.json has none.
+# By `quant_method`, or by the format of the tensors if config.json names no method.
 QUANTIZERS: dict[str, Quantizer] = {
     "auto-round": Quantizer("AutoRound", "vLLM, or transformers with auto-round"),
     "hqq": Quantizer("HQQ", "transformers with the package hqq"),
@@ -40,7 +40,7 @@ QUANTIZERS: dict[str, Quantizer] = {
 
 
 def not_loaded(quantization: object, method: str, nbytes: int | None) -> str:
-    """Why a checkpoint of another quantizer is refused, what runs it, and what loads here.
+    """The reason why a checkpoint of another quantizer is refused, programs that run it, and formats that load here.
 
     Args:
         nbytes: Bytes of its tensors, if the headers were read.
@@ -65,7 +65,7 @@ def not_loaded(quantization: object, method: str, nbytes: int | None) -> str:
 
 
 def _auto_round(settings: Mapping[str, object]) -> str:
-    """What brings a checkpoint of AutoRound here. Source: vLLM, quantization/auto_round.py, which loads it as GPTQ."""
+    """Advice for a checkpoint of AutoRound. Source: vLLM, quantization/auto_round.py, which loads it as GPTQ."""
     packing = str(settings.get("packing_format", "")).removeprefix("auto_round:")
     change = {"auto_gptq": 'quant_method to "gptq"', "auto_awq": 'quant_method to "awq" and version to "gemm"'}
     if packing not in change or settings.get("extra_config"):
@@ -74,6 +74,6 @@ def _auto_round(settings: Mapping[str, object]) -> str:
 
 
 def method_name(quantization: object) -> str:
-    """The method that a block names, as texts show it."""
+    """The method that a block names, for texts."""
     named = method_of(quantization)
     return named if named is not None else str(settings_of(quantization) or quantization)

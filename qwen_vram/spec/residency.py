@@ -34,13 +34,13 @@ def among(layers: int, streamed: Collection[int]) -> frozenset[int]:
 
 @dataclass(frozen=True)
 class Residency:
-    """Where the parts of a model live by a profile, on one device or on one device's part of a model.
+    """The location of each part of a model by a profile; the model may be one device's part of a larger one.
 
     Attributes:
-        layers: The home of each decoder layer: resident on the device; on the host or the disk, from which it streams
-            through slots on the device; or on the host, where it computes in decode steps too.
-        table_on_host: The token table is in host memory. It is not if a tied head needs it on the device.
-        own_head: A tied head is quantized into a tensor of its own, so that only the lookup needs the table.
+        layers: The location of each decoder layer. `"device"` is resident. Layers of `"host"` and `"disk"` stream from
+            there through slots on the device. Those of `"computing"` are on the host and compute there in decode steps.
+        table_on_host: The token embeddings are in host memory. They are not if a tied head needs them on the device.
+        own_head: A tied head is quantized into a separate tensor, so that only the lookup needs the token embeddings.
         late_head: The head is quantized tile by tile after the resident layers are loaded, because layers stream.
     """
 
@@ -66,7 +66,7 @@ class Residency:
 
     @property
     def resident(self) -> int:
-        """How many layers are on the device for good."""
+        """The number of layers that stay on the device."""
         return len(self.layers) - len(self.streamed)
 
     def _at(self, place: Home) -> frozenset[int]:
@@ -75,7 +75,7 @@ class Residency:
 
 @lru_cache(maxsize=4096)
 def residency(architecture: Architecture, profile: Profile) -> Residency:
-    """Return where `profile` puts the parts of a model."""
+    """Return the location of each part of a model in `profile`."""
     count = min(profile.streamed_layers, architecture.num_hidden_layers)
     streamed = spread(count, architecture.num_hidden_layers) if count else frozenset()
     disk = among(min(profile.disk_layers, count), streamed)

@@ -8,22 +8,22 @@ from typing import NamedTuple
 
 from qwen_vram.errors import ConfigError
 
-# What transformers takes if config.json names no rope_theta. Source: transformers 5.23, RotaryEmbeddingConfigMixin.
+# The default of transformers if config.json has no rope_theta. Source: transformers 5.23, RotaryEmbeddingConfigMixin.
 DEFAULT_THETA = 10_000.0
-# The kinds that transformers runs; all but the first read a factor, and the last three an original length too.
+# The kinds that transformers runs; all but the first read a factor, and the last three also read an original length.
 KINDS = ("default", "linear", "dynamic", "proportional", "yarn", "llama3", "longrope")
 _WITH_ORIGINAL = ("yarn", "llama3", "longrope")
 _ORIGINAL = "original_max_position_embeddings"
 
 
 class RopeRules(NamedTuple):
-    """What a family's publisher says of its positions.
+    """Statements of a family's publisher about its positions.
 
     Attributes:
-        publisher: Who that is.
-        native: The length that a model was trained for, by `max_position_embeddings`, if that is another one.
-        yarn: The largest factor of YaRN that is published; 0 if YaRN is not proposed.
-        trained: The kinds of positions that models were trained with: they stretch nothing past
+        publisher: The publisher's name.
+        native: The length that a model was trained for, by `max_position_embeddings`, if the two differ.
+        yarn: The largest factor of YaRN that is published; 0 if YaRN is not recommended.
+        trained: The kinds of positions that models were trained with. They do not extend the positions past
             `max_position_embeddings`.
     """
 
@@ -37,18 +37,19 @@ class Rope(NamedTuple):
     """The rotary positions of a model.
 
     Attributes:
-        positions: `max_position_embeddings` as config.json has it.
-        native: The length that a stretch begins from, in tokens.
+        positions: `max_position_embeddings` of config.json.
+        native: The length in tokens that `factor` multiplies.
         kind: `rope_type`.
-        factor: What the length is multiplied by; 1 without a stretch.
-        spelling: The key that config.json has it under: `rope_scaling` (transformers 4) or `rope_parameters` (5).
+        factor: The factor of the length; 1 if the positions are not extended.
+        spelling: Its key in config.json: `rope_scaling` (transformers 4) or `rope_parameters` (5).
         theta: `rope_theta`.
-        theta_inside: Whether `rope_theta` is written in that object, not beside it.
+        theta_inside: `rope_theta` is written in that object, not beside it.
         rest: Other entries of that object.
-        window: The tokens that the model attends to without dual chunk attention; `None` if it has none.
-        trained: The model was trained with this entry, which then stretches nothing.
+        window: The tokens that the model attends to without dual chunk attention; `None` if config.json has no such
+            attention.
+        trained: The model was trained with this entry, which then does not extend the positions.
         publisher, yarn: As for `RopeRules`.
-        notes: What is worth a warning, whatever the workload.
+        notes: Warnings for any workload.
     """
 
     positions: int
@@ -67,17 +68,17 @@ class Rope(NamedTuple):
 
     @property
     def reach(self) -> int:
-        """The positions that the model may be used with, a stretch included."""
+        """The positions that the model may be used with, including an extension."""
         return self.positions if self.trained else max(self.positions, int(self.factor * self.native))
 
     def block(self, context_len: int) -> str:
-        """The entry of config.json, as JSON, that stretches the positions to `context_len` tokens by YaRN."""
+        """The entry of config.json, as JSON, that extends the positions to `context_len` tokens by YaRN."""
         factor = max(2.0, float(-(-context_len // self.native)))
         entry = {"rope_type": "yarn", **({"rope_theta": self.theta} if self.theta_inside else {}), **dict(self.rest)}
         return f"{json.dumps(self.spelling)}: {json.dumps({**entry, 'factor': factor, _ORIGINAL: self.native})}"
 
     def advice(self, context_len: int) -> str:
-        """How to run `context_len` tokens, which are past the model's positions."""
+        """Advice for `context_len` tokens, which exceed the model's positions."""
         if not self.yarn:
             return "shorten one of them"
         far = context_len > self.yarn * self.native
@@ -89,7 +90,7 @@ class Rope(NamedTuple):
         )
 
     def warnings(self, context_len: int) -> list[str]:
-        """What to tell whoever runs `context_len` tokens."""
+        """Warnings for a context of `context_len` tokens."""
         found = list(self.notes)
         if self.factor > 1 and not self.trained:
             more = f"; {context_len:,} tokens need no stretch" if context_len <= self.native else ""
@@ -106,14 +107,14 @@ class Rope(NamedTuple):
 
 
 def read_rope(config: Mapping[str, object], model_type: str, positions: int, source: str, rules: RopeRules) -> Rope:
-    """The rotary positions that config.json asks for.
+    """Read the rotary positions of config.json.
 
     Args:
         positions: `max_position_embeddings`.
-        rules: The family's.
+        rules: The rules of the family.
 
     Raises:
-        ConfigError: an entry that `transformers` does not run, or two entries of which one would lose `rope_theta`.
+        ConfigError: an entry that `transformers` does not run, or two entries, one of which would lose `rope_theta`.
     """
 
     def refuse(what: str) -> ConfigError:
@@ -180,7 +181,7 @@ def _stretched(
 
 
 def _check_theta(rope: Rope, new: Mapping[str, object], refuse: Callable[[str], ConfigError]) -> None:
-    """Refuse a `rope_scaling` beside a `rope_parameters` whose `rope_theta` it would drop."""
+    """Refuse a `rope_scaling` beside a `rope_parameters` whose `rope_theta` would be dropped."""
     lost = new.get("rope_theta")
     if not isinstance(lost, (int, float)) or lost == rope.theta:
         return
@@ -193,7 +194,7 @@ def _check_theta(rope: Rope, new: Mapping[str, object], refuse: Callable[[str], 
 
 
 def _window(config: Mapping[str, object]) -> int | None:
-    """The tokens that dual chunk attention, which `transformers` does not run, takes as one chunk."""
+    """The tokens of one chunk of dual chunk attention, which `transformers` does not run."""
     settings = config.get("dual_chunk_attention_config")
     if not isinstance(settings, Mapping):
         return None

@@ -18,9 +18,9 @@ class Workload:
     The defaults are the article's test.
 
     Attributes:
-        logits: `"last"`: logits of the last position, as `generate` makes them; `"all"`: one plain forward without a
-            cache that makes logits for every position of the prompt.
-        padded: The batch carries padding, so that attention needs a mask.
+        logits: `"last"`: logits of the last position, as `generate` makes them. `"all"`: one plain forward pass without
+            a cache that makes logits for every position of the prompt.
+        padded: The batch has padding, so that attention needs a mask.
     """
 
     prompt_len: int = 512
@@ -42,11 +42,11 @@ class Workload:
 
     @property
     def context_len(self) -> int:
-        """Tokens that one sequence holds at the end: prompt and new ones."""
+        """Tokens of one sequence at the end: prompt and new ones."""
         return self.prompt_len + self.max_new_tokens
 
     def check(self, architecture: Architecture) -> None:
-        """Refuse a context past the model's positions.
+        """Refuse a context that exceeds the model's positions.
 
         Raises:
             WorkloadError: `context_len` exceeds `max_position_embeddings`.
@@ -63,8 +63,8 @@ class Workload:
             )
 
 
-# The article's 65-25-10 split is real for this workload: 15.23 GB of bf16 weights, keys and values for 102,400 tokens
-# (5.87 GB) and one prefill step of 16,384 tokens (2.34 GB) are alive at once on a card of 24 GB (10**9).
+# The article's 65-25-10 split is right for this workload on a card of 24 GB (10**9). Live at once are 15.23 GB of bf16
+# weights, keys and values for 102,400 tokens (5.87 GB), and one prefill step of 16,384 tokens (2.34 GB).
 FULL_CARD_WORKLOAD: dict[str, object] = {
     "prompt_len": 24_576,
     "max_new_tokens": 1_024,

@@ -6,15 +6,7 @@ import pytest
 
 from tests.hygiene import prose
 
-# Their docstrings and comments are rewritten in the third step of issue 22.
-NOT_YET = ("spec", "arithmetic", "planning")
 FOLDERS = sorted({prose.folder_of(path) for path, _ in prose.module_openings()})
-
-
-def folders():
-    for folder in FOLDERS:
-        marks = pytest.mark.xfail(reason="issue 22, third step", strict=True) if folder in NOT_YET else ()
-        yield pytest.param(folder, id=folder, marks=marks)
 
 
 @pytest.mark.parametrize("page", prose.PAGES, ids=prose.shown)
@@ -59,7 +51,7 @@ def test_the_examples_are_in_plain_english():
     assert not prose.package_violations(prose.ROOT / "examples")
 
 
-@pytest.mark.parametrize("folder", list(folders()))
+@pytest.mark.parametrize("folder", FOLDERS)
 def test_a_folder_of_the_package_is_in_plain_english(folder):
     assert not [
         (rule, path, text) for rule, path, text in prose.package_violations() if prose.folder_of(path) == folder

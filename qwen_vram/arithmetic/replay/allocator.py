@@ -1,11 +1,16 @@
 """Simulation of torch's caching allocator, which computes reserved memory.
 
-Knows sizes and order, not tensors. The rules are those of c10/cuda/CUDACachingAllocator.cpp in torch 2.6 to 2.13, by
-default: sizes are rounded up to 512 bytes; requests up to 1 MiB are cut from segments of 2 MiB, those below
-10 MiB from segments of 20 MiB, larger ones get segments of their own rounded up to 2 MiB; the smallest free block that
-is large enough is taken, and its rest is split off where it is at least 512 bytes (small) or more than 1 MiB (large);
-freed neighbours of a segment join. Where the device has no room for a new segment, those without a block in use go back
-to it first, and only then is it out of memory.
+It uses sizes and order, not tensors. The rules are the defaults of c10/cuda/CUDACachingAllocator.cpp in torch 2.6 to
+2.13:
+
+- Sizes are rounded up to 512 bytes.
+- Requests up to 1 MiB are cut from segments of 2 MiB, and those below 10 MiB from segments of 20 MiB. Larger ones get
+  separate segments, rounded up to 2 MiB.
+- A request takes the smallest free block that is large enough. The rest is split off if it is at least 512 bytes
+  (small) or more than 1 MiB (large).
+- Neighboring free blocks of a segment join.
+- If a new segment does not fit the device, segments without a block in use are returned first. Only then is the device
+  out of memory.
 """
 
 from __future__ import annotations
@@ -16,37 +21,38 @@ from qwen_vram.spec.formats import ALLOCATION_STEP
 
 # The largest request that comes from the small pool.
 SMALL = 2**20
-# The most that stays with a large block rather than being split off.
+# The largest rest of a large block that is not split off.
 UNSPLIT = 2**20
 _SMALL_SEGMENT = 2 * 2**20
 _LARGE_SEGMENT = 20 * 2**20
 _OWN_SEGMENT = 10 * 2**20
 _SEGMENT_STEP = 2 * 2**20
-# Segments lie far apart here, so that blocks of different ones never look like neighbours; and each below the one
-# before it, which decides among free blocks of one size: the driver mostly maps new ones lower.
+# Segments are far apart here, so that blocks of different segments are never neighbors. Each is below the one before
+# it, because the driver mostly maps new ones lower; the address decides among free blocks of one size.
 # Recorded: NVIDIA H100, driver 580, torch 2.11.0+cu130, 2026-11-24.
 _TOP, _GAP = 2**80, 2**50
-# The driver maps segments from so much on in steps of as much, and after a load the first of them above all that is
-# there, so many bytes together. Recorded: addresses of Qwen2.5-7B and Qwen3-4B in int8, NVIDIA H200, driver 580,
-# torch 2.11.0+cu130, 2026-11-26: 112, 32 and 56 MiB lay above, 64 below; 40, 40, 64 and 64 above, 76 below.
+# The driver maps segments of at least _MAPPED bytes in steps of _MAPPED. After a load it maps the first of them above
+# all existing ones, up to _ROOM_ABOVE bytes in total.
+# Recorded: addresses of Qwen2.5-7B and Qwen3-4B in int8, NVIDIA H200, driver 580, torch 2.11.0+cu130, 2026-11-26. 112,
+# 32 and 56 MiB were above, 64 below; 40, 40, 64 and 64 above, 76 below.
 _MAPPED = 32 * 2**20
 _ROOM_ABOVE = 8 * _MAPPED
 
 
 class OutOfRoomError(Exception):
-    """A request that the limit has no room for, segments that could be given back included."""
+    """A request that exceeds the limit, even after unused segments are returned."""
 
 
 class CachingAllocator:
-    """Counts, in bytes, what torch would have allocated and reserved after the same requests in the same order.
+    """Counts the bytes that torch would allocate and reserve for the same requests in the same order.
 
     Attributes:
-        limit: The most that may be reserved; `None` is no limit.
-        unsplit: The most that stays with a large block rather than being split off.
-        allocated: Bytes of blocks in use, what could not be split off included (`torch.cuda.memory_allocated`).
-        peak: The most that was allocated at once.
+        limit: The most bytes that may be reserved; `None` is no limit.
+        unsplit: The largest rest of a large block, in bytes, that is not split off.
+        allocated: Bytes of blocks in use, with rests that were not split off (`torch.cuda.memory_allocated`).
+        peak: The most bytes that were allocated at once.
         reserved: Bytes of all segments (`torch.cuda.memory_reserved`).
-        peak_reserved: The most that was reserved at once.
+        peak_reserved: The most bytes that were reserved at once.
     """
 
     def __init__(self, limit: int | None = None, *, unsplit: int = UNSPLIT) -> None:
@@ -58,7 +64,7 @@ class CachingAllocator:
         self.peak_reserved = 0
         self._segments = 0
         self._room_above = 0
-        # Free blocks by pool (small, large), sorted by size and address; and where each begins and ends.
+        # Free blocks by pool (small, large), sorted by size and address; then the begin and the end of each.
         self._free: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
         self._size_at: dict[int, int] = {}
         self._start_before: dict[int, int] = {}
@@ -67,7 +73,7 @@ class CachingAllocator:
         self._segment_sizes: dict[int, int] = {}
 
     def copy(self, limit: int | None = None) -> CachingAllocator:
-        """An allocator in the same state that goes its own way, under a limit of its own."""
+        """Make an independent allocator with the same state and another limit."""
         twin = CachingAllocator(limit, unsplit=self.unsplit)
         twin.allocated, twin.peak = self.allocated, self.peak
         twin.reserved, twin.peak_reserved = self.reserved, self.peak_reserved
@@ -78,14 +84,14 @@ class CachingAllocator:
         return twin
 
     def state(self) -> object:
-        """What decides where the next blocks come from, to be compared with that of another moment."""
+        """The state that determines the addresses of the next blocks, to compare it with a later one."""
         return (tuple(self._free[0]), tuple(self._free[1]), self.reserved, self._room_above)
 
     def take(self, nbytes: int) -> int:
         """Allocate `nbytes` and return the block's address.
 
         Raises:
-            OutOfRoomError: more than `limit` would have to be reserved.
+            OutOfRoomError: more than `limit` bytes would have to be reserved.
         """
         size = -(-nbytes // ALLOCATION_STEP) * ALLOCATION_STEP or ALLOCATION_STEP
         pool = 0 if size <= SMALL else 1
@@ -107,7 +113,7 @@ class CachingAllocator:
         return address
 
     def give(self, *addresses: int) -> None:
-        """Free blocks; neighbours that are free already join them."""
+        """Free blocks; they join free neighbors."""
         size_at, start_before = self._size_at, self._start_before
         for address in addresses:
             size, pool = self._used.pop(address)
@@ -128,14 +134,14 @@ class CachingAllocator:
             size_at[start] = size
             start_before[end] = start
 
-    # The cache's tensors come from the same pools.
+    # The cache's tensors are in the same pools.
     keep, drop = take, give
 
     def at(self, moment: str) -> None:
-        """Ignore the moment: the pools depend on sizes and order alone."""
+        """Ignore the moment, because the pools depend on sizes and order only."""
 
     def loaded(self) -> None:
-        """Return unused segments; of the next ones the first are mapped above all that is there."""
+        """Return unused segments; the first later ones are mapped above all existing ones."""
         self.release_unused()
         self._room_above = _ROOM_ABOVE
 
@@ -183,5 +189,5 @@ class CachingAllocator:
 
 
 def _mapped(segment: int) -> int:
-    """Bytes of addresses that a segment takes."""
+    """Bytes of addresses that a segment occupies."""
     return -(-segment // _MAPPED) * _MAPPED

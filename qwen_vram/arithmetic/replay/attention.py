@@ -20,15 +20,15 @@ _FP32 = 4
 
 
 class Attention(Products):
-    """What attention takes and gives in a step of `queries` new tokens after `past` ones, and what its cache holds."""
+    """The allocations of attention and its cache in a step of `queries` new tokens after `past` earlier ones."""
 
     def __init__(self, consumer: Consumer, architecture: Architecture, profile: Profile, workload: Workload) -> None:
         super().__init__(consumer, architecture, profile)
         self.workload = workload
         self.batch = workload.batch_size
-        # The float32 copy of a step's logits, for as long as `generate` has it.
+        # The float32 copy of a step's logits, while `generate` keeps it.
         self.scores: list[int] = []
-        # Keys and values of each layer, once there are some.
+        # Keys and values of each layer; empty before the first step.
         self.cache: list[list[int]] = [[] for _ in range(architecture.num_hidden_layers)]
 
     def masked(self, queries: int, past: int) -> bool:
@@ -47,7 +47,7 @@ class Attention(Products):
         return self.workload.context_len if self.profile.attends_whole else past + queries
 
     def mask(self, queries: int, past: int) -> list[int]:
-        """The mask that all layers share, where there is one."""
+        """The mask that all layers share; empty without a mask."""
         if not self.masked(queries, past):
             return []
         one, every = queries * self.seen(queries, past), self.batch * queries * self.seen(queries, past)
@@ -59,7 +59,7 @@ class Attention(Products):
         return [mask]
 
     def attention(self, number: int, queries: int, past: int) -> tuple[int, list[int]]:
-        """The attended block, and eager attention's softmax, which the layer's caller keeps to its end."""
+        """Return attention's result, and eager attention's softmax, which the caller keeps to the layer's end."""
         rows, of = self.batch * queries, self.architecture.layers[number].attention
         wide, narrow = rows * of.width * self.element, rows * of.key_value_width * self.element
         self.at("attention q_proj")
@@ -90,7 +90,7 @@ class Attention(Products):
         return out, scores
 
     def rotate(self, size: int) -> int:
-        """Rotary embedding of a tensor: x * cos + rotate_half(x) * sin."""
+        """Apply the rotary embedding to a tensor: x * cos + rotate_half(x) * sin."""
         take, give = self.take, self.give
         straight = take(size)
         negated = take(size // 2)
@@ -103,7 +103,7 @@ class Attention(Products):
         return result
 
     def update(self, number: int, key: int, value: int, queries: int, past: int) -> list[int]:
-        """Put a step's keys and values into the cache; returns what attention still holds of them."""
+        """Put a step's keys and values into the cache; return the blocks of them that attention still holds."""
         if self.workload.logits == "all":
             return [key, value]
         held, layer = self.cache[number], self.architecture.layers[number]
@@ -112,7 +112,7 @@ class Attention(Products):
         if self.profile.cache != "dynamic":
             context = {"tokens": self.workload.context_len, "batch_size": self.batch}
             if self.profile.kv_device == "host":
-                # The first layer takes the slots, keys and values in one block, and all share them.
+                # The first layer allocates the slots, keys and values in one block, and all layers share them.
                 if not self.cache[0]:
                     slots = min(self.architecture.num_hidden_layers, HOST_CACHE_LAYERS)
                     largest = largest_kv_bytes(self.architecture, self.profile, **context)
@@ -129,7 +129,7 @@ class Attention(Products):
         return []
 
     def lengthen(self, held: list[int], size: int) -> None:
-        """A growing cache's keys, then its values, are made anew in `size` bytes each before the old ones go."""
+        """Allocate a growing cache's keys, then its values, in `size` bytes each, before the old ones are freed."""
         for index in range(2):
             longer = self.keep(size)
             if len(held) > index:
@@ -139,20 +139,20 @@ class Attention(Products):
                 held.append(longer)
 
     def take_for_all_layers(self) -> None:
-        """A preallocated cache's block, which the first layer takes for all of them."""
+        """Allocate a preallocated cache's block, which the first layer does for all layers."""
         if not self.cache[0]:
             context = self.workload.context_len
             nbytes = all_kv_bytes(self.architecture, self.profile, tokens=context, batch_size=self.batch)
             self.cache[0].append(self.keep(nbytes))
 
     def update_quantized(self, layer: LayerSpec, key: int, value: int, queries: int, past: int) -> list[int]:
-        """Every token in the model's dtype for attention, and those that grow old quantized through float32."""
+        """Make all tokens in the model's dtype for attention, and quantize those that become old through float32."""
         take, give = self.take, self.give
         width, kept = layer.attention.key_value_width, self.profile.kv_format
         self.take_for_all_layers()
         every = [key, value]
         if past:
-            self.at("")  # of int4 codes one half is unpacked beside them: no measured row says if a peak is here
+            self.at("")  # half of the int4 codes are unpacked beside them; no measured row shows if the peak is here
             half = take(self.batch * kept.quantized_tokens(past) * width // 2) if kept.is_packed else None
             every = [take(self.batch * (past + queries) * width * self.element) for _ in range(2)]
             give(*([] if half is None else [half]))
@@ -165,7 +165,7 @@ class Attention(Products):
         return every
 
     def kernel(self, of: AttentionSpec, queries: int, past: int) -> tuple[int, list[int]]:
-        """Attention itself; returns its result, and what eager attention returns beside it."""
+        """Run attention itself; return its result, and eager attention's softmax."""
         take, give = self.take, self.give
         rows, seen = self.batch * queries, self.seen(queries, past)
         wide, heads = of.width * self.element, of.heads
@@ -192,11 +192,11 @@ class Attention(Products):
         return result, scores
 
     def parts(self, queries: int, past: int) -> int:
-        """Parts of fused attention before the last one; 0 where it is not made in parts."""
+        """Parts of fused attention before the last one; 0 if it is not computed in parts."""
         return len(attention_parts(queries, past, padded=self.profile.kernels == "fused"))
 
     def joined_in_place(self, of: AttentionSpec, queries: int, others: int) -> int:
-        """Attention in parts, one more than `others`, each joined to those before it by one kernel."""
+        """Run attention in `others` + 1 parts; one kernel joins each part to those before it."""
         take, give = self.take, self.give
         rows, filled = self.batch * queries, self.batch * joined_rows(queries, padded=True)
         wide, heads = of.width, of.heads
@@ -212,7 +212,7 @@ class Attention(Products):
         return result
 
     def joined(self, of: AttentionSpec, queries: int, others: int) -> int:
-        """Attention in parts, one more than `others`, summed up in float32."""
+        """Run attention in `others` + 1 parts, summed in float32."""
         take, give = self.take, self.give
         rows = self.batch * queries
         width, heads = of.width, of.heads
@@ -227,7 +227,7 @@ class Attention(Products):
         return self.replace(total, take(rows * width * self.element))
 
     def eager(self, of: AttentionSpec, rows: int, seen: int) -> tuple[int, int]:
-        """Scores, scaled, masked, softmax in float32, cast back, times values."""
+        """Run eager attention: scores, scaled, masked, softmax in float32, cast back, times values."""
         take, give = self.take, self.give
         scores = of.heads * rows * seen
         raw = take(scores * self.element)

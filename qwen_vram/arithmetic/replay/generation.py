@@ -1,6 +1,7 @@
 """Events of a generation, tensor by tensor, in the order of `transformers`.
 
-`live_bytes` reads off it what is live at each moment; how torch's allocator fragments depends on the order.
+`live_bytes` sums the live tensors of each moment from these events. The fragments of torch's allocator depend on the
+order.
 
 Source of the order: transformers 5.17 and 5.23 (modeling_qwen2.py, modeling_qwen3.py, cache_utils.py,
 generation/utils.py); `replay.attention` and `replay.linear` have theirs.
@@ -19,7 +20,7 @@ from qwen_vram.spec.workload import Workload
 
 _INT64 = 8
 _FP32 = 4
-# Of a growing cache's decode steps at most so many are followed, every nth of more.
+# The most decode steps of a growing cache that are replayed; of more steps, every nth.
 _FOLLOWED = 1024
 
 
@@ -28,13 +29,14 @@ def replay_generation(
 ) -> None:
     """Run a process's first `generate` (or, for `logits="all"`, one plain forward) through `allocator`, in place.
 
-    For one device's part of a model, what crosses to it is taken too: accelerate's hooks bring a step's hidden states
-    before the part's first layer, and for every layer anew what the model hands to all of them (mask, cosines and
-    sines, position ids), which goes with the layer. The logits go back to the first device, where `generate` is.
+    For one device's part of a model, tensors that are copied to it are allocated too. accelerate's hooks copy a step's
+    hidden states before the part's first layer. For every layer they copy the common inputs of all layers again (mask,
+    cosines and sines, position ids), and free them with the layer. The logits are copied to the first device, for
+    `generate`.
 
-    cuBLAS's workspace is taken on the way and stays; everything else is given back.
-    Of the decode steps the first three and the last two are run: between them nothing changes but a length. A cache
-    that grows is followed through them all (`grow`), for its length decides what fits where the old one was.
+    cuBLAS's workspace is allocated at the first product and stays; everything else is freed. Of the decode steps the
+    first three and the last two are run, because only a length changes between them. A growing cache is followed
+    through all steps (`grow`), because its length determines the blocks that it fits.
     """
     Generation(allocator, architecture, profile, workload).run()
 
@@ -43,7 +45,7 @@ class Generation(Attention):
     """One generation's events. Sizes are bytes."""
 
     def run(self) -> None:
-        """All of it, in a process that has loaded the model."""
+        """Run all of it, in a process that has loaded the model."""
         if self.profile.captures and self.workload.logits == "last":
             self.take_decode_step()
         inputs = self.inputs(self.workload.prompt_len)
@@ -60,7 +62,7 @@ class Generation(Attention):
                 length += 1
                 continue
             if index:
-                # A captured step keeps its logits, and all else of it is in its own pool.
+                # A captured step keeps its logits, and its other tensors are in its own pool.
                 logits = [] if self.profile.captures else self.step(1, length)
                 length += 1
             ids = self.sample(logits, ids, length)
@@ -68,10 +70,10 @@ class Generation(Attention):
         self.drop(*(block for layer in self.cache for block in layer))
 
     def inputs(self, tokens: int) -> list[int]:
-        """What is there before a step, of `tokens` of each sequence.
+        """Allocate the inputs of a step, for `tokens` tokens of each sequence.
 
-        These are the ids as given and as `generate` keeps them, the attention mask and the position ids; and of each
-        sequence three flags, at least one allocation step each. A plain forward has the ids alone.
+        These are the given ids and those that `generate` keeps, the attention mask and the position ids. Each sequence
+        also has three flags, of at least one allocation step each. A plain forward pass has the ids only.
         Measured: with one tensor, 22 of the 26 plain forwards of tests/data/h200.jsonl are exact to the byte.
         """
         ids = self.batch * tokens * _INT64
@@ -80,13 +82,14 @@ class Generation(Attention):
         return self.of_generate(*[ids] * 4, *[max(self.batch * _INT64, ALLOCATION_STEP)] * 3)
 
     def grow(self, past: int) -> None:
-        """What a decode step does to a cache that grows, where its tensors come from the large pool.
+        """Replay a decode step's allocations of a growing cache, if its tensors are in the large pool.
 
-        Each is then a little larger than the block that the one before left, which therefore serves only where a
-        neighbour is free: the pool takes a new segment once in some steps, and what a block does not need and cannot
-        split off serves later ones. A step's other tensors are in the small pool, but for those of many sequences.
+        Each tensor is a little larger than the block that the one before it left. That block is used only if a neighbor
+        is free. The pool therefore takes a new segment once in several steps, and a rest that a block cannot split off
+        is used in later steps. A step's other tensors are in the small pool, except for those of many sequences.
+
         Recorded: NVIDIA H200, torch 2.11.0+cu130, transformers 5.17.0, 2026-11-26, Qwen2.5-0.5B with 4,096 tokens in
-        chunks of 1,024: its last two segments come with token 4,099 and 4,101, at the same requests as here.
+        chunks of 1,024. Its last two segments are taken with token 4,099 and 4,101, at the same requests as here.
         """
         if self.profile.cache != "dynamic":
             return
@@ -96,7 +99,7 @@ class Generation(Attention):
                 self.lengthen(held, size)
 
     def take_decode_step(self) -> None:
-        """The cache and the decode step, which are made at load and stay."""
+        """Allocate the cache and the decode step's tensors, which are made at load and stay."""
         context = self.workload.context_len
         for layer, held in zip(self.architecture.layers, self.cache, strict=True):
             whole = layer_kv_bytes(layer, self.profile, tokens=context, batch_size=self.batch)
@@ -105,11 +108,11 @@ class Generation(Attention):
             self.take(size)
 
     def of_generate(self, *sizes: int) -> list[int]:
-        """Tensors of `generate`'s own, which are where the model starts."""
+        """Allocate tensors of `generate` itself, which are on the model's first device."""
         return [self.take(size) for size in sizes] if self.architecture.starts else []
 
     def prefill(self) -> list[int]:
-        """All chunks; where neither cache nor mask grows, the first three and the last two, which are all alike."""
+        """Run all chunks; if neither cache nor mask grows, the first three and the last two: the others are equal."""
         prompt = self.workload.prompt_len
         chunk = self.profile.prefill_chunk_size or prompt
         starts = list(range(0, prompt, chunk))
@@ -123,10 +126,10 @@ class Generation(Attention):
         return logits
 
     def sample(self, logits: list[int], ids: list[int], length: int) -> list[int]:
-        """The next token, from the logits' copy in float32; returns the ids with it."""
+        """Sample the next token from the logits' float32 copy; return the ids with it."""
         if not self.architecture.starts:
             return []
-        # The float32 copy stays through the next step, until that has made its own (`_sample`).
+        # The float32 copy stays during the next step, until that step makes its own (`_sample`).
         scores = self.take(self.batch * self.architecture.vocab_size * _FP32)
         self.at("")
         self.give(*self.scores)
@@ -137,7 +140,7 @@ class Generation(Attention):
         return [longer]
 
     def step(self, queries: int, past: int) -> list[int]:
-        """One forward; returns the logits' block where `generate` reads it."""
+        """Run one forward pass; return the logits' block if `generate` reads it."""
         hidden, kept = self.begin(queries, past)
         is_held = bool(kept)  # the model holds the embeddings to the end
         remaining = self.architecture.num_hidden_layers
@@ -150,11 +153,11 @@ class Generation(Attention):
             remaining -= 1
             states.append(self.state(hidden, past))
             if states[-1] is not None and states[-1] == states[-3]:
-                remaining %= 2  # two alike layers after which all is as before them: so would every two be
+                remaining %= 2  # two equal layers left the state as it was, and so would every two of the others
         return self.end(hidden, kept, queries)
 
     def one_layer_step(self, number: int, queries: int, past: int) -> list[int]:
-        """The same through one layer alone, as if it came last: other layers made its input."""
+        """Run the same through one layer only, as if it were the last one and other layers had made its input."""
         hidden, kept = self.begin(queries, past)
         if kept:
             hidden = self.take(self.hidden_size(queries))  # the model holds the embeddings beside the layer's input
@@ -163,10 +166,10 @@ class Generation(Attention):
         return self.end(following, kept, queries)
 
     def resume(self, number: int, queries: int, past: int) -> tuple[int, int]:
-        """Begin anew with `past` tokens in the cache, before a step through one layer alone.
+        """Start again with `past` tokens in the cache, before a step through one layer only.
 
-        Returns the bytes of the layer's cache before and after the step; 0 and 0 if the cache has its full length from
-        the start, or there is none.
+        It returns the bytes of the layer's cache before and after the step. They are 0 if the cache has its full length
+        from the start, or if the workload has no cache.
         """
         self.warm = self.warm_lt = True
         self.scores = []
@@ -178,14 +181,14 @@ class Generation(Attention):
         return 2 * past * token, 2 * (past + queries) * token
 
     def begin(self, queries: int, past: int) -> tuple[int, list[int]]:
-        """The embeddings, or the hidden states that come from the device before; and all that is held to the end."""
+        """Allocate the embeddings, or the hidden states from the device before, and all blocks that stay to the end."""
         self.at("embedding" if self.architecture.starts else "")
         hidden = self.take(self.hidden_size(queries))
         self.at("")
         return hidden, [hidden, *self.shared(queries, past)] if self.architecture.starts else []
 
     def end(self, hidden: int, kept: list[int], queries: int) -> list[int]:
-        """The last norm and the head; returns the logits' block where `generate` reads it."""
+        """Run the last norm and the head; return the logits' block if `generate` reads it."""
         rows = self.batch * queries
         normed = [self.norm(rows, self.architecture.hidden_size, "last norm")] if self.architecture.ends else []
         self.give(hidden, *kept)
@@ -196,21 +199,21 @@ class Generation(Attention):
         return self.batch * queries * self.architecture.hidden_size * self.element
 
     def state(self, hidden: int, past: int) -> object:
-        """What decides all that the layers to come do; `None` where they differ, or each takes a cache of its own."""
+        """The state that determines the later layers; `None` if they differ, or if each allocates its own cache."""
         if len(self.architecture.kinds) > 1:
             return None
         own = self.profile.cache == "dynamic" or (self.profile.cache == "static" and not past)
         return None if own and self.workload.logits == "last" else (hidden, self.consumer.state())
 
     def shared(self, queries: int, past: int) -> list[int]:
-        """What the model makes once for all layers: cosines and sines, and the mask."""
-        # The padding mask as booleans, and whether it is all true.
+        """Allocate the tensors that the model makes once for all layers: cosines and sines, and the mask."""
+        # The padding mask as booleans, and a flag that all of them are true.
         self.give(self.take(self.batch * (past + queries)), self.take(1))
         mask = self.mask(queries, past)
         return [*self.rotary_tables(self.batch * queries), *mask]
 
     def copies(self, queries: int, past: int) -> list[int]:
-        """The same, brought over for one layer of a later device; position ids come along."""
+        """Allocate the same for one layer of a later device, with position ids."""
         rows = self.batch * queries
         mask = rows * self.seen(queries, past) * (self.element if self.profile.attention == "eager" else 1)
         tables = rows * self.architecture.rotary_dim * self.element
@@ -218,7 +221,7 @@ class Generation(Attention):
         return [self.take(size) for size in sizes]
 
     def logits(self, rows: int, normed: list[int]) -> list[int]:
-        """The head's product, or its copy for `generate`; a shared head gets the last rows from the last device."""
+        """Run the head's product, or its copy for `generate`; a tied head gets the last rows from the last device."""
         if not self.architecture.has_head:
             self.give(*normed)
             self.at("head" if self.architecture.starts else "")
@@ -233,7 +236,7 @@ class Generation(Attention):
         return []
 
     def rotary_tables(self, rows: int) -> list[int]:
-        """Cosines and sines of the positions, made in float32."""
+        """Make cosines and sines of the positions in float32."""
         take, give = self.take, self.give
         wide = rows * self.architecture.rotary_dim
         positions = take(rows * _FP32)
@@ -251,7 +254,7 @@ class Generation(Attention):
         return tables
 
     def layer(self, number: int, queries: int, past: int) -> int:
-        """One decoder layer; its input goes with its caller."""
+        """Run one decoder layer; its caller frees its input."""
         copies = [] if self.architecture.starts else self.copies(queries, past)
         fused, size = self.profile.kernels == "fused", self.hidden_size(queries)
         rows = self.batch * queries
@@ -269,7 +272,7 @@ class Generation(Attention):
         return result
 
     def gated(self, number: int, rows: int) -> int:
-        """The MLP's `act(gate) * up`."""
+        """Run the MLP's `act(gate) * up`."""
         inner = rows * self.architecture.layers[number].inner_size * self.element
         self.at("mlp gate_proj")
         gate = self.linear(number, "gate_proj", rows)
@@ -282,7 +285,7 @@ class Generation(Attention):
         return product
 
     def gated_in_place(self, number: int, rows: int) -> int:
-        """The same in the memory of the gate."""
+        """Run the same in the memory of the gate."""
         self.at("mlp gate_proj")
         gate = self.linear(number, "gate_proj", rows)
         self.at("mlp up_proj")

@@ -17,7 +17,8 @@ from qwen_vram.spec.formats import FORMATS, StorageFormat, blocks
 from qwen_vram.spec.layers import LayerSpec, Weight
 from qwen_vram.spec.profile import Profile
 
-# cuBLAS's workspace (32 MiB) and cuBLASLt's (1 MiB), which torch keeps from the first product on that needs them.
+# cuBLAS's workspace (32 MiB) and cuBLASLt's (1 MiB), which torch allocates for the first product that needs them and
+# keeps.
 # measured: NVIDIA H200, torch 2.11.0+cu130, 2026-11-22.
 CUBLAS_WORKSPACE = (32 * 2**20, 2**20)
 
@@ -26,24 +27,24 @@ _FP16 = 2
 
 
 def needs_lt(weight: Weight, layer: LayerSpec, profile: Profile) -> bool:
-    """Tell if a product goes through cuBLASLt: torch's own with a bias does, and adds it in the same kernel.
+    """Tell if a product runs on cuBLASLt, as torch's own product with a bias does, which adds it in the same kernel.
 
     bitsandbytes' int8 adds a bias afterwards. Source: torch 2.11, aten/src/ATen/native/cuda/Blas.cpp; bitsandbytes
     0.50.2, backends/cuda/ops.py. Measured: without it all rows of tests/data/accuracy.jsonl without outlier columns of
-    Qwen3, and of int8 by tiles, allocate 1 MiB less, to 8 KiB (chunked prefill to 64 KiB).
+    Qwen3, and of tiled int8, allocate 1 MiB less, to 8 KiB (chunked prefill to 64 KiB).
     """
     storage = FORMATS[format_of(weight, profile)]
     return not storage.has_outliers and weight.module in layer.biased
 
 
 def workspaces(architecture: Architecture, profile: Profile) -> tuple[int, ...]:
-    """What cuBLAS and cuBLASLt keep on a device that runs these layers."""
+    """Bytes of the workspaces that cuBLAS and cuBLASLt keep on a device that runs these layers."""
     lt = any(needs_lt(one, layer, profile) for layer, _ in architecture.kinds for one in layer.linears.values())
     return CUBLAS_WORKSPACE if lt else CUBLAS_WORKSPACE[:1]
 
 
 class MatrixFacts(NamedTuple):
-    """A matrix, the format that it is stored in, and whether its products go through cuBLASLt."""
+    """A matrix, its storage format, and `lt`: its products run on cuBLASLt."""
 
     weight: Weight
     storage: StorageFormat
@@ -51,7 +52,7 @@ class MatrixFacts(NamedTuple):
 
 
 class Products:
-    """What norms and linear layers take and give. Every method returns the block of its result; sizes are bytes."""
+    """The allocations of norms and linear layers. Every method returns the block of its result; sizes are bytes."""
 
     def __init__(self, consumer: Consumer, architecture: Architecture, profile: Profile) -> None:
         self.consumer = consumer
@@ -60,7 +61,7 @@ class Products:
         self.architecture = architecture
         self.profile = profile
         self.element = profile.element_bytes
-        # Facts of each matrix, asked for in every layer of every step; by the layer's number, then by the module.
+        # Facts of each matrix, read in every layer of every step; by the layer's number, then by the module.
         facts = {layer: self._facts(layer) for layer, _ in architecture.kinds}
         self.facts = [facts[layer] for layer in architecture.layers]
         self.head = MatrixFacts(architecture.head, FORMATS[format_of(architecture.head, profile)], lt=False)
@@ -74,7 +75,7 @@ class Products:
         }
 
     def warm_up(self, lt: bool = False) -> None:
-        """The first matrix product on a device takes a workspace that stays, and the first through cuBLASLt its own."""
+        """Allocate the workspaces of a device's first matrix product and of its first one on cuBLASLt, which stay."""
         if not self.warm:
             self.warm = True
             self.take(CUBLAS_WORKSPACE[0])
@@ -83,14 +84,14 @@ class Products:
             self.take(CUBLAS_WORKSPACE[1])
 
     def replace(self, old: int, new: int) -> int:
-        """Let go of `old` for `new`."""
+        """Free `old`, and return `new`."""
         self.give(old)
         return new
 
     def norm(self, rows: int, width: int, moment: str = "") -> int:
-        """RMSNorm: in float32 on the way, for rows of `width`; the heads' norms see the same bytes.
+        """Run RMSNorm through float32, for rows of `width` elements; the heads' norms have the same bytes.
 
-        `moment` holds the two float32 tensors. What follows is larger by a few bytes a row at most, and in no moment.
+        `moment` has the two float32 tensors. Later sums are at most a few bytes a row larger, and belong to no moment.
         """
         take, give = self.take, self.give
         self.at(moment)
@@ -113,11 +114,11 @@ class Products:
         return result
 
     def linear(self, number: int, name: str, rows: int) -> int:
-        """The product of a matrix of the layer `number`, by the name of its module."""
+        """Run the product of a matrix of the layer `number`, by the name of its module."""
         return self.product(name, self.facts[number][name], rows)
 
     def product(self, module: str, matrix: MatrixFacts, rows: int) -> int:
-        """A matrix product in the weight's format, and an adapter's update on top; returns the result."""
+        """Run a matrix product in the weight's format, and add an adapter's update; return the result."""
         weight = matrix.weight
         self.warm_up(matrix.lt)
         result = self.base_product(weight, matrix.storage, rows)
@@ -132,7 +133,7 @@ class Products:
         return total
 
     def base_product(self, weight: Weight, storage: StorageFormat, rows: int) -> int:
-        """Replay a matrix product in the weight's format."""
+        """Run a matrix product in the weight's format."""
         take, give = self.take, self.give
         out = weight.shape[0]
         result_size = rows * out * self.element
@@ -158,7 +159,7 @@ class Products:
         return result
 
     def unpacked_product(self, weight: Weight, result_size: int, storage: StorageFormat) -> int:
-        """The result, and the first and largest tile, which int4 fills from two halves of its codes."""
+        """Allocate the result, and the first and largest tile, which int4 fills from two halves of its codes."""
         take, give = self.take, self.give
         elements = tile_rows(*weight.shape) * weight.shape[1]
         result, tile = take(result_size), take(elements * self.element)
@@ -168,19 +169,19 @@ class Products:
         return result
 
     def int8_in_pieces(self, weight: Weight, rows: int) -> int:
-        """The same for a piece of the rows after the other, outliers by tiles of the matrix."""
+        """Run an int8 product in pieces of the rows, one after the other, with outliers in tiles of the matrix."""
         step = int8_rows(*weight.shape)
         if rows <= step:
             return self.int8_piece(weight, rows)
         result = self.take(rows * weight.shape[0] * self.element)
         last = rows % step or step
-        # The second piece takes the blocks that the first one gave, and so would all that are as large.
+        # The second piece takes the blocks that the first one freed, and so would all of the same size.
         for size in (*[step] * min(-(-rows // step) - 1, 2), last):
             self.give(self.int8_piece(weight, size))
         return result
 
     def int8_piece(self, weight: Weight, rows: int) -> int:
-        """One piece; the buffers for outliers are taken whether there are any or not."""
+        """Run one piece; the buffers for outliers are allocated even if it has no outliers."""
         take, give = self.take, self.give
         scales, codes = self.int8_quantized(rows, weight.shape[1])
         result = self.int8_multiplied(rows, weight.shape[0])
@@ -192,7 +193,7 @@ class Products:
         return result
 
     def int8_quantized(self, rows: int, inner: int) -> tuple[int, int]:
-        """Scales and codes of an input."""
+        """Allocate scales and codes of an input."""
         take, give = self.take, self.give
         half = take(rows * inner * _FP16)
         scales, codes = take(rows * _FP32), take(rows * inner)
@@ -203,7 +204,7 @@ class Products:
         return scales, codes
 
     def int8_multiplied(self, rows: int, out: int) -> int:
-        """A product of codes in the model's dtype."""
+        """Multiply codes, and return the product in the model's dtype."""
         product = self.take(rows * out * _FP32)
         rounded = self.take(rows * out * _FP16)
         result = self.take(rows * out * self.element)
@@ -211,7 +212,7 @@ class Products:
         return result
 
     def int8_product(self, weight: Weight, rows: int) -> int:
-        """LLM.int8(): quantize the input, take outlier columns out, multiply, put them back."""
+        """Run LLM.int8(): quantize the input, separate outlier columns, multiply, add their product."""
         take, give = self.take, self.give
         out, inner = weight.shape
         outliers = outlier_columns(weight, rows)

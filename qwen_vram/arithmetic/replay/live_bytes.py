@@ -1,7 +1,7 @@
 """Live bytes beside the weights at each moment of a step, summed from the trace.
 
-A step feeds new tokens of each sequence through the layers; layers that are alike make the same tensors. The trace is
-therefore followed through one decoder layer of each kind, as if it came last, and through both ends of the model.
+A step runs new tokens of each sequence through the layers, and equal layers make the same tensors. The trace is
+therefore followed through one decoder layer of each kind, as if it were the last, and through both ends of the model.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Phase = Literal["prefill", "decode"]
 
 
 class Moment(NamedTuple):
-    """What is alive on the device at one moment beside weights and workspace, in bytes."""
+    """Live bytes on the device at one moment beside weights and workspace."""
 
     phase: Phase
     name: str
@@ -28,18 +28,18 @@ class Moment(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Cache and activations together."""
+        """The sum of cache and activations."""
         return self.kv_cache + self.activations
 
 
 class LiveBytes:
-    """Sums the tensors that are live, and keeps the most of each moment. A block is its size.
+    """Sums the live tensors, and keeps the largest sum of each moment. A block is its size in bytes.
 
-    A layer's cache counts from the step's start with the length that it has at its end: what it takes beyond that for
-    a time is part of the moment.
+    A layer's cache counts from the step's start with its length at the step's end. Bytes that it takes beyond that for
+    a time are part of the moment.
 
     Attributes:
-        moments: The most that is live at each moment beside the cache, in the order of the moments.
+        moments: The most live bytes at each moment beside the cache, in the order of the moments.
     """
 
     def __init__(self) -> None:
@@ -47,48 +47,48 @@ class LiveBytes:
         self.begin(0, 0)
 
     def begin(self, before: int, after: int) -> None:
-        """Begin with nothing; the cache of the traced layer is to grow from `before` to `after` bytes."""
+        """Begin without tensors; the cache of the traced layer is to grow from `before` to `after` bytes."""
         self._moment = ""
         self._live = self._most = 0
-        # The traced layer's cache, less what it is after the step.
+        # Bytes of the traced layer's cache, minus its bytes after the step.
         self._cache = before - after
 
     def take(self, nbytes: int, /) -> int:
-        """Count a tensor."""
+        """Add a tensor."""
         self._live += nbytes
         if self._live > self._most:
             self._most = self._live
         return nbytes
 
     def give(self, /, *blocks: int) -> None:
-        """Take off tensors."""
+        """Subtract tensors."""
         for nbytes in blocks:
             self._live -= nbytes
 
     def keep(self, nbytes: int, /) -> int:
-        """Count a tensor of the cache."""
+        """Add a tensor of the cache."""
         self._cache += nbytes
         self._most = max(self._most, self._live + self._cache)
         return nbytes
 
     def drop(self, /, *blocks: int) -> None:
-        """Take off tensors of the cache."""
+        """Subtract tensors of the cache."""
         self._cache -= sum(blocks)
 
     def at(self, moment: str, /) -> None:
-        """Begin a moment with what is live."""
+        """Begin a moment with the live tensors."""
         if self._moment:
             self.moments[self._moment] = max(self._most, self.moments.get(self._moment, 0))
         self._moment = moment
         self._most = self._live
 
     def state(self) -> object:
-        """Return what is live: all that decides about the sums to come."""
+        """Return the live bytes, which determine all later sums."""
         return self._live, self._cache
 
 
 class _Step(NamedTuple):
-    """`queries` new tokens of each sequence, after which `cached` are in the cache."""
+    """`queries` new tokens of each sequence, after which `cached` tokens are in the cache."""
 
     phase: Phase
     queries: int
@@ -96,11 +96,11 @@ class _Step(NamedTuple):
 
 
 def moments(architecture: Architecture, profile: Profile, workload: Workload) -> Iterator[Moment]:
-    """The moments at which the peak can fall, over the steps that can hold it.
+    """Yield the moments that can have the peak, for the steps that can have it.
 
     Prefill: the last full chunk and the shorter one after it. Decode: the last step. If layers differ, each moment is
-    that of the layer with the most bytes, as if it came last, when the cache is fullest. Exact up to the allocator's
-    split rule (at most 1 MiB for each tensor, see `allocator`).
+    that of the layer with the most bytes, as if it were the last one, when the cache is fullest. The bytes are exact up
+    to the allocator's split rule (at most 1 MiB for each tensor, see `allocator`).
     """
     live = LiveBytes()
     generation = Generation(live, architecture, profile, workload)
@@ -137,6 +137,6 @@ def _steps(profile: Profile, workload: Workload) -> list[_Step]:
     if rest:
         steps.append(_Step("prefill", rest, prompt))
     if workload.max_new_tokens > 1 and not profile.captures:
-        # A captured step has its own pool. The last token is never fed back.
+        # A captured step has its own pool. The last token is never an input.
         steps.append(_Step("decode", 1, workload.context_len - 1))
     return steps

@@ -22,7 +22,7 @@ from qwen_vram.spec.residency import residency
 
 _FP32 = 4
 _FP16 = 2
-# Knobs that change nothing about a load, at their defaults: profiles that differ in them alone share one replay.
+# Knobs that do not change a load, with their defaults: profiles that differ only in these share one replay.
 _NOT_LOADED: dict[str, Any] = {
     "name": "custom",
     "kv_cache": "bf16",
@@ -39,16 +39,16 @@ _NOT_LOADED: dict[str, Any] = {
 
 @lru_cache(maxsize=256)
 def as_loaded(profile: Profile) -> Profile:
-    """Return the profile with every knob that changes nothing about a load at its default."""
+    """Return the profile with the default of every knob that does not change a load."""
     return replace(profile, **_NOT_LOADED)
 
 
 @lru_cache(maxsize=64)
 def replay_load(architecture: Architecture, profile: Profile, limit: int | None = None) -> CachingAllocator:
-    """The allocator after `load`: its `allocated` is the weights', its `peak` the load peak.
+    """Return the allocator after a load: its `allocated` is that of the weights, its `peak` the load peak.
 
     Raises:
-        OutOfRoomError: loading takes more than `limit`.
+        OutOfRoomError: loading needs more than `limit` bytes.
     """
     allocator = CachingAllocator(limit)
     load_into(allocator, architecture, profile)
@@ -58,12 +58,12 @@ def replay_load(architecture: Architecture, profile: Profile, limit: int | None 
 def load_into(allocator: CachingAllocator, architecture: Architecture, profile: Profile) -> None:
     """Load through `allocator`, in place.
 
-    `transformers` first takes all bytes in one piece and frees them, so that later requests are cut from it; then it
-    brings tensors over in the order of their names, as they are stored, or in the model's own dtype to be quantized
-    as they come. In the end the loader gives back what segments are free.
+    `transformers` first allocates all bytes in one piece and frees them, so that later requests are cut from it. Then
+    it copies tensors in the order of their names: as they are stored, or in the model's own dtype, to quantize each one
+    at once. In the end the loader returns unused segments.
 
     Raises:
-        OutOfRoomError: loading takes more than the allocator's limit.
+        OutOfRoomError: loading needs more than the allocator's limit.
     """
     if architecture.stored:
         replay_stored(allocator, architecture, architecture.stored, profile)
@@ -83,9 +83,9 @@ def load_into(allocator: CachingAllocator, architecture: Architecture, profile: 
 
 
 def _load_streamed(allocator: CachingAllocator, architecture: Architecture, profile: Profile) -> None:
-    """A quantized head is built by tiles and stays, streamed matrices leave again, and then the slots are taken.
+    """Quantize a head in tiles, which stays; quantize streamed matrices, which are freed; then allocate the slots.
 
-    What is stored quantized goes from the file to the host at once.
+    Matrices that are stored in a quantized format are read from the file to the host.
     """
     if residency(architecture, profile).late_head:
         _load_by_tiles(allocator, architecture.head, profile)
@@ -99,7 +99,7 @@ def _load_streamed(allocator: CachingAllocator, architecture: Architecture, prof
 
 
 def _load_by_tiles(allocator: CachingAllocator, weight: Weight, profile: Profile) -> list[int]:
-    """Quantize a weight tile by tile into its codes and scales; the blocks that hold it then."""
+    """Quantize a weight tile by tile into its codes and scales; return the blocks that hold it then."""
     storage = FORMATS[format_of(weight, profile)]
     if not storage.is_bnb:
         return _load_weight(allocator, weight, profile)
@@ -121,7 +121,7 @@ def _load_by_tiles(allocator: CachingAllocator, weight: Weight, profile: Profile
 
 
 def _load_order(architecture: Architecture, profile: Profile) -> list[Weight]:
-    """What goes to the device to stay, sorted by name as `transformers` does: head, embedding, layers, last norm."""
+    """The weights that stay on the device, sorted by name as in `transformers`: head, embedding, layers, last norm."""
     outer = {weight.role: [weight] for weight in architecture.outer}
     by_name = {
         layer: sorted(layer.weights, key=lambda weight: weight.name.split(".")) for layer, _ in architecture.kinds
@@ -133,13 +133,13 @@ def _load_order(architecture: Architecture, profile: Profile) -> list[Weight]:
     if architecture.has_head and homes.own_head:
         head = [architecture.head]
     if homes.late_head:
-        head = []  # it comes afterwards
+        head = []  # it is loaded afterwards
     table = [] if homes.table_on_host else outer.get("embedding", [])
     return [*head, *table, *layers, *outer.get("norm", []), *architecture.adapter_weights]
 
 
 def _announced_bytes(weight: Weight, profile: Profile) -> float:
-    """What `transformers` expects a weight to take: code bits alone, and scales where a model declares them."""
+    """Bytes that `transformers` expects for a weight: code bits only, and scales if a model declares them."""
     storage = FORMATS[format_of(weight, profile)]
     if storage.is_weight_only:
         return storage.nbytes(weight.shape)
@@ -147,17 +147,17 @@ def _announced_bytes(weight: Weight, profile: Profile) -> float:
 
 
 def _load_stored(allocator: CachingAllocator, weight: Weight, profile: Profile) -> None:
-    """The parts come over one by one and stay.
+    """Copy the parts one by one; they stay.
 
-    Left out is what goes again and is small: bitsandbytes' JSON text (512 bytes), and a chunk of int4's codes in its
-    kernel's order (2 MiB), once all are there.
+    Small temporary tensors are not counted: bitsandbytes' JSON text (512 bytes), and a chunk of int4's codes in its
+    kernel's order (2 MiB), after all are copied.
     """
     for nbytes in FORMATS[format_of(weight, profile)].part_sizes(weight.shape):
         allocator.take(nbytes)
 
 
 def _load_weight(allocator: CachingAllocator, weight: Weight, profile: Profile) -> list[int]:
-    """Bring a weight over and quantize it; the blocks that hold it then."""
+    """Copy a weight and quantize it; return the blocks that hold it then."""
     storage = FORMATS[format_of(weight, profile)]
     arriving = allocator.take(weight.numel * profile.element_bytes)
     if storage.is_dense:
@@ -185,7 +185,7 @@ def _load_weight(allocator: CachingAllocator, weight: Weight, profile: Profile) 
 
 
 def _quantize_chunk(allocator: CachingAllocator, weight: Weight, storage: StorageFormat) -> None:
-    """The first and largest chunk in float32; int4 seeks its levels with two more such tensors."""
+    """Allocate the first and largest chunk in float32; int4 searches its levels with two more such tensors."""
     elements = chunk_rows(*weight.shape) * weight.shape[1]
     chunk = [allocator.take(elements * _FP32) for _ in range(3 if storage.is_tinygemm else 1)]
     allocator.give(*chunk)

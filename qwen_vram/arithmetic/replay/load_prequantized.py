@@ -1,8 +1,8 @@
 """Allocations of loading a prequantized checkpoint in their order, for the replay.
 
-Source of the order: transformers 5.23 (core_model_loading.py, `caching_allocator_warmup`); tensors come over as they
-are stored. What a kernel library does afterwards depends on the kernel that it picks (GPTQModel's Marlin and ExLlama
-repack codes, one matrix at a time): one tensor beside all others is counted, the largest of layers and quantized head.
+Source of the order: transformers 5.23 (core_model_loading.py, `caching_allocator_warmup`); tensors are copied as they
+are stored. The later allocations depend on the kernel that the kernel library chooses (GPTQModel's Marlin and ExLlama
+repack codes, one matrix at a time). One tensor beside all others is counted, the largest of layers and quantized head.
 Not measured.
 """
 
@@ -19,7 +19,7 @@ _FP32 = 4
 
 
 def replay_stored(allocator: CachingAllocator, architecture: Architecture, stored: Stored, profile: Profile) -> None:
-    """Load through `allocator`: its `allocated` is then the weights', its `peak` the load peak. An upper bound."""
+    """Load through `allocator`. Its `allocated` is then that of the weights, and its `peak` bounds the load peak."""
     homes = residency(architecture, profile)
     table = () if homes.table_on_host else stored.embedding
     layers = [

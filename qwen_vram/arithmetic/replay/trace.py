@@ -1,7 +1,7 @@
 """The trace of a run: allocations and frees as events, in the order of the real run.
 
-A consumer gets each event: `live_bytes` sums what is live at each named moment, and `allocator` follows torch's caching
-allocator, for the bytes that it reserves. Nothing else says which tensors a run makes.
+A consumer gets each event. `live_bytes` sums the live bytes at each named moment, and `allocator` simulates torch's
+caching allocator, for the bytes that it reserves. No other module describes the tensors of a run.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Protocol
 
 
 class Consumer(Protocol):
-    """Receives the events of a run. A block is a number that the consumer gave out for a tensor."""
+    """Receives the events of a run. A block is a number that the consumer returned for a tensor."""
 
     def take(self, nbytes: int, /) -> int:
         """Allocate a tensor of `nbytes` and return its block."""
@@ -25,7 +25,7 @@ class Consumer(Protocol):
         """Free tensors of the KV cache."""
 
     def at(self, moment: str, /) -> None:
-        """Begin a moment, which ends with the next one; the empty name is for what belongs to no moment."""
+        """Begin a moment, which ends with the next one; the empty name is for events that belong to no moment."""
 
     def state(self) -> object:
-        """Return what decides about the events to come, to be compared with that of another time."""
+        """Return the state that determines the later events, to compare it with a later one."""

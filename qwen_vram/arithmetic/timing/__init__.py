@@ -1,6 +1,6 @@
 """Predicted times of prefill and decode steps.
 
-They are bytes, operations and launches over the rates of a machine.
+They are bytes, operations and launches, divided by the rates of a machine.
 
 Modules:
     attention    Times of attention and of element-by-element kernels on a GPU.

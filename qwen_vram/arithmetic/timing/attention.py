@@ -17,27 +17,28 @@ _DECODE_START = 10.4e-6
 # Share of a copy's rate at which keys and values are read, and at which small kernels move bytes.
 _READ_SHARE = 0.8
 # Small kernels of a layer: plain 24, 1.47 ms of them in 28 layers at 2.2 us each; fused ones by the code; compiled 7,
-# 0.43 ms. A step has some ten beside its layers, and picks a token. measured: as above.
+# 0.43 ms. A step has about ten beside its layers, and samples a token. measured: as above.
 _NODES = {"plain": 24, "fused": 9}
 _COMPILED_NODES = 7
-# Of a captured step with fused kernels, beside its products and attention: a norm, the rotation, two writes into the
-# cache, a sum, a norm and a sum; with gate and up in one launch, nothing between them.
+# Small kernels of a layer in a captured step with fused kernels, without products and attention. They are a norm, the
+# rotation, two writes into the cache, a sum, a norm and a sum. Gate and up are one launch, without a kernel after it.
 # Source: runtime/decoding/layer.py.
 _CAPTURED_NODES = 7
 _STEP_NODES = 10
 _STEP_SECONDS = 0.15e-3
-# Operations a second as shares of `matmul_rate`: cuDNN over a past without a mask, 694 TFLOP/s with 4,096 rows; cuDNN
-# causal from the start, 512; flash, 317; and sdpa with a mask, that computes what it masks.
+# Operations a second as shares of `matmul_rate`. cuDNN over earlier keys without a mask has 694 TFLOP/s with 4,096
+# rows, cuDNN with a causal mask from the start 512, and flash 317. sdpa with a mask also computes the masked scores.
 # measured: NVIDIA H100, torch 2.11.0+cu130, 2026-11-26, benchmarks/results/attention_parts.jsonl; sdpa: H200,
 # 2026-11-26, caps_chunks.jsonl.
 _JOINED, _CAUSAL, _FLASH, _MASKED = 1.05, 0.82, 0.5, 0.48
-# Elements that sdpa with a mask moves for each one of the keys of all queries' heads: it copies them for each chunk.
+# Elements that sdpa with a mask moves for each element of the keys, repeated for all query heads: it copies them for
+# each chunk.
 # measured: 32,000 tokens in chunks of 512 to 4,096, H200, 2026-11-26, caps_chunks.jsonl.
 _COPIED = 14
-# A chunk after a long past takes so much beside what is in proportion to its tokens, for a reason that is not known.
+# Seconds of a chunk after many tokens that are not in proportion to its tokens; the reason is not known.
 # measured: chunks of 2,048 and of 4,096, the same rows.
 _CHUNK = 10e-3
-# Times that a token's activations are read or written in a layer, in elements: of the hidden states, and of the MLP's.
+# The number of times that an element of a token is read or written in a layer: of the hidden states, and of the MLP's.
 _MOVED = {"plain": (32, 4), "fused": (16, 3)}
 
 
@@ -48,7 +49,7 @@ def decode_attention_seconds(
 
     def one(layer: LayerSpec) -> float:
         held = layer_kv_bytes(layer, profile, tokens=tokens, batch_size=batch_size)
-        if profile.kv_format.is_quantized:  # made whole: written, and read
+        if profile.kv_format.is_quantized:  # dequantized: written, and read
             held += 4 * layer.attention.key_value_width * tokens * batch_size * profile.element_bytes
         return _DECODE_START + held / (_READ_SHARE * machine.device_bandwidth)
 
@@ -56,7 +57,7 @@ def decode_attention_seconds(
 
 
 def decode_nodes_seconds(architecture: Architecture, profile: Profile, machine: Machine) -> float:
-    """Seconds of a decode step's small kernels, and of picking the token."""
+    """Seconds of a decode step's small kernels, and of sampling the token."""
     each = _COMPILED_NODES if profile.compiled else _NODES[profile.kernels]
     if profile.captured and profile.kernels == "fused":
         each = _CAPTURED_NODES
@@ -77,7 +78,7 @@ def prefill_attention_seconds(
     if profile.attention in ("sdpa", "eager") or workload.padded:
         if not past and not workload.padded and profile.attention == "sdpa":
             return newest / (_CAUSAL * machine.matmul_rate)
-        # Keys and values are copied for every query's head, written and read, for each chunk.
+        # Keys and values are copied for every query head, written and read, for each chunk.
         copies = _COPIED * width * profile.element_bytes
         copied = copies * workload.batch_size * (prompt / chunk) * (prompt + chunk) / 2
         return (2 * newest + older) / (_MASKED * machine.matmul_rate) + copied / (
@@ -91,7 +92,7 @@ def prefill_attention_seconds(
 def prefill_elementwise_seconds(
     architecture: Architecture, profile: Profile, workload: Workload, machine: Machine
 ) -> float:
-    """Seconds of what is done element by element to the whole prompt in all layers."""
+    """Seconds of the elementwise kernels of the whole prompt in all layers."""
     hidden, inner = _MOVED[profile.kernels]
     elements = sum(hidden * architecture.hidden_size + inner * layer.inner_size for layer in architecture.layers)
     moved = elements * profile.element_bytes * workload.prompt_len * workload.batch_size
@@ -99,5 +100,5 @@ def prefill_elementwise_seconds(
 
 
 def chunk_of(profile: Profile, workload: Workload) -> int:
-    """Tokens of a sequence that are fed at once."""
+    """Tokens of a sequence in one chunk of the prompt."""
     return min(profile.prefill_chunk_size or workload.prompt_len, workload.prompt_len)

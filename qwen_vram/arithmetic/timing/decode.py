@@ -15,11 +15,12 @@ from qwen_vram.spec.profile import Profile
 from qwen_vram.spec.residency import residency
 from qwen_vram.spec.workload import Workload
 
-# Share of the rate of pinned copies at which layers and caches cross: 64.2 ms a token where the link needs 61.1, 249
-# where it needs 239. measured: NVIDIA H100, 2026-11-25, benchmarks/results/streaming_speed.jsonl, streaming_host.jsonl.
+# Share of the rate of pinned copies at which layers and caches are copied: tokens took 64.2 and 249 ms, and the link
+# needs 61.1 and 239.
+# measured: NVIDIA H100, 2026-11-25, benchmarks/results/streaming_speed.jsonl, streaming_host.jsonl.
 LINK_SHARE = 0.96
-# A captured step's row of a table on the host: the host waits for the token, gathers, and copies. 7B in NF4 took 3.35
-# ms a token, and 3.25 with the table on the GPU.
+# Seconds of a captured step for its row of token embeddings on the host: the host waits for the token, gathers, and
+# copies. 7B in NF4 took 3.35 ms a token, and 3.25 with the embeddings on the GPU.
 # measured: NVIDIA H200, torch 2.11.0+cu130, 2026-11-30, benchmarks/results/default_plans.jsonl (6 and 8 GiB).
 _TABLE_ROW = 0.1e-3
 
@@ -34,9 +35,9 @@ def decode_ms(
 ) -> float:
     """Predict the milliseconds of one decode step in the middle of the answer.
 
-    The longest of what overlaps: kernels on the GPU, their launches by Python unless steps are captured, bytes over the
-    link, and bytes from the disk. Layers that compute on the CPU come before or after those on the GPU, and take their
-    bytes from the host's memory, as the link does.
+    It is the longest of the times that overlap. These are kernels on the GPU, their launches by Python unless steps are
+    captured, bytes over the link, and bytes from the disk. Layers that compute on the CPU run before or after those on
+    the GPU. They read their bytes from host memory, as the link does.
 
     Args:
         machine: The machine whose rates are used.

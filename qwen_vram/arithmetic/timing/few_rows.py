@@ -7,15 +7,15 @@ from qwen_vram.spec.formats import FORMATS
 from qwen_vram.spec.machine import Machine
 from qwen_vram.spec.profile import Profile
 
-# Rows up to which the kernels multiply; of a 16-bit matrix, one. Source: runtime/linear/few_rows.py.
+# The most rows of these kernels; with a 16-bit matrix, one. Source: runtime/linear/few_rows.py.
 MOST_ROWS = 8
 # Launches of a layer: q, k and v in one, o, gate and up in one, and down. Source: runtime/decoding/layer.py.
 _LAYER_LAUNCHES = 4
-# Times a copy's rate at which a matrix is only read: the head of 7B in bf16, 4.62 TB/s.
+# The rate of reading a matrix, as a multiple of a copy's rate: the head of 7B in bf16, 4.62 TB/s.
 _READ_SHARE = 1.08
 _MEMORY = float("inf")
-# By the format, then by rows: two equations for each, of a layer's launches and of the head. Rows between are on a
-# line. Of fp4, as nf4. No matrix in 16 bits has more rows than one.
+# By format, then by rows. Each is from two equations, of a layer's launches and of the head. Rows in between are
+# interpolated. fp4 counts as nf4. Matrices in 16 bits have one row only.
 # measured: NVIDIA H200, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-30, benchmarks/results/few_rows.jsonl, by the
 # divisions of `few_rows._division`; gate and up of four and eight rows from products with one of them.
 _NF4 = {1: Kernel(3.8e-6, 2.07e12), 4: Kernel(5.2e-6, 0.99e12), MOST_ROWS: Kernel(8.6e-6, 0.42e12)}
@@ -33,7 +33,7 @@ _TIMES = {
 def by_few_rows(profile: Profile, name: str, rows: int) -> bool:
     """Tell if a product of `rows` rows with a matrix in the storage format `name` is made by these kernels on a GPU.
 
-    Captured steps make all of theirs so where kernels are fused. Others, those of formats with an own module.
+    Captured steps with fused kernels use them for all products. Other steps use them for formats with an own module.
     """
     if profile.compiled or rows > MOST_ROWS:
         return False
@@ -44,7 +44,7 @@ def by_few_rows(profile: Profile, name: str, rows: int) -> bool:
 
 
 def step_seconds(profile: Profile, name: str, of: Matrices, rows: int, machine: Machine) -> float:
-    """Seconds of products of so few rows with matrices in the storage format `name`, a layer's or the head."""
+    """Seconds of products of few rows with matrices in the storage format `name`, of a layer or of the head."""
     if not by_few_rows(profile, name, rows):
         return product_seconds(of, rows, machine, compiled=profile.compiled)
     joined = profile.captured and profile.kernels == "fused" and of.number > 1

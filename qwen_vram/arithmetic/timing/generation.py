@@ -20,8 +20,8 @@ class Times(NamedTuple):
     Attributes:
         ms_per_token: Milliseconds of a decode step in the middle of the answer.
         first_token_ms: Milliseconds from the prompt to the first token.
-        machine: The machine that they are for: its GPU, or its CPU where everything runs there.
-        measured: Whether that machine was measured (`qwen-vram calibrate`); the rates are stated defaults otherwise.
+        machine: The machine that they are for: its GPU, or its CPU if everything runs there.
+        measured: That machine was measured (`qwen-vram calibrate`); otherwise the rates are stated defaults.
     """
 
     ms_per_token: float
@@ -30,13 +30,13 @@ class Times(NamedTuple):
     measured: bool
 
     def __str__(self) -> str:
-        """In words, such as `5.1 ms a token, first token after 0.40 s, on NVIDIA H200 (stated rates)`."""
+        """The times in words, such as `5.1 ms a token, first token after 0.40 s, on NVIDIA H200 (stated rates)`."""
         first = f"{self.first_token_ms / 1000:.2f} s"
         return f"{self.ms_per_token:.1f} ms a token, first token after {first}, on {self.place}"
 
     @property
     def place(self) -> str:
-        """The machine, and where its rates are from, such as `NVIDIA H200 (stated rates)`."""
+        """The machine, and the origin of its rates, such as `NVIDIA H200 (stated rates)`."""
         return f"{self.machine} ({'measured' if self.measured else 'stated'} rates)"
 
     def to_dict(self) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def predict_times(
     *,
     on_cpu: bool = False,
 ) -> Times:
-    """Predict the times of a generation; arguments as for `decode_ms`."""
+    """Predict the times of a generation; arguments are as for `decode_ms`."""
     what = (architecture, profile, workload, machine)
     times = decode_ms(*what, on_cpu=on_cpu), first_token_ms(*what, on_cpu=on_cpu)
     if not on_cpu:
@@ -63,7 +63,7 @@ def predict_times(
 
 
 def times_of(estimate: Estimate, *, on_cpu: bool) -> Times:
-    """Predict the times of what an estimate is for, on its machine."""
+    """Predict the times for an estimate's model, profile and workload, on its machine."""
     assert estimate.architecture is not None
     what = (estimate.architecture, estimate.profile, estimate.workload)
     return predict_times(*what, estimate.machine, on_cpu=on_cpu)
@@ -77,7 +77,7 @@ def generation_ms(
     *,
     on_cpu: bool = False,
 ) -> float:
-    """Predict the milliseconds of a whole generation, to order profiles by; arguments as for `decode_ms`."""
+    """Predict the milliseconds of a whole generation, to compare profiles; arguments are as for `decode_ms`."""
     what = (architecture, profile, workload, machine)
     steps = workload.max_new_tokens - 1
     return first_token_ms(*what, on_cpu=on_cpu) + steps * decode_ms(*what, on_cpu=on_cpu)

@@ -10,21 +10,21 @@ from qwen_vram.spec.machine import Machine
 from qwen_vram.spec.profile import Profile
 from qwen_vram.spec.workload import Workload
 
-# The stated CPU's rates, of a machine that was not measured.
+# Rates of the stated CPU, for a machine that was not measured.
 # measured: AMD EPYC, 2 cores, torch 2.13.0, bitsandbytes 0.50.2, 2026-11-30, tools.product_rates, the fastest of eight.
 HOST_NAME = "AMD EPYC, 2 cores"
 HOST_4BIT_RATE = 19_500_000_000
 HOST_MATMUL_RATE = 380_000_000_000
-# Python's time for one layer, and what `generate` does beside them, in layers: 2.5 ms a token with 5 layers of 0.8
-# million weights in bf16. measured: the same CPU, 2026-11-25, benchmarks/results/backends_speed.jsonl.
+# Python's time for one layer, and for the rest of `generate`, in layers: 2.5 ms a token with 5 layers of 0.8 million
+# weights in bf16. measured: the same CPU, 2026-11-25, benchmarks/results/backends_speed.jsonl.
 _LAYER = 0.32e-3
 _STEP_LAYERS = 1.5
-# Times as long for a weight as in bf16, where a format has no rate of its own: it is dequantized, or multiplied by a
-# kernel that is slower than the memory.
+# Time for a weight as a multiple of bf16's, for a format without a rate of its own. It is dequantized, or multiplied by
+# a kernel that is slower than the memory.
 # measured: the same CPU, benchmarks/results/cpu_times.jsonl (int4, int8-wo), backends_speed.jsonl (the others).
 _FORMAT_TIMES = {"int4": 1.65, "int8-wo": 3.7, "fp8": 13.0}
 _OTHER_TIMES = 12.0
-# Share of the rate of a product of many rows with a large matrix that a prefill's products reach.
+# Rate of a prefill's products, as a share of the rate of a product of many rows with a large matrix.
 _MATMUL_SHARE = 0.75
 _SIXTEEN_BIT = 2
 
@@ -61,7 +61,7 @@ def host_decode_seconds(
 def host_prefill_seconds(
     architecture: Architecture, profile: Profile, workload: Workload, machine: Machine, chunks: int
 ) -> float:
-    """Seconds of a prompt that is fed in so many chunks, and of the head for its last token."""
+    """Seconds of a prompt in `chunks` chunks, and of the head for its last token."""
     layers, rows = architecture.num_hidden_layers, workload.prompt_len * workload.batch_size
     layer, rate = layer_matrices(architecture, profile), machine.host_matmul_rate or HOST_MATMUL_RATE
     products = 2 * layers * layer.numel * rows / (_MATMUL_SHARE * rate)

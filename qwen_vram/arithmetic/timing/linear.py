@@ -1,6 +1,6 @@
 """Times of matrix products on a GPU, by format and number of rows.
 
-A kernel reads the stored bytes at its share of the memory's rate, or at a rate of its own that no faster memory lifts.
+A kernel reads the stored bytes at its share of the memory's rate, or at its own rate, if faster memory does not help.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SIXTEEN_BIT = 2
 
 
 class Kernel(NamedTuple):
-    """A kernel for few rows: seconds beside the bytes, and the most bytes that it reads in a second."""
+    """A kernel for few rows: its seconds without the bytes, and the most bytes that it reads in a second."""
 
     start: float
     most: float
@@ -34,7 +34,7 @@ _KERNELS: dict[KernelName, Kernel] = {
     "dense": Kernel(2.9e-6, float("inf")),
     "bnb-4bit": Kernel(4.4e-6, 1.15e12),
     "tinygemm": Kernel(2.3e-6, 1.82e12),
-    # No row holds a step whose products of these kinds bind; as 16-bit products.
+    # No measured row has a step that is limited by products of these kinds; they count as 16-bit products.
     "bnb-int8": Kernel(2.9e-6, float("inf")),
     "dequantized": Kernel(2.9e-6, float("inf")),
     "gptqmodel": Kernel(2.9e-6, 1.82e12),
@@ -45,8 +45,8 @@ _READ_SHARE = 0.88
 # Rows for which tinygemm takes as long as for one: 23 us for one row, 307 for 64.
 # measured: NVIDIA H100, torch 2.11.0, 2026-11-25, benchmarks/results/unpack_rows.jsonl.
 _INT4_ROWS = 5
-# Share of a copy's rate at which a matrix is dequantized, stored bytes read and 16-bit ones written: int8-wo, of which
-# 2,048 tokens took 26 ms more than bf16.
+# Share of a copy's rate at which a matrix is dequantized: stored bytes are read and 16-bit ones written. 2,048 tokens
+# with int8-wo took 26 ms more than with bf16.
 # measured: NVIDIA H200, torch 2.11.0+cu130, 2026-11-29, benchmarks/results/auto_plans.jsonl.
 _DEQUANTIZED_SHARE = 0.25
 
@@ -61,7 +61,7 @@ class Matrices(NamedTuple):
 
 
 def mean_of_layers(architecture: Architecture, of: Callable[[LayerSpec], float]) -> float:
-    """The mean over the layers of what `of` gives for one; just that if all are alike."""
+    """The mean of `of` over the layers; if all are equal, its value for one."""
     (first, _), *others = architecture.kinds
     if not others:
         return of(first)
@@ -75,20 +75,20 @@ def linear_shapes(layer: LayerSpec) -> tuple[tuple[int, int], ...]:
 
 
 def layer_matrices(architecture: Architecture, profile: Profile) -> Matrices:
-    """The matrices of one decoder layer, its norms' few bytes with them; of the mean layer, if layers differ."""
+    """The matrices of one decoder layer, with the few bytes of its norms; of the mean layer if layers differ."""
     number = round(mean_of_layers(architecture, lambda layer: len(layer.linears)))
     numel = round(mean_of_layers(architecture, lambda layer: layer.linear_numel))
     return Matrices(FORMATS[profile.weights], number, block_bytes(architecture, profile), numel)
 
 
 def head_matrix(architecture: Architecture, profile: Profile) -> Matrices:
-    """The head."""
+    """The head's matrix."""
     nbytes = head_bytes(architecture, profile)
     return Matrices(FORMATS[profile.head_format], 1, nbytes, architecture.head.numel)
 
 
 def product_seconds(of: Matrices, rows: int, machine: Machine, *, compiled: bool = False) -> float:
-    """Seconds of products of `rows` rows with every one of the matrices.
+    """Seconds of the products of `rows` rows with each of the matrices.
 
     Args:
         compiled: Torch's compiler dequantizes inside the product.
@@ -106,5 +106,5 @@ def product_seconds(of: Matrices, rows: int, machine: Machine, *, compiled: bool
 
 
 def _dequantizes(storage: StorageFormat, rows: int) -> bool:
-    """Tell if a product of so many rows makes the matrix in 16 bits first."""
+    """Tell if a product of `rows` rows makes the matrix in 16 bits first."""
     return rows > FUSED_ROWS if storage.is_bnb else unpacks(storage, rows)

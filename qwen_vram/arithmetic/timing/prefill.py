@@ -27,8 +27,9 @@ def first_token_ms(
 ) -> float:
     """Predict the milliseconds from the prompt to the first token.
 
-    In each chunk the longest of what overlaps: kernels on the GPU, their launches by Python, layers and a cache over
-    the link, layers from the disk. Then there is the head, for one row of each sequence. Arguments as for `decode_ms`.
+    It is the longest of the times that overlap in each chunk. These are kernels on the GPU, their launches by Python,
+    layers and a cache over the link, and layers from the disk. The head is added, for one row of each sequence.
+    Arguments are as for `decode_ms`.
     """
     chunk = chunk_of(profile, workload)
     chunks = -(-workload.prompt_len // chunk)

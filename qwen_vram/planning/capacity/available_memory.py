@@ -18,9 +18,9 @@ _LOGGER = logging.getLogger(__name__)
 
 
 class DeviceMemory(NamedTuple):
-    """One visible GPU: its name, its bytes and its CUDA compute capability, as far as the driver tells.
+    """One visible GPU: its name, its bytes and its CUDA compute capability, as far as the driver reports them.
 
-    `used_here` of the bytes are taken by this process; 0 if the driver does not tell.
+    This process takes `used_here` of the bytes; 0 if the driver does not report it.
     """
 
     name: str
@@ -31,11 +31,11 @@ class DeviceMemory(NamedTuple):
 
 
 def visible_gpus() -> list[DeviceMemory]:
-    """The NVIDIA GPUs that CUDA would show this process, in `CUDA_VISIBLE_DEVICES`' order; empty if there is none.
+    """Return the NVIDIA GPUs that CUDA would show this process, in `CUDA_VISIBLE_DEVICES`' order, or no entries.
 
-    Reads the driver and makes no CUDA context. Without `CUDA_VISIBLE_DEVICES` the order is the driver's (PCI bus).
-    This is CUDA's order too if the GPUs are of one kind or `CUDA_DEVICE_ORDER` is `PCI_BUS_ID`. The list ends before
-    the first GPU whose memory the driver does not tell.
+    The function asks the driver and makes no CUDA context. Without `CUDA_VISIBLE_DEVICES` the order is the driver's
+    (PCI bus). This is CUDA's order too if the GPUs are of one kind or `CUDA_DEVICE_ORDER` is `PCI_BUS_ID`. The list
+    ends before the first GPU whose memory the driver does not report.
     """
     found: list[DeviceMemory] = []
     with _driver() as pynvml:
@@ -48,7 +48,7 @@ def visible_gpus() -> list[DeviceMemory]:
 
 
 def free_vram(number: int | None = None) -> int | None:
-    """Bytes that one more model may take of a GPU, its CUDA context included; `None` if there is no GPU.
+    """Return the bytes that one more model may take of a GPU, with its CUDA context; `None` if there is no GPU.
 
     Memory that this process holds counts as free, except for its live tensors: those of a model that is still bound.
 
@@ -76,8 +76,8 @@ def oldest_capability(numbers: Collection[int]) -> tuple[int, int] | None:
     """The CUDA compute capability of the oldest of some GPUs, by their numbers; `None` if it is not known here.
 
     Args:
-        numbers: CUDA's numbers of the GPUs. Those that this machine lacks are left out; of none at all it is as for
-            `free_vram`.
+        numbers: CUDA's numbers of the GPUs. Numbers that this machine lacks are ignored. Without any number it is the
+            GPU of `free_vram`.
     """
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
@@ -89,7 +89,7 @@ def oldest_capability(numbers: Collection[int]) -> tuple[int, int] | None:
 
 
 def _first(cards: list[DeviceMemory]) -> DeviceMemory | None:
-    """The first of the visible GPUs; says so if CUDA may number another one first, which is known only at run time."""
+    """The first of the visible GPUs. Warns if CUDA may number another one first, which is known only at run time."""
     kinds = {(card.name, card.total) for card in cards}
     if len(kinds) > 1 and os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
         _LOGGER.warning(
@@ -101,7 +101,7 @@ def _first(cards: list[DeviceMemory]) -> DeviceMemory | None:
 
 
 def _card_of(torch: Any, number: int) -> DeviceMemory:
-    """CUDA's GPU `number`, matched by UUID or PCI bus; as torch tells it if the driver's library does not know it."""
+    """CUDA's GPU `number`, matched by UUID or PCI bus; torch's figures if the driver's library does not know it."""
     facts = torch.cuda.get_device_properties(number)
     with _driver() as pynvml:
         for ask, name in _identities(facts):
@@ -114,7 +114,7 @@ def _card_of(torch: Any, number: int) -> DeviceMemory:
 
 
 def _identities(facts: Any) -> Iterator[tuple[str, str]]:
-    """Functions of NVML that find a GPU, each with the name that torch gives it."""
+    """Functions of NVML that find a GPU, each with torch's name for the GPU."""
     for prefix in ("GPU", "MIG"):
         yield "nvmlDeviceGetHandleByUUID", f"{prefix}-{facts.uuid}"
     if hasattr(facts, "pci_bus_id"):  # older versions of torch lack it
@@ -155,7 +155,7 @@ def _told(pynvml: ModuleType | None, ask: str, *about: object) -> Any:
 def _handles(pynvml: ModuleType) -> list[object]:
     """The handles of the GPUs that CUDA shows, by the rules of `CUDA_VISIBLE_DEVICES`.
 
-    CUDA ignores an entry that is not valid, and all that follow it. It shows no GPU if one is named twice.
+    CUDA ignores an entry that is not valid, and all later ones. It shows no GPU if one is named twice.
     Source: CUDA C++ Programming Guide 13.0, environment variables; torch 2.13, torch/cuda/__init__.py.
     """
     count = _told(pynvml, "nvmlDeviceGetCount") or 0
@@ -178,7 +178,7 @@ def _handles(pynvml: ModuleType) -> list[object]:
 
 
 def _named(pynvml: ModuleType, cards: list[object], entry: str) -> tuple[str, object | None]:
-    """A key and the handle of the GPU that an entry of `CUDA_VISIBLE_DEVICES` names; `None` if it names none."""
+    """A key and the handle of the GPU that an entry of `CUDA_VISIBLE_DEVICES` names; `None` if it names no GPU."""
     number = re.match(r"\+?\d+", entry)  # CUDA reads "1gpu" as 1
     if number:
         index = int(number.group())
@@ -195,7 +195,7 @@ def _named(pynvml: ModuleType, cards: list[object], entry: str) -> tuple[str, ob
 
 
 def _shown(pynvml: ModuleType, card: object) -> object | None:
-    """What CUDA shows of a GPU: itself, or its first instance if it is divided (MIG)."""
+    """The handle that CUDA shows for a GPU: its own, or its first instance's if it is divided (MIG)."""
     mode = _told(pynvml, "nvmlDeviceGetMigMode", card)
     if not mode or mode[0] != 1:
         return card
@@ -226,7 +226,7 @@ def _text(told: str | bytes | None) -> str:
 
 
 def _memory(pynvml: ModuleType | None, handle: object) -> DeviceMemory | None:
-    """A card's memory, `None` if the driver does not tell it. WSL tells the memory but not the processes."""
+    """A card's memory; `None` if the driver does not report it. WSL reports the memory but not the processes."""
     info = _told(pynvml, "nvmlDeviceGetMemoryInfo", handle)
     if info is None:
         return None
@@ -238,10 +238,10 @@ def _memory(pynvml: ModuleType | None, handle: object) -> DeviceMemory | None:
 
 
 def available_ram() -> int:
-    """Bytes of host memory that can be had without swapping: the system's figure, or the container's limit if lower.
+    """Return the bytes of host memory available without swapping: the system's figure, or a container's lower limit.
 
     Raises:
-        BackendUnavailableError: neither psutil nor /proc/meminfo tells.
+        BackendUnavailableError: neither psutil nor /proc/meminfo reports it.
     """
     free = _system_available()
     limit, used = _cgroup("memory.max"), _cgroup("memory.current")

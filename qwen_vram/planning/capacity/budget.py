@@ -12,20 +12,20 @@ from qwen_vram.units import format_bytes, format_gib, parse_bytes
 
 VramLike = str | int | Mapping[int, str | int] | None
 
-# Left to the driver and to other processes' small moves where the budget is "what is free now".
+# Kept for the driver and for small changes by other processes, if the budget is the memory that is free now.
 FREE_RESERVE = 256 * 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """What may be used: `vram` bytes of GPUs as nvidia-smi counts them (`None`: no GPU), `ram` bytes of the host.
+    """The memory that a plan may use: `vram` bytes of GPUs by nvidia-smi (`None`: no GPU), and `ram` bytes of the host.
 
     Attributes:
-        devices: What each GPU offers by its number, where the caller named them; `vram` is their sum.
-        reserve: What was taken off each GPU, or the host where there is none, to be kept free.
-        held: Bytes of each GPU, by its number, that this process takes beside torch's memory already.
-        capability: CUDA compute capability of the oldest of these GPUs, which limits the kernels of a plan; `None` if
-            none of them is in this machine, and the plan is then for 8.0 or newer.
+        devices: Bytes that each GPU offers, by its number, if the caller named the GPUs; `vram` is their sum.
+        reserve: Bytes that stay free on each GPU, or on the host if there is no GPU. They are already subtracted.
+        held: Bytes of each GPU, by its number, that this process already takes in addition to torch's memory.
+        capability: CUDA compute capability of the oldest of these GPUs, which limits the kernels of a plan. `None` if
+            no such GPU is in this machine; the plan is then for 8.0 or newer.
     """
 
     vram: int | None
@@ -44,15 +44,15 @@ class Budget:
         held: Mapping[int, int] | None = None,
         number: int | None = None,
     ) -> Budget:
-        """A budget from what a caller wrote; `None` asks the machine what is free now.
+        """Make a budget of a caller's values; `None` asks the machine for the memory that is free now.
 
         Args:
-            vram: `"8GiB"`, an `int` of bytes, or a dict by device number (`{0: "20GiB", 1: "20GiB"}`). `None`: what
-                torch's current GPU (without torch the first visible one) has free, plus what this process holds
-                beside its live tensors. No GPU if there is none, and none for `{}`.
-            ram: Likewise for the host; `None` is what is available now.
-            reserve: Kept free of each GPU, or of the host where there is no GPU: a size, or 0. `None` is 256 MiB where
-                `vram` is read from the machine, and 0 otherwise.
+            vram: `"8GiB"`, an `int` of bytes, or a dict by device number (`{0: "20GiB", 1: "20GiB"}`). `None` is the
+                free memory of torch's current GPU, or without torch of the first visible one. Memory of this process
+                beside its live tensors counts as free. The budget has no GPU if the machine has no GPU, and for `{}`.
+            ram: The same for the host; `None` is the memory that is available now.
+            reserve: Bytes of each GPU, or of the host if there is no GPU, that stay free: a size, or 0. `None` is
+                256 MiB if `vram` is read from the machine, and 0 otherwise.
             held: As for `Budget`.
             number: CUDA's number of the GPU if `vram` names none; `None` is as for `free_vram`.
 
@@ -73,10 +73,10 @@ class Budget:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Budget:
-        """What `dataclasses.asdict` gave, also by way of JSON, which makes texts of numbers.
+        """Make a budget of `dataclasses.asdict`'s data, also from JSON, which turns keys that are numbers into texts.
 
         Raises:
-            TypeError, ValueError: a part is missing or of another form.
+            TypeError, ValueError: a part is missing or has another form.
         """
         by_number = {
             name: {int(device): size for device, size in data.get(name, {}).items()} for name in ("devices", "held")
@@ -89,16 +89,16 @@ class Budget:
 
     @property
     def held_on_one(self) -> int:
-        """Bytes of `held` on the only GPU; 0 if nothing is known of it."""
+        """Bytes of `held` on the only GPU; 0 if they are not known."""
         return next(iter(self.held.values()), 0)
 
     @property
     def given(self) -> VramLike:
-        """What to pass as `vram` for this budget again."""
+        """The value of `vram` that makes this budget again."""
         return {} if self.vram is None else dict(self.devices) or self.vram
 
     def __str__(self) -> str:
-        """In words, such as `8.00 GiB of the GPU`."""
+        """The budget in words, such as `8.00 GiB of the GPU`."""
         kept = f" ({format_bytes(self.reserve)} more kept free)" if self.reserve else ""
         if self.vram is None:
             return f"{format_gib(self.ram)} of the host{kept}"
@@ -107,10 +107,10 @@ class Budget:
 
 
 def size_of(vram: VramLike) -> int | None:
-    """Bytes that a caller's `vram` offers in all; `None` for `None`, which asks the machine, and for `{}`, no GPU.
+    """Return the bytes of a caller's `vram` in total; `None` for `None`, which asks the machine, and for `{}`, no GPU.
 
     Raises:
-        UnitError: as for `by_device`, or no size.
+        UnitError: as for `by_device`, or a value that is not a size.
     """
     if vram is None or isinstance(vram, Mapping):
         return sum(by_device(vram).values()) or None
@@ -118,7 +118,7 @@ def size_of(vram: VramLike) -> int | None:
 
 
 def by_device(vram: VramLike) -> dict[int, int]:
-    """Bytes by device number where `vram` is a dict, in the order of the numbers; empty where it is not.
+    """Return bytes by device number if `vram` is a dict, in the order of the numbers; otherwise an empty dict.
 
     Raises:
         UnitError: another key than a device number, or a size without a unit.

@@ -7,26 +7,26 @@ from qwen_vram.planning.capacity.budget import Budget
 
 
 def needed(result: Estimate, budget: Budget) -> int:
-    """Bytes needed on what the plan runs on: the process on all GPUs, or weights and live tensors on the host."""
+    """Bytes needed on the hardware of the plan: the process on all GPUs, or weights and live tensors on the host."""
     if budget.vram is None:
         return result.weights + result.kv_cache + result.activations + result.host
     return result.needed_bytes
 
 
 def by_device(result: Estimate, budget: Budget) -> dict[int, tuple[int, int]]:
-    """What each of several GPUs needs, and what it offers; empty for one."""
+    """Bytes that each of several GPUs needs, and bytes that it offers; empty for one GPU."""
     return {device: (part.needed_bytes, budget.devices[device]) for device, part in result.devices.items()}
 
 
 def fits(result: Estimate, budget: Budget) -> bool:
-    """Tell if both the devices and the host hold it."""
+    """Tell if the estimate fits both the devices and the host."""
     if budget.vram is None:
         return needed(result, budget) <= budget.ram
     return result.host <= budget.ram and on_device(result, budget)
 
 
 def on_device(result: Estimate, budget: Budget) -> bool:
-    """Tell if the GPU holds its part, or each of several does, whatever the host offers."""
+    """Tell if the estimate fits the GPU, or each of several; the host is not checked."""
     if result.devices:
         return all(_holds(budget.devices[device], part) for device, part in result.devices.items())
     assert budget.vram is not None
@@ -34,7 +34,7 @@ def on_device(result: Estimate, budget: Budget) -> bool:
 
 
 def live_bytes(part: Estimate) -> int:
-    """What one device needs at least, without a replay, which takes most of an estimate's time."""
+    """The least bytes that one device needs, without a replay, which takes most of an estimate's time."""
     return part.weights + part.kv_cache + part.tensors + part.workspace
 
 

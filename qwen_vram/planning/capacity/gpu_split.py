@@ -20,10 +20,10 @@ from qwen_vram.spec.profile import Profile
 from qwen_vram.spec.rules.table import check_split
 from qwen_vram.spec.workload import Workload
 
-# Layers that are moved at once: fragments can make one more layer look better than one less.
+# Layers that are moved at once: because of fragments, one more layer can give a better result than one less.
 _MOST_MOVED = 3
-# What GPUs need together at least is the same for every split but for what stays with blocks that torch's allocator
-# does not split: by less than a hundredth (tests/arithmetic/test_split.py).
+# The least bytes that all GPUs need together are nearly the same for every split. Only the rests of blocks that torch's
+# allocator does not split differ, by less than a hundredth (tests/arithmetic/test_split.py).
 _SURELY_TOO_MUCH = 1.01
 
 
@@ -37,16 +37,16 @@ def balanced(
     *,
     machine: Machine,
 ) -> Estimate:
-    """The split over all of `budgets` (GPU -> bytes) whose fullest GPU needs the smallest share of its budget.
+    """Find the split over all of `budgets` (GPU -> bytes) whose fullest GPU needs the smallest share of its budget.
 
-    Every GPU gets at least one layer, in the order of `budgets`. Needs grow almost in proportion to layers: a split is
-    taken from that, then, where the budgets could hold it together, layers are moved from the fullest GPU to the
-    roomiest while that helps by exact estimates. The allocator's fragments are no smooth function: another split may be
-    better by less than a hundredth.
+    Every GPU gets at least one layer, in the order of `budgets`. The needed bytes grow almost in proportion to the
+    layers, which gives the first split. If the budgets could hold it in total, layers are then moved from the fullest
+    GPU to the one with the smallest share. This ends when exact estimates show no better split. Fragments are not a
+    smooth function of the layers: another split may be better by less than a hundredth.
 
     Raises:
-        WorkloadError: more GPUs than layers; a context past the model's positions.
-        NotSupportedError: a knob that works on one GPU alone.
+        WorkloadError: more GPUs than layers; a context that exceeds the model's positions.
+        NotSupportedError: a knob that works on one GPU only.
     """
     check_split(profile, len(budgets))
     if len(budgets) > architecture.num_hidden_layers:
@@ -67,7 +67,7 @@ def balanced(
         for moved in range(1, min(_MOST_MOVED, counts[full] - 1) + 1) if full != roomy else ():
             moved_counts = {**counts, full: counts[full] - moved, roomy: counts[roomy] + moved}
             other = split_estimate(label, architecture, profile, workload, moved_counts, machine=machine, held=held)
-            # Most are no better already by what they need at least, which takes no replay.
+            # The least needed bytes, which take no replay, already exclude most splits.
             if _fullest(other, budgets, _at_least) < fullest and _fullest(other, budgets) < fullest:
                 following, fullest = other, _fullest(other, budgets)
         if following is best:
@@ -86,7 +86,7 @@ def _at_least(part: Estimate) -> int:
 def _shares(
     result: Estimate, budgets: Mapping[int, int], size: Callable[[Estimate], int] = _needed
 ) -> dict[int, float]:
-    """What each GPU needs of its budget."""
+    """The share of its budget that each GPU needs."""
     return {device: size(part) / max(1, budgets[device]) for device, part in result.devices.items()}
 
 
@@ -102,7 +102,7 @@ def _first_guess(
     budgets: Mapping[int, int],
     machine: Machine,
 ) -> dict[int, int]:
-    """Layers of each GPU, one by one to the GPU that is least full with it, by straight lines through two estimates."""
+    """Layers of each GPU, added one by one to the GPU with the smallest share, by lines through two estimates."""
     last = len(budgets) - 1
     most = architecture.num_hidden_layers - last
 

@@ -15,7 +15,7 @@ from qwen_vram.spec.profile import Profile
 # Source: torch 2.13, aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, check_flash_attention_hardware_support.
 AMPERE = (8, 0)
 
-# Says whether this machine's CPU can compute streamed layers of a profile.
+# Tells if this machine's CPU can compute streamed layers of a profile.
 Computes = Callable[[Profile], bool]
 
 
@@ -25,12 +25,12 @@ def is_old(budget: Budget) -> bool:
 
 
 def knobs_on(budget: Budget, knobs: Mapping[str, object]) -> dict[str, object]:
-    """The caller's knobs for a search, with those added that an old GPU leaves no choice about."""
+    """The caller's knobs for a search, and the knobs that an old GPU requires."""
     return {"attention": "sdpa", **knobs} if is_old(budget) else dict(knobs)
 
 
 def limits_of(budget: Budget, profile: Profile) -> str | None:
-    """Say what an old GPU changes about a plan; `None` if it changes nothing."""
+    """Return the changes of a plan for an old GPU, in words; `None` if nothing changes."""
     if not is_old(budget) or budget.capability is None:
         return None
     changed = ["attention='sdpa'"] if profile.name == "auto" and profile.attention == "sdpa" else []
@@ -53,10 +53,10 @@ def cpu_name() -> str:
 
 
 def as_measured(profile: Profile) -> bool:
-    """Take it that a CPU whose rates were measured has the kernels that they were measured with."""
+    """Assume that a CPU with measured rates has the kernels of the measurement."""
     return True
 
 
 def is_measured_here(machine: Machine) -> bool:
-    """Tell if a machine's rates of the CPU are those of this CPU; files from before its name was kept do not say."""
+    """Tell if a machine's CPU rates are those of this CPU; older files, without its name, count as this CPU."""
     return not machine.host or machine.host.rpartition(",")[0] == cpu_name()

@@ -14,9 +14,9 @@ from qwen_vram.units import format_gib
 
 
 class Shortage(NamedTuple):
-    """What is needed and what is allowed, in words; the bytes of what is shortest; each GPU's, where there are several.
+    """Needed and allowed memory in words, the bytes of the device or host that lacks most, and each GPU's of several.
 
-    The host is named where there is no GPU, and where GPUs hold their parts.
+    It is the host if there is no GPU, or if the GPUs hold their parts.
     """
 
     needs: str
@@ -27,7 +27,7 @@ class Shortage(NamedTuple):
 
 
 def shortage(result: Estimate, budget: Budget) -> Shortage:
-    """What `result` needs beside what `budget` offers of that."""
+    """Compare the memory that `result` needs with the memory that `budget` offers."""
     devices = by_device(result, budget)
     if budget.vram is None:
         return _of_one(needed(result, budget), budget.ram, "of host memory", devices)
@@ -68,7 +68,7 @@ def refusal(smallest: Estimate, budget: Budget, nearest: Workload | None) -> Doe
 
 
 def _on_disk(result: Estimate) -> str:
-    """How layers that are made of a plain checkpoint's while it loads could stay on the disk; empty for others."""
+    """Advice by which layers made from a plain checkpoint's could stay on the disk; empty for other checkpoints."""
     architecture, weights = result.architecture, result.profile.weights
     if architecture is None or architecture.stored_format is not None:
         return ""

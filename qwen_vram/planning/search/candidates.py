@@ -25,14 +25,14 @@ from qwen_vram.spec.rules.table import ONE_GPU
 from qwen_vram.spec.workload import Workload
 
 _HOST_CACHE: dict[str, object] = {"kv_cache": "bf16", "kv_device": "host"}
-# Where the host is short, the smallest on the device.
+# The smallest cache on the device, for a host with little memory.
 _SMALL_CACHE: dict[str, object] = {"kv_cache": "int4", "kv_device": "device"}
 
 
 class Step(NamedTuple):
-    """One candidate of the search: what was changed, what it needs, what it saved, and what it costs.
+    """One candidate of the search: the change, the needed bytes, the saved bytes, and the cost.
 
-    `decode_floor_ms` is the least that its last decode step can take, by bytes over bandwidth; `Plan.times` predicts.
+    `decode_floor_ms` is the least time of its last decode step: bytes over bandwidth. `Plan.times` has predictions.
     """
 
     change: str
@@ -43,7 +43,7 @@ class Step(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """What one step of the search came to, every step up to it, and the profile before it."""
+    """The result of one step of the search, with every step up to it, and the profile before it."""
 
     estimate: Estimate
     steps: tuple[Step, ...]
@@ -51,13 +51,13 @@ class Candidate(NamedTuple):
 
 
 class Candidates:
-    """One walk over profiles for a model, a workload and a budget; profile and knobs as for `plan`.
+    """The profiles of one search for a model, a workload and a budget; `profile` and `knobs` are as for `plan`.
 
     Args:
         machine: The machine whose rates and overheads are counted.
-        split: Layers of each of several GPUs if that is settled; otherwise every profile gets its own.
-        computes: Says whether the CPU here can compute streamed layers of a profile.
-        session: Count every smaller workload too, in any order, as a plan promises; or this workload alone.
+        split: Layers of each of several GPUs, if they are given; otherwise every profile gets its own split.
+        computes: Tells if the CPU of this machine can compute streamed layers of a profile.
+        session: Also count every smaller workload, in any order, as a plan promises; otherwise this workload alone.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Candidates:
         self.caches = [cache for cache in caches if tuple(cache.values()) in forms]
 
     def _has_room(self, move: Saver) -> bool:
-        """Tell if a move can be made on these devices: some on one GPU alone, and the table only where the host is."""
+        """Tell if these devices allow a move: some work on one GPU only, and the embeddings must fit on the host."""
         if move.device not in ("", "cpu" if self.budget.vram is None else "gpu"):
             return False
         table = self.architecture.vocab_size * self.architecture.hidden_size * self.start.element_bytes
@@ -104,10 +104,10 @@ class Candidates:
         return not too_large and not (self.several and ONE_GPU.keys() & move.knobs.keys())
 
     def candidates(self) -> Iterator[Candidate]:
-        """Every profile on the way that loads, and needs less than all before it.
+        """Yield every profile that loads and needs less than all before it.
 
         Raises:
-            NotSupportedError: what the caller asked for loads on no machine.
+            NotSupportedError: the requested profile loads on no machine.
         """
         steps: tuple[Step, ...] = ()
         current, least = self.start, 0
@@ -119,7 +119,7 @@ class Candidates:
             result = self.estimate(profile, self.workload)
             need = needed(result, self.budget)
             if steps and need >= least:
-                continue  # it would cost something and save nothing
+                continue  # it has a cost and saves nothing
             saved = least - need if steps else 0
             turned = move if steps else None
             change, cost = change_of(current, profile, turned), cost_of(profile, turned)
@@ -130,10 +130,10 @@ class Candidates:
             raise refused
 
     def _all_moves(self) -> Iterator[Saver]:
-        """The moves; of the last one, where layers stream, other forms.
+        """Yield the moves, then other forms of the last one if it streams layers.
 
-        A cache that saves nothing on the host while all layers are on the GPU may save much there once they are gone;
-        and of what is left then, the buffer that some rows' product with a quantized head takes may be the largest.
+        A host cache may save nothing while all layers are on the GPU, and much after they are streamed. The largest
+        part of the rest may then be the buffer for the product of several rows with a quantized head.
         """
         yield from self.moves
         stream = self.moves[-1] if self.moves else None
@@ -147,7 +147,7 @@ class Candidates:
             yield stream._replace(knobs={**stream.knobs, **form})
 
     def _after(self, move: Saver, current: Profile) -> Profile:
-        """`current` with a move made. The last layer stays where streaming it would only make room for a third slot."""
+        """`current` after a move. The last layer stays if streaming it would only free the bytes of a third slot."""
         profile = replace(current.replace(**move.knobs), name=current.name)
         spare = self._may_stream(profile) and streaming_slots(self.architecture, profile) > 2
         return replace(profile, streamed_layers=profile.streamed_layers - 1) if spare else profile
@@ -161,7 +161,7 @@ class Candidates:
         return decode_floor_ms(self.architecture, profile, self.workload, self.machine, on_cpu=on_cpu)
 
     def estimate(self, profile: Profile, workload: Workload) -> Estimate:
-        """What `profile` takes, on one device or split over the budget's several."""
+        """Estimate `profile`, on one device or split over the budget's several devices."""
         known, budget = (self.label, self.architecture, profile, workload), self.budget
         split = self.split
         if not split and not self.several:

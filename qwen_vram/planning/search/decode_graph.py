@@ -12,7 +12,7 @@ from qwen_vram.spec.rules.table import CAPTURED
 
 
 def in_the_way(profile: Profile, gpus: int = 1) -> str | None:
-    """Return what keeps decode steps from being captured, in words; `None` where they can be."""
+    """Return the reason why decode steps cannot be captured, in words; `None` if they can."""
     if gpus > 1:
         return f"layers are on {gpus} GPUs"
     if profile.streamed_layers:
@@ -28,7 +28,7 @@ def in_the_way(profile: Profile, gpus: int = 1) -> str | None:
 
 
 def _never_waits(name: FormatName) -> bool:
-    """Tell if a format's products never wait for the GPU, and run on it as this library or bitsandbytes makes them."""
+    """Tell if a format's products never wait for the GPU, and run there by this library or bitsandbytes."""
     storage = FORMATS[name]
     return storage.is_16_bit or storage.is_weight_only or storage.is_bnb_4bit
 
@@ -39,7 +39,7 @@ def _waits(name: FormatName | None) -> bool:
 
 
 def not_captured(estimate: Estimate) -> str | None:
-    """Why the decode steps of an estimate for GPUs are launched one by one; `None` where they are captured."""
+    """The reason why an estimate's decode steps on GPUs are launched one by one; `None` if they are captured."""
     assert estimate.architecture is not None
     if estimate.profile.captures:
         return None
@@ -49,7 +49,7 @@ def not_captured(estimate: Estimate) -> str | None:
 
 
 def said_of(estimate: Estimate) -> str | None:
-    """The same with the predicted milliseconds of a token, and of one if the whole model could be captured."""
+    """The reason, with predicted milliseconds of a token, and of one if the whole model could be captured."""
     reason, profile = not_captured(estimate), estimate.profile
     if reason is None:
         return None

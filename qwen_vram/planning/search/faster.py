@@ -1,7 +1,7 @@
 """Search for a faster profile with the same formats of weights and KV cache.
 
-The walk goes from less to more of what costs time, and stops at the first profile that fits. Room may then be left for
-some of what it gave up on the way, and for decode steps that are captured.
+The search turns knobs from a small to a large cost in time, and stops at the first profile that fits. The remaining
+memory may be enough to undo some of these changes, or to capture decode steps.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _CHUNKS = (None, 4096, 2048, 1024)
 
 
 def given_back(start: Profile, found: Profile, knobs: dict[str, object]) -> Iterator[Saver]:
-    """Yield moves that make `found` faster and take memory, what brings most first. Each may fit or not.
+    """Yield moves that make `found` faster and take memory, the most effective first. A move need not fit.
 
     Args:
-        start: Where the search began.
-        knobs: What the caller set; it stays.
+        start: The profile that the search began with.
+        knobs: The knobs that the caller set; they stay.
     """
     if "captured" not in knobs and "compiled" not in knobs and not found.captures and in_the_way(found) is None:
         yield _CAPTURE
@@ -37,5 +37,5 @@ def given_back(start: Profile, found: Profile, knobs: dict[str, object]) -> Iter
 
 
 def _is_larger(chunk: int | None, other: int | None) -> bool:
-    """Tell if a chunk feeds more at once; `None` is the whole prompt."""
+    """Tell if a chunk has more tokens than another one; `None` is the whole prompt."""
     return other is not None and (chunk is None or chunk > other)

@@ -13,7 +13,7 @@ from qwen_vram.spec.workload import Workload
 
 
 class Planned(Protocol):
-    """The part of a `Search` that is asked here."""
+    """The part of a `Search` that this module uses."""
 
     architecture: Architecture
     workload: Workload
@@ -27,15 +27,15 @@ class Planned(Protocol):
         ...
 
     def profiles(self, workload: Workload | None = None) -> list[Profile]:
-        """Return every profile that the search may come to for a workload, its own by default."""
+        """Return every profile that the search may choose for a workload, by default for its own."""
         ...
 
 
 def largest_workload(search: Planned, limit: int, workload: Callable[[int], Workload]) -> int:
-    """Return the largest number up to `limit` for whose workload bisection finds a plan; 0 if there is none for 1.
+    """Return the largest number up to `limit` for whose workload bisection finds a plan; 0 if 1 has no plan.
 
-    Which savers help depends on the workload, so candidates are generated again for the workload found, and new ones
-    are searched too. The result need not be maximal, because the allocator's fragmentation is not monotonic.
+    The useful savers depend on the workload, so the candidates are made again for the found workload, and new ones are
+    searched too. The result need not be maximal, because the allocator's fragmentation is not monotonic.
     """
 
     def is_planned(number: int) -> bool:
@@ -55,9 +55,10 @@ def largest_workload(search: Planned, limit: int, workload: Callable[[int], Work
 def _largest_of(
     search: Planned, profiles: list[Profile], limit: int, workload: Callable[[int], Workload], best: int
 ) -> int:
-    """Return `best`, or the largest number above it whose workload one of the profiles holds.
+    """Return `best`, or the largest number above it for whose workload one of the profiles fits.
 
-    The profile that needs the least of the GPU is asked first; where the host is short, another may hold more.
+    The profile that needs the fewest bytes of the GPU is tried first. If the host lacks memory, another one may allow
+    more.
     """
     for profile in profiles:
         if best < limit and search.holds(profile, workload(best + 1)):
@@ -66,14 +67,14 @@ def _largest_of(
 
 
 def longest_prompt(search: Planned, new: int, batch_size: int) -> int:
-    """The most prompt tokens that fit before `new` more, 0 where not even one does."""
+    """Return the most prompt tokens that fit before `new` more; 0 if not even one fits."""
     longest = search.architecture.max_position_embeddings - new
     work = replace(search.workload, max_new_tokens=new, batch_size=batch_size)
     return largest_workload(search, longest, lambda length: replace(work, prompt_len=length))
 
 
 def nearest(search: Planned) -> Workload | None:
-    """The longest prompt that fits, with the workload's batch and new tokens, then with a batch of one."""
+    """Return the longest prompt that fits, for the workload's batch and new tokens, then for a batch of one."""
     work = search.workload
     for batch_size, new in ((work.batch_size, work.max_new_tokens), (1, 1)):
         longest = longest_prompt(search, new, batch_size)

@@ -22,12 +22,12 @@ from qwen_vram.spec.workload import Workload
 
 
 class Tiers:
-    """How layers of profiles are spread over what a budget offers.
+    """The spreading of a profile's layers over the device, the host and the disk of a budget.
 
     Args:
-        estimate: What a profile takes at a workload.
+        estimate: Makes the estimate of a profile for a workload.
         start: The profile that the search began with.
-        may_read: Whether layers may stay on the disk, the caller having left that open.
+        may_read: Layers may stay on the disk, because the caller left that open.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Tiers:
         self.may_read = may_read
 
     def resident_first(self, base: Profile, workload: Workload) -> Estimate:
-        """`base` with as many of its streamed layers on the device as that holds."""
+        """Estimate `base` with the most of its streamed layers that the device holds resident."""
 
         def streaming(layers: int) -> Estimate:
             return self.estimate(replace(base, streamed_layers=layers, host_layers=0, disk_layers=0), workload)
@@ -56,9 +56,9 @@ class Tiers:
         return streaming(layers - resident)
 
     def fewest_on_disk(self, result: Estimate) -> Estimate:
-        """`result` with as many of its streamed layers in host memory as that holds, the others on the disk.
+        """Estimate `result` with the most of its streamed layers that the host holds, and the others on the disk.
 
-        Without a GPU host memory is all there is: layers are resident there, or on the disk.
+        Without a GPU, layers are resident in host memory, or on the disk.
         """
         profile = result.profile
         if fits(result, self.budget) or not self.may_read_layers(profile):
@@ -75,9 +75,9 @@ class Tiers:
         return self.estimate(on_disk(kept), result.workload)
 
     def quickest(self, result: Estimate) -> Estimate:
-        """`result` with so many of its layers on the host computing there that a step is shortest, and no more.
+        """Estimate `result` with the smallest number of computing host layers that makes a decode step shortest.
 
-        For one sequence alone, as rates are measured, and in as much host memory as copies for the CPU find.
+        This is for one sequence only, because the rates are measured for one. Copies for the CPU must fit on the host.
         """
         profile = result.profile
         if result.workload.batch_size > 1 or not self._may_compute(profile):
@@ -91,10 +91,10 @@ class Tiers:
         return self.estimate(best, result.workload)
 
     def _fewest_away(self, base: Profile, workload: Workload) -> Estimate:
-        """`base` without a GPU: as many layers resident as the host holds, the others on the disk."""
+        """Estimate `base` without a GPU, with the most layers that the host holds, and the others on the disk."""
         layers = self.architecture.num_hidden_layers
         if streaming_slots(self.architecture, replace(base, streamed_layers=layers)) > 2:
-            layers -= 1  # in whose place there would be a third slot
+            layers -= 1  # a third slot would take its bytes
 
         def reading(away: int) -> Estimate:
             return self.estimate(replace(base, streamed_layers=away, disk_layers=away), workload)
@@ -102,18 +102,18 @@ class Tiers:
         return reading(layers - most(layers, lambda resident: fits(reading(layers - resident), self.budget)))
 
     def _may_compute(self, profile: Profile) -> bool:
-        """Tell if a layer that streams can compute on a CPU instead."""
+        """Tell if a streamed layer can compute on the CPU instead."""
         one = replace(profile, host_layers=1)
         return profile.streamed_layers > profile.disk_layers and not_loadable(self.architecture, one) is None
 
     def may_read_layers(self, profile: Profile) -> bool:
-        """Tell if layers of `profile` may stay on the disk: the caller left it open, and files hold them so."""
+        """Tell if layers of `profile` may stay on the disk: the caller left it open, and the files have its format."""
         as_stored = self.architecture.stored_format is not None or profile.dtype == self.architecture.dtype
         return self.may_read and as_stored and may_be_on_disk(self.architecture, profile)
 
 
 def most(limit: int, holds: Callable[[int], bool]) -> int:
-    """The largest number up to `limit` that holds, where every smaller one does; 0 where 1 does not.
+    """Return the largest number up to `limit` that holds, if every smaller one does; 0 if 1 does not.
 
     >>> most(100, lambda number: number <= 42)
     42

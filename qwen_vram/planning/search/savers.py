@@ -13,19 +13,19 @@ from qwen_vram.spec.profile import Profile, resolve_profile
 from qwen_vram.spec.rules.table import ANYWHERE_RULES, Model
 from qwen_vram.spec.workload import Workload
 
-# Where the search begins: nothing lost, nothing expanded, nothing that grows.
+# The profile that the search begins with: lossless, without repeated keys and values, without a growing cache.
 _LOSSLESS = Profile(name="auto", attention="fused", kernels="fused", cache="preallocated")
 
 
 class Saver(NamedTuple):
-    """One step of the search: the knobs it turns, what that costs, and the kind of device that it is for, or any."""
+    """One move of the search: the knobs it sets, its cost, and the kind of device it is for; empty for any."""
 
     knobs: dict[str, object]
     cost: str
     device: Literal["", "cpu", "gpu"] = ""
 
 
-# Least lossy first: what costs nothing, then precision, then speed. Each move builds on those before it.
+# Least lossy first: moves without a cost, then those that cost precision, then speed. Each builds on those before it.
 _MOVES = (
     Saver({"prefill_chunk_size": 4096}, "nothing lost: the same tokens, fed in chunks"),
     Saver({"prefill_chunk_size": 2048}, "nothing lost: the same tokens, fed in chunks"),
@@ -39,7 +39,7 @@ _MOVES = (
     Saver({"weights": "int8-wo"}, "8-bit weights: close to lossless", "gpu"),
     Saver({"weights": "nf4", "dequantization": "tiled"}, "4-bit weights"),
     Saver({"weights": "nf4", "lm_head": "nf4"}, "4-bit head"),
-    # A tied head in 4 bits is a copy, which saves something once the table can leave.
+    # A tied head in 4 bits is a copy, which saves memory only if the token embeddings are on the host.
     Saver({"weights": "nf4", "lm_head": "nf4", "embeddings": "host"}, "4-bit head, rows are gathered on the host"),
     Saver({"kv_cache": "int8"}, "8-bit keys and values but for the newest 128 tokens"),
     Saver({"kv_cache": "int4"}, "4-bit keys and values but for the newest 128 tokens"),
@@ -50,14 +50,14 @@ _MOVES = (
 def search_space(
     architecture: Architecture, profile: str | Profile, workload: Workload, knobs: dict[str, object]
 ) -> tuple[Profile, tuple[Saver, ...]]:
-    """The profile to start from, and the moves that touch only what caller and checkpoint left open."""
+    """Return the profile to start from, and the moves that change only knobs that caller and checkpoint left open."""
     knobs = stored_knobs(architecture, knobs)
     if profile != "auto":
         return resolve_profile(profile, **knobs), ()
     start = replace(_LOSSLESS.replace(**knobs), name="auto")
     stream = Saver({"streamed_layers": architecture.num_hidden_layers}, "layers cross the link for every token")
     moves = [move for move in (*_MOVES, stream) if _is_open(move, start, architecture, workload, knobs)]
-    if architecture.adapter_activated:  # such an adapter has to see the whole prompt
+    if architecture.adapter_activated:  # such an adapter needs the whole prompt at once
         moves = [move for move in moves if "prefill_chunk_size" not in move.knobs]
     return start, tuple(moves)
 
@@ -65,7 +65,7 @@ def search_space(
 def _is_open(
     move: Saver, start: Profile, architecture: Architecture, workload: Workload, knobs: dict[str, object]
 ) -> bool:
-    """Tell if a move keeps what the caller chose, and can save: a chunk that the prompt does not fill cannot."""
+    """Tell if a move keeps the caller's knobs, and can save: a chunk that is longer than the prompt cannot."""
     if any(knobs.get(knob, value) != value for knob, value in move.knobs.items()):
         return False
     try:
@@ -79,7 +79,7 @@ def _is_open(
 
 
 def change_of(before: Profile, candidate: Profile, move: Saver | None) -> str:
-    """What `move` turned, in words; of the starting profile (`None`), what it is."""
+    """The changes of `move` in words; for the starting profile (`None`), its weights, attention and cache."""
     if move is None:
         return f"{candidate.weights} weights, {candidate.attention} attention, {candidate.cache} cache"
     turned = {knob: value for knob, value in move.knobs.items() if getattr(before, knob) != value}
@@ -87,7 +87,7 @@ def change_of(before: Profile, candidate: Profile, move: Saver | None) -> str:
 
 
 def cost_of(candidate: Profile, move: Saver | None) -> str:
-    """What `move` costs, in words; of the starting profile (`None`), whether its weights lose anything."""
+    """The cost of `move` in words; for the starting profile (`None`), that of its weights."""
     if move is None:
         return "nothing lost" if FORMATS[candidate.weights].is_dense else f"{candidate.weights} weights"
     return move.cost

@@ -29,13 +29,13 @@ _COMPUTED = "layers cross the link, or compute on the CPU, for every token"
 
 
 class Search(Candidates):
-    """A walk's end for a budget; arguments as for `Candidates`."""
+    """The search of the candidates for one that fits a budget; arguments are as for `Candidates`."""
 
     def run(self, prefer: Prefer) -> Candidate:
-        """The candidate that `prefer` asks for.
+        """Return the candidate that `prefer` asks for.
 
         Raises:
-            DoesNotFitError: none fits.
+            DoesNotFitError: no candidate fits.
         """
         found = self.find(prefer)
         if not fits(found[-1].estimate, self.budget):
@@ -43,10 +43,10 @@ class Search(Candidates):
         return found[-1] if prefer == "memory" else self._fastest(found)
 
     def _fastest(self, fitting: Sequence[Candidate]) -> Candidate:
-        """Of candidates, each with what makes it faster, the one whose generation is predicted to be the quickest.
+        """Return the candidate with the shortest predicted generation, after the moves that make each one faster.
 
-        Of two that are equally quick, the less lossy one. One that could not win if it had room for everything that
-        makes it faster is not estimated.
+        Of two that take the same time, it is the less lossy one. A candidate is not estimated if it would lose even
+        with all moves that make it faster.
         """
         least = [self._generation_ms(self._at_best(one.estimate.profile)) for one in fitting]
         best, quickest = fitting[0], float("inf")
@@ -60,7 +60,7 @@ class Search(Candidates):
         return best
 
     def _at_best(self, profile: Profile) -> Profile:
-        """`profile` with everything that makes it faster, whether or not that fits."""
+        """`profile` with every move that makes it faster, even if that does not fit."""
         turned: set[str] = set()
         for move in self._given_back(profile):
             quicker = None if turned & move.knobs.keys() else self._quicker(profile, move)
@@ -70,14 +70,14 @@ class Search(Candidates):
         return profile
 
     def _given_back(self, profile: Profile) -> Iterator[Saver]:
-        """Moves that may make a profile faster. On GPUs, and where the search chose."""
+        """Yield moves that may make a profile faster, on GPUs, if the search chose the profile."""
         if self.profile == "auto" and self.budget.vram is not None:
             for move in given_back(self.start, profile, self.knobs):
                 if not (self.several and ONE_GPU.keys() & move.knobs.keys()):
                     yield move
 
     def _quicker(self, before: Profile, move: Saver) -> Profile | None:
-        """`before` with a move made, if that loads and is predicted to be no slower."""
+        """`before` after a move, if that loads and is predicted to be no slower; otherwise `None`."""
         profile = replace(before.replace(**move.knobs), name=before.name)
         if not_loadable(self.architecture, profile) or self._generation_ms(profile) > self._generation_ms(before):
             return None
@@ -88,7 +88,7 @@ class Search(Candidates):
         return generation_ms(self.architecture, profile, self.workload, self.machine, on_cpu=on_cpu)
 
     def _quickened(self, found: Candidate) -> Candidate:
-        """`found` with what makes it faster, as far as that fits."""
+        """`found` after the moves that make it faster and fit."""
         turned: set[str] = set()
         for move in self._given_back(found.estimate.profile):
             before = found.estimate.profile
@@ -105,10 +105,10 @@ class Search(Candidates):
         return found
 
     def find(self, prefer: Prefer) -> list[Candidate]:
-        """The candidates that fit, for `"quality"` the first of them alone; where none fits, the last one.
+        """Return the candidates that fit, for `"quality"` only the first; if no candidate fits, the last one.
 
-        Layers are streamed only where nothing else fits, and on one GPU; they stay on the disk only where the host does
-        not hold them either.
+        Layers are streamed only if nothing else fits, and on one GPU. They stay on the disk only if the host does not
+        hold them either.
         """
         fitting: list[Candidate] = []
         seen: list[Candidate] = []
@@ -129,10 +129,10 @@ class Search(Candidates):
         return fitting
 
     def _fewest_streamed(self, everything: Candidate, prefer: Prefer) -> Candidate:
-        """A candidate that streams all layers, with as few of them as fit, and of these as few on the disk.
+        """A candidate that streams all layers, changed to stream the fewest that fit, with the fewest on the disk.
 
-        The cache goes back to where it was at the start, or stays where the moves have brought it: whole rather than
-        quantized, then what makes the shorter step. Where nothing fits it is what the host is least short of.
+        The cache is that of the start, or that after the moves: first one in the start's format, then the one with the
+        shorter decode step. If nothing fits, it is the one for which the host lacks the fewest bytes.
         """
         *before, last = everything.steps
         start, moved = self.start, everything.estimate.profile
@@ -154,35 +154,35 @@ class Search(Candidates):
         return everything._replace(estimate=best, steps=(*before, step))
 
     def _cost_of_tiers(self, profile: Profile) -> str:
-        """What layers cost that are on the disk, or that the CPU computes; empty where there are none."""
+        """The cost of layers on the disk, or of layers that the CPU computes; empty without such layers."""
         if profile.disk_layers:
             plain = FORMATS[profile.weights].is_dense
             return f"{_FROM_DISK}; of a quantized copy (qwen-vram quantize), fewer bytes" if plain else _FROM_DISK
         return _COMPUTED if profile.host_layers else ""
 
     def _should_compute(self, profile: Profile, prefer: Prefer) -> bool:
-        """Tell if layers may compute on this CPU: at its measured rate, and in 4 bits, which it rounds, for speed."""
+        """Tell if layers may compute on this CPU: at a measured rate; in 4 bits, which it rounds, for speed only."""
         wanted = self.may_compute and (prefer == "speed" or FORMATS[profile.weights].is_dense)
         measured = wanted and product_rate(profile, self.machine) is not None and is_measured_here(self.machine)
         return measured and self.computes(profile)
 
     def _tables(self, moved: Profile) -> Iterator[Profile]:
-        """`moved`, and with its table where it was at the start, which leaves the host more room for layers."""
+        """Yield `moved`, and `moved` with the embeddings' location of the start, which leaves the host more memory."""
         yield moved
         if moved.embeddings != self.start.embeddings:
             yield replace(moved.replace(embeddings=self.start.embeddings), name=moved.name)
 
     def _streamed(self, moved: Profile, workload: Workload) -> Iterator[Estimate]:
-        """With the cache as at the start, as the moves have left it, and in every form on their way: as few as fit."""
+        """Yield estimates with the fewest layers: the cache as at the start, as in each move, and as it is now."""
         start: dict[str, object] = {"kv_cache": self.start.kv_cache, "kv_device": self.start.kv_device}
         caches: tuple[dict[str, object], ...] = (start, *self.caches, {})
         for base in dict.fromkeys(replace(moved.replace(**cache), name=moved.name) for cache in caches):
             yield self.tiers.fewest_on_disk(self.tiers.resident_first(base, workload))
 
     def _from_files(self, seen: Sequence[Candidate]) -> list[Candidate]:
-        """What the candidates `seen` leave out: layers that stay in the checkpoint's files, because those hold them so.
+        """Candidates that `seen` lacks: layers that stay in the checkpoint's files, in the format of these files.
 
-        What is quantized while it loads has to be in memory; where it does not fit, plain layers may, from the disk.
+        Layers that are quantized at load must be in memory. If they do not fit, plain layers may fit, from the disk.
         """
         plain = [one for one in seen if self.tiers.may_read_layers(one.estimate.profile)]
         if not plain or plain[-1] is seen[-1]:
@@ -199,12 +199,12 @@ class Search(Candidates):
         return [Candidate(result, (*last.steps, step), before)]
 
     def _tiered(self, candidate: Candidate, prefer: Prefer) -> Candidate:
-        """A candidate with its layers where they fit."""
+        """A candidate with its layers on the tiers that hold them."""
         streams = self._may_stream(candidate.estimate.profile)
         return self._fewest_streamed(candidate, prefer) if streams else self._from_disk(candidate)
 
     def _from_disk(self, last: Candidate) -> Candidate:
-        """The last candidate with as few layers on the disk as fit, all where none do; itself where that is no less."""
+        """The last candidate with the fewest layers on the disk that fit, or all; itself if that saves nothing."""
         result = self.tiers.fewest_on_disk(last.estimate)
         profile, need = result.profile, needed(result, self.budget)
         if (need, result.host) >= (last.steps[-1].needed_bytes, last.estimate.host):
@@ -215,7 +215,7 @@ class Search(Candidates):
         return Candidate(result, (*last.steps, step), last.estimate.profile)
 
     def holds(self, profile: Profile, workload: Workload) -> bool:
-        """Tell if `profile` fits the budget at another workload; what the search streams, as few layers as fit."""
+        """Tell if `profile` fits at another workload; if the search streams layers, with the fewest that fit."""
         result = self.estimate(profile, workload)
         if fits(result, self.budget):
             return True
@@ -229,7 +229,7 @@ class Search(Candidates):
         return fits(self.at(workload).find("quality")[-1].estimate, self.budget)
 
     def profiles(self, workload: Workload | None = None) -> list[Profile]:
-        """Return every profile that the search may come to: the one that needs the least of the GPU first."""
+        """Return every profile that the search may choose; the one that needs the least of the GPU is first."""
         if workload is not None:
             return self.at(workload).profiles()
         found = list(self.candidates())
@@ -243,6 +243,6 @@ class Search(Candidates):
 
 
 def _turned(profile: Profile) -> Saver:
-    """Every knob that steps to `profile` may have turned, those of the cache last."""
+    """Every knob that the steps to `profile` may have changed, those of the cache last."""
     ordered = sorted(KNOBS, key=("kv_cache", "kv_device").__contains__)
     return Saver({knob: getattr(profile, knob) for knob in ordered}, "")

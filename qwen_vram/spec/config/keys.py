@@ -14,7 +14,7 @@ Check = Callable[[object], bool]
 
 
 class Key(NamedTuple):
-    """One key: whether a value is accepted, what is accepted in words, and the value of a file that lacks the key."""
+    """One key: a check of its value, the accepted values in words, and the value if the file lacks the key."""
 
     accepts: Check
     words: str
@@ -76,7 +76,7 @@ SIZE = f"a positive integer of at most {LARGEST}"
 
 
 def wrong_key(keys: Keys, config: Mapping[str, object]) -> str:
-    """The first key whose value `transformers` refuses, with the value and what is accepted; empty if there is none."""
+    """The first key whose value `transformers` refuses, with the value and the accepted ones; otherwise empty."""
     for name, key in keys.items():
         if name in config and config[name] is None and not key.accepts(None):
             return (

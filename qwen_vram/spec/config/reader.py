@@ -25,7 +25,7 @@ class ConfigReader:
         keys: The keys of its family.
 
     Raises:
-        ConfigError: a model that is no language model, or MLX's quantization.
+        ConfigError: a model that is not a language model, or MLX's quantization.
     """
 
     def __init__(self, config: Mapping[str, object], source: str, keys: Keys) -> None:
@@ -35,7 +35,7 @@ class ConfigReader:
         self._check_kind()
 
     def error(self, what: str) -> ConfigError:
-        """The error for a value that cannot be."""
+        """The error for an impossible value."""
         return ConfigError(f"{self.source}: {what}; check the file against the published one", source=self.source)
 
     def size(self, key: str) -> int:
@@ -50,7 +50,7 @@ class ConfigReader:
         return bool(value_of(self.keys, self.config, key))
 
     def key_value_heads(self, heads: int) -> int:
-        """`num_key_value_heads`: as many as heads if config.json has null, the default if it has none.
+        """`num_key_value_heads`: equal to `heads` if config.json has null, the default if it lacks the key.
 
         Raises:
             ConfigError: it does not divide `heads`.
@@ -62,10 +62,10 @@ class ConfigReader:
         return key_value_heads
 
     def head_dim(self, hidden_size: int, heads: int) -> int:
-        """`head_dim`: without one, `hidden_size` is divided by the heads, unless the family has a default.
+        """`head_dim`; if it is missing, the family's default, or else `hidden_size` divided by the heads.
 
         Raises:
-            ConfigError: it cannot be divided, or heads are of an odd size.
+            ConfigError: the heads do not divide `hidden_size`, or the size of a head is odd.
         """
         given = value_of(self.keys, self.config, "head_dim")
         if given is None and hidden_size % heads:
@@ -76,7 +76,7 @@ class ConfigReader:
         return head_dim
 
     def dtype(self) -> str:
-        """The plain dtype, by its name here; bf16 if config.json gives none that a model can run in."""
+        """The plain dtype, by its name here; bf16 if config.json names no dtype that a model can run in."""
         given = BY_CONFIG.get(str(self.config.get("dtype") or self.config.get("torch_dtype")), BF16)
         return given.name or BF16.name
 
@@ -98,12 +98,12 @@ class ConfigReader:
                 "alone: its safetensors headers say the bytes; pass the checkpoint's folder or its hub id",
                 source=self.source,
             )
-        # A tied head is the token table, which is in 16 bits whatever the list says.
+        # A tied head is the embedding matrix, which is in 16 bits even if the list does not name it.
         quantized = not skips(skipped_modules(settings_of(quantization)), "lm_head")
         return {"stored_format": name, "stored_head": quantized and not self.flag("tie_word_embeddings")}
 
     def _check_kind(self) -> None:
-        """Refuse what is no causal language model, and MLX's quantization, which has a block of its own."""
+        """Refuse models that are not causal language models, and MLX's quantization, which has its own block."""
         named = self.config.get("architectures")
         kinds = [named] if isinstance(named, str) else named if isinstance(named, list) else []
         if kinds and not any(str(kind).endswith("ForCausalLM") for kind in kinds):

@@ -1,8 +1,7 @@
 """Families of decoders: one module for each `model_type` of config.json.
 
-A module is imported when a model of its family is used.
-
-A module holds one `FAMILY`, a `spec.family.Family`. A new family is a new file here: nothing lists them.
+A module is imported when a model of its family is used. It holds one `FAMILY`, a `spec.family.Family`. A new family is
+a new file here, and no code lists it; `python -m tests.hygiene.layout` writes it into the list below.
 
 Modules:
     llama  Llama and models of its architecture: dense decoders, mostly without biases.
@@ -32,7 +31,7 @@ def model_types() -> tuple[str, ...]:
 
 @cache
 def find_family(model_type: str) -> Family | None:
-    """The family of a `model_type`; `None` if there is none."""
+    """The family of a `model_type`; `None` if it is not supported."""
     if not model_type.isidentifier():
         return None
     name = f"{__name__}.{model_type}"
@@ -50,7 +49,7 @@ def family_of(model_type: str) -> Family:
     """The family of an architecture's `model_type`.
 
     Raises:
-        KeyError: there is none.
+        KeyError: the `model_type` is not supported.
     """
     family = find_family(model_type)
     if family is None:
@@ -59,11 +58,11 @@ def family_of(model_type: str) -> Family:
 
 
 def open_config(config: Mapping[str, object], source: str) -> tuple[Family, ConfigReader]:
-    """The family of a config.json, and a reader of its values, which are checked as `transformers` checks them.
+    """Find the family of a config.json, and make a reader of its values, checked as `transformers` checks them.
 
     Raises:
-        ConfigError: another architecture, a model that is no language model, a feature that would be counted wrong, or
-            a value that `transformers` refuses.
+        ConfigError: another architecture, a model that is not a language model, a feature that would be counted wrong,
+            or a value that `transformers` refuses.
     """
     got = config.get("model_type")
     family = find_family(got) if isinstance(got, str) else None

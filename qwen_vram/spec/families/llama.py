@@ -16,7 +16,7 @@ def _share(value: object) -> bool:
     return keys.real(value) and 0 <= value <= 1  # type: ignore[operator]
 
 
-# Source: transformers 5.23, LlamaConfig; a test holds it against this table.
+# Source: transformers 5.23, LlamaConfig; a test compares it with this table.
 KEYS = {
     "vocab_size": Key(keys.integer, SIZE, 32_000),
     "hidden_size": Key(keys.integer, SIZE, 4_096),
@@ -45,7 +45,7 @@ KEYS = {
 
 
 def _wrong(config: Mapping[str, object]) -> str:
-    """The text for a hidden size that is no multiple of the heads, which `transformers` refuses beside `head_dim`."""
+    """The text for a hidden size that the heads do not divide, which `transformers` refuses despite `head_dim`."""
     hidden_size, heads = (keys.value_of(KEYS, config, name) for name in ("hidden_size", "num_attention_heads"))
     if isinstance(hidden_size, int) and isinstance(heads, int) and (not heads or hidden_size % heads):
         return f"hidden_size {hidden_size} is not a multiple of num_attention_heads {heads}, as transformers asks for"

@@ -11,7 +11,7 @@ from qwen_vram.spec.family import Family, dense_layers, usual_classes
 from qwen_vram.spec.layers import LayerSpec
 from qwen_vram.spec.rope import RopeRules
 
-# Source: transformers 5.23, Qwen2Config; a test holds it against this table.
+# Source: transformers 5.23, Qwen2Config; a test compares it with this table.
 KEYS = {
     "vocab_size": Key(keys.integer, SIZE, 151_936),
     "hidden_size": Key(keys.integer, SIZE, 4_096),
@@ -43,7 +43,7 @@ LARGEST_YARN_FACTOR = 4
 
 
 def sliding_windows(config: Mapping[str, object]) -> str:
-    """The text for layers that attend to a window alone; empty if every layer attends to all tokens."""
+    """The text for layers that attend to a window only; empty if every layer attends to all tokens."""
     kinds = config.get("layer_types") or ()
     other = sorted({str(kind) for kind in kinds if kind != "full_attention"}) if isinstance(kinds, list) else []
     if config.get("use_sliding_window") is True or other == ["sliding_attention"]:

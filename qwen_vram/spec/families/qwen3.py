@@ -10,7 +10,7 @@ from qwen_vram.spec.family import Family, dense_layers, usual_classes
 from qwen_vram.spec.layers import ATTENTION_MATRICES, LayerSpec
 from qwen_vram.spec.rope import RopeRules
 
-# Source: transformers 5.23, Qwen3Config; a test holds it against this table.
+# Source: transformers 5.23, Qwen3Config; a test compares it with this table.
 KEYS = {
     **qwen2.KEYS,
     "head_dim": Key(keys.integer, SIZE, 128),

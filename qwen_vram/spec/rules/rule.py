@@ -42,14 +42,15 @@ class Knobs(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Rule(Generic[Facts]):
-    """One combination that cannot be.
+    """One combination that is refused.
 
     Attributes:
         when: Tells if the facts break the rule.
         knob: The knob that the error names.
-        message: The error's text; of scope "anywhere" what follows the knob, its value and the weights.
-        scope: Where it holds: in every profile, for a model on any machine, over several GPUs, or on this machine.
-        package: What is missing here, if the error is that; and the command that installs it.
+        message: The error's text; in the scope "anywhere" the part after the knob, its value and the weights.
+        scope: The rule's scope: every profile, a model on any machine, several GPUs, or this machine.
+        package: The package that is missing on this machine, if that is the error.
+        install: The command that installs the package.
     """
 
     when: Callable[[Facts], bool]
@@ -61,5 +62,5 @@ class Rule(Generic[Facts]):
 
 
 def broken(rules: Iterable[Rule[Facts]], facts: Facts) -> Rule[Facts] | None:
-    """The first rule that `facts` break; `None` if they break none."""
+    """The first rule that `facts` break; `None` if they break no rule."""
     return next((rule for rule in rules if rule.when(facts)), None)

@@ -15,11 +15,11 @@ from qwen_vram.spec.formats import BLOCK, FORMATS, PACKED_ROWS, is_packed
 from qwen_vram.spec.layers import Weight
 from qwen_vram.spec.rules.rule import Knobs, Rule, broken
 
-# What a captured decode step can run with: all else waits for the host, or for another kernel.
+# Knob values that a captured decode step can run with. All others wait for the host, or for another kernel.
 CAPTURED: dict[str, object] = {"attention": "fused", "kv_cache": "bf16", "kv_device": "device", "streamed_layers": 0}
-# What a compiled one can run with.
+# Knob values that a compiled decode step can run with.
 COMPILED: dict[str, object] = {**CAPTURED, "embeddings": "device"}
-# Knobs that work on one GPU alone, and what turns them off.
+# Knobs that work on one GPU only, and the values that turn them off.
 ONE_GPU: dict[str, object] = {"streamed_layers": 0, "captured": False, "compiled": False}
 
 
@@ -41,7 +41,7 @@ def check_profile(profile: Knobs) -> None:
     """Refuse knobs that exclude each other.
 
     Raises:
-        WorkloadError: there are.
+        WorkloadError: two knobs exclude each other.
     """
     rule = broken(PROFILE_RULES, profile)
     if rule is not None:
@@ -49,10 +49,10 @@ def check_profile(profile: Knobs) -> None:
 
 
 def check_split(profile: Knobs, gpus: int) -> None:
-    """Refuse a knob that works on one GPU alone.
+    """Refuse a knob that works on one GPU only.
 
     Raises:
-        NotSupportedError: there is one.
+        NotSupportedError: the profile has such a knob.
     """
     split = Split(profile, gpus)
     rule = broken(SEVERAL_GPU_RULES, split)
@@ -61,7 +61,7 @@ def check_split(profile: Knobs, gpus: int) -> None:
 
 
 def _captures(knob: str, runs_with: dict[str, object]) -> tuple[Rule[Knobs], ...]:
-    """Rules of steps that are captured or compiled, by the name of the knob."""
+    """Rules of captured or compiled decode steps; `knob` is `"captured"` or `"compiled"`."""
 
     def asked(profile: Knobs) -> bool:
         return bool(getattr(profile, knob)) and (knob == "compiled" or not profile.compiled)
@@ -149,7 +149,7 @@ def _has_own_head(model: Model) -> bool:
 
 
 def may_be_on_disk(architecture: Architecture, profile: Knobs) -> bool:
-    """Tell if a checkpoint's files hold layers as `profile` has them, and not what they are quantized from."""
+    """Tell if a checkpoint's files hold the layers in the format of `profile`, and not in another one."""
     if architecture.stored_format is None:
         as_stored = set(architecture.layer_dtypes) <= {BY_NAME[profile.dtype].stored}
         return FORMATS[profile.weights].is_dense and as_stored
@@ -161,7 +161,7 @@ def _not_on_disk(model: Model) -> bool:
 
 
 def _unpacked(model: Model) -> Weight | None:
-    """The first matrix of a layer that the CPU's 4-bit kernel does not take."""
+    """The first matrix of a layer that the CPU's 4-bit kernel does not accept."""
     matrices = (weight for layer, _ in model.architecture.kinds for weight in layer.linears.values())
     return next((weight for weight in matrices if not is_packed(weight.shape)), None)
 
@@ -180,7 +180,7 @@ def _computes(model: Model) -> bool:
     return model.profile.host_layers > 0
 
 
-# What runs on no machine, whatever is installed there.
+# Rules that hold on every machine, with any packages.
 ANYWHERE_RULES: tuple[Rule[Model], ...] = (
     Rule(
         lambda model: FORMATS[model.profile.weights].is_gptqmodel and model.architecture.stored_format is None,
