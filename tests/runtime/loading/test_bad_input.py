@@ -417,6 +417,7 @@ def rewrite_header(file: Path, change) -> None:
         ),
         (lambda h: h["model.norm.weight"].update(dtype="BF17"), "KeyError in its header"),
         (lambda h: h["model.norm.weight"].update(data_offsets=[0, 512]), "its tensors overlap or leave a hole"),
+        (lambda h: h.pop("model.layers.1.mlp.up_proj.weight"), "its tensors overlap or leave a hole"),
         (lambda h: h["model.norm.weight"].pop("shape"), "KeyError in its header"),
     ],
 )

@@ -13,6 +13,7 @@ import qwen_vram as qv
 from qwen_vram.arithmetic.weights import block_bytes, stored_weights
 from qwen_vram.runtime.backends import get_backend
 from qwen_vram.runtime.measure import weight_storages
+from qwen_vram.runtime.offload.streamer import Streamer
 from qwen_vram.runtime.tensors.packed_layout import HostMemory, Layout
 from tests.conftest import make_checkpoint
 from tests.helpers.tiers import thinned
@@ -60,6 +61,30 @@ def resident(model, weights, new=NEW, **knobs):
     """Logits, and the tokens of one prompt and of four, without streaming."""
     with load(model, weights=weights, **knobs) as llm:
         return logits(llm), tokens(llm, PROMPTS[:1], new), tokens(llm, PROMPTS, new)
+
+
+def test_a_copy_that_is_interrupted_leaves_no_block_in_its_slot(demo, monkeypatch):
+    """Half of a block is over the block that was there before; the next forward copies both again."""
+    expected, copy, broken = resident(demo, "fp32")[0], Streamer._copy, []
+
+    def stop(self, source, slot):
+        if not broken:
+            broken.append(slot)
+            slot.memory[: source.nbytes // 2].copy_(source[: source.nbytes // 2])
+            raise KeyboardInterrupt
+        copy(self, source, slot)
+
+    with load(demo, weights="fp32", streamed_layers=4) as llm:
+        assert torch.equal(logits(llm), expected)
+        held = {id(slot): slot.block for slot in llm._streamer.slots}
+        with monkeypatch.context() as patch:
+            patch.setattr(Streamer, "_copy", stop)
+            with pytest.raises(KeyboardInterrupt):
+                logits(llm)
+        assert held[id(broken[0])] is not None
+        assert broken[0].block is None
+        llm._streamer._fetch(held[id(broken[0])], broken[0])
+        assert torch.equal(logits(llm), expected)
 
 
 @pytest.mark.parametrize("new", [NEW, pytest.param(200, marks=pytest.mark.full)])
