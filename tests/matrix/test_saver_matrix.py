@@ -97,6 +97,8 @@ def cases():
 
 def expected_refusal(weights, savers):
     """What a refusal of these savers must name, as a pattern; empty where they must work."""
+    if weights in STORED and {"head", "other head"} & set(savers):
+        return "lm_head="  # these checkpoints have no quantized head, which is said first
     try:
         profile = qv.Profile(weights=weights, **{"cache": "preallocated", **knobs_of(savers, weights)})
     except qv.WorkloadError as refused:

@@ -156,9 +156,10 @@ def check_host(profile: Profile, architecture: Architecture, backend: Backend) -
     Raises:
         NotSupportedError, BackendUnavailableError: they cannot compute on it.
     """
-    _refuse((_HOST_LAYERS,), Here(profile, architecture, backend, torch.device("cpu")))
-    if isinstance(backend, HostBackend):
-        backend.check_host(profile, architecture)
+    if not isinstance(backend, HostBackend):
+        message = _HOST_LAYERS.message(Here(profile, architecture, backend, torch.device("cpu")))
+        raise NotSupportedError(message, knob="host_layers", value=profile.host_layers)
+    backend.check_host(profile, architecture)
 
 
 def check_files(checkpoint: Checkpoint, profile: Profile, dtype: torch.dtype) -> None:
