@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from qwen_vram.arithmetic.device_estimate import estimate
 from qwen_vram.arithmetic.estimate import Estimate
-from qwen_vram.checkpoints.adapters.folder import AdapterChoice
 from qwen_vram.checkpoints.machine_file import current
 from qwen_vram.checkpoints.resolve import ModelLike, resolve_model, stored_knobs
 from qwen_vram.errors import WorkloadError
 from qwen_vram.spec.formats import FORMATS
 from qwen_vram.spec.profile import Profile, resolve_profile
 from qwen_vram.spec.workload import Logits, Workload
+
+if TYPE_CHECKING:
+    from qwen_vram.checkpoints.adapters.folder import AdapterChoice
 
 
 def estimate_vram(

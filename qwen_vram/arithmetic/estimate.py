@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from qwen_vram.arithmetic import render
 from qwen_vram.arithmetic.process import (
     Replayed,
     least_reserved,
@@ -25,6 +24,8 @@ from qwen_vram.units import parse_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from qwen_vram.arithmetic.render import Shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,14 +223,18 @@ class Estimate:
             **several,
         }
 
-    def shown(self) -> render.Shown:
+    def shown(self) -> Shown:
         """Return its texts and figures for display: as text, in a notebook and as a picture."""
+        from qwen_vram.arithmetic.render import Shown  # an estimate that is not shown starts sooner
+
         parts = [(device, part, part.architecture) for device, part in self.devices.items()]
         devices = tuple((device, _span(shape), part._sizes()) for device, part, shape in parts if shape)
-        return render.Shown(self._subject, self._headline, self._sizes(), self.shares(), devices)
+        return Shown(self._subject, self._headline, self._sizes(), self.shares(), devices)
 
     def _sizes(self) -> dict[str, int]:
-        return {name: getattr(self, name) for name in render.SHOWN}
+        from qwen_vram.arithmetic.render import SHOWN
+
+        return {name: getattr(self, name) for name in SHOWN}
 
     @property
     def _headline(self) -> str:
@@ -249,10 +254,14 @@ class Estimate:
 
     def __str__(self) -> str:
         """A table of the parts."""
-        return render.text(self.shown())
+        from qwen_vram.arithmetic.render import text
+
+        return text(self.shown())
 
     def _repr_html_(self) -> str:
-        return render.html(self.shown())
+        from qwen_vram.arithmetic.render import html
+
+        return html(self.shown())
 
     def plot(self) -> Axes:
         """One bar of the four parts, as a matplotlib `Axes`.
@@ -260,7 +269,9 @@ class Estimate:
         Raises:
             BackendUnavailableError: matplotlib is not installed.
         """
-        return render.plot(self.shown())
+        from qwen_vram.arithmetic.render import plot
+
+        return plot(self.shown())
 
 
 def _span(part: Architecture) -> str:

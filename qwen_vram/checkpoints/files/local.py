@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import cast
 
-from qwen_vram.checkpoints.files.absent import no_config, no_weights
 from qwen_vram.checkpoints.files.json_text import MARK, parse_json
 from qwen_vram.checkpoints.files.names import (
     AUTO_AWQ_CONFIG,
@@ -51,6 +50,8 @@ def read_config(folder: Path) -> dict[str, object]:
     """
     path = folder / CONFIG
     if not path.exists():
+        from qwen_vram.checkpoints.files.absent import no_config  # only for an error
+
         raise no_config(folder)
     config = read_json(path)
     for name, add in ((AUTO_GPTQ_CONFIG, with_auto_gptq), (AUTO_AWQ_CONFIG, with_auto_awq)):
@@ -153,6 +154,8 @@ def weights_file(folder: Path, config: Mapping[str, object] | None = None) -> Pa
         found = sorted(folder.glob(pattern))
         if len(found) == 1:
             return found[0]
+    from qwen_vram.checkpoints.files.absent import no_weights  # only for an error
+
     raise no_weights(folder, SINGLE, INDEX)
 
 
@@ -197,6 +200,8 @@ def read_index(path: Path) -> dict[str, str]:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
+        from qwen_vram.checkpoints.files.absent import no_weights  # only for an error
+
         raise no_weights(path.parent, SINGLE, INDEX) from None
     except OSError as error:
         raise refused(f"cannot read {str(path)!r}: {error}; check the file") from error

@@ -11,7 +11,6 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qwen_vram.checkpoints.files.absent import missing_shard
 from qwen_vram.dtypes import BY_STORED
 from qwen_vram.errors import CheckpointError
 
@@ -49,6 +48,8 @@ def read_header(path: Path) -> dict[str, Tensor]:
                 raise _corrupt(path, f"its header of {length} bytes does not fit in {size} bytes")
             header = file.read(length)
     except FileNotFoundError:
+        from qwen_vram.checkpoints.files.absent import missing_shard  # only for an error
+
         raise missing_shard(path) from None
     except OSError as error:
         raise CheckpointError(f"cannot read {str(path)!r}: {error}; check the file", path=str(path)) from error
