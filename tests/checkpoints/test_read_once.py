@@ -258,7 +258,7 @@ import qwen_vram
 qwen_vram.estimate_vram({folder!r})
 print(json.dumps(sorted(set(sys.modules) - before)))
 """
-# measured: Python 3.11, 2026-11-30. 16 of them are folders, which hold a docstring alone. CPU time of a first estimate in
+# measured: Python 3.11, 2026-11-30. 16 are folders, which hold a docstring alone. CPU time of a first estimate in
 # a fresh process, the least of 14: 152.8 ms, and 151.8 ms with the 43 modules of f0709ba. One more has to be worth it.
 # Words for errors, the hub, the catalog, plans and tables of results come in when they are needed.
 MOST_MODULES = 61
