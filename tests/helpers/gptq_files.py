@@ -62,6 +62,22 @@ def as_awq(folder: Path, out: Path) -> Path:
     return out
 
 
+def as_plain(folder: Path, out: Path) -> Path:
+    """`folder`, GPTQ's in 4 bits, as a plain checkpoint of the same weights in float32, exact."""
+    shutil.copytree(folder, out)
+    tensors = load_file(out / "model.safetensors")
+    made = {name: tensor.float() for name, tensor in tensors.items() if tensor.dtype.is_floating_point}
+    for name in [name for name in tensors if name.endswith(".qweight")]:
+        module = name.removesuffix(".qweight")
+        codes = (tensors[name][:, None] >> SHIFTS[:, None] & 15).flatten(0, 1)
+        zeros = (tensors[f"{module}.qzeros"][:, :, None] >> SHIFTS & 15).flatten(1) + 1
+        group = tensors[f"{module}.g_idx"].long()
+        made[f"{module}.weight"] = ((codes - zeros[group]).float() * made.pop(f"{module}.scales")[group]).T.contiguous()
+    save_file(made, out / "model.safetensors", metadata={"format": "pt"})
+    change_config(out, quantization_config=None, dtype="float32")
+    return out
+
+
 def packed(codes: torch.Tensor) -> torch.Tensor:
     """(rows, columns) codes as (rows, columns / 8) words."""
     words = codes.view(len(codes), -1, 8)[:, :, AWQ_ORDER]

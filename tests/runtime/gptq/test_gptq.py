@@ -24,7 +24,7 @@ from qwen_vram.runtime.backends.gptq import KERNEL
 from qwen_vram.runtime.gptq import process as gptq_process
 from qwen_vram.runtime.measure import weight_storages
 from tests.helpers.command import qwen_vram
-from tests.helpers.gptq_files import as_auto_gptq, as_awq, change_config
+from tests.helpers.gptq_files import as_auto_gptq, as_awq, as_plain, change_config
 
 QUESTION, ANSWER = "What is 12 + 30?", "12 + 30 = 42"
 TEXTS = ["one sample", "and another one"]
@@ -151,8 +151,8 @@ def test_the_checkpoint_loads_with_plain_transformers(gptq_demo):
 # other libraries' checkpoints
 
 
-def logits(folder):
-    with load(folder) as llm:
+def logits(folder, **knobs):
+    with load(folder, **knobs) as llm:
         size = bytes_of(llm)
         with torch.inference_mode():
             return llm.model(torch.arange(5, 60)[None]).logits, size
@@ -169,13 +169,20 @@ def test_auto_gptqs_names_settings_and_biases(gptq_demo, tmp_path, shards):
 
 
 def test_awq_in_its_own_layout(gptq_demo, tmp_path):
-    """The same codes, so the same weights; 4 bytes a column less, and a sum in another order."""
+    """The same codes, so the same weights; 4 bytes a column less, and a sum in another order.
+
+    How far two orders of bf16 sums are apart depends on the CPU. Both are therefore held against the same weights in
+    float32: AWQ's logits are no further from those than twice GPTQ's.
+    """
     expected, size = logits(gptq_demo)
     found, less = logits(as_awq(gptq_demo, tmp_path / "awq"))
     columns = 5 * (6 * 256 + 768)
     assert less == size - 4 * columns
-    assert (found - expected).abs().max() < 0.02 * expected.abs().max()
-    assert (found.argmax(-1) == expected.argmax(-1)).float().mean() > 0.9
+    exact, _ = logits(as_plain(gptq_demo, tmp_path / "plain"), weights="fp32")
+    errors = [(one.float() - exact).abs() for one in (found, expected)]
+    assert errors[0].mean() < 2 * errors[1].mean() < 0.04 * exact.abs().mean()
+    assert errors[0].max() < 2 * errors[1].max()
+    assert (found.argmax(-1) == exact.argmax(-1)).float().mean() > 0.9
 
 
 def test_auto_gptq_is_a_name_for_it(demo, gptq_demo, caplog):
