@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -70,8 +71,17 @@ def change_block(folder, **changes):
 
 
 def plain_logits(folder):
+    """Logits of plain transformers, computed in bf16 as here.
+
+    A file that names no compute dtype is multiplied in float32 there. CPUs that sum bf16 products in another order than
+    float32 ones then give other last bits.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.compute_dtype = torch.bfloat16
     with torch.inference_mode():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()(IDS).logits
+        return model(IDS).logits
 
 
 def logits(folder, **knobs):
