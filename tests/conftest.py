@@ -11,11 +11,6 @@ from pathlib import Path
 
 import pytest
 
-if find_spec("setuptools") is not None:
-    # PEFT imports GPTQModel, and that setuptools, which replaces distutils. If a test that forbids warnings, or that
-    # hides modules, is the first to import it, distutils stays replaced by half for the rest of the process.
-    import setuptools  # noqa: F401
-
 from qwen_vram.demo import CHECKPOINT
 from tests.helpers.shared import made_once
 
