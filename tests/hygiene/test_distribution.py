@@ -1,4 +1,4 @@
-"""What is published: a source distribution, a wheel made of it, and the wheel in an environment of its own."""
+"""The published files: a source distribution, a wheel made of it, and the wheel in an environment of its own."""
 
 import json
 import os

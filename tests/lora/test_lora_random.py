@@ -106,7 +106,7 @@ def resized(rng: random.Random, settings: dict[str, Any]) -> int:
 
 
 def traits(seed: int) -> set[str]:
-    """What one seed draws: its base, each setting that is not off, each module that is adapted or trained whole."""
+    """Return what a seed draws: its base, the settings that are not off, and the modules that are adapted or trained."""
     rng = random.Random(seed)
     kind = rng.choice(BASES)
     settings = settings_of(rng, kind)

@@ -237,7 +237,7 @@ def check_weights(llm):
     streamer = llm._streamer
     assert (len(streamer.hosts) if streamer else 0) == profile.host_layers
     kinds = Counter(type(module).__name__ for module in llm.model.modules())
-    four_bit = FORMATS[profile.weights].library == "bitsandbytes" and FORMATS[profile.weights].bits == 4
+    four_bit = FORMATS[profile.weights].is_bnb_4bit
     tiled = four_bit and profile.dequantization == "tiled"
     assert bool(kinds["TiledLinear4bit"]) is tiled
     assert bool(kinds["Linear4bit"]) is (four_bit and not tiled)
