@@ -106,7 +106,7 @@ def resized(rng: random.Random, settings: dict[str, Any]) -> int:
 
 
 def traits(seed: int) -> set[str]:
-    """Return what a seed draws: its base, the settings that are not off, and the modules that are adapted or trained."""
+    """Return what a seed draws: its base, the settings that are not off, and the modules adapted or trained whole."""
     rng = random.Random(seed)
     kind = rng.choice(BASES)
     settings = settings_of(rng, kind)
