@@ -151,7 +151,7 @@ class LoadedUpdate:
         bounds = [width * index // count for index in range(count + 1)]
         norms = []
         for left, right in pairwise(bounds):
-            block = torch.empty((num_rows, right - left), device=self.device)
+            block = torch.empty((num_rows, right - left), dtype=torch.float32, device=self.device)
             for start, stop in pieces(num_rows, width):
                 block[start:stop] = source.read(start, stop)[:, left:right]
             product = (self.b[left:right] @ self.a).T.mul_(low_rank.scale)

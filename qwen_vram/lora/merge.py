@@ -32,6 +32,7 @@ from qwen_vram.runtime.loading.devices import working_device
 from qwen_vram.runtime.progress import progress_bar
 from qwen_vram.runtime.saving.writer import CheckpointWriter
 from qwen_vram.runtime.tensors.checkpoint import Checkpoint, open_checkpoint
+from qwen_vram.runtime.torch_dtypes import float32_by_default
 from qwen_vram.units import parse_bytes
 
 Quantization = Literal["nf4", "nf4-plain", "fp4", "int8", "int4", "int8-wo", "fp8", "gptq-int4", "gptq-int8"]
@@ -98,7 +99,8 @@ def merge_lora_then_quantize(
         warn_of_another_base(one.adapter, base)
     target = Path(out)
     files = tuple(shard.file for shard in plan.shards)
-    with OutputFolder(target, needed_bytes=needed, sources=plan.sources, overwrite=overwrite) as output:
+    output_folder = OutputFolder(target, needed_bytes=needed, sources=plan.sources, overwrite=overwrite)
+    with float32_by_default(), output_folder as output:
         plan.companions.write(output.folder, config=job is None)
         if job:
             merge = partial(_write_weights, plan, device=place, progress=progress)

@@ -24,5 +24,5 @@ Modules:
     saving/           Quantized checkpoints written from a loaded model.
     scheduling/       Turns of callers: a fair queue, threads that compute, stopping, and clocks.
     tensors/          A checkpoint's tensors for torch: opened, mapped and packed.
-    torch_dtypes      Table of dtypes, joined with torch's own.
+    torch_dtypes      Table of dtypes, joined with torch's own, and torch's default dtype.
 """

@@ -1,6 +1,9 @@
-"""Table of dtypes, joined with torch's own."""
+"""Table of dtypes, joined with torch's own, and torch's default dtype."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -17,3 +20,17 @@ ROWS: dict[torch.dtype, Dtype] = {TORCH_DTYPES[row.stored]: row for row in DTYPE
 def torch_dtype(name: str) -> torch.dtype:
     """Return torch's dtype for a model's dtype `name`, such as `"bf16"`."""
     return TORCH_DTYPES[BY_NAME[name].stored]
+
+
+@contextmanager
+def float32_by_default() -> Iterator[None]:
+    """Make float32 torch's default dtype for a while, whatever the caller's process has set.
+
+    bitsandbytes and torch make tables and scales in the default dtype, and kernels read them as float32.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -72,9 +72,8 @@ def make_checkpoint(model: str, folder: Path) -> None:
     assert row is not None
     shape = {**row.shape._asdict(), "max_position_embeddings": row.max_position_embeddings}
     config = AutoConfig.for_model(shape.pop("model_type"), **shape)
-    torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder, max_shard_size="4GB")
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder, max_shard_size="4GB")
     AutoTokenizer.from_pretrained(CHECKPOINT).save_pretrained(folder)
 
 

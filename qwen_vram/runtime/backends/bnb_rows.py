@@ -22,7 +22,7 @@ def four_bit(
 ) -> tuple[Tensor, functional.QuantState]:
     """Return codes and state on `device`, equal to `quantize_4bit` of the whole (out_features, in_features) matrix."""
     codes = torch.empty(-(-weight.numel() // 2), 1, dtype=torch.uint8, device=device)
-    absmax = torch.empty(blocks(weight.numel()), device=device)
+    absmax = torch.empty(blocks(weight.numel()), dtype=torch.float32, device=device)
     for start, rows in _tiles(weight):
         first = start * weight.shape[1]
         some, largest = torch.ops.bitsandbytes.quantize_4bit.default(rows.to(device), BLOCK, quant_type, torch.uint8)
@@ -49,7 +49,7 @@ def four_bit(
 def eight_bit(weight: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return codes and row scales on `device`, equal to `int8_vectorwise_quant` of the whole matrix."""
     codes = torch.empty(weight.shape, dtype=torch.int8, device=device)
-    scales = torch.empty(weight.shape[0], device=device)
+    scales = torch.empty(weight.shape[0], dtype=torch.float32, device=device)
     for start, rows in _tiles(weight):
         some, largest, _ = functional.int8_vectorwise_quant(rows.to(device, torch.float16))
         codes[start : start + len(rows)] = some

@@ -146,6 +146,7 @@ def _codes(linear: Any, x: Tensor) -> _Codes | None:
         or state.blocksize != BLOCK
         or state.shape[1] != x.shape[1]
         or x.shape[1] % BLOCK
+        or state.code.dtype != torch.float32
         or getattr(state, "packing_format_for_cpu", False)
     ):
         return None

@@ -51,6 +51,7 @@ from qwen_vram.runtime.tensors.checkpoint import (
 )
 from qwen_vram.runtime.tensors.gc_scope import collect_dropped, garbage_of_this_load
 from qwen_vram.runtime.tensors.packed_layout import HostMemory
+from qwen_vram.runtime.torch_dtypes import float32_by_default
 from qwen_vram.spec.profile import Profile
 from qwen_vram.spec.workload import Workload
 
@@ -158,6 +159,7 @@ def load(
     return llm
 
 
+@float32_by_default()
 def _build(
     checkpoint: Checkpoint,
     chosen: Plan,

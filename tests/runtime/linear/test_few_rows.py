@@ -123,6 +123,9 @@ def test_what_the_kernels_do_not_know_is_left_to_others(device):
     assert few_rows.multiply(layer, x) is None
     assert few_rows.multiply(layer, x[:2].float()) is None
     assert few_rows.multiply(layer, x[:4].t().contiguous().t()) is None
+    state = layer.weight.quant_state
+    state.code = state.code.to(torch.bfloat16)  # as bitsandbytes makes it if bf16 is torch's default dtype
+    assert few_rows.multiply(layer, x[:1]) is None
     dense = nn.Linear(128, 8, dtype=x.dtype, device=device)
     assert few_rows.multiply(dense, x[:1]) is not None
     assert few_rows.multiply(dense, x[:2]) is None
