@@ -24,7 +24,7 @@ def torch_dtype(name: str) -> torch.dtype:
 
 @contextmanager
 def float32_by_default() -> Iterator[None]:
-    """Make float32 torch's default dtype for a while, whatever the caller's process has set.
+    """Make float32 torch's default dtype for a while, and then restore the caller's.
 
     bitsandbytes and torch make tables and scales in the default dtype, and kernels read them as float32.
     """
