@@ -6,7 +6,8 @@
 Random weights; 2,048 + 256 tokens are planned, and torch's memory fraction makes the GPU a card of the budget's size.
 Every cell has a fresh process. Milliseconds a token: the difference of two generations after 512 tokens, of 16 and 144
 new ones, over the difference of their lengths. Tokens of a prompt a second: one generation of one token. Seconds to
-load are those of a checkpoint in the page cache. Cells that are in OUT.jsonl already are not run again.
+load are those of a checkpoint in the page cache. If layers stream, the limit is the link's, at its measured rate.
+Cells that are in OUT.jsonl already are not run again.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from cells import ms_per_token, run_missing
 from decode import device_rate
 
 import qwen_vram as qv
-from qwen_vram.arithmetic.timing.bytes_moved import decode_bytes
+from qwen_vram.arithmetic.timing.bytes_moved import decode_bytes, link_bytes
 
 PLANNED = {"prompt_len": 2_048, "max_new_tokens": 256}
 PROMPT, SHORT, LONG = 512, 16, 144
@@ -34,7 +35,7 @@ BUDGETS = (24, 16, 12, 8, 6, 5, 4, 3)
 CELLS: list[dict[str, Any]] = [
     *({"vram": f"{budget}GiB"} for budget in BUDGETS),
     {"vram": "8GiB", "prefer": "speed"},
-    *({"vram": f"{budget}GiB", "captured": False} for budget in BUDGETS[:-2]),
+    *({"vram": f"{budget}GiB", "captured": False} for budget in BUDGETS),
 ]
 
 
@@ -51,7 +52,7 @@ def main() -> None:
 def measure(folder: str, cell: dict[str, Any]) -> dict[str, Any]:
     """Load as the cell says, and measure."""
     asked = {name: value for name, value in cell.items() if name != "model"}
-    rate = device_rate()
+    rate, link = device_rate(), link_rate()
     plan = qv.plan(folder, **asked, **PLANNED)
     load_kernels(plan.profile.weights)
     limit(int(cell["vram"].removesuffix("GiB")) * GIB)
@@ -61,11 +62,13 @@ def measure(folder: str, cell: dict[str, Any]) -> dict[str, Any]:
         estimate, measured = llm.plan.estimate, llm.probe().measured
         ms = ms_per_token(lambda new: llm.probe(prompt_len=PROMPT, max_new_tokens=new), short=SHORT, long=LONG)
         assert estimate.architecture is not None
-        least = 1_000 * decode_bytes(estimate.architecture, estimate.profile, estimate.workload) / rate
+        shape = (estimate.architecture, estimate.profile, estimate.workload)
+        least = 1_000 * max(decode_bytes(*shape) / rate, link_bytes(*shape) / link)
         return {
             "cell": cell,
             "call": llm.plan.call.split(", ", 1)[1],
             "ms_per_token": ms,
+            "predicted_ms": llm.plan.times.ms_per_token,
             "limit_ms": least,
             "share_of_limit": least / ms,
             "prefill_tokens_s": prefill_rate(llm),
@@ -76,11 +79,28 @@ def measure(folder: str, cell: dict[str, Any]) -> dict[str, Any]:
             },
             "measured": measured,
             "device_gb_s": rate / 1e9,
+            "link_gb_s": link / 1e9,
             "device": torch.cuda.get_device_name(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "date": date.today().isoformat(),
         }
+
+
+def link_rate() -> float:
+    """Bytes a second from pinned host memory to the GPU: the best of five copies of 256 MiB."""
+    source = torch.empty(2**28, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty_like(source, device="cuda")
+    times = []
+    for _ in range(6):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        target.copy_(source, non_blocking=True)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    del target
+    torch.cuda.empty_cache()
+    return source.nbytes / min(times[1:])
 
 
 def prefill_rate(llm: qv.LoadedModel) -> float:

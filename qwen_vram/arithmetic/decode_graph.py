@@ -17,16 +17,13 @@ def step_sizes(architecture: Architecture, profile: Profile, workload: Workload)
     """Bytes of each tensor that a captured decode step keeps, in the order of allocation; empty without capture.
 
     Each sequence has its token, position, place in the cache, number of keys, start of its keys, row, and logits in
-    float32. If the token embeddings are on the host, it also has its token's row. cuBLAS takes a workspace for every
-    stream, and the step is captured on a separate one.
+    float32. If the token embeddings are on the host, it also has its token's row, and if layers stream, the hidden
+    states between them. cuBLAS takes a workspace for every stream, and the step is captured on a separate one.
     """
     if not profile.captures or workload.logits == "all":
         return ()
     batch = workload.batch_size
     state = (batch * _INT64,) * 3 + (batch * _INT32, *((batch + 1) * _INT32,) * 2)
-    row = (
-        (batch * architecture.hidden_size * profile.element_bytes,)
-        if residency(architecture, profile).table_on_host
-        else ()
-    )
-    return (*state, batch * architecture.vocab_size * _FP32, *row, *CUBLAS_WORKSPACE)
+    homes = residency(architecture, profile)
+    rows = (batch * architecture.hidden_size * profile.element_bytes,) * (homes.table_on_host + bool(homes.streamed))
+    return (*state, batch * architecture.vocab_size * _FP32, *rows, *CUBLAS_WORKSPACE)

@@ -62,8 +62,7 @@ class Generation(Attention):
                 length += 1
                 continue
             if index:
-                # A captured step keeps its logits, and its other tensors are in its own pool.
-                logits = [] if self.profile.captures else self.step(1, length)
+                logits = self.captured_step(length) if self.profile.captures else self.step(1, length)
                 length += 1
             ids = self.sample(logits, ids, length)
         self.give(*ids, *self.scores, *inputs)
@@ -106,6 +105,13 @@ class Generation(Attention):
             held.extend(self.keep(whole // 2) for _ in range(2))
         for size in step_sizes(self.architecture, self.profile, self.workload):
             self.take(size)
+
+    def captured_step(self, past: int) -> list[int]:
+        """Run the streamed layers, which are not captured. The step keeps its logits; other tensors are in its pool."""
+        if self.profile.streamed_layers:
+            result = self.layer(0, 1, past)  # every other one leaves the same state
+            self.give(result)
+        return []
 
     def of_generate(self, *sizes: int) -> list[int]:
         """Allocate tensors of `generate` itself, which are on the model's first device."""

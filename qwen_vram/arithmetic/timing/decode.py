@@ -7,7 +7,7 @@ from qwen_vram.arithmetic.timing.attention import decode_attention_seconds, deco
 from qwen_vram.arithmetic.timing.bytes_moved import computing_layers, disk_bytes, moving_layers, product_rate
 from qwen_vram.arithmetic.timing.few_rows import step_seconds
 from qwen_vram.arithmetic.timing.host import host_decode_seconds
-from qwen_vram.arithmetic.timing.launches import kv_read_seconds, launch_seconds
+from qwen_vram.arithmetic.timing.launches import kv_read_seconds, launch_seconds, streamed_seconds
 from qwen_vram.arithmetic.timing.linear import head_matrix, layer_matrices
 from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.machine import Machine
@@ -63,9 +63,9 @@ def decode_ms(
     if profile.kv_device == "host":
         crossing += all_kv_bytes(architecture, profile, tokens=tokens, batch_size=batch)
     link = crossing / (LINK_SHARE * machine.pinned_copy_rate)
-    launching = 0.0
     if profile.captures:
         busy += _TABLE_ROW if residency(architecture, profile).table_on_host else 0.0
+        launching = streamed_seconds(architecture, profile, batch, machine, moving=moving)
     else:
         launching = launch_seconds(
             architecture, profile, batch, machine, batch_size=batch, moving=moving, prefill=False

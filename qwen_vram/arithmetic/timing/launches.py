@@ -17,6 +17,7 @@ from qwen_vram.spec.layers import LayerSpec
 from qwen_vram.spec.machine import LAYER_LAUNCH_TIME, Machine
 from qwen_vram.spec.profile import Profile
 
+_PLAIN = LAYER_LAUNCH_TIME / 1e9
 # Time of `generate` beside the layers for every token, in layers.
 STEP_LAYERS = 1.5
 # Seconds of a product more than a 16-bit one's, by kernel. measured: NF4, H200 and H100, 34.6 and 35.8 ms a token with
@@ -78,14 +79,18 @@ def launch_seconds(
         moving: Layers that pass through slots.
     """
     layers = architecture.num_hidden_layers
-    plain = LAYER_LAUNCH_TIME / 1e9
-    few = by_few_rows(profile, profile.weights, rows)
-    products = mean_of_layers(architecture, lambda layer: _products(layer, profile.weights, profile.tiles, rows, few))
-    each = plain + products + _attention(profile)
+    each = _layer_seconds(architecture, profile, rows)
     if prefill and profile.kv_format.is_quantized:
         each += _KV_WRITE
-    beside = STEP_LAYERS * plain + _head(architecture, profile, batch_size)
+    beside = STEP_LAYERS * _PLAIN + _head(architecture, profile, batch_size)
     return host_share(machine) * (layers * each + beside + moving * _STREAMED)
+
+
+def streamed_seconds(
+    architecture: Architecture, profile: Profile, rows: int, machine: Machine, *, moving: int
+) -> float:
+    """Seconds of Python for the layers of a captured decode step that pass through slots, which are not captured."""
+    return host_share(machine) * moving * (_layer_seconds(architecture, profile, rows) + _STREAMED)
 
 
 def joined_seconds(profile: Profile, machine: Machine) -> float:
@@ -96,6 +101,13 @@ def joined_seconds(profile: Profile, machine: Machine) -> float:
 def kv_read_seconds(machine: Machine) -> float:
     """Seconds for dequantizing a layer's quantized cache."""
     return host_share(machine) * KV_READ
+
+
+def _layer_seconds(architecture: Architecture, profile: Profile, rows: int) -> float:
+    """Seconds of Python for one layer on the stated host."""
+    few = by_few_rows(profile, profile.weights, rows)
+    products = mean_of_layers(architecture, lambda layer: _products(layer, profile.weights, profile.tiles, rows, few))
+    return _PLAIN + products + _attention(profile)
 
 
 def _attention(profile: Profile) -> float:

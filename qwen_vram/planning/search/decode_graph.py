@@ -15,8 +15,8 @@ def in_the_way(profile: Profile, gpus: int = 1) -> str | None:
     """Return the reason why decode steps cannot be captured, in words; `None` if they can."""
     if gpus > 1:
         return f"layers are on {gpus} GPUs"
-    if profile.streamed_layers:
-        return f"{profile.streamed_layers} {'layer streams' if profile.streamed_layers == 1 else 'layers stream'}"
+    if profile.host_layers:
+        return f"{profile.host_layers} {'layer computes' if profile.host_layers == 1 else 'layers compute'} on the CPU"
     if profile.kv_device == "host":
         return "keys and values are on the host"
     if profile.kv_format.is_quantized:

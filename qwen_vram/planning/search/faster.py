@@ -16,6 +16,8 @@ _CAPTURE = Saver({"captured": True}, "nothing lost: decode steps are replayed as
 _TABLE = Saver({"embeddings": "device"}, "nothing lost: the token table is on the GPU")
 _WHOLE = Saver({"dequantization": None}, "nothing lost: matrices are dequantized whole, which is faster")
 _CHUNKS = (None, 4096, 2048, 1024)
+# Layers that stream in exchange for captured steps.
+_MORE = (1, 2)
 
 
 def given_back(start: Profile, found: Profile, knobs: dict[str, object]) -> Iterator[Saver]:
@@ -27,6 +29,9 @@ def given_back(start: Profile, found: Profile, knobs: dict[str, object]) -> Iter
     """
     if "captured" not in knobs and "compiled" not in knobs and not found.captures and in_the_way(found) is None:
         yield _CAPTURE
+        if found.streamed_layers and "streamed_layers" not in knobs:
+            for more in _MORE:  # in the memory of these layers
+                yield _CAPTURE._replace(knobs={"captured": True, "streamed_layers": found.streamed_layers + more})
     if found.embeddings != start.embeddings:
         yield _TABLE
     if found.dequantization != start.dequantization:

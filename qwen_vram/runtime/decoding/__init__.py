@@ -4,7 +4,7 @@ Modules:
     generate_loop  The generation loop of `transformers` over captured decode steps.
     graph_cache    Static KV buffers for captured decode steps, and the cache that borrows them.
     graph_decoder  The decoder: compiles and captures decode steps, and keeps their KV buffers.
-    graph_step     The decode step: one token of every sequence, captured as a CUDA graph.
+    graph_step     The decode step: one token of every sequence, captured as CUDA graphs.
     layer          One new token per sequence through a decoder layer and the head, for capture.
     token_sampler  Sampling after a decode step, with a deferred check of the end.
 """

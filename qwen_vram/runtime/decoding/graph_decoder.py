@@ -25,6 +25,7 @@ from qwen_vram.runtime.decoding.layer import decode_end, decode_layer, fused_dec
 from qwen_vram.runtime.kernels.fused_layers import FusedLayer
 from qwen_vram.runtime.kernels.fused_ops import missing_compiler
 from qwen_vram.runtime.memory.workspaces import take_workspace
+from qwen_vram.runtime.offload.streamer import Streamer
 from qwen_vram.runtime.scheduling.job import Job
 from qwen_vram.runtime.scheduling.turns import Turns
 from qwen_vram.spec.workload import Workload
@@ -47,9 +48,18 @@ class Decoder:
         backend: torch's compiler; `None` if steps are captured without compilation.
     """
 
-    def __init__(self, model: Any, *, batch_size: int, max_length: int, backend: Any = "inductor") -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        batch_size: int,
+        max_length: int,
+        backend: Any = "inductor",
+        streamer: Streamer | None = None,
+    ) -> None:
         self.model = model
         self.backend = backend
+        self._streamer = streamer
         self.seconds = 0.0
         self._planned = (batch_size, max_length)
         self._functions: dict[int, Functions] = {}
@@ -125,7 +135,7 @@ class Decoder:
         self._steps.clear()
         self._home = None
         self._functions.clear()
-        self.model = None
+        self.model = self._streamer = None
         if self._stream is not None:
             _FREE_STREAMS[self._stream.device].append(self._stream)
             self._stream = None
@@ -140,7 +150,8 @@ class Decoder:
     @torch.inference_mode(False)
     def _rehearsed(self, buffers: GraphBuffers, batch_size: int) -> Step:
         functions = self._functions.setdefault(batch_size, self._compiled())
-        step = Step(self.model, functions, buffers, batch_size, dynamic=self.backend is not None)
+        dynamic = self.backend is not None
+        step = Step(self.model, functions, buffers, batch_size, dynamic=dynamic, streamer=self._streamer)
         try:
             with _on(self._stream):
                 if self._stream is not None:
@@ -169,17 +180,26 @@ class Decoder:
         return layer, end
 
 
-def decoder_for(model: Any, workload: Workload, progress: Callable[..., Iterable[int]], *, compiled: bool) -> Decoder:
+def decoder_for(
+    model: Any,
+    workload: Workload,
+    progress: Callable[..., Iterable[int]],
+    *,
+    compiled: bool,
+    streamer: Streamer | None = None,
+) -> Decoder:
     """Return a decoder for `model.generate`, with the steps of a workload captured, and compiled first if asked.
 
     Args:
         model: A `transformers` model, or a `PeftModel` of one.
         progress: Wraps a range in a progress bar, as `tqdm` does.
+        streamer: The streamer of its streamed layers, if it has some.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     decode_by_steps(base)
     sizes = {"batch_size": workload.batch_size, "max_length": workload.context_len}
-    decoder = Decoder(base, **sizes, backend=compiler_for(base.device) if compiled else None)
+    backend = compiler_for(base.device) if compiled else None
+    decoder = Decoder(base, **sizes, backend=backend, streamer=streamer)
     for _ in progress(range(1), desc="Compiling the decode step" if compiled else "Capturing the decode step"):
         # In the thread of generations, with its cuBLAS handle and workspaces.
         job = Job(Turns(), lambda turn: decoder.prepare(**sizes), base.device)
@@ -189,11 +209,16 @@ def decoder_for(model: Any, workload: Workload, progress: Callable[..., Iterable
 
 
 def decoder_where_it_runs(
-    model: Any, workload: Workload, progress: Callable[..., Iterable[int]], *, compiled: bool
+    model: Any,
+    workload: Workload,
+    progress: Callable[..., Iterable[int]],
+    *,
+    compiled: bool,
+    streamer: Streamer | None = None,
 ) -> Decoder | None:
     """Return the result of `decoder_for`; `None`, with a warning, if uncompiled steps cannot be captured."""
     try:
-        return decoder_for(model, workload, progress, compiled=compiled)
+        return decoder_for(model, workload, progress, compiled=compiled, streamer=streamer)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # a driver or a torch that captures less than the tested ones

@@ -1,30 +1,60 @@
-"""The decode step: one token of every sequence, captured as a CUDA graph.
+"""The decode step: one token of every sequence, captured as CUDA graphs.
 
-The graph contains the whole step with its state: it also advances the positions in the cache.
+Without streamed layers one graph contains the whole step with its state: it also advances the positions in the cache.
+Streamed layers are launched one by one, because they wait for their copies. Each run of layers between them is a graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qwen_vram.runtime.decoding.graph_cache import GraphBuffers
 from qwen_vram.runtime.decoding.layer import Place
 from qwen_vram.runtime.offload.host_embedding import HostEmbedding
+from qwen_vram.runtime.offload.streamer import Streamer
 
 Functions = tuple[Callable[..., Tensor], Callable[..., Tensor]]
+
+
+class Part(NamedTuple):
+    """Consecutive layers of a step, from `first` to before `end`: resident ones, or one that streams."""
+
+    first: int
+    end: int
+    streams: bool
+
+
+def parts_of(layers: Sequence[nn.Module], streamer: Streamer | None) -> Iterator[Part]:
+    """Yield the parts of a step in order. The first and the last are resident, possibly without a layer."""
+    first = 0
+    for number, layer in enumerate(layers):
+        if streamer is not None and streamer.streams(layer):
+            yield Part(first, number, streams=False)
+            yield Part(number, number + 1, streams=True)
+            first = number + 1
+    yield Part(first, len(layers), streams=False)
 
 
 class Step:
     """One decode step for the first `batch_size` sequences of buffers. The host never waits for it."""
 
     def __init__(
-        self, model: Any, functions: Functions, buffers: GraphBuffers, batch_size: int, *, dynamic: bool
+        self,
+        model: Any,
+        functions: Functions,
+        buffers: GraphBuffers,
+        batch_size: int,
+        *,
+        dynamic: bool,
+        streamer: Streamer | None = None,
     ) -> None:
         self.model = model
+        self.streamer = streamer
+        self.parts = tuple(parts_of(model.model.layers, streamer))
         self.layer, self.end = functions
         self.max_length = buffers.max_length
         self.memory = [
@@ -47,7 +77,11 @@ class Step:
         table, width = model.get_input_embeddings(), model.config.hidden_size
         self.table = table if isinstance(table, HostEmbedding) else None
         self.embedded = None if self.table is None else state(batch_size, width, dtype=model.dtype)
-        self.graph: torch.cuda.CUDAGraph | None = None
+        # Between parts.
+        self.hidden = None if len(self.parts) == 1 else state(batch_size, width, dtype=model.dtype)
+        self.place: Place | None = None
+        # One of each resident part, in order, once they are captured.
+        self.graphs: list[torch.cuda.CUDAGraph] = []
 
     def begin(self, length: int, padding: Tensor, positions: Tensor) -> None:
         """Set the state: the buffers hold `length` tokens of each sequence.
@@ -68,10 +102,7 @@ class Step:
         """Feed a token of each sequence, (batch,); return logits (batch, vocab_size), valid until the next step."""
         self.tokens.copy_(tokens)
         self.embed()
-        if self.graph is None:
-            self.run()
-        else:
-            self.graph.replay()
+        self.run()
         return self.logits
 
     @torch.inference_mode(False)
@@ -84,27 +115,70 @@ class Step:
     @torch.inference_mode(False)
     @torch.no_grad()
     def run(self) -> None:
-        """Run the operations that are captured."""
+        """Run the step's parts: replay the graphs of resident ones, if they are captured."""
+        graphs = iter(self.graphs)
+        for part in self.parts:
+            if part.streams:
+                self._stream(part)
+            elif self.graphs:
+                next(graphs).replay()
+            else:
+                self._compute(part)
+
+    def rehearse(self) -> None:
+        """Run the resident parts at the last, free position of the buffers, which compiles code."""
+        self.begin(
+            self.max_length - 1, torch.full_like(self.slots, self.max_length - 1), torch.zeros_like(self.positions)
+        )
+        self._each_resident(self._compute)
+
+    def capture(self, stream: torch.cuda.Stream, pool: Any) -> None:
+        """Capture the graphs, with their temporary tensors in `pool`, on a `stream` that has rehearsed."""
+        graphs = []
+
+        def capture(part: Part) -> None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                self._compute(part)
+            graphs.append(graph)
+
+        self._each_resident(capture)
+        self.graphs = graphs
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _each_resident(self, call: Callable[[Part], None]) -> None:
+        for part in self.parts:
+            if not part.streams:
+                call(part)
+
+    def _compute(self, part: Part) -> None:
+        """Run a part of resident layers; with the first part the embedding, with the last one the model's end."""
         model = self.model.model
-        hidden = model.embed_tokens(self.tokens) if self.embedded is None else self.embedded
-        cos, sin = model.rotary_emb(hidden[:, None], self.positions)
-        place = Place(cos, sin, self.slots, self.rows, self.starts, self.filled)
-        for layer, (keys, values) in zip(model.layers, self.memory, strict=True):
-            hidden = self.layer(layer, hidden, keys, values, place)
+        if part.first == 0:
+            hidden = model.embed_tokens(self.tokens) if self.embedded is None else self.embedded
+            cos, sin = model.rotary_emb(hidden[:, None], self.positions)
+            self.place = Place(cos, sin, self.slots, self.rows, self.starts, self.filled)
+        else:
+            assert self.hidden is not None
+            hidden = self.hidden
+        for number in range(part.first, part.end):
+            hidden = self.layer(model.layers[number], hidden, *self.memory[number], self.place)
+        if part is not self.parts[-1]:
+            assert self.hidden is not None
+            self.hidden.copy_(hidden)
+            return
         self.logits.copy_(self.end(self.model, hidden))
         for counter in (self.positions, self.slots, self.filled):
             counter.add_(1)
 
-    def rehearse(self) -> None:
-        """Run the step at the last, free position of the buffers, which compiles code that is not compiled yet."""
-        self.begin(
-            self.max_length - 1, torch.full_like(self.slots, self.max_length - 1), torch.zeros_like(self.positions)
-        )
-        self.run()
+    def _stream(self, part: Part) -> None:
+        """Run a layer that streams."""
+        assert self.streamer is not None
+        assert self.hidden is not None
+        layer = self.model.model.layers[part.first]
 
-    def capture(self, stream: torch.cuda.Stream, pool: Any) -> None:
-        """Capture the graph, with its temporary tensors in `pool`, on a `stream` that has rehearsed."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            self.run()
-        self.graph = graph
+        def compute(hidden: Tensor) -> Tensor:
+            return self.layer(layer, hidden, *self.memory[part.first], self.place)
+
+        self.hidden.copy_(self.streamer.run(layer, compute, self.hidden))

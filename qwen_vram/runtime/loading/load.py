@@ -242,7 +242,7 @@ def _build(
     decoder = None
     if profile.captures:
         with transformers_bars(progress) as bar:
-            decoder = decoder_where_it_runs(model, chosen.workload, bar, compiled=profile.compiled)
+            decoder = decoder_where_it_runs(model, chosen.workload, bar, compiled=profile.compiled, streamer=streamer)
     if decoder is not None:
         after_a_failure.callback(decoder.close)
     return LoadedModel(

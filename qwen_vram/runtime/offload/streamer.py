@@ -62,6 +62,7 @@ class Streamer:
             if isinstance(block, HostBlock) and block.computes
         }
         self._few = False
+        self._numbers = {block.layer: number for number, block in enumerate(self.blocks)}
         self._orders = self._all_orders()
         for number, block in enumerate(self.blocks):
             block.prepare([slot.memory for slot in self.slots])
@@ -95,24 +96,32 @@ class Streamer:
                 host.remove()
             for block in self.blocks:
                 block.layer.forward = _refuse
-            self.blocks, self.slots, self._hooks, self.hosts, self._orders = [], [], [], {}, {}
+            self.blocks, self.slots, self._hooks, self.hosts, self._orders, self._numbers = [], [], [], {}, {}, {}
             self._memory.give_back()
 
     def _attach(self, number: int, block: Block) -> None:
         resting = number % len(self.slots)
         block.bind(resting)
-        block.layer.forward = partial(self._run, number, block.layer, block.layer.forward)
+        block.layer.forward = partial(self.run, block.layer, block.layer.forward)
         for index, module in enumerate(block.modules):  # each may be read on its own
             self._hooks += [
                 module.register_state_dict_pre_hook(lambda *_, index=index: block.bind_host(index)),  # type: ignore[no-untyped-call]
                 module.register_state_dict_post_hook(lambda *_: block.bind(resting)),  # type: ignore[no-untyped-call]
             ]
 
-    def _run(self, number: int, layer: nn.Module, forward: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
-        """Run the forward of layer `number`, originally `forward`, while no other thread changes a slot."""
+    def streams(self, layer: nn.Module) -> bool:
+        """Tell if `layer` is one of the streamed layers."""
+        return layer in self._numbers
+
+    def run(self, layer: nn.Module, forward: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+        """Return `forward(*inputs, **options)`, computed while the weights of `layer` are in a slot.
+
+        No other thread changes a slot meanwhile. The first input is the hidden states.
+        """
         with self._one_at_a_time:
             if not self.blocks:
                 _refuse()
+            number = self._numbers[layer]
             return self._after(number, forward(*self._before(number, layer, inputs), **options))
 
     def _before(self, number: int, layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -16,9 +16,9 @@ from qwen_vram.spec.layers import Weight
 from qwen_vram.spec.rules.rule import Knobs, Rule, broken
 
 # Knob values that a captured decode step can run with. All others wait for the host, or for another kernel.
-CAPTURED: dict[str, object] = {"attention": "fused", "kv_cache": "bf16", "kv_device": "device", "streamed_layers": 0}
+CAPTURED: dict[str, object] = {"attention": "fused", "kv_cache": "bf16", "kv_device": "device", "host_layers": 0}
 # Knob values that a compiled decode step can run with.
-COMPILED: dict[str, object] = {**CAPTURED, "embeddings": "device"}
+COMPILED: dict[str, object] = {**CAPTURED, "streamed_layers": 0, "embeddings": "device"}
 # Knobs that work on one GPU only, and the values that turn them off.
 ONE_GPU: dict[str, object] = {"streamed_layers": 0, "captured": False, "compiled": False}
 
