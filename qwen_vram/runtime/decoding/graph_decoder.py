@@ -200,11 +200,15 @@ def decoder_for(
     sizes = {"batch_size": workload.batch_size, "max_length": workload.context_len}
     backend = compiler_for(base.device) if compiled else None
     decoder = Decoder(base, **sizes, backend=backend, streamer=streamer)
-    for _ in progress(range(1), desc="Compiling the decode step" if compiled else "Capturing the decode step"):
-        # In the thread of generations, with its cuBLAS handle and workspaces.
-        job = Job(Turns(), lambda turn: decoder.prepare(**sizes), base.device)
-        job.start()
-        job.result()
+    try:
+        for _ in progress(range(1), desc="Compiling the decode step" if compiled else "Capturing the decode step"):
+            # In the thread of generations, with its cuBLAS handle and workspaces.
+            job = Job(Turns(), lambda turn: decoder.prepare(**sizes), base.device)
+            job.start()
+            job.result()
+    except BaseException:
+        decoder.close()  # the next model uses its stream
+        raise
     return decoder
 
 

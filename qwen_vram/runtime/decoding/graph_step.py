@@ -33,7 +33,8 @@ def parts_of(layers: Sequence[nn.Module], streamer: Streamer | None) -> Iterator
     first = 0
     for number, layer in enumerate(layers):
         if streamer is not None and streamer.streams(layer):
-            yield Part(first, number, streams=False)
+            if first < number or not number:
+                yield Part(first, number, streams=False)
             yield Part(number, number + 1, streams=True)
             first = number + 1
     yield Part(first, len(layers), streams=False)

@@ -415,7 +415,10 @@ def test_a_machine_that_captures_nothing_launches_steps_one_by_one(untied, monke
             with pytest.raises(torch.OutOfMemoryError):
                 decoder_where_it_runs(*work, compiled=False)
             return
+        closed = []
+        monkeypatch.setattr(Decoder, "close", lambda self: closed.append(self))
         assert decoder_where_it_runs(*work, compiled=False) is None
+        assert len(closed) == 1  # its stream is free for the next model
         assert "launched one by one, which is slower, for they cannot be captured here: operation not" in caplog.text
         with pytest.raises(RuntimeError, match="not permitted"):
             decoder_where_it_runs(*work, compiled=True)

@@ -30,7 +30,7 @@ class Streams:
     [
         ([], [(0, 4, False)]),
         ([1, 3], [(0, 1, False), (1, 2, True), (2, 3, False), (3, 4, True), (4, 4, False)]),
-        ([0, 1], [(0, 0, False), (0, 1, True), (1, 1, False), (1, 2, True), (2, 4, False)]),
+        ([0, 1], [(0, 0, False), (0, 1, True), (1, 2, True), (2, 4, False)]),
     ],
 )
 def test_parts_cover_every_layer_and_both_ends_are_resident(streamed, expected):
@@ -61,7 +61,7 @@ def test_tokens_are_those_of_the_ordinary_path(request, weights, streamed):
         for _ in range(2):
             assert [llm.generate(TEXTS[:count], **asked) for count in (1, 2)] == expected
         steps = llm._generations.decoder._steps[llm._generations.decoder._home]
-        assert {len(step.parts) for step in steps.values()} == {2 * streamed + 1}
+        assert {sum(part.streams for part in step.parts) for step in steps.values()} == {streamed}
 
 
 def test_layers_on_the_disk_are_read_for_every_step(untied):
@@ -140,14 +140,14 @@ PLACES = {
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("weights", ["bf16", "nf4", "int4", "int8-wo"])
+@pytest.mark.parametrize("weights", ["bf16", "nf4"])
 def test_on_a_gpu_answers_are_right_and_memory_is_what_was_promised(demo, weights):
-    asked = [example for name in ("math", "recall") for example in examples(name, "held_out", seed=5, count=2)]
+    asked = [example for name in ("math", "table") for example in examples(name, "held_out", seed=5, count=2)]
     with qv.load(demo, weights=weights, **CAPTURED, prompt_len=600, max_new_tokens=64, streamed_layers=2) as llm:
+        step = next(iter(llm._generations.decoder._steps[llm._generations.decoder._home].values()))
+        assert len(step.graphs) == sum(not part.streams for part in step.parts) > 1
         for example in asked:
             assert llm.chat(example.prompt, max_new_tokens=64, do_sample=False) == example.answer
-        step = next(iter(llm._generations.decoder._steps[llm._generations.decoder._home].values()))
-        assert len(step.graphs) == 3
         measured, promised = llm.report().measured, llm.plan.estimate
         assert measured["peak_allocated"] <= 1.01 * promised.peak_allocated
         assert measured["process_total"] <= 1.01 * promised.process_total
@@ -155,7 +155,7 @@ def test_on_a_gpu_answers_are_right_and_memory_is_what_was_promised(demo, weight
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("weights", ["bf16", "nf4", "int4"])
+@pytest.mark.parametrize("weights", ["bf16", "nf4"])
 def test_on_a_gpu_tokens_and_peak_are_the_predicted_ones(published, weights, place):
     """The tokens are the ordinary path's up to ties, in one process and twice; the peak is the estimate's."""
     if place == "table" and weights != "nf4":
