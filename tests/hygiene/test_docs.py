@@ -31,6 +31,13 @@ def test_sessions_on_a_page_give_what_they_show(page):
     assert result.failed == 0
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_names_exist(page):
+    named = set(re.findall(r"`([\w/]+\.py)(?:::\w+)?`", page.read_text())) - {"zero_to_fp32.py"}  # of DeepSpeed
+    files = [f"/{path.relative_to(ROOT)}" for path in ROOT.rglob("*.py") if ".venv" not in path.parts]
+    assert [name for name in sorted(named) if not any(file.endswith(f"/{name}") for file in files)] == []
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_in_docstrings_give_what_they_show(name):
     assert doctest.testmod(importlib.import_module(name)).failed == 0

@@ -166,7 +166,6 @@ def test_on_a_gpu_tokens_and_peak_are_the_predicted_ones(published, weights, pla
     with qv.load(published, weights=weights, **CAPTURED, **work, **PLACES[place]) as llm:
         report = llm.probe()
         assert report.measured["peak_allocated"] == pytest.approx(report.estimate.peak_allocated, rel=0.01)
-        assert report.measured["process_total"] <= 1.01 * report.estimate.process_total
         for rows in ([0], [0, 1], [0]):
             inputs = {"input_ids": ids[rows], "attention_mask": torch.ones_like(ids[rows])}
             plain = llm.model.generate(**inputs, **options)
