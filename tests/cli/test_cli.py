@@ -7,9 +7,11 @@ import sys
 import pytest
 
 import qwen_vram as qv
+from tests.helpers.command import qwen_vram
 
 
 def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """A command in a process that a shell would start. `qwen_vram` is the same without the seconds of torch's import."""
     command = [sys.executable, "-m", "qwen_vram", *arguments]
     return subprocess.run(command, capture_output=True, text=True, input=stdin, timeout=300)
 

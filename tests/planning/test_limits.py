@@ -10,6 +10,10 @@ from qwen_vram.planning.search.offload_tiers import most
 
 SEVEN = "Qwen2.5-7B-Instruct"
 RAM = {"ram": "64GiB"}
+WIDE_CACHE = {
+    "model_type": "qwen2", "hidden_size": 2048, "intermediate_size": 4096, "num_hidden_layers": 4,
+    "num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": 32_000, "max_position_embeddings": 32_768,
+}  # fmt: skip
 
 
 def test_a_padded_batch_is_planned_with_its_mask():
@@ -139,8 +143,11 @@ def test_the_cache_is_quantized_only_where_the_caller_left_it_open():
     assert (kept.profile.kv_cache, kept.profile.kv_device) == ("bf16", "host")
     grown = qv.plan(SEVEN, vram="80GiB", **RAM, cache="dynamic")
     assert grown.profile.cache == "dynamic"
+    # A growing cache is followed token by token in every layer, so the model of this refusal has few layers.
+    long = {"vram": "1100MiB", **RAM, "prompt_len": 6_000, "streamed_layers": 0}
+    assert qv.plan(WIDE_CACHE, **long).profile.cache == "preallocated"
     with pytest.raises(qv.DoesNotFitError):
-        qv.plan(SEVEN, vram="4.5GiB", **RAM, prompt_len=6_000, cache="dynamic", streamed_layers=0)
+        qv.plan(WIDE_CACHE, **long, cache="dynamic")
 
 
 def test_where_the_host_is_short_the_longest_context_is_of_another_profile():
