@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -75,6 +77,20 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def demo() -> Path:
     return CHECKPOINT
+
+
+@pytest.fixture(scope="session")
+def demo_output(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What `qwen-vram demo` prints in a process that a shell would start."""
+
+    def run(folder: Path) -> None:
+        command = [sys.executable, "-m", "qwen_vram", "demo"]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr
+        folder.mkdir()
+        (folder / "out").write_text(result.stdout, encoding="utf-8")
+
+    return (made_once(tmp_path_factory, "demo_output", run) / "out").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="session")

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from qwen_vram.demo import ADAPTER
+from tests.helpers.command import python
 from tests.helpers.hub_server import serving
 
-# huggingface_hub asks a hub that does not answer five times more, and waits up to 8 s in between: here it does not wait.
+# huggingface_hub asks a hub that does not answer five times more, after waits of up to 8 s: here it does not wait.
 RUN = """
 import json, sys, time, types
 import huggingface_hub.utils
@@ -43,20 +44,27 @@ QUESTIONS = """[
 
 def run(code: str, repo: str, endpoint: str, cache: Path):
     """The value of `code` in a fresh process that knows only our hub."""
-    return run_all([(code, repo)], endpoint, cache)[0]
+    environment, codes = _asked([(code, repo)], endpoint, cache)
+    command = [sys.executable, "-c", RUN, codes]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert result.stdout, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 def run_all(asked: list[tuple[str, str]], endpoint: str, cache: Path) -> list:
-    """The values of pieces of code, each for a repository, one after the other in one such process."""
-    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
-    environment["HF_HUB_DOWNLOAD_TIMEOUT"] = "5"
-    environment["HF_HUB_CACHE"] = str(cache / "hub")  # PEFT imports GPTQModel where it is, which sets this for all
-    codes = json.dumps([code.format(repo=repo) for code, repo in asked])
-    command = [sys.executable, "-c", RUN, codes]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    """The values of pieces of code, each for a repository, in one such process, which has imported torch already."""
+    environment, codes = _asked(asked, endpoint, cache)
+    result = python(RUN, codes, environment=environment, timeout=120)
     values = result.stdout.splitlines()[-len(asked) :]
     assert len(values) == len(asked), result.stderr
     return [json.loads(value) for value in values]
+
+
+def _asked(asked: list[tuple[str, str]], endpoint: str, cache: Path) -> tuple[dict[str, str], str]:
+    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
+    environment["HF_HUB_DOWNLOAD_TIMEOUT"] = "5"
+    environment["HF_HUB_CACHE"] = str(cache / "hub")  # PEFT imports GPTQModel where it is, which sets this for all
+    return environment, json.dumps([code.format(repo=repo) for code, repo in asked])
 
 
 @pytest.fixture
@@ -86,7 +94,7 @@ def test_a_model_is_downloaded_without_pickles_and_code_and_loads_again_without_
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= fetched
     assert not fetched & {"pytorch_model.bin", "modeling.py"}
     hub.served.clear()
-    assert run(LOAD, "someone/demo", "http://127.0.0.1:9", tmp_path / "cache") == "12 + 30 = 42"
+    assert run_all([(LOAD, "someone/demo")], "http://127.0.0.1:9", tmp_path / "cache") == ["12 + 30 = 42"]
     assert hub.served == []
 
 

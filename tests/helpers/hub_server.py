@@ -18,7 +18,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 class Hub(ThreadingHTTPServer):
     """Serves `repositories` (id -> folder); `gated` ids are refused; every answered path is kept in `served`.
 
-    `served_of` has them by repository. `sent` counts the bytes of each file that went out, `listed` how often the files of a repository were asked for.
+    `served_of` has them by repository. `sent` counts the bytes of each file that went out, `listed` how often the files
+    of a repository were asked for.
     """
 
     def __init__(self, repositories: dict[str, Path], gated: tuple[str, ...] = ()) -> None:

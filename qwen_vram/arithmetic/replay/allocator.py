@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 
-from qwen_vram.arithmetic.replay.layer_events import LayerEvents
+from qwen_vram.arithmetic.replay.trace import LayerEvents
 from qwen_vram.spec.formats import ALLOCATION_STEP
 
 # The largest request that comes from the small pool.

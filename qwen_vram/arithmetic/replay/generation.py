@@ -15,7 +15,7 @@ from qwen_vram.arithmetic.decode_graph import step_sizes
 from qwen_vram.arithmetic.kv_cache import layer_kv_bytes
 from qwen_vram.arithmetic.replay.allocator import SMALL, CachingAllocator
 from qwen_vram.arithmetic.replay.attention import Attention
-from qwen_vram.arithmetic.replay.layer_events import LayerEvents, Recorder, known_layers
+from qwen_vram.arithmetic.replay.trace import LayerEvents, Recorder, known_layers
 from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.formats import ALLOCATION_STEP
 from qwen_vram.spec.profile import Profile
@@ -72,7 +72,7 @@ class Generation(Attention):
         self.drop(*(block for layer in self.cache for block in layer))
 
     def followed(self) -> Iterator[int]:
-        """Yield the new tokens that are replayed: the first three, the last two, and those between that grow a cache."""
+        """Yield the new tokens that are replayed: the first three, the last two, and between them those of `grow`."""
         new = self.workload.max_new_tokens
         yield from range(min(3, new))
         if self.profile.cache == "dynamic":
