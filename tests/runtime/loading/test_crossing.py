@@ -67,10 +67,9 @@ PLAIN = ("bf16", "streamed", "disk layers", "host table")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def short_collections(demo):
+def short_collections(demo, adapters):
     """Closing a model collects garbage; what libraries import for the first one need not be looked at each time."""
-    import peft  # noqa: F401
-
+    adapters(SHAPE["hidden_size"])
     for weights in ("nf4", "bf16"):
         qv.load(demo, profile="default", weights=weights, streamed_layers=1, progress=False).close()
     gc.collect()
