@@ -19,21 +19,34 @@ def qwen_vram(*arguments: object, stdin: str = "", timeout: float = 300) -> Comp
     return _forked(_command_line, [str(one) for one in arguments], dict(os.environ), stdin, timeout)
 
 
-def python(code: str, *arguments: str, environment: dict[str, str], timeout: float = 300) -> CompletedProcess[str]:
+def python(
+    code: str,
+    *arguments: str,
+    environment: dict[str, str] | None = None,
+    directory: Path | None = None,
+    timeout: float = 300,
+) -> CompletedProcess[str]:
     """`python -c CODE ARGUMENTS`, likewise. huggingface_hub is as if it were imported with this environment."""
-    return _forked(_code, [code, *arguments], environment, "", timeout)
+    given = dict(os.environ) if environment is None else environment
+    return _forked(_code, [code, *arguments], given, "", timeout, directory)
 
 
 def _forked(
-    run: Callable[[list[str]], None], words: list[str], environment: dict[str, str], stdin: str, timeout: float
+    run: Callable[[list[str]], None],
+    words: list[str],
+    environment: dict[str, str],
+    stdin: str,
+    timeout: float,
+    directory: Path | None = None,
 ) -> CompletedProcess[str]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["qwen_vram.cli", "qwen_vram.runtime.loading.load", "transformers.models.qwen2.modeling_qwen2"]
+        ["qwen_vram.cli", "qwen_vram.runtime.loading.load", "transformers.models.qwen2.modeling_qwen2", "bitsandbytes"]
     )
     with TemporaryDirectory(prefix="qwen_vram_command_") as folder:
         (Path(folder) / "in").write_text(stdin, encoding="utf-8")
-        process = context.Process(target=_main, args=(run, words, folder, os.getcwd(), environment), daemon=True)
+        given = (run, words, folder, str(directory or os.getcwd()), environment)
+        process = context.Process(target=_main, args=given, daemon=True)
         process.start()
         process.join(timeout)
         if process.exitcode is None:
