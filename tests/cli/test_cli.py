@@ -40,10 +40,15 @@ def test_estimate_prints_json_and_nothing_else():
 
 @pytest.mark.parametrize("pair", ["prompt_len=5", "model=x", "device=cpu", "batch_size=2"])
 def test_what_is_no_knob_is_refused_by_name(pair):
-    refused = run("estimate", "Qwen2.5-7B", "--set", pair)
+    refused = qwen_vram("estimate", "Qwen2.5-7B", "--set", pair)
     assert refused.returncode == 2
     assert f"unknown knob '{pair.partition('=')[0]}'; choose from weights, lm_head" in " ".join(refused.stderr.split())
-    assert "Traceback" not in run("estimate", "Qwen2.5-7B", "--set", "prefill_chunk_size=\u00b2").stderr
+
+
+def test_a_digit_that_is_no_number_is_refused():
+    refused = run("estimate", "Qwen2.5-7B", "--set", "prefill_chunk_size=\u00b2")
+    assert refused.returncode == 2
+    assert "Traceback" not in refused.stderr
 
 
 def test_quantize_looks_at_its_output_before_it_loads(tmp_path):
@@ -101,7 +106,7 @@ def test_a_refusal_over_several_gpus_has_every_devices_bytes():
 
 def test_gpus_are_named_with_a_size_each():
     for wrong in ("0=8GiB,8GiB", "cuda:0=8GiB", "0=8GiB,0=9GiB", "=8GiB"):
-        result = run("plan", "Qwen2.5-7B", "--vram", wrong)
+        result = qwen_vram("plan", "Qwen2.5-7B", "--vram", wrong)
         assert result.returncode == 2
         assert f"names a size for each GPU once, such as 0=20GiB,1=20GiB; got '{wrong}'" in result.stderr
 

@@ -164,7 +164,7 @@ class Generation(Attention):
             remaining -= 1
             state = self.state(hidden, past)
             if state is not None and state in left_at:
-                # Equal layers left the state as it was, and as many would do so again and again.
+                # Some equal layers left the state as it was, and so would every group of that many layers.
                 remaining %= left_at[state] - remaining
                 left_at = {}
             elif state is not None:
