@@ -433,20 +433,19 @@ def test_settings_that_do_not_matter_do_no_harm(demo, whole, tmp_path, file):
 
 
 @pytest.mark.parametrize(
-    "knobs",
-    [{"cache": "preallocated", "attention": "fused"}, {"cache": "dynamic"}, {"cache": "static"}],
-    ids=lambda knobs: knobs["cache"],
-)
-@pytest.mark.parametrize(
-    ("file", "sequences"),
-    [
-        ({"num_beams": 3}, 3),
-        ({"num_return_sequences": 2, "do_sample": True}, 2),
-        ({"num_beams": 4, "num_return_sequences": 2}, 4),
-    ],
+    *thinned(
+        1,
+        counted=[
+            ({"num_beams": 3}, 3),
+            ({"num_return_sequences": 2, "do_sample": True}, 2),
+            ({"num_beams": 4, "num_return_sequences": 2}, 4),
+        ],
+        knobs=[{"cache": "preallocated", "attention": "fused"}, {"cache": "dynamic"}, {"cache": "static"}],
+    ),
     ids=str,
 )
-def test_beams_and_answers_of_the_file_are_counted(demo, tmp_path, file, sequences, knobs):
+def test_beams_and_answers_of_the_file_are_counted(demo, tmp_path, counted, knobs):
+    file, sequences = counted
     folder = settings(demo, tmp_path / "model", **file)
     chosen = qv.plan(folder, profile="default", vram={}, prompt_len=100, max_new_tokens=16, **knobs)
     assert (chosen.workload.batch_size, chosen.sequences) == (sequences, sequences)
