@@ -202,3 +202,15 @@ def test_whether_a_limit_holds_is_known_as_if_the_need_were(case):
         fresh = qv.estimate_vram(**case)
         assert fresh.needs_at_most(limit) is (need <= limit)
         assert "needed_bytes" not in vars(fresh)
+
+
+@pytest.mark.parametrize("knobs", [{}, {"attention": "eager", "prefill_chunk_size": 512}], ids=["whole", "fragments"])
+def test_whether_a_limit_holds_is_known_for_a_session_too(knobs):
+    known = qv.plan("Qwen2.5-0.5B", vram="80GiB", **RAM, profile="default", prompt_len=10_149, **knobs).estimate
+    need, most = known.needed_bytes, known.process_total
+    assert known.is_of_session
+    near = (need - 2**25, need - 2**24, need - 1, need, need + 1, need + 2**24)
+    for limit in (0, need // 2, *near, (need + most) // 2, most):
+        fresh = replace(known, covered=tuple(map(replace, known.covered)))
+        assert fresh.needs_at_most(limit) is (need <= limit)
+        assert "needed_bytes" not in vars(fresh)
