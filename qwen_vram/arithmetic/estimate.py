@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from qwen_vram.arithmetic.process import (
+    SEARCHED_TO,
     Replayed,
     least_reserved,
     least_reserved_is_at_most,
@@ -188,8 +189,24 @@ class Estimate:
         if self.architecture is None or self.devices or "needed_bytes" in vars(self):
             return self.needed_bytes <= limit
         left = limit - self._process(0)
-        alone = least_reserved_is_at_most(self.architecture, self.profile, self.workload, self._roomy, left)
-        return alone and (not self.covered or self.needed_bytes <= limit)
+        if not self.covered:
+            return self._least_is_at_most(left)
+        from qwen_vram.arithmetic.session import margin_bytes, with_miss
+
+        runs = (self, *self.covered)
+        peak = max(one._replayed.peak for one in runs)
+        left -= margin_bytes(self.architecture, self.profile, self.workload, peak)
+        return with_miss(peak) <= left and all(one._runs_in_session(left) for one in runs)
+
+    def _least_is_at_most(self, limit: int) -> bool:
+        """Tell if `_least` is at most `limit`, by the same search, which ends when that is known."""
+        assert self.architecture is not None
+        return least_reserved_is_at_most(self.architecture, self.profile, self.workload, self._roomy, limit)
+
+    def _runs_in_session(self, limit: int) -> bool:
+        """Tell if the bytes that a session counts for this workload (`Run.counted`) are at most `limit`."""
+        roomy = self._roomy
+        return self._least_is_at_most(limit - SEARCHED_TO) or (roomy <= limit and self._least == roomy)
 
     @property
     def is_of_session(self) -> bool:

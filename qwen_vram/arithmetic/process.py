@@ -132,6 +132,7 @@ def _bounds(architecture: Architecture, profile: Profile, workload: Workload, ro
         low, high = (low, middle) if _runs_within(architecture, profile, workload, middle) else (middle, high)
 
 
+@lru_cache(maxsize=1024)
 def _runs_within(architecture: Architecture, profile: Profile, workload: Workload, limit: int) -> bool:
     """Tell if loading and a first run succeed if torch can reserve `limit` bytes."""
     try:

@@ -44,6 +44,11 @@ class Run(NamedTuple):
     roomy: int
     least: int
 
+    @property
+    def counted(self) -> int:
+        """The bytes that this workload needs, with the step of the search if they were searched."""
+        return self.least + (SEARCHED_TO if self.least < self.roomy else 0)
+
 
 def critical_workloads(profile: Profile, workload: Workload) -> list[Workload]:
     """List the smaller workloads that can need more than `workload`; empty for a plain forward pass.
@@ -115,11 +120,19 @@ def session_least(architecture: Architecture, profile: Profile, workload: Worklo
     """Return the bytes that torch must be able to reserve for a session whose critical workloads are `runs`.
 
     They are at least the bytes that each run needs, with the step of the search if it was searched. They are also at
-    least the highest peak with the share for the error of a replay. One fragment is added, or 4 % of the peak if that
-    is less, and the bytes that depend on the data (`outlier_bytes`).
+    least the highest peak with the share for the error of a replay. A margin is added.
     """
     peak = max(run.peak for run in runs)
-    least = max(run.least + (SEARCHED_TO if run.least < run.roomy else 0) for run in runs)
+    least = max(run.counted for run in runs)
+    return max(least, with_miss(peak)) + margin_bytes(architecture, profile, workload, peak)
+
+
+def with_miss(peak: int) -> int:
+    """Return the bytes of a peak with the step of the search and the share for the error of a replay."""
+    return int((peak + SEARCHED_TO) * (1 + REPLAY_MISS))
+
+
+def margin_bytes(architecture: Architecture, profile: Profile, workload: Workload, peak: int) -> int:
+    """Return the margin of a session: one fragment, or 4 % of the peak if that is less, and `outlier_bytes`."""
     left_over = min(fragment_bytes(architecture, profile, workload), int(peak * _FRAGMENT))
-    from_data = outlier_bytes(architecture, profile, workload)
-    return max(least, int((peak + SEARCHED_TO) * (1 + REPLAY_MISS))) + left_over + from_data + _SMALL_SEGMENTS
+    return left_over + outlier_bytes(architecture, profile, workload) + _SMALL_SEGMENTS

@@ -1,12 +1,13 @@
 """The allocator's rules one by one, and both consumers of a run's trace against each other."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
 import qwen_vram as qv
 from qwen_vram.arithmetic.replay.allocator import CachingAllocator, OutOfRoomError
-from qwen_vram.arithmetic.replay.generation import replay_generation
+from qwen_vram.arithmetic.replay.generation import Generation, replay_generation
 from qwen_vram.arithmetic.replay.linear import workspaces
 from qwen_vram.arithmetic.replay.load import replay_load
 from tests.helpers.exact_replay import exact_replay
@@ -168,3 +169,35 @@ def test_a_generation_gives_back_what_it_took():
     assert allocator.allocated == pytest.approx(
         before + sum(workspaces(estimate.architecture, estimate.profile)), abs=2 * MIB
     )
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"weights": "bf16", "attention": "eager", "cache": "static", "prefill_chunk_size": 256},
+        {"weights": "nf4", "attention": "fused", "cache": "preallocated", "prefill_chunk_size": 512},
+        {"weights": "int8", "attention": "sdpa", "cache": "dynamic"},
+        {"weights": "int4", "attention": "fused", "cache": "preallocated", "kv_cache": "int4", "kernels": "fused"},
+    ],
+    ids=lambda knobs: knobs["weights"],
+)
+@pytest.mark.parametrize("logits", ["last", "all"])
+def test_a_layer_from_its_recorded_events_is_the_layer(monkeypatch, knobs, logits):
+    known = qv.estimate_vram(
+        "Qwen2.5-1.5B", "default", prompt_len=1_000, max_new_tokens=20, batch_size=2, padded=True, **knobs
+    )
+    workload = replace(known.workload, logits=logits)
+
+    def replayed(limit):
+        allocator = CachingAllocator(limit)
+        try:
+            replay_generation(allocator, known.architecture, known.profile, workload)
+        except OutOfRoomError:
+            return None
+        return allocator.peak, allocator.peak_reserved, allocator.allocated, allocator.state()
+
+    roomy = replayed(None)[1]
+    limits = (None, roomy, roomy - 2**21, roomy * 15 // 16, roomy * 7 // 8)
+    found = [replayed(limit) for limit in limits]
+    monkeypatch.setattr(Generation, "layer_again", Generation.layer)
+    assert found == [replayed(limit) for limit in limits]

@@ -6,7 +6,7 @@ import pytest
 
 import qwen_vram as qv
 from qwen_vram.spec.prequantized import size
-from tests.checkpoints.test_hub import ESTIMATE, LOAD, run
+from tests.checkpoints.test_hub import ESTIMATE, LOAD, run, run_all
 from tests.helpers.hub_server import serving
 from tests.helpers.quantized_files import (
     INT8,
@@ -292,22 +292,22 @@ def test_a_hub_that_is_gone_after_config_json(hub, tmp_path):
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("kind", ["gptq", "awq", "fp8", "packed"])
-def test_loading_is_refused_by_name_before_anything_is_fetched(hub, tmp_path, kind):
+def test_loading_is_refused_by_name_before_anything_is_fetched(hub, tmp_path):
+    kinds = ("gptq", "awq", "fp8", "packed")
     load = "__import__('sys').modules.update(gptqmodel=None) or qv.load({repo!r}, profile='default')"
-    got = run(load, f"someone/{kind}", hub.endpoint, tmp_path)
-    name = {"fp8": "fp8-block", "packed": "compressed-tensors"}.get(kind)
-    assert got["error"] == "BackendUnavailableError"
-    text = f"no backend loads '{name}': its bytes are counted by estimate_vram() only; run the checkpoint with vLLM, "
-    assert got["text"].startswith(text if name else f"weights={kind!r} needs gptqmodel")
-    assert hub.sent["model.safetensors"] == FIRST_READ
-
-
-@pytest.mark.torch
-def test_a_format_asked_for_is_refused_before_anything_is_fetched(hub, tmp_path):
-    got = run(LOAD, "someone/gptq", hub.endpoint, tmp_path)
-    assert got["error"] == "ConfigError"
-    assert got["text"].startswith("the checkpoint is stored with weights='gptq', got weights='nf4'; leave weights out")
+    loads = [(LOAD, "someone/gptq"), *((load, f"someone/{kind}") for kind in kinds)]
+    other_format, *refused = run_all(loads, hub.endpoint, tmp_path)
+    assert other_format["error"] == "ConfigError"
+    start = "the checkpoint is stored with weights='gptq', got weights='nf4'; leave weights out"
+    assert other_format["text"].startswith(start)
+    for kind, got in zip(kinds, refused, strict=True):
+        name = {"fp8": "fp8-block", "packed": "compressed-tensors"}.get(kind)
+        assert got["error"] == "BackendUnavailableError"
+        text = f"no backend loads '{name}': its bytes are counted by estimate_vram() only; run the checkpoint with vLLM"
+        assert got["text"].startswith(f"{text}, " if name else f"weights={kind!r} needs gptqmodel")
+    reads = [repo for repo in hub.served_of for command, _, part in hub.served_of[repo] if command == "GET" and part]
+    assert sorted(reads) == sorted(repo for _, repo in loads)
+    assert hub.sent["model.safetensors"] == FIRST_READ * len(loads)
 
 
 def test_catalog_names_and_plain_configs_ask_no_one(monkeypatch):

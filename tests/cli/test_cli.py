@@ -7,9 +7,11 @@ import sys
 import pytest
 
 import qwen_vram as qv
+from tests.helpers.command import qwen_vram
 
 
 def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """A command in a process that a shell would start. `qwen_vram` has one that has imported torch."""
     command = [sys.executable, "-m", "qwen_vram", *arguments]
     return subprocess.run(command, capture_output=True, text=True, input=stdin, timeout=300)
 
@@ -38,10 +40,15 @@ def test_estimate_prints_json_and_nothing_else():
 
 @pytest.mark.parametrize("pair", ["prompt_len=5", "model=x", "device=cpu", "batch_size=2"])
 def test_what_is_no_knob_is_refused_by_name(pair):
-    refused = run("estimate", "Qwen2.5-7B", "--set", pair)
+    refused = qwen_vram("estimate", "Qwen2.5-7B", "--set", pair)
     assert refused.returncode == 2
     assert f"unknown knob '{pair.partition('=')[0]}'; choose from weights, lm_head" in " ".join(refused.stderr.split())
-    assert "Traceback" not in run("estimate", "Qwen2.5-7B", "--set", "prefill_chunk_size=\u00b2").stderr
+
+
+def test_a_digit_that_is_no_number_is_refused():
+    refused = run("estimate", "Qwen2.5-7B", "--set", "prefill_chunk_size=\u00b2")
+    assert refused.returncode == 2
+    assert "Traceback" not in refused.stderr
 
 
 def test_quantize_looks_at_its_output_before_it_loads(tmp_path):
@@ -53,14 +60,14 @@ def test_quantize_looks_at_its_output_before_it_loads(tmp_path):
         (tmp_path / "full", ["--overwrite"], "has no config.json"),
         (tmp_path / "new", ["--max-shard-size", "4"], "max_shard_size"),
     ):
-        refused = run("quantize", missing, str(out), *options)
+        refused = qwen_vram("quantize", missing, out, *options)
         assert refused.returncode == 2
         assert message in " ".join(refused.stderr.split())
 
 
 def test_padding_is_counted():
     asked = ["plan", "Qwen2.5-7B-Instruct", "--vram", "80GiB", "--ram", "32GiB", "--batch-size", "2"]
-    data = json.loads(run(*asked, "--padded", "--json").stdout)
+    data = json.loads(run(*asked, "--profile", "compact", "--padded", "--json").stdout)
     assert data["estimate"]["workload"]["padded"] is True
     asked = ["estimate", "Qwen2.5-7B", "--batch-size", "4", "--json"]
     even, padded = (json.loads(run(*asked, *flag).stdout) for flag in ([], ["--padded"]))
@@ -99,7 +106,7 @@ def test_a_refusal_over_several_gpus_has_every_devices_bytes():
 
 def test_gpus_are_named_with_a_size_each():
     for wrong in ("0=8GiB,8GiB", "cuda:0=8GiB", "0=8GiB,0=9GiB", "=8GiB"):
-        result = run("plan", "Qwen2.5-7B", "--vram", wrong)
+        result = qwen_vram("plan", "Qwen2.5-7B", "--vram", wrong)
         assert result.returncode == 2
         assert f"names a size for each GPU once, such as 0=20GiB,1=20GiB; got '{wrong}'" in result.stderr
 
@@ -131,35 +138,33 @@ def test_chat_answers_one_message(demo):
 
 
 def test_chat_talks_until_the_input_ends(demo):
-    result = run("chat", str(demo), stdin="What is 12 + 30?\n/report\n")
+    result = qwen_vram("chat", demo, stdin="What is 12 + 30?\n/report\n")
     assert result.returncode == 0
     assert "42" in result.stdout
     assert "kv_cache" in result.stdout
 
 
-@pytest.mark.parametrize("quantize", ["nf4", "int4"])
-def test_merge_writes_a_checkpoint_that_chat_loads(untied, adapter, tmp_path, quantize):
-    result = run("merge", str(untied), str(adapter), str(tmp_path / "merged"), "--quantize", quantize)
+@pytest.mark.parametrize(("quantize", "command"), [("nf4", run), ("int4", qwen_vram)], ids=["nf4", "int4"])
+def test_merge_writes_a_checkpoint_that_chat_loads(untied, adapter, tmp_path, quantize, command):
+    result = command("merge", str(untied), str(adapter), str(tmp_path / "merged"), "--quantize", quantize)
     assert result.returncode == 0, result.stderr
     assert "of the update kept" in result.stdout
-    assert run("chat", str(tmp_path / "merged"), "-m", "hello", "--max-new-tokens", "4").returncode == 0
+    assert qwen_vram("chat", tmp_path / "merged", "-m", "hello", "--max-new-tokens", 4).returncode == 0
 
 
 def test_merge_prints_json_and_nothing_else(untied, adapter, tmp_path):
-    arguments = [str(untied), str(adapter), str(tmp_path / "merged"), "--quantize", "None", "--also", f"{adapter}=0.5"]
-    data = json.loads(run("merge", *arguments, "--json").stdout)
+    arguments = [untied, adapter, tmp_path / "merged", "--quantize", None, "--also", f"{adapter}=0.5"]
+    data = json.loads(qwen_vram("merge", *arguments, "--json").stdout)
     assert data["quantize"] is None
     assert [weight for _, weight in data["adapters"]] == [1.0, 0.5]
-    again = run("merge", *arguments)
+    again = qwen_vram("merge", *arguments)
     assert again.returncode == 2
     assert "exists; choose another folder, or pass overwrite=True (--overwrite)" in again.stderr
 
 
 @pytest.mark.slow
-def test_demo_answers_and_measures():
-    result = run("demo")
-    assert result.returncode == 0, result.stderr
-    assert "15,240,000,000" in result.stdout
-    assert result.stdout.count("right") >= 8
-    assert result.stdout.count("weights ") >= 2
-    assert "+0.00%" in result.stdout
+def test_demo_answers_and_measures(demo_output):
+    assert "15,240,000,000" in demo_output
+    assert demo_output.count("right") >= 8
+    assert demo_output.count("weights ") >= 2
+    assert "+0.00%" in demo_output

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,7 +18,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 class Hub(ThreadingHTTPServer):
     """Serves `repositories` (id -> folder); `gated` ids are refused; every answered path is kept in `served`.
 
-    `sent` counts the bytes of each file that went out, `listed` how often the files of a repository were asked for.
+    `served_of` has them by repository. `sent` counts the bytes of each file that went out, `listed` how often the files
+    of a repository were asked for.
     """
 
     def __init__(self, repositories: dict[str, Path], gated: tuple[str, ...] = ()) -> None:
@@ -26,6 +27,7 @@ class Hub(ThreadingHTTPServer):
         self.repositories = repositories
         self.gated = gated
         self.served: list[tuple[str, str, str | None]] = []
+        self.served_of: defaultdict[str, list[tuple[str, str, str | None]]] = defaultdict(list)
         self.sent: Counter[str] = Counter()
         self.listed: Counter[str] = Counter()
 
@@ -61,7 +63,9 @@ class Handler(BaseHTTPRequestHandler):
             self.server.listed[repo_id] += parts[2:] == repo_id.split("/")
             return self.send(200, json.dumps(self.listing(repo_id, folder, parts)).encode(), body, {})
         file = folder / "/".join(parts[4:])
-        self.server.served.append((self.command, "/".join(parts[4:]), self.headers.get("Range")))
+        answered = (self.command, "/".join(parts[4:]), self.headers.get("Range"))
+        self.server.served.append(answered)
+        self.server.served_of[repo_id].append(answered)
         if not file.is_file():
             return self.send(404, b"{}", body, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
         return self.send_file(file, body)

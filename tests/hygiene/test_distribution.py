@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import qwen_vram as qv
+from tests.helpers.shared import made_once
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "qwen_vram"
@@ -39,8 +40,12 @@ def run(*command, cwd):
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """The wheel, made of the source distribution as PyPI would hold it; nothing is downloaded."""
-    out = tmp_path_factory.mktemp("dist")
-    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT), cwd=out)
+
+    def build(out):
+        out.mkdir()
+        run(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT), cwd=out)
+
+    out = made_once(tmp_path_factory, "dist", build)
     assert [path.name for path in out.glob("*.tar.gz")] == [f"qwen_vram-{qv.__version__}.tar.gz"]
     (made,) = out.glob("*.whl")
     return made

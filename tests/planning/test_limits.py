@@ -10,6 +10,10 @@ from qwen_vram.planning.search.offload_tiers import most
 
 SEVEN = "Qwen2.5-7B-Instruct"
 RAM = {"ram": "64GiB"}
+WIDE_CACHE = {
+    "model_type": "qwen2", "hidden_size": 2048, "intermediate_size": 4096, "num_hidden_layers": 4,
+    "num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": 32_000, "max_position_embeddings": 32_768,
+}  # fmt: skip
 
 
 def test_a_padded_batch_is_planned_with_its_mask():
@@ -139,8 +143,11 @@ def test_the_cache_is_quantized_only_where_the_caller_left_it_open():
     assert (kept.profile.kv_cache, kept.profile.kv_device) == ("bf16", "host")
     grown = qv.plan(SEVEN, vram="80GiB", **RAM, cache="dynamic")
     assert grown.profile.cache == "dynamic"
+    # A growing cache is followed token by token in every layer, so the model of this refusal has few layers.
+    long = {"vram": "1100MiB", **RAM, "prompt_len": 6_000, "streamed_layers": 0}
+    assert qv.plan(WIDE_CACHE, **long).profile.cache == "preallocated"
     with pytest.raises(qv.DoesNotFitError):
-        qv.plan(SEVEN, vram="4.5GiB", **RAM, prompt_len=6_000, cache="dynamic", streamed_layers=0)
+        qv.plan(WIDE_CACHE, **long, cache="dynamic")
 
 
 def test_where_the_host_is_short_the_longest_context_is_of_another_profile():
@@ -193,5 +200,17 @@ def test_whether_a_limit_holds_is_known_as_if_the_need_were(case):
     need, most = known.needed_bytes, known.process_total
     for limit in (0, need // 2, need - 2**24, need - 1, need, need + 1, (need + most) // 2, most):
         fresh = qv.estimate_vram(**case)
+        assert fresh.needs_at_most(limit) is (need <= limit)
+        assert "needed_bytes" not in vars(fresh)
+
+
+@pytest.mark.parametrize("knobs", [{}, {"attention": "eager", "prefill_chunk_size": 512}], ids=["whole", "fragments"])
+def test_whether_a_limit_holds_is_known_for_a_session_too(knobs):
+    known = qv.plan("Qwen2.5-0.5B", vram="80GiB", **RAM, profile="default", prompt_len=10_149, **knobs).estimate
+    need, most = known.needed_bytes, known.process_total
+    assert known.is_of_session
+    near = (need - 2**25, need - 2**24, need - 1, need, need + 1, need + 2**24)
+    for limit in (0, need // 2, *near, (need + most) // 2, most):
+        fresh = replace(known, covered=tuple(map(replace, known.covered)))
         assert fresh.needs_at_most(limit) is (need <= limit)
         assert "needed_bytes" not in vars(fresh)

@@ -15,6 +15,7 @@ from qwen_vram.checkpoints import machine_file
 from qwen_vram.checkpoints.machine_file import CalibrationError, cache_file, current, read, reset, store
 from qwen_vram.spec.machine import DEFAULT, FIGURES, Machine, parse_machine
 from qwen_vram.tools import calibrate, calibrate_steps, disk_rate
+from tests.helpers.command import qwen_vram
 
 SEVEN = "Qwen2.5-7B-Instruct"
 MEASURED = Machine(
@@ -321,15 +322,12 @@ def test_host_memory_is_measured_without_a_gpu():
     assert 10**8 < calibrate_steps.host_bandwidth(2**24) < 10**13
 
 
-def test_products_on_the_host_are_measured_without_a_gpu():
-    result = subprocess.run(
-        [sys.executable, "-m", "qwen_vram.tools.calibrate_steps", "products"],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1"},
-    )
-    found = json.loads(result.stdout.splitlines()[-1].removeprefix(calibrate_steps.RESULT))
+def test_products_on_the_host_are_measured_without_a_gpu(monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    monkeypatch.setattr(calibrate_steps, "buffer_size", lambda free, **options: 2**26)
+    monkeypatch.setattr(sys, "argv", ["calibrate_steps", "products"])
+    calibrate_steps.main()
+    found = json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix(calibrate_steps.RESULT))
     assert found["host"].endswith(" cores")
     assert 10**8 < found["host_product_rate"] < 10**13
     assert found["host_4bit_rate"] is None or 10**7 < found["host_4bit_rate"] < 10**13
@@ -387,11 +385,11 @@ def test_show_prints_what_estimates_use():
     assert "nothing stored at" in run("calibrate", "--show").stdout
     store(replace(MEASURED, torch="2.10.0"))
     store(MEASURED)
-    shown = run("calibrate", "--show").stdout
+    shown = qwen_vram("calibrate", "--show").stdout
     assert str(cache_file()) in shown.splitlines()[0]
     assert shown.splitlines()[1] == "NVIDIA GeForce RTX 4090, torch 2.11.0+cu130, driver 580.95.05, 2026-11-24"
     assert "400,000,000 bytes  measured" in shown
-    data = json.loads(run("calibrate", "--show", "--json").stdout)
+    data = json.loads(qwen_vram("calibrate", "--show", "--json").stdout)
     assert data["stored"]
     assert parse_machine(data["machine"]) == MEASURED
     assert [machine["torch"] for machine in data["others"]] == ["2.10.0"]
@@ -399,13 +397,16 @@ def test_show_prints_what_estimates_use():
 
 def test_reset_deletes_what_is_stored():
     store(MEASURED)
-    assert json.loads(run("calibrate", "--reset", "--json").stdout) == {"path": str(cache_file()), "deleted": True}
+    assert json.loads(qwen_vram("calibrate", "--reset", "--json").stdout) == {
+        "path": str(cache_file()),
+        "deleted": True,
+    }
     assert not cache_file().exists()
-    assert run("calibrate", "--reset").stdout == f"nothing was stored at {cache_file()}\n"
+    assert qwen_vram("calibrate", "--reset").stdout == f"nothing was stored at {cache_file()}\n"
 
 
 def test_show_and_reset_do_not_go_together():
-    assert run("calibrate", "--show", "--reset").returncode == 2
+    assert qwen_vram("calibrate", "--show", "--reset").returncode == 2
 
 
 def test_an_estimate_on_the_command_line_uses_what_is_stored():

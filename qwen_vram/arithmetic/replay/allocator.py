@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 
+from qwen_vram.arithmetic.replay.trace import LayerEvents
 from qwen_vram.spec.formats import ALLOCATION_STEP
 
 # The largest request that comes from the small pool.
@@ -136,6 +137,53 @@ class CachingAllocator:
 
     # The cache's tensors are in the same pools.
     keep, drop = take, give
+
+    def run(self, layer: LayerEvents) -> int:
+        """Run a layer's events as `take` and `give` do; return its result's block, the only one that stays."""
+        pools, size_at, start_before = self._free, self._size_at, self._start_before
+        allocated, peak, unsplit = self.allocated, self.peak, (0, self.unsplit)
+        blocks: list[tuple[int, int, int]] = []  # address, size and pool
+        for event in layer.events:
+            if event >= 0:
+                pool = 0 if event <= SMALL else 1
+                free = pools[pool]
+                index = bisect_left(free, (event, 0))
+                if index < len(free):
+                    size, address = free.pop(index)
+                    del size_at[address], start_before[address + size]
+                else:
+                    size, address = self._new_segment(event, pool)
+                rest = size - event
+                if rest > unsplit[pool]:
+                    size, start = event, address + event
+                    insort(free, (rest, start))
+                    size_at[start] = rest
+                    start_before[start + rest] = start
+                blocks.append((address, size, pool))
+                allocated += size
+                if allocated > peak:
+                    peak = allocated
+                continue
+            address, size, pool = blocks[~event]
+            free = pools[pool]
+            allocated -= size
+            end = address + size
+            after = size_at.pop(end, None)
+            if after is not None:
+                free.pop(bisect_left(free, (after, end)))
+                end += after
+                del start_before[end]
+            before = start_before.pop(address, None)
+            if before is not None:
+                free.pop(bisect_left(free, (size_at[before], before)))
+                address = before
+            insort(free, (end - address, address))
+            size_at[address] = end - address
+            start_before[end] = address
+        self.allocated, self.peak = allocated, peak
+        address, size, pool = blocks[layer.result]
+        self._used[address] = (size, pool)
+        return address
 
     def at(self, moment: str) -> None:
         """Ignore the moment, because the pools depend on sizes and order only."""

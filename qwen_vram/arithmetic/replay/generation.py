@@ -9,10 +9,13 @@ generation/utils.py); `replay.attention` and `replay.linear` have theirs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from qwen_vram.arithmetic.decode_graph import step_sizes
 from qwen_vram.arithmetic.kv_cache import layer_kv_bytes
 from qwen_vram.arithmetic.replay.allocator import SMALL, CachingAllocator
 from qwen_vram.arithmetic.replay.attention import Attention
+from qwen_vram.arithmetic.replay.trace import LayerEvents, Recorder, known_layers
 from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.formats import ALLOCATION_STEP
 from qwen_vram.spec.profile import Profile
@@ -44,6 +47,8 @@ def replay_generation(
 class Generation(Attention):
     """One generation's events. Sizes are bytes."""
 
+    known: dict[tuple[int, int], LayerEvents] | None = None
+
     def run(self) -> None:
         """Run all of it, in a process that has loaded the model."""
         if self.profile.captures and self.workload.logits == "last":
@@ -54,19 +59,26 @@ class Generation(Attention):
             return
         logits = self.prefill()
         ids: list[int] = []
-        length = self.workload.prompt_len
-        for index in range(self.workload.max_new_tokens):
+        for index in self.followed():
+            length = self.workload.prompt_len + index
             if 3 <= index < self.workload.max_new_tokens - 2:
-                if index % (1 + self.workload.max_new_tokens // _FOLLOWED) == 0:
-                    self.grow(length)
-                length += 1
+                self.grow(length - 1)
                 continue
             if index:
-                logits = self.captured_step(length) if self.profile.captures else self.step(1, length)
-                length += 1
+                past = length - 1
+                logits = self.captured_step(past) if self.profile.captures else self.step(1, past)
             ids = self.sample(logits, ids, length)
         self.give(*ids, *self.scores, *inputs)
         self.drop(*(block for layer in self.cache for block in layer))
+
+    def followed(self) -> Iterator[int]:
+        """Yield the new tokens that are replayed: the first three, the last two, and between them those of `grow`."""
+        new = self.workload.max_new_tokens
+        yield from range(min(3, new))
+        if self.profile.cache == "dynamic":
+            every = 1 + new // _FOLLOWED
+            yield from range(-(-3 // every) * every, new - 2, every)
+        yield from range(max(3, new - 2), new)
 
     def inputs(self, tokens: int) -> list[int]:
         """Allocate the inputs of a step, for `tokens` tokens of each sequence.
@@ -90,8 +102,6 @@ class Generation(Attention):
         Recorded: NVIDIA H200, torch 2.11.0+cu130, transformers 5.17.0, 2026-11-26, Qwen2.5-0.5B with 4,096 tokens in
         chunks of 1,024. Its last two segments are taken with token 4,099 and 4,101, at the same requests as here.
         """
-        if self.profile.cache != "dynamic":
-            return
         for layer, held in zip(self.architecture.layers, self.cache, strict=True):
             size = self.batch * (past + 1) * layer.attention.key_value_width * self.element
             if size > SMALL:
@@ -150,16 +160,22 @@ class Generation(Attention):
         hidden, kept = self.begin(queries, past)
         is_held = bool(kept)  # the model holds the embeddings to the end
         remaining = self.architecture.num_hidden_layers
-        states: list[object] = [None, None]
+        left_at: dict[object, int] = {}  # by the state after a layer, the layers that were left then
         while remaining:
-            following = self.layer(self.architecture.num_hidden_layers - remaining, queries, past)
+            number = self.architecture.num_hidden_layers - remaining
+            again = (number > 0 or past > 0) and self.repeats(past)
+            following = self.layer_again(number, queries, past) if again else self.layer(number, queries, past)
             if not is_held:
                 self.give(hidden)
             hidden, is_held = following, False
             remaining -= 1
-            states.append(self.state(hidden, past))
-            if states[-1] is not None and states[-1] == states[-3]:
-                remaining %= 2  # two equal layers left the state as it was, and so would every two of the others
+            state = self.state(hidden, past)
+            if state is not None and state in left_at:
+                # Some equal layers left the state as it was, and so would every group of that many layers.
+                remaining %= left_at[state] - remaining
+                left_at = {}
+            elif state is not None:
+                left_at[state] = remaining
         return self.end(hidden, kept, queries)
 
     def one_layer_step(self, number: int, queries: int, past: int) -> list[int]:
@@ -206,10 +222,12 @@ class Generation(Attention):
 
     def state(self, hidden: int, past: int) -> object:
         """The state that determines the later layers; `None` if they differ, or if each allocates its own cache."""
-        if len(self.architecture.kinds) > 1:
-            return None
+        return (hidden, self.consumer.state()) if self.repeats(past) else None
+
+    def repeats(self, past: int) -> bool:
+        """Tell if all layers of a step have the same events, but for what the first layer of the first step keeps."""
         own = self.profile.cache == "dynamic" or (self.profile.cache == "static" and not past)
-        return None if own and self.workload.logits == "last" else (hidden, self.consumer.state())
+        return len(self.architecture.kinds) == 1 and not (own and self.workload.logits == "last")
 
     def shared(self, queries: int, past: int) -> list[int]:
         """Allocate the tensors that the model makes once for all layers: cosines and sines, and the mask."""
@@ -276,6 +294,19 @@ class Generation(Attention):
         result = down if fused else self.replace(down, self.take(size))
         self.give(residual, *scores, *copies)
         return result
+
+    def layer_again(self, number: int, queries: int, past: int) -> int:
+        """Run a decoder layer that repeats the one before it: from its recorded events, several times as fast."""
+        if not isinstance(self.consumer, CachingAllocator):
+            return self.layer(number, queries, past)
+        if self.known is None:
+            self.known = known_layers(self.architecture, self.profile, self.workload)
+        if (queries, past) not in self.known:
+            recorder = Recorder()
+            self.consume(recorder)
+            self.known[queries, past] = recorder.recorded(lambda: self.layer(number, queries, past))
+            self.consume(self.consumer)
+        return self.consumer.run(self.known[queries, past])
 
     def gated(self, number: int, rows: int) -> int:
         """Run the MLP's `act(gate) * up`."""

@@ -56,8 +56,7 @@ class Products:
 
     def __init__(self, consumer: Consumer, architecture: Architecture, profile: Profile) -> None:
         self.consumer = consumer
-        self.take, self.give = consumer.take, consumer.give
-        self.keep, self.drop, self.at = consumer.keep, consumer.drop, consumer.at
+        self.consume(consumer)
         self.architecture = architecture
         self.profile = profile
         self.element = profile.element_bytes
@@ -67,6 +66,11 @@ class Products:
         self.head = MatrixFacts(architecture.head, FORMATS[format_of(architecture.head, profile)], lt=False)
         self.warm = False
         self.warm_lt = False
+
+    def consume(self, consumer: Consumer) -> None:
+        """Send the events to a consumer from now on."""
+        self.take, self.give = consumer.take, consumer.give
+        self.keep, self.drop, self.at = consumer.keep, consumer.drop, consumer.at
 
     def _facts(self, layer: LayerSpec) -> dict[str, MatrixFacts]:
         return {

@@ -12,7 +12,7 @@ from qwen_vram.arithmetic.gpu_split import split_estimate, split_of
 from qwen_vram.arithmetic.timing.bytes_moved import decode_floor_ms
 from qwen_vram.arithmetic.weights import streaming_slots
 from qwen_vram.planning.capacity.budget import Budget
-from qwen_vram.planning.capacity.fit import needed
+from qwen_vram.planning.capacity.fit import needed, needs_less
 from qwen_vram.planning.capacity.gpu_split import balanced
 from qwen_vram.planning.capacity.hardware import Computes, as_measured, knobs_on
 from qwen_vram.planning.search.offload_tiers import Tiers
@@ -117,9 +117,9 @@ class Candidates:
             if refused:
                 continue
             result = self.estimate(profile, self.workload)
-            need = needed(result, self.budget)
-            if steps and need >= least:
+            if steps and not needs_less(result, self.budget, least):
                 continue  # it has a cost and saves nothing
+            need = needed(result, self.budget)
             saved = least - need if steps else 0
             turned = move if steps else None
             change, cost = change_of(current, profile, turned), cost_of(profile, turned)

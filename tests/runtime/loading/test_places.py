@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import qwen_vram as qv
-from tests.checkpoints.test_hub import run
+from tests.checkpoints.test_hub import run, run_all
 from tests.helpers.hub_server import serving
 from tests.helpers.odd_folders import Base, make_base
 
@@ -201,38 +201,33 @@ def repositories(base, sharded_base, tmp_path):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("repo", "wanted"),
-    [
-        ("some/stray", {"model.safetensors"}),
-        ("some/both", {"model.safetensors"}),
-        ("some/named", {"tuned.safetensors"}),
-        ("some/shards", None),
-    ],
-)
-def test_one_set_of_weights_is_fetched_and_nothing_beside(repositories, tmp_path, repo, wanted):
+def test_one_set_of_weights_is_fetched_and_nothing_beside(repositories, tmp_path):
+    wanted = {
+        "some/stray": {"model.safetensors"},
+        "some/both": {"model.safetensors"},
+        "some/named": {"tuned.safetensors"},
+        "some/shards": {path.name for path in repositories["some/shards"].glob("model-*.safetensors")},
+    }
     with serving(repositories) as hub:
-        got = run(LOAD, repo, hub.endpoint, tmp_path / "cache")
-    fetched = {name for command, name, _ in hub.served if command == "GET" and name.endswith(".safetensors")}
-    shards = {path.name for path in repositories["some/shards"].glob("model-*.safetensors")}
-    assert fetched == (shards if wanted is None else wanted)
-    assert not any("/" in name for command, name, _ in hub.served if command == "GET")
-    assert got == qv.estimate_vram(repositories[repo], prompt_len=64, max_new_tokens=8).weights
+        found = run_all([(LOAD, repo) for repo in wanted], hub.endpoint, tmp_path / "cache")
+    for repo, got in zip(wanted, found, strict=True):
+        fetched = {name for command, name, _ in hub.served_of[repo] if command == "GET"}
+        assert {name for name in fetched if name.endswith(".safetensors")} == wanted[repo]
+        assert not any("/" in name for name in fetched)
+        assert got == qv.estimate_vram(repositories[repo], prompt_len=64, max_new_tokens=8).weights
 
 
 def test_a_cache_that_is_not_whole_names_the_file_that_it_lacks(repositories, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     with serving(repositories) as hub:
-        folder = Path(run(SNAPSHOT, "some/shards", hub.endpoint, cache))
-        run(ESTIMATE, "some/stray", hub.endpoint, cache)
-    victim = sorted(folder.glob("model-*.safetensors"))[1]
+        found = run_all([(SNAPSHOT, "some/shards"), (ESTIMATE, "some/stray")], hub.endpoint, cache)
+    victim = sorted(Path(found[0]).glob("model-*.safetensors"))[1]
     os.remove(victim.resolve())
+    loads = [(LOAD, "some/shards"), (LOAD, "some/stray"), (LOAD, "some/absent")]
     for offline in ("0", "1"):
         monkeypatch.setenv("HF_HUB_OFFLINE", offline)
-        lacking = run(LOAD, "some/shards", "http://127.0.0.1:9", cache)
-        alone = run(LOAD, "some/stray", "http://127.0.0.1:9", cache)
-        absent = run(LOAD, "some/absent", "http://127.0.0.1:9", cache)
-        for got, name in ((lacking, victim.name), (alone, "model.safetensors"), (absent, "it is")):
+        found = run_all(loads, "http://127.0.0.1:9", cache)
+        for got, name in zip(found, (victim.name, "model.safetensors", "it is"), strict=True):
             assert got["error"] == "HubError"
             assert name in got["text"]
             assert "not in the local cache" in got["text"]
