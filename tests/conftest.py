@@ -6,6 +6,7 @@ import gc
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -95,7 +96,9 @@ def calibration() -> list[str]:
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
     found = [one for name in CATEGORIES for one in examples(name, "train", seed=1, count=24) if len(one.prompt) < 600]
     chats = [[{"role": "user", "content": one.prompt}, {"role": "assistant", "content": one.answer}] for one in found]
-    return [str(tokenizer.apply_chat_template(chat, tokenize=False)) for chat in chats]
+    texts = [str(tokenizer.apply_chat_template(chat, tokenize=False)) for chat in chats]
+    # GPTQModel runs every layer five times on each sample: a dozen long ones take half the time of a hundred short ones.
+    return ["".join(texts[number::12]) for number in range(12)]
 
 
 @pytest.fixture(scope="session")
@@ -139,10 +142,17 @@ def adapter(untied: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_collections() -> None:
-    """Keep what is imported by now out of later collections: each `close()` collects garbage, 0.2 s with torch."""
+def quick_collections() -> Iterator[None]:
+    """Keep what is imported by now out of later collections: each `close()` collects garbage, 0.2 s with torch.
+
+    Each load asks for the number of frozen objects twice. Python counts them one by one, 0.03 s: count them once.
+    """
     gc.collect()
     gc.freeze()
+    frozen = gc.get_freeze_count()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gc, "get_freeze_count", lambda: frozen)
+        yield
 
 
 def pytest_unconfigure() -> None:
