@@ -97,7 +97,7 @@ def calibration() -> list[str]:
     found = [one for name in CATEGORIES for one in examples(name, "train", seed=1, count=24) if len(one.prompt) < 600]
     chats = [[{"role": "user", "content": one.prompt}, {"role": "assistant", "content": one.answer}] for one in found]
     texts = [str(tokenizer.apply_chat_template(chat, tokenize=False)) for chat in chats]
-    # GPTQModel runs every layer five times on each sample: a dozen long ones take half the time of a hundred short ones.
+    # GPTQModel runs every layer five times on each sample: a dozen long ones take less time than a hundred.
     return ["".join(texts[number::12]) for number in range(12)]
 
 

@@ -1,4 +1,4 @@
-"""Python code in a process of its own, forked from one that has imported torch and transformers, and has run nothing."""
+"""Python code in a process of its own, forked from one that has imported torch and transformers, and no more."""
 
 from __future__ import annotations
 
