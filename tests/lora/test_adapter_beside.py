@@ -59,7 +59,7 @@ COUNTED: dict[str, dict[str, Any]] = {
     "tied whole table": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
     "tied whole tables": {"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
 }
-# What reaches no table is the same on both bases, and tables are tied where the base's are: the marker `full` has these.
+# `make test` leaves out what reaches no table, on the second base, and tables that are tied where the base's are not.
 NO_TABLE = ("biases", "biases of adapted modules", "lora_bias", "whole norm", "whole matrix")
 ON_BASES = [
     pytest.param(base, kind, marks=[pytest.mark.full] if other else [])
