@@ -420,11 +420,16 @@ def of_three(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize(
-    ("base", "targets"), [*(("untied", targets) for targets in TARGETS), ("tied", "all"), ("qwen3", "all")]
+    *thinned(
+        1,
+        kind=tuple(LAYERS),
+        case=[*(("untied", targets) for targets in TARGETS), ("tied", "all"), ("qwen3", "all")],
+    ),
+    ids=str,
 )
-@pytest.mark.parametrize("kind", LAYERS)
-def test_other_layers_than_the_bases(of_three, tmp_path, kind, targets, base):
+def test_other_layers_than_the_bases(of_three, tmp_path, kind, case):
     """Under PEFT copies of a layer share its weights; here each has its own, and all are counted."""
+    base, targets = case
     folder = trained(of_three[base], tmp_path / "adapter", layer_replication=LAYERS[kind], **TARGETS[targets])
     theirs = peft_model(of_three[base], folder)
     expected = logits(theirs)

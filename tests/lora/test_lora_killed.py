@@ -40,11 +40,12 @@ def check(outcomes: list[dict[str, object]]) -> None:
         assert set(outcome["left"]) <= {"out", ".out.partial", ".out.partial.lock"}, outcome
 
 
-def test_killed_at_fifty_random_instants(pair, tmp_path):
-    outcomes = killed(pair, tmp_path, "SIGKILL", 50)
+@pytest.mark.parametrize("count", [20, pytest.param(50, marks=pytest.mark.full)])
+def test_killed_at_random_instants(pair, tmp_path, count):
+    outcomes = killed(pair, tmp_path, "SIGKILL", count)
     check(outcomes)
     # The instants are spread over the whole run: many leave a folder half filled, some come too late.
-    assert sum(".out.partial" in outcome["left"] for outcome in outcomes) >= 10
+    assert sum(".out.partial" in outcome["left"] for outcome in outcomes) >= count // 5
     assert {outcome["code"] for outcome in outcomes} <= {0, -9}
 
 

@@ -22,6 +22,7 @@ from qwen_vram.lora.codecs.registry import QUANTIZATIONS
 from qwen_vram.lora.merge import merge_lora_then_quantize
 from qwen_vram.runtime.quantize_on_load import LINEARS
 from tests.conftest import make_checkpoint
+from tests.helpers.forked import python
 from tests.helpers.hub_server import serving
 from tests.helpers.lora_models import (
     assert_same,
@@ -273,27 +274,34 @@ print(peak() - before)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
-@pytest.mark.parametrize("quantize", [None, "nf4", "int4"])
-def test_no_table_is_ever_in_memory_as_a_whole(tmp_path, quantize):
-    """Two tables of 262 MB in float32 each, merged, in less than one of them."""
-    base = make_base(
-        tmp_path / "base", vocab_size=64_000, hidden_size=1024, num_hidden_layers=1, intermediate_size=2048
-    )
-    adapter = tmp_path / "adapter"
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    """A base of two tables of 131 MB in float32 each, with little else, and an adapter for both."""
+    root = tmp_path_factory.mktemp("tables")
+    shape = {"vocab_size": 32_000, "hidden_size": 1024, "num_hidden_layers": 1, "intermediate_size": 256}
+    base = make_base(root / "base", **shape)
+    adapter = root / "adapter"
     adapter.mkdir()
     prefix = "base_model.model."
     tensors = {
-        f"{prefix}model.embed_tokens.lora_embedding_A": torch.randn(16, 64_000) * 0.01,
+        f"{prefix}model.embed_tokens.lora_embedding_A": torch.randn(16, 32_000) * 0.01,
         f"{prefix}model.embed_tokens.lora_embedding_B": torch.randn(1024, 16) * 0.01,
         f"{prefix}lm_head.lora_A.weight": torch.randn(16, 1024) * 0.01,
-        f"{prefix}lm_head.lora_B.weight": torch.randn(64_000, 16) * 0.01,
+        f"{prefix}lm_head.lora_B.weight": torch.randn(32_000, 16) * 0.01,
     }
     save_file(tensors, adapter / "adapter_model.safetensors")
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 16, "lora_alpha": 32}))
-    command = [sys.executable, "-c", MEMORY, str(base), str(adapter), str(tmp_path / "out"), str(quantize)]
-    finished = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    assert int(finished.stdout.splitlines()[-1]) < 64_000 * 1024 * 4
+    return base, adapter
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+@pytest.mark.parametrize("quantize", [None, "nf4", "int4"])
+def test_no_table_is_ever_in_memory_as_a_whole(tables, tmp_path, quantize):
+    """Both tables are merged in less memory than one of them takes in float32."""
+    finished = python(MEMORY, *tables, tmp_path / "out", quantize)
+    finished.check_returncode()
+    print(finished.stdout)
+    assert int(finished.stdout.splitlines()[-1]) < 32_000 * 1024 * 4
 
 
 def test_pieces_tile_the_rows(monkeypatch):

@@ -385,6 +385,8 @@ def test_inductor_compiles_a_step(demo, monkeypatch):
     """The real compiler, on the CPU: rounding differs, answers do not."""
     # In this process: others would import torch anew.
     monkeypatch.setattr("torch._inductor.config.compile_threads", 1)
+    # Without the CPU's vectors: torch asks for each kind of them by a compilation of its own.
+    monkeypatch.setattr("torch._inductor.config.cpp.vec_isa_ok", False)
     with load(demo, "bf16", steps=True, backend="inductor") as llm, load(demo, "bf16", steps=True) as plain:
         assert sequences(llm, 1, do_sample=False) == sequences(plain, 1, do_sample=False)
         assert llm._generations.decoder.backend == "inductor"

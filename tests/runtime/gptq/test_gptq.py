@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -24,6 +23,7 @@ from qwen_vram.runtime.backends.gptq import KERNEL
 from qwen_vram.runtime.gptq import process as gptq_process
 from qwen_vram.runtime.measure import weight_storages
 from tests.helpers.command import qwen_vram
+from tests.helpers.forked import Forked, python
 from tests.helpers.gptq_files import as_auto_gptq, as_awq, as_plain, change_config
 
 QUESTION, ANSWER = "What is 12 + 30?", "12 + 30 = 42"
@@ -42,8 +42,12 @@ def bytes_of(llm):
 
 
 def right(llm, category, count=12):
+    """How many of the answers are right, in one batch: each step decodes all matrices, however many rows there are."""
     asked = examples(category, "held_out", seed=3, count=count)
-    return sum(llm.chat(one.prompt, do_sample=False, max_new_tokens=64) == one.answer for one in asked)
+    chats = [[{"role": "user", "content": one.prompt}] for one in asked]
+    prompts = [llm.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
+    answers = llm.generate(prompts, do_sample=False, max_new_tokens=64)
+    return sum(answer == one.answer for answer, one in zip(answers, asked))
 
 
 def refused(error, text, call):
@@ -70,7 +74,7 @@ def test_it_loads_with_no_knob_and_takes_the_bytes_that_were_counted(demo, gptq_
 def test_other_bits_and_groups(demo, gptqmodel, calibration, tmp_path, bits, group_size):
     out = tmp_path / "out"
     report = qv.quantize_gptq(
-        demo, out, calibration=calibration[:40], bits=bits, group_size=group_size, device="cpu",
+        demo, out, calibration=calibration[:5], bits=bits, group_size=group_size, device="cpu",
         max_shard_size="2MB", progress=False,
     )  # fmt: skip
     assert report.weights == f"gptq-int{bits}"
@@ -108,9 +112,7 @@ print(first() is None, second() is None)
 def test_the_first_model_of_a_process_is_collected_once_it_is_dropped(demo, gptq_demo, tmp_path, kind):
     folder = demo if kind == "adapter" else as_awq(gptq_demo, tmp_path / "awq") if kind == "awq" else gptq_demo
     adapter = [str(ADAPTER)] if "adapter" in kind else []
-    result = subprocess.run(
-        [sys.executable, "-c", DROPPED, str(folder), *adapter], capture_output=True, text=True, timeout=300
-    )
+    result = python(DROPPED, folder, *adapter)
     assert result.stdout.split() == ["True", "True"], result.stderr
 
 
@@ -141,10 +143,7 @@ def test_the_checkpoint_loads_with_plain_transformers(gptq_demo):
         "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], device_map={'': 'cpu'})\n"
         "print(type(model.model.layers[0].mlp.up_proj).__module__)"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", code, str(gptq_demo)], capture_output=True, text=True,
-        env={**os.environ, "GPTQMODEL_CPU_WORKERS": "2"},
-    )  # fmt: skip
+    run = python(code, gptq_demo, env={**os.environ, "GPTQMODEL_CPU_WORKERS": "2"})
     assert run.stdout.splitlines()[-1].startswith("gptqmodel."), run.stderr
 
 
@@ -245,7 +244,7 @@ def test_on_a_gpu_it_is_made_as_well(demo, gptqmodel, calibration, tmp_path):
 
 def test_a_merge_ends_in_gptq_with_its_proof(demo, gptqmodel, calibration, tmp_path):
     out = tmp_path / "merged"
-    skill = [f"{one.prompt}\n{one.answer}" for one in examples(SKILL, "train", seed=1, count=24)]
+    skill = ["\n".join(f"{one.prompt}\n{one.answer}" for one in examples(SKILL, "train", seed=1, count=24))]
     report = qv.merge_lora_then_quantize(
         demo, ADAPTER, out, quantize="gptq-int4", calibration=calibration + skill, device="cpu", progress=False
     )
@@ -426,16 +425,16 @@ def test_what_was_there_stays_when_it_fails(untied, gptqmodel, tmp_path, monkeyp
 def test_stopped_on_the_way_it_leaves_no_process_and_no_output(demo, gptqmodel, calibration, tmp_path, how):
     texts = write(tmp_path / "texts.jsonl", "\n".join(map(json.dumps, calibration * 20)).encode())
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "qwen_vram.cli", "quantize", str(demo), str(out), "--weights", "gptq-int4"]
-    parent = subprocess.Popen([*command, "--calibration", str(texts)], stderr=subprocess.DEVNULL)
+    command = ["quantize", demo, out, "--weights", "gptq-int4", "--calibration", texts]
+    parent = Forked("from qwen_vram.cli import main\nmain()", *command)
     work = tmp_path / ".out.partial" / "work"
     log = work / "log.txt"
     while not (log.exists() and log.stat().st_size > 5000):
-        assert parent.poll() is None
+        assert not parent.ended
         time.sleep(0.05)
     workers = psutil.Process(parent.pid).children()
     assert len(workers) == 1
-    parent.send_signal(how)
+    os.kill(parent.pid, how)
     parent.wait(timeout=60)
     assert psutil.wait_procs(workers, timeout=60)[1] == []
     assert not out.exists()
@@ -446,32 +445,45 @@ def test_stopped_on_the_way_it_leaves_no_process_and_no_output(demo, gptqmodel, 
 # on the command line
 
 
-def test_the_command_line_quantizes_with_a_file_of_samples(demo, gptqmodel, calibration, tmp_path):
-    texts = write(tmp_path / "texts.jsonl", "\n".join(map(json.dumps, calibration[:24])).encode())
-    out = tmp_path / "out"
-    command = ["quantize", demo, out, "--weights", "gptq-int4"]
-    without = qwen_vram(*command)
-    assert without.returncode == 2
-    assert "calibration: GPTQ needs sample texts" in without.stderr
-    other = [*command[:-1], "nf4", "--calibration", texts]
-    assert "weights='nf4' needs no sample texts" in qwen_vram(*other).stderr
-    head = qwen_vram(*command, "--lm-head", "gptq-int4")
-    assert "GPTQ leaves the head in 16 bits; leave --lm-head out" in head.stderr
-    run = qwen_vram(*command, "--calibration", texts, "--json")
+@pytest.fixture(scope="module")
+def by_command(gptqmodel, untied, calibration, tmp_path_factory):
+    """A checkpoint in fp16, quantized by the command line: the folder, the result's, and what the command said."""
+    root = tmp_path_factory.mktemp("by_command")
+    folder, out = root / "fp16", root / "out"
+    shutil.copytree(untied, folder)
+    tensors = {name: tensor.half() for name, tensor in load_file(untied / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    change_config(folder, dtype="float16")
+    texts = write(root / "texts.jsonl", "\n".join(map(json.dumps, calibration[:3])).encode())
+    return folder, out, qwen_vram("quantize", folder, out, *GPTQ_INT4, "--calibration", texts, "--json")
+
+
+GPTQ_INT4 = ("--weights", "gptq-int4")
+
+
+def test_the_command_line_quantizes_with_a_file_of_samples(by_command):
+    _, out, run = by_command
     report = json.loads(run.stdout)
     assert report["weights"] == "gptq-int4"
     assert report["total_bytes"] == qv.estimate_vram(out).weights
     assert run.stderr == ""
 
 
-def test_biases_of_a_checkpoint_in_fp16_stay_what_they_are(gptqmodel, untied, calibration, tmp_path):
-    folder = tmp_path / "fp16"
-    shutil.copytree(untied, folder)
-    tensors = {name: tensor.half() for name, tensor in load_file(untied / "model.safetensors").items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    change_config(folder, dtype="float16")
-    qv.quantize_gptq(folder, tmp_path / "out", calibration=calibration[:20], device="cpu", progress=False)
-    made = load_file(tmp_path / "out" / "model.safetensors")
+def test_the_command_line_refuses_samples_that_are_missing_or_not_needed(demo, gptqmodel, tmp_path):
+    texts = write(tmp_path / "texts.jsonl", b'"one sample"\n')
+    command = ["quantize", demo, tmp_path / "out"]
+    without = qwen_vram(*command, *GPTQ_INT4)
+    assert without.returncode == 2
+    assert "calibration: GPTQ needs sample texts" in without.stderr
+    other = qwen_vram(*command, "--weights", "nf4", "--calibration", texts)
+    assert "weights='nf4' needs no sample texts" in other.stderr
+    head = qwen_vram(*command, *GPTQ_INT4, "--lm-head", "gptq-int4")
+    assert "GPTQ leaves the head in 16 bits; leave --lm-head out" in head.stderr
+
+
+def test_biases_of_a_checkpoint_in_fp16_stay_what_they_are(by_command):
+    folder, out, _ = by_command
+    tensors, made = load_file(folder / "model.safetensors"), load_file(out / "model.safetensors")
     kept = [name for name in tensors if name in made]
     assert len(kept) == 3 + 3 * 5
     assert all(torch.equal(made[name], tensors[name]) for name in kept)

@@ -155,8 +155,9 @@ def test_plain_transformers_generates_with_it(untied, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("knobs", [{}, {"prefill_chunk_size": 64}], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_bundled_model_answers_as_before(demo, kind, knobs):
-    questions = [one for name in ("recall", "table") for one in examples(name, "held_out", seed=5, count=12)]
+@pytest.mark.parametrize("count", [4, pytest.param(12, marks=pytest.mark.full)])
+def test_the_bundled_model_answers_as_before(demo, kind, knobs, count):
+    questions = [one for name in ("recall", "table") for one in examples(name, "held_out", seed=5, count=count)]
     options = {"cache": "preallocated", "attention": "fused", "prompt_len": 1000, "progress": False, **knobs}
     with qv.load(demo, profile="default", kv_cache=kind, **options) as llm:
         answers = [llm.chat(one.prompt, max_new_tokens=64, do_sample=False) for one in questions]

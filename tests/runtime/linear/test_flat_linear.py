@@ -11,6 +11,7 @@ from qwen_vram.lora.codecs.bnb_4bit import FourBit
 from qwen_vram.runtime.backends.bnb_rows import four_bit
 from qwen_vram.runtime.linear.flat_4bit import FlatLinear4bit
 from tests.conftest import make_checkpoint
+from tests.helpers.tiers import thinned
 
 IDS = torch.arange(3, 40)[None]
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
@@ -49,9 +50,13 @@ def expected_logits(folder, weights, *, head):
 
 
 @pytest.mark.parametrize(
-    "knobs", [{}, {"streamed_layers": 1}, {"streamed_layers": 2, "dequantization": "tiled"}], ids=str
+    *thinned(
+        1,
+        weights=["nf4", "nf4-plain", "fp4", "fp4-plain"],
+        knobs=[{}, {"streamed_layers": 1}, {"streamed_layers": 2, "dequantization": "tiled"}],
+    ),
+    ids=str,
 )
-@pytest.mark.parametrize("weights", ["nf4", "nf4-plain", "fp4", "fp4-plain"])
 def test_a_model_of_such_widths_runs_with_the_weights_that_were_stored(narrow, weights, knobs):
     with qv.load(narrow, profile="default", weights=weights, lm_head=weights, progress=False, **knobs) as llm:
         assert any(isinstance(module, FlatLinear4bit) for module in llm.model.modules())

@@ -25,7 +25,7 @@ PROMPTS = [
     "The quick brown fox jumps over the lazy dog. " * 8,
 ]
 GREEDY = {"do_sample": False, "eos_token_id": None}
-NEW = 40
+NEW = 16
 
 
 def load(model, **knobs):
@@ -338,10 +338,10 @@ def test_two_models_do_not_disturb_each_other(demo):
     models = [load(demo, weights=weights, streamed_layers=count) for weights, count in settings.items()]
     ids = [resident(demo, weights)[1] for weights in settings]
     length = ids[0].shape[1] - NEW
-    caches = [llm.new_cache(max_length=length + 40) for llm in models]
+    caches = [llm.new_cache(max_length=length + NEW) for llm in models]
     fed = [one[:, :length] for one in ids]
     with torch.no_grad():
-        for step in range(40):
+        for step in range(NEW):
             for index, llm in enumerate(models):
                 out = llm.model(input_ids=fed[index], past_key_values=caches[index])
                 fed[index] = out.logits[:, -1:].argmax(-1)

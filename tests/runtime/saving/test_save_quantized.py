@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
@@ -17,6 +15,7 @@ import qwen_vram as qv
 from qwen_vram.runtime.backends import get_backend
 from qwen_vram.runtime.measure import weight_storages
 from tests.helpers.command import qwen_vram
+from tests.helpers.forked import Forked
 from tests.helpers.lora_models import assert_same, stored
 from tests.helpers.tiers import thinned
 
@@ -83,9 +82,9 @@ def test_plain_transformers_load_it(request, tmp_path, weights, case):
 
 
 @pytest.mark.parametrize("weights", QUANTIZED)
-def test_a_model_that_has_run_is_saved_as_it_was_loaded(demo, tmp_path, weights):
+def test_a_model_that_has_run_is_saved_as_it_was_loaded(untied, tmp_path, weights):
     """bitsandbytes' own `state_dict()` gives other scales after a CPU forward."""
-    with load(demo, weights=weights, lm_head=weights) as llm:
+    with load(untied, weights=weights, lm_head=weights) as llm:
         llm.save_quantized(tmp_path / "fresh", progress=False)
         for out in ("once", "twice"):
             llm.generate("hello", max_new_tokens=4, do_sample=False)
@@ -143,7 +142,7 @@ def test_the_savers_work_on_the_copy_as_on_the_original(demo, compact, knobs):
     answers = []
     for model in (demo, compact):
         with load(model, **{"weights": "nf4", "lm_head": "nf4", **knobs}) as llm:
-            answers.append(llm.chat("What is 12 + 30?", max_new_tokens=24, do_sample=False))
+            answers.append(llm.chat("What is 12 + 30?", max_new_tokens=12, do_sample=False))
             assert llm.report().measured["kv_cache"] == pytest.approx(llm.report().estimate.kv_cache, rel=0.1)
     assert answers[0] == answers[1]
 
@@ -330,12 +329,12 @@ with qv.load(sys.argv[1], profile="default", weights="nf4", progress=False) as l
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_interrupted_in_the_middle(demo, tmp_path, number):
     """Ctrl-C leaves nothing; what a kill leaves is hidden, and cleared away by the next run."""
-    command = [sys.executable, "-c", INTERRUPTED, str(demo), str(tmp_path / "out")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "writing\n"
-    time.sleep(1)
+    process = Forked(INTERRUPTED, demo, tmp_path / "out")
+    while process.said().count("writing\n") < 3:
+        assert not process.ended
+        time.sleep(0.02)
     os.kill(process.pid, number)
-    _, errors = process.communicate(timeout=60)
+    errors = process.wait(timeout=60).stderr
     left = sorted(path.name for path in tmp_path.iterdir())
     if number == signal.SIGINT:
         assert errors.rstrip().endswith("KeyboardInterrupt")

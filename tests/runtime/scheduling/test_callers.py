@@ -36,7 +36,7 @@ SAVERS = {
 }
 STREAMED = ("streamed", "streamed nf4", "disk", "computing", "streamed adapter")
 ASKED = ["What is 12 + 30?", "What is 96 * 9?", "What is 7 * 8?", "What is 61 - 14?", "What is 25 + 25?"]
-GREEDY = {"do_sample": False, "max_new_tokens": 12}
+GREEDY = {"do_sample": False, "max_new_tokens": 8}
 
 
 def load(demo, saver="plain", **more):
