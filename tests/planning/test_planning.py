@@ -14,10 +14,11 @@ from qwen_vram.planning.capacity import available_memory as devices
 from qwen_vram.planning.capacity import budget as budget_module
 from qwen_vram.planning.capacity.available_memory import DeviceMemory, available_ram
 from qwen_vram.planning.placement import place
+from qwen_vram.planning.search import decode_graph
 from qwen_vram.planning.search.search import Search
 from qwen_vram.spec.machine import DEFAULT
 from qwen_vram.spec.residency import spread
-from qwen_vram.spec.rules.table import COMPILED
+from qwen_vram.spec.rules.table import CAPTURED, COMPILED
 
 SEVEN = "Qwen/Qwen2.5-7B-Instruct"
 RAM = {"ram": "64GiB"}
@@ -217,8 +218,8 @@ def test_a_move_that_is_slower_by_the_rates_is_not_taken(monkeypatch):
         ({"vram": {0: "20GiB", 1: "20GiB"}}, "layers are on 2 GPUs"),
         ({"weights": "int8"}, "products with int8 matrices are not captured"),
         ({"cache": "dynamic"}, "cache='dynamic', attention='fused'"),
-        ({"captured": False}, "captured=False, or no room for the graph"),
-        ({"vram": "5.23GiB"}, "captured=False, or no room for the graph"),
+        ({"captured": False}, "captured=False, or the graph does not fit"),
+        ({"vram": "5.23GiB"}, "captured=False, or the graph does not fit"),
     ],
     ids=str,
 )
@@ -230,6 +231,10 @@ def test_a_plan_says_why_steps_are_not_captured_and_what_that_costs(knobs, reaso
     least = 2 if "host_layers" in knobs else 4
     assert int(said[2]) == round(chosen.times.ms_per_token) > least * int(said[3])
     assert qv.Plan.from_dict(chosen.to_dict()).not_captured == reason
+
+
+def test_each_knob_of_captured_steps_has_a_reason():
+    assert set(decode_graph._REASONS) == set(CAPTURED)
 
 
 @pytest.mark.parametrize("knobs", [{}, {"profile": "speed"}, {"vram": {}}], ids=str)

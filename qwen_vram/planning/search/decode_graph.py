@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from qwen_vram.arithmetic.estimate import Estimate
@@ -10,21 +11,30 @@ from qwen_vram.spec.formats import FORMATS, FormatName
 from qwen_vram.spec.profile import Profile
 from qwen_vram.spec.rules.table import CAPTURED
 
+# The reason, in words, if a knob has another value than captured steps run with.
+_REASONS: dict[str, Callable[[Profile], str]] = {
+    "host_layers": lambda profile: f"{_layers(profile.host_layers)} on the CPU",
+    "kv_device": lambda profile: f"keys and values are on the {profile.kv_device}",
+    "kv_cache": lambda profile: f"keys and values are in {profile.kv_cache}",
+    "attention": lambda profile: f"cache={profile.cache!r}, attention={profile.attention!r}",
+}
 
-def in_the_way(profile: Profile, gpus: int = 1) -> str | None:
+
+def obstacle(profile: Profile, gpus: int = 1) -> str | None:
     """Return the reason why decode steps cannot be captured, in words; `None` if they can."""
     if gpus > 1:
         return f"layers are on {gpus} GPUs"
-    if profile.host_layers:
-        return f"{profile.host_layers} {'layer computes' if profile.host_layers == 1 else 'layers compute'} on the CPU"
-    if profile.kv_device == "host":
-        return "keys and values are on the host"
-    if profile.kv_format.is_quantized:
-        return f"keys and values are in {profile.kv_cache}"
-    if profile.cache == "dynamic" or profile.attention != "fused":
-        return f"cache={profile.cache!r}, attention={profile.attention!r}"
-    others = [one for one in (profile.weights, profile.head_format) if not _never_waits(one)]
-    return f"products with {others[0]} matrices are not captured" if others else None
+    other = [name for name, value in CAPTURED.items() if getattr(profile, name) != value]
+    if profile.cache == "dynamic":
+        other.append("attention")
+    if other:
+        return _REASONS[min(other, key=list(_REASONS).index)](profile)
+    formats = [one for one in (profile.weights, profile.head_format) if not _never_waits(one)]
+    return f"products with {formats[0]} matrices are not captured" if formats else None
+
+
+def _layers(number: int) -> str:
+    return f"{number} {'layer computes' if number == 1 else 'layers compute'}"
 
 
 def _never_waits(name: FormatName) -> bool:
@@ -45,7 +55,7 @@ def not_captured(estimate: Estimate) -> str | None:
         return None
     if estimate.architecture.adapter_activated:
         return "the adapter acts behind its invocation tokens only"
-    return in_the_way(estimate.profile, max(1, len(estimate.devices))) or "captured=False, or no room for the graph"
+    return obstacle(estimate.profile, max(1, len(estimate.devices))) or "captured=False, or the graph does not fit"
 
 
 def said_of(estimate: Estimate) -> str | None:

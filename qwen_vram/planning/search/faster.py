@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from qwen_vram.planning.search.decode_graph import in_the_way
+from qwen_vram.planning.search.decode_graph import obstacle
 from qwen_vram.planning.search.savers import Saver
 from qwen_vram.spec.profile import Profile
 
@@ -27,7 +27,7 @@ def given_back(start: Profile, found: Profile, knobs: dict[str, object]) -> Iter
         start: The profile that the search began with.
         knobs: The knobs that the caller set; they stay.
     """
-    if "captured" not in knobs and "compiled" not in knobs and not found.captures and in_the_way(found) is None:
+    if "captured" not in knobs and "compiled" not in knobs and not found.captures and obstacle(found) is None:
         yield _CAPTURE
         if found.streamed_layers and "streamed_layers" not in knobs:
             for more in _MORE:  # in the memory of these layers
