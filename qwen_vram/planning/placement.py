@@ -21,6 +21,7 @@ from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.profile import Profile, resolve_profile
 from qwen_vram.spec.residency import Home, residency
 from qwen_vram.spec.workload import Workload
+from qwen_vram.units import parse_bytes
 
 Where = int | Literal["cpu", "disk"]
 Tier = Literal["device", "stream", "host", "disk"]
@@ -174,6 +175,8 @@ def offload_map(
             )
         tried = [_streaming(chosen, layers_on_cpu)]
         if vram is None and reserve is None:
+            if ram is not None:
+                parse_bytes(ram, name="ram")
             return place(architecture, tried[0]).device_map
     else:
         on_host = chosen.replace(embeddings="host")

@@ -313,6 +313,13 @@ def test_a_plan_is_plain_data_and_a_text():
 # offload_map
 
 
+@pytest.mark.parametrize("ram", ["64", -1, "64 GX"])
+def test_a_map_of_any_budget_still_reads_the_hosts(ram):
+    with pytest.raises(qv.UnitError, match="ram"):
+        qv.offload_map(SEVEN, layers_on_cpu=3, ram=ram)
+    assert qv.offload_map(SEVEN, layers_on_cpu=3, ram="64GiB") == qv.offload_map(SEVEN, layers_on_cpu=3)
+
+
 def test_the_articles_third_row():
     where = qv.offload_map(SEVEN, layers_on_cpu=3)
     assert [name for name, device in where.items() if device == "cpu"] == [f"model.layers.{n}" for n in (8, 17, 27)]
