@@ -163,7 +163,7 @@ def test_what_a_compiled_step_cannot_run_with(knobs, text):
         ({"attention": "sdpa"}, "captured=True needs attention='fused', got attention='sdpa'; change one side, or"),
         ({"kv_cache": "int8"}, "captured=True needs kv_cache='bf16', got kv_cache='int8'"),
         ({"kv_device": "host"}, "captured=True needs kv_device='device', got kv_device='host'"),
-        ({"streamed_layers": 3}, "captured=True needs streamed_layers=0, got streamed_layers=3"),
+        ({"streamed_layers": 3, "host_layers": 1}, "captured=True needs host_layers=0, got host_layers=1"),
         ({"weights": "int8"}, "captured=True cannot go with 'int8', whose products wait for the GPU"),
         ({"lm_head": "int8"}, "captured=True cannot go with 'int8', whose products wait for the GPU"),
     ],

@@ -514,7 +514,7 @@ def test_a_plan_keeps_as_many_streamed_layers_in_memory_as_fit():
     layers = tight.profile.disk_layers
     assert 2 < layers < tight.profile.streamed_layers == plenty.profile.streamed_layers
     assert tight.estimate.host <= tight.budget.ram
-    assert f"disk_layers={layers}" in tight.steps[-1].change
+    assert any(f"disk_layers={layers}" in step.change for step in tight.steps)
     assert f"disk_layers={layers}" in tight.call
     assert tight.steps[-1].decode_floor_ms == pytest.approx(1_000 * tight.estimate.disk / DEFAULT.disk_read_rate)
     assert [where for name, where in tight.device_map.items() if "layers" in name].count("disk") == layers
@@ -562,7 +562,10 @@ def test_layers_that_are_made_while_loading_need_memory_and_plain_ones_come_from
         assert (profile.weights, profile.lm_head, profile.streamed_layers) == ("bf16", None, layers)
         assert layers - 1 <= profile.disk_layers <= layers
         assert chosen.estimate.host <= chosen.budget.ram
-        assert "read from the disk for every token; of a quantized copy (qwen-vram quantize)" in chosen.steps[-1].cost
+        costs = [step.cost for step in chosen.steps]
+        assert any(
+            "read from the disk for every token; of a quantized copy (qwen-vram quantize)" in one for one in costs
+        )
         assert "weights='bf16'" in "".join(step.change for step in chosen.steps[1:])
         assert qv.max_context(model, **budget) > 1_024
     with pytest.raises(
