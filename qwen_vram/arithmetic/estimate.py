@@ -167,10 +167,10 @@ class Estimate:
     def _least(self) -> int:
         """The least bytes that torch must be able to reserve for this workload alone, and for loading."""
         assert self.architecture is not None
-        return least_reserved(self.architecture, self.profile, self.workload, self._roomy)
+        return least_reserved(self.architecture, self.profile, self.workload, self._unlimited)
 
     @property
-    def _roomy(self) -> int:
+    def _unlimited(self) -> int:
         """The bytes that torch reserves without a limit, while it loads or while it runs."""
         assert self.architecture is not None
         return max(self.peak_reserved, load_reserved_bytes(self.architecture, self.profile))
@@ -181,7 +181,7 @@ class Estimate:
         assert self.architecture is not None
         from qwen_vram.arithmetic.session import Run, session_least
 
-        runs = [Run(one._replayed.peak, one._roomy, one._least) for one in (self, *self.covered)]
+        runs = [Run(one._replayed.peak, one._unlimited, one._least) for one in (self, *self.covered)]
         return session_least(self.architecture, self.profile, self.workload, runs)
 
     def needs_at_most(self, limit: int) -> bool:
@@ -201,12 +201,12 @@ class Estimate:
     def _least_is_at_most(self, limit: int) -> bool:
         """Tell if `_least` is at most `limit`, by the same search, which ends when that is known."""
         assert self.architecture is not None
-        return least_reserved_is_at_most(self.architecture, self.profile, self.workload, self._roomy, limit)
+        return least_reserved_is_at_most(self.architecture, self.profile, self.workload, self._unlimited, limit)
 
     def _runs_in_session(self, limit: int) -> bool:
         """Tell if the bytes that a session counts for this workload (`Run.counted`) are at most `limit`."""
-        roomy = self._roomy
-        return self._least_is_at_most(limit - SEARCHED_TO) or (roomy <= limit and self._least == roomy)
+        unlimited = self._unlimited
+        return self._least_is_at_most(limit - SEARCHED_TO) or (unlimited <= limit and self._least == unlimited)
 
     @property
     def is_of_session(self) -> bool:

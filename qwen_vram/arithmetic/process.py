@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from qwen_vram.arithmetic.decode_graph import step_sizes
-from qwen_vram.arithmetic.replay.allocator import CachingAllocator, OutOfRoomError
+from qwen_vram.arithmetic.replay.allocator import CachingAllocator, OverLimitError
 from qwen_vram.arithmetic.replay.generation import Generation, replay_generation
 from qwen_vram.arithmetic.replay.linear import workspaces
 from qwen_vram.arithmetic.replay.load import as_loaded, replay_load
@@ -98,34 +98,36 @@ def replay(architecture: Architecture, profile: Profile, workload: Workload) -> 
 
 
 @lru_cache(maxsize=256)
-def least_reserved(architecture: Architecture, profile: Profile, workload: Workload, roomy: int) -> int:
-    """The least bytes that torch must be able to reserve: at most `roomy`, with which it never returns a segment.
+def least_reserved(architecture: Architecture, profile: Profile, workload: Workload, unlimited: int) -> int:
+    """The least bytes that torch must be able to reserve: at most `unlimited`, with which it never returns a segment.
 
-    Torch returns unused segments before it is out of memory. The least is searched if it can be lower than `roomy` by
-    more than `SEARCHED_TO` and the share that is added for the error of a replay.
+    Torch returns unused segments before it is out of memory. The least is searched if it can be lower than `unlimited`
+    by more than `SEARCHED_TO` and the share that is added for the error of a replay.
     """
-    *_, (_, least) = _bounds(architecture, profile, workload, roomy)
+    *_, (_, least) = _bounds(architecture, profile, workload, unlimited)
     return least
 
 
 def least_reserved_is_at_most(
-    architecture: Architecture, profile: Profile, workload: Workload, roomy: int, limit: int
+    architecture: Architecture, profile: Profile, workload: Workload, unlimited: int, limit: int
 ) -> bool:
     """Tell if `least_reserved` is at most `limit`, by the same search, which ends when that is known."""
-    for low, high in _bounds(architecture, profile, workload, roomy):
+    for low, high in _bounds(architecture, profile, workload, unlimited):
         if high <= limit or low > limit:
             break
     return high <= limit
 
 
-def _bounds(architecture: Architecture, profile: Profile, workload: Workload, roomy: int) -> Iterator[tuple[int, int]]:
+def _bounds(
+    architecture: Architecture, profile: Profile, workload: Workload, unlimited: int
+) -> Iterator[tuple[int, int]]:
     """Yield narrower and narrower bounds of `least_reserved`; the upper bound of the last pair is its value."""
-    low, high = replay(architecture, profile, workload).peak, roomy
-    if roomy <= (low + SEARCHED_TO) * (1 + REPLAY_MISS):
-        yield roomy, roomy
+    low, high = replay(architecture, profile, workload).peak, unlimited
+    if unlimited <= (low + SEARCHED_TO) * (1 + REPLAY_MISS):
+        yield unlimited, unlimited
         return
     while True:
-        yield min(roomy, int(low * (1 + REPLAY_MISS))), min(roomy, int(high * (1 + REPLAY_MISS)))
+        yield min(unlimited, int(low * (1 + REPLAY_MISS))), min(unlimited, int(high * (1 + REPLAY_MISS)))
         if high - low <= SEARCHED_TO:
             return
         middle = (low + high) // 2
@@ -141,7 +143,7 @@ def _runs_within(architecture: Architecture, profile: Profile, workload: Workloa
             loaded = _loaded(architecture, profile, limit)
         running = limit - pool_bytes(architecture, profile, workload)
         replay_generation(loaded.copy(running), architecture, profile, workload)
-    except OutOfRoomError:
+    except OverLimitError:
         return False
     return True
 

@@ -36,18 +36,18 @@ _FRAGMENT = 0.04
 class Run(NamedTuple):
     """One workload in a fresh process, in bytes.
 
-    `peak` is the most that is allocated at once. Torch reserves `roomy` without a limit, and must be able to reserve
-    `least`.
+    `peak` is the most that is allocated at once. Torch reserves `unlimited` without a limit, and must be able to
+    reserve `least`.
     """
 
     peak: int
-    roomy: int
+    unlimited: int
     least: int
 
     @property
     def counted(self) -> int:
         """The bytes that this workload needs, with the step of the search if they were searched."""
-        return self.least + (SEARCHED_TO if self.least < self.roomy else 0)
+        return self.least + (SEARCHED_TO if self.least < self.unlimited else 0)
 
 
 def critical_workloads(profile: Profile, workload: Workload) -> list[Workload]:

@@ -90,12 +90,12 @@ def plan(
             adapter=adapter,
             **parsed_knobs(knobs),
         )
-        room: dict[str, Any] = {"vram": result.budget.given, "ram": result.budget.ram}
+        budget: dict[str, Any] = {"vram": result.budget.given, "ram": result.budget.ram}
         asked = {**parsed_knobs(knobs), "profile": profile, "max_new_tokens": max_new_tokens, "padded": padded}
         asked["adapter"] = adapter
         limits = {
-            "max_context": qv.max_context(model, **room, **asked, batch_size=batch_size),
-            "max_batch": qv.max_batch(model, **room, **asked, prompt_len=prompt_len),
+            "max_context": qv.max_context(model, **budget, **asked, batch_size=batch_size),
+            "max_batch": qv.max_batch(model, **budget, **asked, prompt_len=prompt_len),
             "min_vram": qv.min_vram(model, **asked, prompt_len=prompt_len, batch_size=batch_size),
         }
     if as_json:
@@ -105,8 +105,8 @@ def plan(
     show_estimate(result.estimate)
     print("\n".join(result.notes))
     print(
-        f"within {result.room}: at most {limits['max_context']:,} tokens a sequence at batch {batch_size}, or batch "
-        f"{limits['max_batch']:,} at {result.workload.context_len:,} tokens\n"
+        f"within {result.budget_text}: at most {limits['max_context']:,} tokens a sequence at batch {batch_size}, or "
+        f"batch {limits['max_batch']:,} at {result.workload.context_len:,} tokens\n"
         f"smallest card for this workload, if the host holds the rest: {format_gib(limits['min_vram'])}"
     )
     print(result.call)

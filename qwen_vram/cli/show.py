@@ -42,5 +42,7 @@ def show_steps(result: qv.Plan) -> None:
     for step in result.steps:
         saves = f"{step.saved_bytes / 2**30:.2f}" if step.saved_bytes else ""
         table.add_row(step.change, f"{step.needed_bytes / 2**30:.2f}", saves, step.cost)
-    console.print(f"plan for {result.estimate.model}, {result.room}", style="bold", soft_wrap=True, highlight=False)
+    console.print(
+        f"plan for {result.estimate.model}, {result.budget_text}", style="bold", soft_wrap=True, highlight=False
+    )
     console.print(table)

@@ -86,7 +86,7 @@ class Plan:
         return self.placement.norm == "cpu"
 
     @property
-    def room(self) -> str:
+    def budget_text(self) -> str:
         """The budget in words, such as `8.00 GiB of the GPU`."""
         return str(self.budget)
 
@@ -196,7 +196,7 @@ class Plan:
         if self.sequences > 1:
             asked = "as num_beams and num_return_sequences in generation_config.json ask"
             lines.append(f"  {self.sequences} sequences for each prompt, {asked}")
-        lines.append(f"  fits in {self.room}")
+        lines.append(f"  fits in {self.budget_text}")
         lines += [f"  {line}" for line in self.notes]
         return "\n".join([*lines, str(self.estimate), self.call])
 

@@ -44,8 +44,8 @@ def disk_read_rate(folder: Path, size: int) -> int | None:
                 times.append(time.perf_counter() - start)
     except OSError as error:
         raise CalibrationError(
-            f"cannot write a file of {size:,} bytes in {str(folder)!r}: {error}; make room, or set QWEN_VRAM_CACHE to "
-            "a folder on another disk",
+            f"cannot write a file of {size:,} bytes in {str(folder)!r}: {error}; free some space, or set "
+            "QWEN_VRAM_CACHE to a folder on another disk",
             what="disk",
         ) from error
     return int(size / statistics.median(times))

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 import qwen_vram as qv
-from qwen_vram.arithmetic.replay.allocator import CachingAllocator, OutOfRoomError
+from qwen_vram.arithmetic.replay.allocator import CachingAllocator, OverLimitError
 from qwen_vram.arithmetic.replay.generation import Generation, replay_generation
 from qwen_vram.arithmetic.replay.linear import workspaces
 from qwen_vram.arithmetic.replay.load import replay_load
@@ -79,7 +79,7 @@ def test_under_a_limit_unused_segments_go_back_first():
     allocator.give(small, allocator.take(50 * MIB))
     kept = allocator.take(80 * MIB)
     assert (allocator.reserved, allocator.peak) == (80 * MIB, 90 * MIB)
-    with pytest.raises(OutOfRoomError):
+    with pytest.raises(OverLimitError):
         allocator.take(30 * MIB)
     allocator.give(kept)
 
@@ -192,12 +192,12 @@ def test_a_layer_from_its_recorded_events_is_the_layer(monkeypatch, knobs, logit
         allocator = CachingAllocator(limit)
         try:
             replay_generation(allocator, known.architecture, known.profile, workload)
-        except OutOfRoomError:
+        except OverLimitError:
             return None
         return allocator.peak, allocator.peak_reserved, allocator.allocated, allocator.state()
 
-    roomy = replayed(None)[1]
-    limits = (None, roomy, roomy - 2**21, roomy * 15 // 16, roomy * 7 // 8)
+    unlimited = replayed(None)[1]
+    limits = (None, unlimited, unlimited - 2**21, unlimited * 15 // 16, unlimited * 7 // 8)
     found = [replayed(limit) for limit in limits]
     monkeypatch.setattr(Generation, "layer_again", Generation.layer)
     assert found == [replayed(limit) for limit in limits]

@@ -395,7 +395,7 @@ def test_a_reserve_needs_a_unit(bare):
 def test_plans_and_maps_keep_the_reserve_free():
     smallest = qv.min_vram("Qwen2.5-7B", profile="default")
     ask = {"vram": smallest + GIB, "profile": "default", **RAM}
-    assert qv.plan("Qwen2.5-7B", **ask, reserve="1GiB").room.endswith("of the GPU (1.00 GiB more kept free)")
+    assert qv.plan("Qwen2.5-7B", **ask, reserve="1GiB").budget_text.endswith("of the GPU (1.00 GiB more kept free)")
     assert set(qv.offload_map("Qwen2.5-7B", **ask, reserve="1GiB").values()) == {0}
     with pytest.raises(qv.DoesNotFitError):
         qv.plan("Qwen2.5-7B", **ask, reserve=GIB + 1)

@@ -326,8 +326,8 @@ def test_the_articles_third_row():
 
 
 def test_the_table_goes_first_and_then_layers():
-    roomy, tight = (qv.offload_map(SEVEN, vram=vram, **RAM) for vram in ("15GiB", "10GiB"))
-    assert [name for name, where in roomy.items() if where == "cpu"] == ["model.embed_tokens"]
+    ample, tight = (qv.offload_map(SEVEN, vram=vram, **RAM) for vram in ("15GiB", "10GiB"))
+    assert [name for name, where in ample.items() if where == "cpu"] == ["model.embed_tokens"]
     on_host = [name for name, where in tight.items() if where == "cpu"]
     assert on_host[0] == "model.embed_tokens"
     assert 5 < len(on_host) < 20

@@ -40,7 +40,7 @@ _MAPPED = 32 * 2**20
 _ROOM_ABOVE = 8 * _MAPPED
 
 
-class OutOfRoomError(Exception):
+class OverLimitError(Exception):
     """A request that exceeds the limit, even after unused segments are returned."""
 
 
@@ -92,7 +92,7 @@ class CachingAllocator:
         """Allocate `nbytes` and return the block's address.
 
         Raises:
-            OutOfRoomError: more than `limit` bytes would have to be reserved.
+            OverLimitError: more than `limit` bytes would have to be reserved.
         """
         size = -(-nbytes // ALLOCATION_STEP) * ALLOCATION_STEP or ALLOCATION_STEP
         pool = 0 if size <= SMALL else 1
@@ -214,7 +214,7 @@ class CachingAllocator:
         if self.limit is not None and self.reserved + segment > self.limit:
             self.release_unused()
             if self.reserved + segment > self.limit:
-                raise OutOfRoomError
+                raise OverLimitError
         self._segments += 1
         address = _TOP - self._segments * _GAP
         if segment >= _MAPPED and _mapped(segment) <= self._room_above:

@@ -48,7 +48,7 @@ def replay_load(architecture: Architecture, profile: Profile, limit: int | None 
     """Return the allocator after a load: its `allocated` is that of the weights, its `peak` the load peak.
 
     Raises:
-        OutOfRoomError: loading needs more than `limit` bytes.
+        OverLimitError: loading needs more than `limit` bytes.
     """
     allocator = CachingAllocator(limit)
     load_into(allocator, architecture, profile)
@@ -63,7 +63,7 @@ def load_into(allocator: CachingAllocator, architecture: Architecture, profile: 
     at once. In the end the loader returns unused segments.
 
     Raises:
-        OutOfRoomError: loading needs more than the allocator's limit.
+        OverLimitError: loading needs more than the allocator's limit.
     """
     if architecture.stored:
         replay_stored(allocator, architecture, architecture.stored, profile)

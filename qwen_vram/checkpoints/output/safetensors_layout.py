@@ -69,14 +69,14 @@ class Shard(Generic[T]):
 def lay_out(weights: Iterable[T], max_shard_bytes: int) -> tuple[Shard[T], ...]:
     """Return the weights in shards of at most `max_shard_bytes` of data; a larger weight has a shard of its own."""
     groups: list[list[T]] = []
-    room = 0
+    left = 0
     for weight in weights:
         size = sum(slot.nbytes for slot in weight.slots)
-        if not groups or size > room:
+        if not groups or size > left:
             groups.append([])
-            room = max_shard_bytes
+            left = max_shard_bytes
         groups[-1].append(weight)
-        room -= size
+        left -= size
     if len(groups) == 1:
         return (_shard(SINGLE, tuple(groups[0])),)
     return tuple(

@@ -45,5 +45,5 @@ def live_bytes(part: Estimate) -> int:
     return part.weights + part.kv_cache + part.tensors + part.workspace
 
 
-def _holds(room: int, part: Estimate) -> bool:
-    return live_bytes(part) <= room and part.needs_at_most(room)
+def _holds(limit: int, part: Estimate) -> bool:
+    return live_bytes(part) <= limit and part.needs_at_most(limit)

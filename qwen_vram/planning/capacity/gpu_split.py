@@ -62,10 +62,10 @@ def balanced(
         return best  # nor does any other split fit
     while True:
         shares, counts = _shares(best, budgets), split_of(best)
-        full, roomy = max(shares, key=shares.__getitem__), min(shares, key=shares.__getitem__)
+        full, emptiest = max(shares, key=shares.__getitem__), min(shares, key=shares.__getitem__)
         following, fullest = best, shares[full]
-        for moved in range(1, min(_MOST_MOVED, counts[full] - 1) + 1) if full != roomy else ():
-            moved_counts = {**counts, full: counts[full] - moved, roomy: counts[roomy] + moved}
+        for moved in range(1, min(_MOST_MOVED, counts[full] - 1) + 1) if full != emptiest else ():
+            moved_counts = {**counts, full: counts[full] - moved, emptiest: counts[emptiest] + moved}
             other = split_estimate(label, architecture, profile, workload, moved_counts, machine=machine, held=held)
             # The least needed bytes, which take no replay, already exclude most splits.
             if _fullest(other, budgets, _at_least) < fullest and _fullest(other, budgets) < fullest:

@@ -35,14 +35,14 @@ def shortage(result: Estimate, budget: Budget) -> Shortage:
         return _of_one(result.host, budget.ram, "of host memory", devices)
     if not devices:
         return _of_one(result.needed_bytes, budget.vram, "on the GPU, CUDA context included", devices)
-    most, room = max(devices.values(), key=lambda pair: pair[0] / max(1, pair[1]))
+    most, limit = max(devices.values(), key=lambda pair: pair[0] / max(1, pair[1]))
     each = " and ".join(f"{format_gib(need)} on GPU {device}" for device, (need, _) in devices.items())
     allowed = " and ".join(format_gib(offered) for _, offered in devices.values())
-    return Shortage(f"{each}, CUDA contexts included", allowed, most, room, devices)
+    return Shortage(f"{each}, CUDA contexts included", allowed, most, limit, devices)
 
 
-def _of_one(need: int, room: int, where: str, devices: dict[int, tuple[int, int]]) -> Shortage:
-    return Shortage(f"{format_gib(need)} {where}", format_gib(room), need, room, devices)
+def _of_one(need: int, limit: int, where: str, devices: dict[int, tuple[int, int]]) -> Shortage:
+    return Shortage(f"{format_gib(need)} {where}", format_gib(limit), need, limit, devices)
 
 
 def refusal(smallest: Estimate, budget: Budget, nearest: Workload | None) -> DoesNotFitError:

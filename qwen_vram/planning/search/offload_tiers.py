@@ -64,14 +64,14 @@ class Tiers:
         if fits(result, self.budget) or not self.may_read_layers(profile):
             return result
         if self.budget.vram is None and not self.start.streamed_layers:
-            return self._fewest_away(profile, result.workload)
+            return self._fewest_off_device(profile, result.workload)
         taken = result.host if self.budget.vram is not None else needed(result, self.budget)
-        room = self.budget.ram - taken + weight_bytes(self.architecture, profile).host
+        free = self.budget.ram - taken + weight_bytes(self.architecture, profile).host
 
         def on_disk(kept: int) -> Profile:
             return replace(profile, disk_layers=profile.streamed_layers - max(kept, profile.host_layers))
 
-        kept = most(profile.streamed_layers, lambda kept: weight_bytes(self.architecture, on_disk(kept)).host <= room)
+        kept = most(profile.streamed_layers, lambda kept: weight_bytes(self.architecture, on_disk(kept)).host <= free)
         return self.estimate(on_disk(kept), result.workload)
 
     def quickest(self, result: Estimate) -> Estimate:
@@ -85,12 +85,12 @@ class Tiers:
         choices = [
             replace(profile, host_layers=count) for count in range(profile.streamed_layers - profile.disk_layers + 1)
         ]
-        room = self.budget.ram - result.host
-        held = [choice for choice in choices if computing_copies(self.architecture, choice) <= room]
+        free = self.budget.ram - result.host
+        held = [choice for choice in choices if computing_copies(self.architecture, choice) <= free]
         best = min(held, key=lambda choice: decode_ms(self.architecture, choice, result.workload, result.machine))
         return self.estimate(best, result.workload)
 
-    def _fewest_away(self, base: Profile, workload: Workload) -> Estimate:
+    def _fewest_off_device(self, base: Profile, workload: Workload) -> Estimate:
         """Estimate `base` without a GPU, with the most layers that the host holds, and the others on the disk."""
         layers = self.architecture.num_hidden_layers
         if streaming_slots(self.architecture, replace(base, streamed_layers=layers)) > 2:

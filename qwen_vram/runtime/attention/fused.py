@@ -105,8 +105,8 @@ def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     Rows have the length that the kernel requires; sdpa would make such a copy itself.
     """
     keys = mask.shape[-1]
-    room = mask.new_empty((*mask.shape[:-1], bias_columns(keys)), dtype=dtype)
-    return room[..., :keys].fill_(torch.finfo(dtype).min).masked_fill_(mask, 0)
+    wide = mask.new_empty((*mask.shape[:-1], bias_columns(keys)), dtype=dtype)
+    return wide[..., :keys].fill_(torch.finfo(dtype).min).masked_fill_(mask, 0)
 
 
 def fused_mask(

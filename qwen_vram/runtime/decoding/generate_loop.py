@@ -28,9 +28,9 @@ class CompiledDecoding:
         cache = options.get("past_key_values")
         if not isinstance(cache, GraphCache):
             return super()._sample(input_ids, *args, **options)  # type: ignore[misc]
-        in_the_way = _in_the_way(cache, **options)
-        if in_the_way:
-            _say_once(f"{in_the_way}: this generation runs without compiled decode steps")
+        obstacle = _obstacle(cache, **options)
+        if obstacle:
+            _say_once(f"{obstacle}: this generation runs without compiled decode steps")
             return super()._sample(input_ids, *args, **options)  # type: ignore[misc]
         return _decode(self, input_ids, *args, **options)
 
@@ -54,7 +54,7 @@ def decode_by_steps(model: Any) -> None:
     model.__class__ = type(kind.__name__, (CompiledDecoding, kind), names)
 
 
-def _in_the_way(
+def _obstacle(
     cache: GraphCache, *, generation_config: Any, attention_mask: Tensor | None = None, **options: Any
 ) -> str:
     """Return why steps cannot run; empty if they can."""

@@ -26,17 +26,17 @@ class PreallocatedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     is_croppable = True
 
-    def __init__(self, max_length: int, room: KvArena | None = None) -> None:
+    def __init__(self, max_length: int, arena: KvArena | None = None) -> None:
         super().__init__()
         self.max_length = max_length
-        self.room = room or KvArena(1)
+        self.arena = arena or KvArena(1)
         self.length = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate the memory, in the dtype and on the device of the first keys and values."""
         self.dtype, self.device = key_states.dtype, key_states.device
         wanted = {name: like_states(key_states, self.max_length) for name in ("keys", "values")}
-        part = self.room.take(wanted, self.device)
+        part = self.arena.take(wanted, self.device)
         self.keys, self.values = part["keys"], part["values"]
         self.is_initialized = True
 
@@ -127,12 +127,12 @@ class PreallocatedCache(Cache):  # type: ignore[misc]
         layers: list[CacheLayerMixin] = []
         quantized = kv_format(kv_cache).is_quantized
         for count in split or (num_hidden_layers,):
-            room = KvArena(count)
+            arena = KvArena(count)
             for _ in range(count):
                 if quantized:
-                    layers.append(QuantizedLayer(max_length, kv_cache, room))
+                    layers.append(QuantizedLayer(max_length, kv_cache, arena))
                 else:
-                    layers.append(PreallocatedLayer(max_length, room))
+                    layers.append(PreallocatedLayer(max_length, arena))
         super().__init__(layers=layers)
         self.kv_cache = kv_cache
 

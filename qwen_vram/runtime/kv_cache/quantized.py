@@ -99,10 +99,10 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     is_croppable = True
 
-    def __init__(self, max_length: int, kv_cache: str, room: KvArena | None = None) -> None:
+    def __init__(self, max_length: int, kv_cache: str, arena: KvArena | None = None) -> None:
         super().__init__()
         self.max_length = max_length
-        self.room = room or KvArena(1)
+        self.arena = arena or KvArena(1)
         self.stored = kv_format(kv_cache)
         self.quantized = 0
         self.whole = 0
@@ -119,7 +119,7 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
         newest = like_states(key_states, stored.whole_tokens(self.max_length))
         of_keys = Codes.wanted(key_states, tokens, stored, stored.key_group)
         of_values = Codes.wanted(value_states, tokens, stored, 0)
-        part = self.room.take(dict(enumerate((*of_keys, *of_values, newest, newest))), self.device)
+        part = self.arena.take(dict(enumerate((*of_keys, *of_values, newest, newest))), self.device)
         *codes, self.new_keys, self.new_values = (part[index] for index in range(len(part)))
         self.key_codes = Codes(codes[:3], stored, stored.key_group)
         self.value_codes = Codes(codes[3:], stored, 0)

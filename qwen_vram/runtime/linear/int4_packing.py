@@ -37,12 +37,12 @@ def arrange(pairs: Tensor) -> Tensor:
     return packed
 
 
-def as_packed(room: Tensor) -> Tensor:
+def as_packed(memory: Tensor) -> Tensor:
     """Return the memory of pairs, (rows, columns / 2) in uint8, as a view in the shape of the device's kernel."""
-    rows, half = room.shape
-    if room.device.type == "cpu":
-        return room
-    return room.view(torch.int32).view(rows // 8, half // (_INNER * 8), 32, _INNER // 2)
+    rows, half = memory.shape
+    if memory.device.type == "cpu":
+        return memory
+    return memory.view(torch.int32).view(rows // 8, half // (_INNER * 8), 32, _INNER // 2)
 
 
 def rows_of(packed: Tensor, start: int, end: int) -> Tensor:

@@ -134,14 +134,14 @@ def check_free(chosen: Plan, devices: list[torch.device]) -> None:
         part = chosen.estimate.devices.get(device.index, chosen.estimate)
         free, total = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        room = free + unused + max(part.held, part.machine.cuda_context)
-        if part.needed_bytes > room:
+        available = free + unused + max(part.held, part.machine.cuda_context)
+        if part.needed_bytes > available:
             raise DoesNotFitError(
                 f"{chosen.estimate.model} needs {format_gib(part.needed_bytes)} of GPU {device.index}, and of its "
-                f"{format_gib(total)} only {format_gib(room)} are free now: {_holders(device)}, or pass vram={room} to "
-                "plan for what is free",
+                f"{format_gib(total)} only {format_gib(available)} are free now: {_holders(device)}, or pass "
+                f"vram={available} to plan for what is free",
                 needed_bytes=part.needed_bytes,
-                budget_bytes=room,
+                budget_bytes=available,
                 estimate=part,
                 nearest=None,
             )

@@ -41,8 +41,8 @@ def verify(llm: LoadedModel) -> Report:
             torch.cuda.empty_cache()
     budget = llm.plan.budget
     if not report.devices:
-        room = budget.vram if llm.device.type == "cuda" else None
-        _check(report, room, "")
+        offered = budget.vram if llm.device.type == "cuda" else None
+        _check(report, offered, "")
     for device, one in report.devices.items():
         _check(one, budget.devices[device], f" on GPU {device}")
     return report
@@ -68,6 +68,6 @@ def _message(parts: dict[str, tuple[int, int]], budget: int | None) -> str:
     )
     allowed = "" if budget is None else f"; the budget is {budget:,} bytes ({format_bytes(budget)})"
     return (
-        f"the plan does not hold: {found}{allowed}. Pass a smaller vram to leave room, and please report this with the "
+        f"the plan does not hold: {found}{allowed}. Pass a smaller vram, and please report this with the "
         "model, the knobs and the versions of torch and transformers"
     )

@@ -90,8 +90,8 @@ def _promise(plan: Plan, device: torch.device) -> _Promise:
     assert plan.budget.vram is not None
     offered = plan.budget.devices.get(device.index, plan.budget.vram)
     most = min(part.process_total, max(offered, part.needed_bytes))
-    room = part.kv_cache if part.profile.captures else 0
-    return _Promise(part.weights + part.workspace + room, most - part.beside_torch, most < part.process_total)
+    cache = part.kv_cache if part.profile.captures else 0
+    return _Promise(part.weights + part.workspace + cache, most - part.beside_torch, most < part.process_total)
 
 
 # The limits of running generations, and the caller's limit before the first of them.

@@ -200,14 +200,14 @@ class Streamer:
         return slot
 
     def _copy(self, source: Tensor, slot: Slot) -> None:
-        room = slot.memory[: source.nbytes]
+        target = slot.memory[: source.nbytes]
         if self.stream is None:
-            room.copy_(source)
+            target.copy_(source)
             return
         slot.computed.record(slot.computes_on)
         self.stream.wait_event(slot.computed)
         with torch.cuda.stream(self.stream):
-            room.copy_(source, non_blocking=True)
+            target.copy_(source, non_blocking=True)
             slot.filled.record(self.stream)
 
 

@@ -23,23 +23,23 @@ class WeightsFile:
         self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         weakref.finalize(self, os.close, self._descriptor)
 
-    def read_into(self, room: memoryview, offset: int) -> None:
-        """Fill `room` with the bytes from `offset` on.
+    def read_into(self, target: memoryview, offset: int) -> None:
+        """Fill `target` with the bytes from `offset` on.
 
         Raises:
             CheckpointError: the file ends before, or cannot be read.
         """
-        end = offset + len(room)
+        end = offset + len(target)
         try:
-            while room:
-                count = os.preadv(self._descriptor, [room], offset)
+            while target:
+                count = os.preadv(self._descriptor, [target], offset)
                 if not count:
                     raise CheckpointError(
                         f"{str(self.path)!r} ends at byte {offset:,}, and a disk layer is read from it up to byte "
                         f"{end:,}: it became shorter after it was loaded; restore the file, or download it again",
                         path=str(self.path),
                     )
-                room, offset = room[count:], offset + count
+                target, offset = target[count:], offset + count
         except OSError as error:
             raise CheckpointError(
                 f"cannot read a disk layer from {str(self.path)!r}: {error}; check the disk", path=str(self.path)

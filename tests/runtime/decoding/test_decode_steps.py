@@ -282,10 +282,10 @@ def test_a_longer_generation_gets_more_memory_and_the_planned_comes_back(demo):
 def test_a_full_cache_says_so(pairs):
     for llm in pairs("fp32"):
         inputs = llm.tokenizer(chats(llm, 1), return_tensors="pt")
-        room = inputs["input_ids"].shape[1] + 8
-        with pytest.raises(ValueError, match=f"the cache holds {room} tokens and was given {room + 1}"):
+        length = inputs["input_ids"].shape[1] + 8
+        with pytest.raises(ValueError, match=f"the cache holds {length} tokens and was given {length + 1}"):
             llm.model.generate(
-                **inputs, past_key_values=llm.new_cache(max_length=room), max_new_tokens=20, do_sample=False,
+                **inputs, past_key_values=llm.new_cache(max_length=length), max_new_tokens=20, do_sample=False,
                 eos_token_id=None,
             )  # fmt: skip
 

@@ -190,7 +190,7 @@ def test_all_layers_are_one_block_which_goes_with_the_last_of_them(kind):
         for one, other in zip(read, (keys, values), strict=True):
             # The newest tokens are whole.
             assert torch.equal(one[:, :, 150:200], other[[1, 0], :, 150:])
-    assert cache.layers[0].room._memory is None, "or it would outlive the layers"
+    assert cache.layers[0].arena._memory is None, "or it would outlive the layers"
 
 
 @pytest.mark.parametrize("kind", KV_FORMAT_NAMES)

@@ -38,8 +38,8 @@ def test_a_plan_that_does_not_hold(demo):
             verify(llm)
     assert caught.value.parts == {"weights": (real.weights - 5_000_000, real.weights)}
     assert str(caught.value) == (
-        "the plan does not hold: weights: 6,020,800 bytes promised, 11,020,800 taken. Pass a smaller vram to leave "
-        "room, and please report this with the model, the knobs and the versions of torch and transformers"
+        "the plan does not hold: weights: 6,020,800 bytes promised, 11,020,800 taken. Pass a smaller vram, and "
+        "please report this with the model, the knobs and the versions of torch and transformers"
     )
 
 

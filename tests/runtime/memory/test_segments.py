@@ -88,7 +88,7 @@ def test_a_plan_that_needs_none_of_that_is_not_limited(card: Card) -> None:
 
 def test_segments_go_back_before_another_shape_and_after_more_than_the_promise(card: Card) -> None:
     plan = planned(captured=True)
-    # A captured plan's room for keys and values is the model's own while it rests.
+    # A captured plan's memory for keys and values is the model's own while it rests.
     card.allocated = plan.estimate.weights + plan.estimate.workspace + plan.estimate.kv_cache
     segments = segments_of(plan)
     counts = []

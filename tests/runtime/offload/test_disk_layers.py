@@ -166,9 +166,9 @@ def test_a_token_reads_a_disk_layer_once_and_loading_only_reads_ahead(saved, dem
     folder, read = saved(demo, weights), []
 
     class Counting(WeightsFile):
-        def read_into(self, room, offset):
-            read.append(len(room))
-            super().read_into(room, offset)
+        def read_into(self, target, offset):
+            read.append(len(target))
+            super().read_into(target, offset)
 
     monkeypatch.setattr("qwen_vram.runtime.tensors.mapped_checkpoint.WeightsFile", Counting)
     with load(folder, streamed_layers=4, disk_layers=4) as llm:
@@ -294,7 +294,7 @@ def test_an_interrupt_while_the_disk_is_waited_for_leaves_the_ring_usable(demo, 
         expected = logits(llm)
         settle(llm)
         slow, go = FileExtents.read_into, threading.Event()
-        monkeypatch.setattr(FileExtents, "read_into", lambda self, room: go.wait(10) and slow(self, room))
+        monkeypatch.setattr(FileExtents, "read_into", lambda self, target: go.wait(10) and slow(self, target))
         main = threading.main_thread().ident
         timer = threading.Timer(1.0, lambda: signal.pthread_kill(main, signal.SIGINT))
         timer.start()
@@ -377,9 +377,9 @@ def test_short_reads_are_continued(tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(data)
     real = os.preadv
     monkeypatch.setattr(image.os, "preadv", lambda file, rooms, offset: real(file, [rooms[0][:7]], offset))
-    room = bytearray(990)
-    WeightsFile(tmp_path / "file").read_into(memoryview(room), 5)
-    assert room == data[5:995]
+    target = bytearray(990)
+    WeightsFile(tmp_path / "file").read_into(memoryview(target), 5)
+    assert target == data[5:995]
 
 
 def test_closing_ends_the_thread_and_gives_everything_back_at_once(demo):
@@ -548,9 +548,9 @@ def test_a_plan_that_not_even_the_disk_saves_says_what_it_needs(pinned, ram, all
 
 def test_the_token_table_stays_on_the_gpu_where_the_host_has_no_room_for_it():
     work = {"vram": "3GiB", "prompt_len": 2_000}
-    roomy, short = (qv.plan(quantized(), **work, ram=ram) for ram in ("2GiB", "1GiB"))
-    assert (roomy.profile.embeddings, short.profile.embeddings) == ("host", "device")
-    assert short.profile.disk_layers > roomy.profile.disk_layers
+    ample, short = (qv.plan(quantized(), **work, ram=ram) for ram in ("2GiB", "1GiB"))
+    assert (ample.profile.embeddings, short.profile.embeddings) == ("host", "device")
+    assert short.profile.disk_layers > ample.profile.disk_layers
     assert short.estimate.host <= short.budget.ram
 
 

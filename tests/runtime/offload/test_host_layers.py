@@ -345,7 +345,7 @@ def test_for_speed_a_plan_rounds_scales(measured):
     asked = {"vram": "3GiB", "weights": "nf4", "prompt_len": 2_000, "prefer": "speed"}
     profile = qv.plan(SEVEN, ram="64GiB", **asked).profile
     assert profile.host_layers > 0
-    # Copies for the CPU need room of their own.
+    # Copies for the CPU take host memory too.
     streamed = qv.plan(SEVEN, ram="64GiB", **asked, host_layers=0)
     tight = qv.plan(SEVEN, ram=streamed.estimate.host + 300_000_000, **asked)
     assert tight.profile.host_layers == 2 < profile.host_layers

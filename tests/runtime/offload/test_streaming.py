@@ -386,25 +386,25 @@ def test_a_model_that_is_dropped_unclosed_gives_everything_back(demo):
 
 
 class Driver:
-    def __init__(self, room):
-        self.room, self.locked = room, {}
+    def __init__(self, free):
+        self.free, self.locked = free, {}
 
     def cudaHostRegister(self, address, nbytes, flags):
         assert address % 4096 == nbytes % 4096 == flags == 0
-        if nbytes > self.room:
+        if nbytes > self.free:
             return 2
-        self.room -= nbytes
+        self.free -= nbytes
         self.locked[address] = nbytes
         return 0
 
     def cudaHostUnregister(self, address):
-        self.room += self.locked.pop(address)
+        self.free += self.locked.pop(address)
         return 0
 
 
 @pytest.fixture
 def driver(monkeypatch):
-    driver = Driver(room=5 * 4096)
+    driver = Driver(free=5 * 4096)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     return driver
@@ -428,7 +428,7 @@ def test_pages_are_locked_block_by_block_and_unlocked(driver, end):
     else:
         del memory
     assert driver.locked == {}
-    assert driver.room == 5 * 4096
+    assert driver.free == 5 * 4096
 
 
 def test_where_locking_fails_it_says_so_once_and_goes_on(driver, caplog):
