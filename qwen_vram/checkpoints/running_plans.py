@@ -1,8 +1,8 @@
-"""Plans of running processes: files in the user's cache folder, from which a monitor reads what was promised.
+"""Files from which a monitor reads the plans of running processes.
 
-`load()` writes one file for each model. The file is removed when the model is closed, when it is dropped, or when the
-process ends. A process that is killed leaves its file. A reader removes such a file, because the process of that number
-has another start time or does not exist.
+`load()` writes one file for each model, in the user's cache folder. The file is removed when the model is closed, when
+it is dropped, or when the process ends. A process that is killed leaves its file. A reader removes such a file, because
+the process of that number has another start time or does not exist.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""NVML, the driver's library: the GPUs that CUDA shows, and questions that a driver may not answer."""
+"""NVML: the GPUs that CUDA shows, and questions that a driver may not answer."""
 
 from __future__ import annotations
 

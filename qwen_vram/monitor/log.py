@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 
 from qwen_vram.errors import QwenVramError
-from qwen_vram.tools.monitor.sample import Sample
+from qwen_vram.monitor.sample import Sample
 
 
 class LogError(QwenVramError):
@@ -51,7 +51,8 @@ class Log:
                 raise OSError(28, "no space left on device")
         except OSError as error:
             raise LogError(
-                f"cannot write the log {str(self.path)!r}: {error.strerror}; free space on its disk", path=str(self.path)
+                f"cannot write the log {str(self.path)!r}: {error.strerror}; free some space on its disk",
+                path=str(self.path),
             ) from error
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""One look at this machine: GPUs, their processes, the host, and the plans of models that are loaded."""
+"""A sample of this machine: GPUs, processes, the host, and the plans of loaded models."""
 
 from __future__ import annotations
 
@@ -71,8 +71,9 @@ class PlanUse:
         pid: The process.
         model: The model as it was named.
         call: The `load` call that repeats the plan.
-        uuids: The GPUs it is on; empty on the CPU.
-        promised: Bytes by part, as in `Estimate`: the most in any generation that the plan covers.
+        uuids: The GPUs it is on, by CUDA's UUIDs, which lack the driver's "GPU-" or "MIG-"; empty on the CPU.
+        promised: Bytes by part, as in `Estimate`: the most in any generation that the plan covers. On the CPU it has
+            the parts that are tensors.
         measured: Bytes by part of the last generation, summed over GPUs; only `weights` before the first one.
         generations: The number of generations so far.
         used: Bytes that its process takes on these GPUs now, or its resident set on the CPU; `None` if unknown.
@@ -86,6 +87,11 @@ class PlanUse:
     measured: dict[str, int]
     generations: int
     used: int | None
+
+    @property
+    def total(self) -> int | None:
+        """Bytes that the process may take on its GPUs; `None` on the CPU, where a plan counts tensors alone."""
+        return self.promised.get("process_total")
 
 
 @dataclass(frozen=True)
@@ -196,7 +202,7 @@ def _used(pid: int, uuids: tuple[str, ...], gpus: tuple[GpuUse, ...]) -> int | N
             return None
     found = []
     for gpu in gpus:
-        if gpu.uuid in uuids:
+        if gpu.uuid.partition("-")[2] in uuids:
             own = [one.used for one in gpu.processes if one.pid == pid]
             hidden = [one.used for one in gpu.processes if one.name == _HIDDEN]
             used = own or (hidden if len(gpu.processes) == len(hidden) == 1 else [])

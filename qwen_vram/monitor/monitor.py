@@ -12,8 +12,8 @@ from pathlib import Path
 from types import TracebackType
 
 from qwen_vram.errors import UnitError
-from qwen_vram.tools.monitor.log import Log
-from qwen_vram.tools.monitor.sample import Sample, take
+from qwen_vram.monitor.log import Log
+from qwen_vram.monitor.sample import Sample, take
 
 _UNITS = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0}
 SHORTEST = 0.05
@@ -51,14 +51,14 @@ class Monitor:
         print(monitor.peak)
 
     Attributes:
-        samples: The samples so far; the newest ones if `keep` is reached.
+        samples: The samples so far, at most the newest `keep` ones.
         peak: The most bytes that were used on each GPU, by UUID; of the host, the most that were not available.
+        on_sample: Called with each sample, in the monitor's thread.
 
     Args:
         every: The interval, such as `"10s"`, or seconds.
         log: A file to which each sample is appended as a JSON line; `read_log` reads it.
         keep: The most samples in memory.
-        on_sample: Called with each sample, in the monitor's thread.
 
     Raises:
         UnitError: `every` is not an interval.
@@ -76,7 +76,7 @@ class Monitor:
         self.every = parse_interval(every)
         self.samples: list[Sample] = []
         self.peak: dict[str, int] = {}
-        self._keep, self._on_sample = keep, on_sample
+        self._keep, self.on_sample = keep, on_sample
         self._log_path = log
         self._stack = ExitStack()
         self._log: Log | None = None
@@ -97,6 +97,14 @@ class Monitor:
         self._thread = threading.Thread(target=self._run, name="qwen_vram monitor", daemon=True)
         self._thread.start()
         return self
+
+    def once(self, on_sample: Callable[[Sample], None]) -> None:
+        """Take one sample, without a thread."""
+        with ExitStack() as stack:
+            self._log = None if self._log_path is None else stack.enter_context(Log(self._log_path))
+            self.on_sample = on_sample
+            self._take()
+        self._log = None
 
     def stop(self) -> None:
         """End the thread after a last sample.
@@ -146,5 +154,5 @@ class Monitor:
         self.peak["host"] = max(self.peak.get("host", 0), sample.host.total - sample.host.available)
         if self._log is not None:
             self._log.write(sample)
-        if self._on_sample is not None:
-            self._on_sample(sample)
+        if self.on_sample is not None:
+            self.on_sample(sample)
