@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from qwen_vram.estimator import estimate_vram
     from qwen_vram.lora.merge import merge_lora_then_quantize
     from qwen_vram.lora.report import MergeReport
+    from qwen_vram.monitor.log import read_log
+    from qwen_vram.monitor.monitor import Monitor
+    from qwen_vram.monitor.plot import plot_log
     from qwen_vram.planning.capacity.budget import Budget
     from qwen_vram.planning.errors import DoesNotFitError
     from qwen_vram.planning.limits import max_batch, max_context, min_vram
@@ -71,6 +74,9 @@ _MODULES = {
     "checkpoints.adapters.errors": ("AdapterError",),
     "lora.merge": ("merge_lora_then_quantize",),
     "lora.report": ("MergeReport",),
+    "monitor.log": ("read_log",),
+    "monitor.monitor": ("Monitor",),
+    "monitor.plot": ("plot_log",),
     "planning.errors": ("DoesNotFitError",),
     "planning.capacity.budget": ("Budget",),
     "planning.limits": ("max_batch", "max_context", "min_vram"),
@@ -99,6 +105,7 @@ __all__ = [
     "HubError",
     "LoadedModel",
     "MergeReport",
+    "Monitor",
     "NotFiniteError",
     "NotSupportedError",
     "Plan",
@@ -118,7 +125,9 @@ __all__ = [
     "min_vram",
     "offload_map",
     "plan",
+    "plot_log",
     "quantize_gptq",
+    "read_log",
 ]
 
 

@@ -1,11 +1,12 @@
 """The command line `qwen-vram` and its commands.
 
-They are `estimate`, `plan`, `chat`, `merge`, `quantize`, `calibrate` and `demo`.
+They are `estimate`, `plan`, `chat`, `merge`, `quantize`, `calibrate`, `monitor`, `run` and `demo`.
 
 Modules:
     chat      `qwen-vram chat`: a conversation with a model in the terminal.
     consoles  Consoles of the commands: results on standard output, errors on standard error.
     machine   `qwen-vram calibrate` and `demo`: measure this machine, and show the bundled model.
+    monitor   `qwen-vram monitor` and `run`: watch GPU memory, alone or beside a program.
     options   Options that several commands share, and the parsing of their values.
     plans     `qwen-vram estimate` and `plan`: predictions, without loading a model.
     show      Tables of estimates and plans for the terminal.
@@ -24,6 +25,7 @@ import qwen_vram as qv
 from qwen_vram.cli.chat import chat
 from qwen_vram.cli.consoles import errors
 from qwen_vram.cli.machine import calibrate, demo
+from qwen_vram.cli.monitor import monitor, run
 from qwen_vram.cli.plans import estimate, plan
 from qwen_vram.cli.write import merge, quantize
 
@@ -52,8 +54,9 @@ def _options(
     """Options before a command."""
 
 
-for command in (estimate, plan, chat, merge, quantize, calibrate, demo):
+for command in (estimate, plan, chat, merge, quantize, calibrate, monitor, demo):
     app.command()(command)
+app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(run)
 
 
 def main() -> None:

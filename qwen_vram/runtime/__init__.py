@@ -18,6 +18,7 @@ Modules:
     offload/          Decoder layers and token embeddings that stay on the host or the disk.
     peft_adapter      A LoRA adapter beside its base, run by PEFT in the model's own dtype.
     progress          Progress bars on standard error: ours over bytes, and those of `transformers`.
+    publication       Facts of a loaded model that a monitor reads: plan, GPUs and measured bytes.
     quantize_on_load  Quantization of each matrix while `transformers` loads the checkpoint.
     report_times      Predicted and measured times of a generation, for reports.
     requests/         Requests: messages, chat templates, options and sampling settings, checked.

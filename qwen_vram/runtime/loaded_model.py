@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from qwen_vram.checkpoints.running_plans import Publication
 from qwen_vram.errors import QwenVramError
 from qwen_vram.planning.planner import Plan
 from qwen_vram.runtime.decoding.graph_decoder import Decoder
@@ -27,6 +28,7 @@ from qwen_vram.runtime.generation.generations import Generations
 from qwen_vram.runtime.measure import Report
 from qwen_vram.runtime.memory.release import give_back_memory
 from qwen_vram.runtime.offload.streamer import Streamer
+from qwen_vram.runtime.publication import facts_of
 from qwen_vram.runtime.report_times import ReportedTimes
 from qwen_vram.runtime.requests.conversation import Message
 from qwen_vram.runtime.requests.prompts import Prompt, Prompts
@@ -74,6 +76,7 @@ class LoadedModel:
         self._folder = folder
         self._streamer = streamer
         self._generations = Generations(plan, measured, before, decoder)
+        self._generations.publication = Publication(self, facts_of(plan, measured))
         self._freeing = Lock()
         assert plan.estimate.architecture is not None
         self._prompts = Prompts(tokenizer, plan.estimate.architecture.vocab_size, folder)
@@ -137,6 +140,8 @@ class LoadedModel:
             if self._streamer is not None:
                 self._streamer.close()
             self._generations.close()
+            if self._generations.publication is not None:
+                self._generations.publication.remove()
             give_back_memory()
 
     def chat(

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 from qwen_vram.errors import BackendUnavailableError
+from qwen_vram.planning.capacity.nvml import driver, text_of, told, visible_handles
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -38,8 +37,8 @@ def visible_gpus() -> list[DeviceMemory]:
     ends before the first GPU whose memory the driver does not report.
     """
     found: list[DeviceMemory] = []
-    with _driver() as pynvml:
-        for handle in _handles(pynvml) if pynvml else []:
+    with driver() as pynvml:
+        for handle in visible_handles(pynvml) if pynvml else []:
             memory = _memory(pynvml, handle)
             if memory is None:
                 break
@@ -103,9 +102,9 @@ def _first(cards: list[DeviceMemory]) -> DeviceMemory | None:
 def _card_of(torch: Any, number: int) -> DeviceMemory:
     """CUDA's GPU `number`, matched by UUID or PCI bus; torch's figures if the driver's library does not know it."""
     facts = torch.cuda.get_device_properties(number)
-    with _driver() as pynvml:
+    with driver() as pynvml:
         for ask, name in _identities(facts):
-            handle = _told(pynvml, ask, name)
+            handle = told(pynvml, ask, name)
             memory = None if handle is None else _memory(pynvml, handle)
             if memory is not None:
                 return memory
@@ -122,118 +121,15 @@ def _identities(facts: Any) -> Iterator[tuple[str, str]]:
         yield "nvmlDeviceGetHandleByPciBusId", place
 
 
-@contextmanager
-def _driver() -> Iterator[ModuleType | None]:
-    """NVML while it is open; `None` without the library or a driver."""
-    try:
-        import pynvml
-    except ImportError:
-        yield None
-        return
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        yield None
-        return
-    try:
-        yield pynvml
-    finally:
-        pynvml.nvmlShutdown()
-
-
-def _told(pynvml: ModuleType | None, ask: str, *about: object) -> Any:
-    """The answer of an NVML function; `None` if this library, driver or card does not give it (WSL, containers)."""
-    function = getattr(pynvml, ask, None)
-    if pynvml is None or function is None:
-        return None
-    try:
-        return function(*about)
-    except (pynvml.NVMLError, ValueError):  # some drivers report an unknown UUID as an invalid argument
-        return None
-
-
-def _handles(pynvml: ModuleType) -> list[object]:
-    """The handles of the GPUs that CUDA shows, by the rules of `CUDA_VISIBLE_DEVICES`.
-
-    CUDA ignores an entry that is not valid, and all later ones. It shows no GPU if one is named twice.
-    Source: CUDA C++ Programming Guide 13.0, environment variables; torch 2.13, torch/cuda/__init__.py.
-    """
-    count = _told(pynvml, "nvmlDeviceGetCount") or 0
-    cards = [
-        card for card in (_told(pynvml, "nvmlDeviceGetHandleByIndex", n) for n in range(count)) if card is not None
-    ]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        shown = [_shown(pynvml, card) for card in cards]
-        return [handle for handle in shown if handle is not None]
-    chosen: dict[str, object] = {}
-    for entry in visible.split(","):
-        key, handle = _named(pynvml, cards, entry.strip())
-        if handle is None:
-            break
-        if key in chosen:
-            return []
-        chosen[key] = handle
-    return list(chosen.values())
-
-
-def _named(pynvml: ModuleType, cards: list[object], entry: str) -> tuple[str, object | None]:
-    """A key and the handle of the GPU that an entry of `CUDA_VISIBLE_DEVICES` names; `None` if it names no GPU."""
-    number = re.match(r"\+?\d+", entry)  # CUDA reads "1gpu" as 1
-    if number:
-        index = int(number.group())
-        return str(index), _shown(pynvml, cards[index]) if index < len(cards) else None
-    if entry.startswith("MIG-"):
-        parts = {key: part for index, card in enumerate(cards) for key, part in _instances(pynvml, card, str(index))}
-        near = [key for key, part in parts.items() if entry in (key, _legacy(pynvml, cards, key, part))]
-        near = near or [key for key, part in parts.items() if _uuid(pynvml, part).startswith(entry)]
-        return (near[0], parts[near[0]]) if len(near) == 1 else ("", None)
-    if entry.startswith("GPU-"):
-        full = [index for index, card in enumerate(cards) if _uuid(pynvml, card).startswith(entry)]
-        return (str(full[0]), _shown(pynvml, cards[full[0]])) if len(full) == 1 else ("", None)
-    return "", None
-
-
-def _shown(pynvml: ModuleType, card: object) -> object | None:
-    """The handle that CUDA shows for a GPU: its own, or its first instance's if it is divided (MIG)."""
-    mode = _told(pynvml, "nvmlDeviceGetMigMode", card)
-    if not mode or mode[0] != 1:
-        return card
-    return next((part for _, part in _instances(pynvml, card, "")), None)
-
-
-def _instances(pynvml: ModuleType, card: object, key: str) -> Iterator[tuple[str, object]]:
-    """The MIG instances of a GPU, each with a key that begins with the GPU's."""
-    for number in range(_told(pynvml, "nvmlDeviceGetMaxMigDeviceCount", card) or 0):
-        part = _told(pynvml, "nvmlDeviceGetMigDeviceHandleByIndex", card, number)
-        if part is not None:
-            yield f"{key}:{number}", part
-
-
-def _legacy(pynvml: ModuleType, cards: list[object], key: str, part: object) -> str:
-    """An instance's name in drivers before 470: `MIG-GPU-<UUID>/<GPU instance>/<compute instance>`."""
-    card = _uuid(pynvml, cards[int(key.partition(":")[0])])
-    numbers = (_told(pynvml, f"nvmlDeviceGet{kind}InstanceId", part) for kind in ("Gpu", "Compute"))
-    return "/".join([f"MIG-{card}", *map(str, numbers)])
-
-
-def _uuid(pynvml: ModuleType, handle: object) -> str:
-    return _text(_told(pynvml, "nvmlDeviceGetUUID", handle))
-
-
-def _text(told: str | bytes | None) -> str:
-    return told.decode() if isinstance(told, bytes) else told or ""
-
-
 def _memory(pynvml: ModuleType | None, handle: object) -> DeviceMemory | None:
     """A card's memory; `None` if the driver does not report it. WSL reports the memory but not the processes."""
-    info = _told(pynvml, "nvmlDeviceGetMemoryInfo", handle)
+    info = told(pynvml, "nvmlDeviceGetMemoryInfo", handle)
     if info is None:
         return None
-    processes = _told(pynvml, "nvmlDeviceGetComputeRunningProcesses", handle) or []
+    processes = told(pynvml, "nvmlDeviceGetComputeRunningProcesses", handle) or []
     used_here = sum(process.usedGpuMemory or 0 for process in processes if process.pid == os.getpid())
-    name = _text(_told(pynvml, "nvmlDeviceGetName", handle)) or "NVIDIA GPU"
-    capability = _told(pynvml, "nvmlDeviceGetCudaComputeCapability", handle)
+    name = text_of(told(pynvml, "nvmlDeviceGetName", handle)) or "NVIDIA GPU"
+    capability = told(pynvml, "nvmlDeviceGetCudaComputeCapability", handle)
     return DeviceMemory(name, info.total, info.free, used_here, capability and (capability[0], capability[1]))
 
 

@@ -13,6 +13,7 @@ from transformers import Cache, StaticCache, StoppingCriteriaList
 
 from qwen_vram.arithmetic.estimate import Estimate
 from qwen_vram.arithmetic.gpu_split import at_workload, split_of
+from qwen_vram.checkpoints.running_plans import Publication
 from qwen_vram.errors import WorkloadError
 from qwen_vram.planning.errors import DoesNotFitError
 from qwen_vram.planning.planner import Plan
@@ -26,6 +27,7 @@ from qwen_vram.runtime.kv_cache.preallocated import PreallocatedCache, cache_byt
 from qwen_vram.runtime.measure import PeakMeter
 from qwen_vram.runtime.memory.beside import Beside
 from qwen_vram.runtime.memory.segments import Segments
+from qwen_vram.runtime.publication import summed
 from qwen_vram.runtime.scheduling.clock import Clock, Timed
 from qwen_vram.runtime.scheduling.job import Job
 from qwen_vram.runtime.scheduling.stopping import StopOfTurn
@@ -54,6 +56,8 @@ class Generations:
         turns: The order of the generations; one of them runs at a time.
         measured: Bytes of loading and of the last generation, by part, on each device.
         timed: Times of the last generation; `None` before the first.
+        count: The number of generations so far.
+        publication: The file from which a monitor reads the plan and the measured bytes.
     """
 
     def __init__(
@@ -70,6 +74,8 @@ class Generations:
         self.device = self.devices[0]
         self.measured = {device: dict(parts) for device, parts in loaded.items()}
         self.timed: Timed | None = None
+        self.count = 0
+        self.publication: Publication | None = None
         self._beside = Beside(before)
         self._segments = Segments(plan, self.devices, self._beside)
         self._last: Workload | None = None
@@ -314,3 +320,6 @@ class Generations:
                 run["activations"] = run["peak_allocated"] - weights - held - run["workspace"]
             measured[meter.device].update(run)
         self._last, self.measured = workload, measured  # in one assignment, because another thread may ask for a report
+        self.count += 1
+        if self.publication is not None:
+            self.publication.update(measured=summed(self.plan, measured), generations=self.count)
