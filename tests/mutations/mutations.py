@@ -13,8 +13,8 @@ class Mutation(NamedTuple):
         file: Below `qwen_vram/`.
         old, new: Text that is there once, and what takes its place.
         test: The test of `make test` that finds it, as pytest names it.
-        before: The same test in the flat suite of 2026-11-30, before products were thinned. Its assertions are the
-            same; it was not run on the fault again.
+        before: The same test in the flat suite of 2026-11-30, before products were thinned; empty if the mechanism is
+            newer.
     """
 
     mechanism: str
@@ -265,5 +265,29 @@ MUTATIONS = (
         "enable_thinking=None,",
         "tests/runtime/requests/test_conversations.py::test_options_are_checked_before_weights_load",
         "test_conversations.py::test_options_are_checked_before_weights_load",
+    ),
+    Mutation(
+        "torch's default dtype",
+        "runtime/loading/load.py",
+        "@float32_by_default()\ndef _build(",
+        "def _build(",
+        "tests/runtime/loading/test_default_dtype.py",
+        "",
+    ),
+    Mutation(
+        "graphs between streamed layers",
+        "runtime/decoding/graph_step.py",
+        "if first < number or not number:",
+        "if first < number:",
+        "tests/runtime/decoding/test_streamed_steps.py",
+        "",
+    ),
+    Mutation(
+        "the log of a monitor",
+        "monitor/log.py",
+        "            if written < len(line):\n                self._cut()\n",
+        "            if written < len(line):\n",
+        "tests/monitor/test_monitor.py::test_a_full_disk_leaves_whole_lines",
+        "",
     ),
 )
