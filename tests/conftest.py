@@ -82,7 +82,7 @@ def demo() -> Path:
 
 @pytest.fixture(scope="session")
 def demo_output(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What `qwen-vram demo` prints in a process that a shell would start."""
+    """The output of `qwen-vram demo` in a process that a shell would start."""
 
     def run(folder: Path) -> None:
         command = [sys.executable, "-m", "qwen_vram", "demo"]

@@ -38,7 +38,7 @@ class Forked:
         return self._process.exitcode is not None
 
     def said(self, name: str = "out") -> str:
-        """What it has written to `out` or `err` by now."""
+        """Return the text that it has written to `out` or `err` by now."""
         path = Path(self._folder.name) / name
         return path.read_text(encoding="utf-8") if path.exists() else ""
 

@@ -32,7 +32,7 @@ class Base(NamedTuple):
 
 
 class Odd(NamedTuple):
-    """What was done to a base, and what comes of it: a refusal by these words, or the model that `transformers` loads.
+    """A change to a base, and its result: a refusal by these words, or the model that `transformers` loads.
 
     `straight`: `transformers` itself cannot read the folder, and the base as it was is what it stands for.
     `refused_in`: ways of loading in which it is refused all the same.

@@ -410,7 +410,7 @@ def test_a_file_that_lacks_tensors(base, adapter, made, tmp_path, lost):
     ids=str,
 )
 def test_settings_that_name_some_layers(base, tmp_path, settings):
-    """What PEFT saved for them is whole."""
+    """The tensors that PEFT saved for them are whole."""
     folder = make_adapter(base, tmp_path / "adapter", **{"target_modules": ["q_proj"], **settings})
     runs_as_peft(base, folder, tmp_path)
 

@@ -42,7 +42,7 @@ OWN = tuple(name for name in QUANTIZATIONS if name not in OPTIONS)
 
 
 def on_load(folder: Path, quantize: str, dtype=torch.bfloat16):
-    """What transformers makes of a 16-bit checkpoint while loading it."""
+    """Return the model that transformers makes of a 16-bit checkpoint while it loads."""
     config = BitsAndBytesConfig(**OPTIONS[quantize], bnb_4bit_compute_dtype=dtype)
     return load(folder, dtype, quantization_config=config, device_map={"": "cpu"})
 

@@ -209,7 +209,7 @@ ON_GPU = {
 
 
 def on_gpu():
-    """What the allocator has and reserves, what it keeps pinned, and what the driver shows for the process."""
+    """Allocated, reserved and pinned bytes, and the process's bytes by the driver."""
     device = torch.device("cuda", 0)
     pinned = torch.cuda.host_memory_stats().get("allocated_bytes.current", 0)
     torch.cuda.synchronize()
