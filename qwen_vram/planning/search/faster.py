@@ -12,7 +12,7 @@ from qwen_vram.planning.search.decode_graph import obstacle
 from qwen_vram.planning.search.savers import Saver
 from qwen_vram.spec.profile import Profile
 
-_CAPTURE = Saver({"captured": True}, "nothing lost: decode steps are replayed as one CUDA graph")
+_CAPTURE = Saver({"captured": True}, "nothing lost: decode steps are replayed as CUDA graphs")
 _TABLE = Saver({"embeddings": "device"}, "nothing lost: the token table is on the GPU")
 _WHOLE = Saver({"dequantization": None}, "nothing lost: matrices are dequantized whole, which is faster")
 _CHUNKS = (None, 4096, 2048, 1024)
