@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import shutil
 import subprocess
@@ -119,13 +120,30 @@ def calibration() -> list[str]:
 
 @pytest.fixture(scope="session")
 def gptq_demo(gptqmodel: None, calibration: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled checkpoint in 4 bits by GPTQ."""
-    import qwen_vram as qv
+    """The bundled checkpoint in 4 bits by GPTQ, made by the command line, with nothing beside it in its folder."""
+    return gptq_made(calibration, tmp_path_factory) / "quantized" / "model"
 
-    def quantize(out: Path) -> None:
-        qv.quantize_gptq(CHECKPOINT, out, calibration=calibration, device="cpu", progress=False)
 
-    return made_once(tmp_path_factory, "gptq_demo", quantize)
+@pytest.fixture(scope="session")
+def gptq_said(gptqmodel: None, calibration: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the command that made it said, in the files `out` and `err`."""
+    return gptq_made(calibration, tmp_path_factory)
+
+
+def gptq_made(calibration: list[str], factory: pytest.TempPathFactory) -> Path:
+    from tests.helpers.command import qwen_vram
+
+    def quantize(folder: Path) -> None:
+        (folder / "quantized").mkdir(parents=True)
+        texts, out = folder / "texts.jsonl", folder / "quantized" / "model"
+        texts.write_text("\n".join(map(json.dumps, calibration)), encoding="utf-8")
+        options = ("--weights", "gptq-int4", "--calibration", texts, "--device", "cpu", "--json")
+        result = qwen_vram("quantize", CHECKPOINT, out, *options)
+        assert result.returncode == 0, result.stderr
+        (folder / "out").write_text(result.stdout, encoding="utf-8")
+        (folder / "err").write_text(result.stderr, encoding="utf-8")
+
+    return made_once(factory, "gptq_demo", quantize)
 
 
 @pytest.fixture(scope="session")
@@ -169,6 +187,19 @@ def quick_collections() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gc, "get_freeze_count", lambda: frozen)
         yield
+
+
+_modules_frozen = 0
+
+
+@pytest.fixture(autouse=True)
+def quick_collections_after_imports() -> None:
+    """The same for what the tests before have imported: PEFT imports GPTQModel for its first adapter."""
+    global _modules_frozen
+    if len(sys.modules) > _modules_frozen + 100:
+        _modules_frozen = len(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 def pytest_unconfigure() -> None:

@@ -44,15 +44,21 @@ QUESTIONS = """[
 
 def run(code: str, repo: str, endpoint: str, cache: Path):
     """The value of `code` in a fresh process that knows only our hub."""
-    environment, codes = _asked([(code, repo)], endpoint, cache)
+    return run_each([(code, repo)], endpoint, cache)[0]
+
+
+def run_each(asked: list[tuple[str, str]], endpoint: str, cache: Path) -> list:
+    """The values of pieces of code, each for a repository, in one such process."""
+    environment, codes = _asked(asked, endpoint, cache)
     command = [sys.executable, "-c", RUN, codes]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-    assert result.stdout, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
+    values = result.stdout.splitlines()[-len(asked) :]
+    assert len(values) == len(asked), result.stderr
+    return [json.loads(value) for value in values]
 
 
 def run_all(asked: list[tuple[str, str]], endpoint: str, cache: Path) -> list:
-    """The values of pieces of code, each for a repository, in one such process, which has imported torch already."""
+    """Likewise, in a process that has imported torch already."""
     environment, codes = _asked(asked, endpoint, cache)
     result = python(RUN, codes, environment=environment, timeout=120)
     values = result.stdout.splitlines()[-len(asked) :]

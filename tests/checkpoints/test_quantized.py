@@ -1,12 +1,13 @@
 """Checkpoints that are quantized already: counted as their safetensors headers say, from a folder and from the hub."""
 
 import json
+from collections import Counter
 
 import pytest
 
 import qwen_vram as qv
 from qwen_vram.spec.prequantized import size
-from tests.checkpoints.test_hub import ESTIMATE, LOAD, run, run_all
+from tests.checkpoints.test_hub import ESTIMATE, LOAD, run, run_all, run_each
 from tests.helpers.hub_server import serving
 from tests.helpers.quantized_files import (
     INT8,
@@ -214,33 +215,42 @@ def hub(folders):
         yield hub
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "sharded", "deep"])
-def test_a_hub_checkpoint_is_counted_from_its_headers_alone(hub, folders, tmp_path, kind):
-    folder = folders[f"someone/{kind}"]
-    assert run(ESTIMATE, f"someone/{kind}", hub.endpoint, tmp_path) == qv.estimate_vram(folder).weights
-    reads = [(name, asked) for command, name, asked in hub.served if command == "GET" and name.endswith(".safetensors")]
-    shards = sorted(folder.glob("*.safetensors"))
-    assert len(reads) == len(shards) + (kind == "deep")
-    assert all(asked and asked.startswith("bytes=") for _, asked in reads)
-    for shard in shards:
-        assert shard.stat().st_size > 4 * FIRST_READ
-        header = int.from_bytes(shard.read_bytes()[:8], "little")
-        assert hub.sent[shard.name] == FIRST_READ + (header if kind == "deep" else 0)
-    assert {name for _, name, _ in hub.served} <= {
-        "config.json",
-        "model.safetensors.index.json",
-        "model.safetensors",
-        *(shard.name for shard in shards),
-    }
+@pytest.mark.parametrize(
+    "kinds",
+    [[*KINDS, "sharded", "deep"], *(pytest.param([kind], marks=pytest.mark.full) for kind in (*KINDS, "deep"))],
+    ids=lambda kinds: kinds[0] if len(kinds) == 1 else "all",
+)
+def test_a_hub_checkpoint_is_counted_from_its_headers_alone(hub, folders, tmp_path, kinds):
+    found = run_each([(ESTIMATE, f"someone/{kind}") for kind in kinds], hub.endpoint, tmp_path)
+    assert found == [qv.estimate_vram(folders[f"someone/{kind}"]).weights for kind in kinds]
+    sent = Counter()
+    for kind in kinds:
+        served = hub.served_of[f"someone/{kind}"]
+        reads = [(name, asked) for command, name, asked in served if command == "GET" and name.endswith(".safetensors")]
+        shards = sorted(folders[f"someone/{kind}"].glob("*.safetensors"))
+        assert len(reads) == len(shards) + (kind == "deep")
+        assert all(asked and asked.startswith("bytes=") for _, asked in reads)
+        for shard in shards:
+            assert shard.stat().st_size > 4 * FIRST_READ
+            header = int.from_bytes(shard.read_bytes()[:8], "little")
+            sent[shard.name] += FIRST_READ + (header if kind == "deep" else 0)
+        assert {name for _, name, _ in served} <= {
+            "config.json",
+            "model.safetensors.index.json",
+            "model.safetensors",
+            *(shard.name for shard in shards),
+        }
+    assert {name: count for name, count in hub.sent.items() if name.endswith(".safetensors")} == sent
 
 
-@pytest.mark.parametrize("name", ["old-GPTQ", "old-sharded-gptq"])
-def test_auto_gptqs_own_names_are_found(hub, folders, tmp_path, name):
-    folder = folders[f"someone/{name}"]
+def test_auto_gptqs_own_names_are_found(hub, folders, tmp_path):
     expected = qv.estimate_vram(folders["someone/gptq"]).weights
-    assert run(ESTIMATE, f"someone/{name}", hub.endpoint, tmp_path) == qv.estimate_vram(folder).weights == expected
-    read = {file for command, file, asked in hub.served if command == "GET" and asked}
-    assert read == {path.name for path in folder.glob("*.safetensors")}
+    names = ("someone/old-GPTQ", "someone/old-sharded-gptq")
+    found = run_each([(ESTIMATE, name) for name in names], hub.endpoint, tmp_path)
+    for name, weights in zip(names, found, strict=True):
+        assert weights == qv.estimate_vram(folders[name]).weights == expected
+        read = {file for command, file, asked in hub.served_of[name] if command == "GET" and asked}
+        assert read == {path.name for path in folders[name].glob("*.safetensors")}
 
 
 def test_a_whole_estimate_is_the_folders(hub, folders, tmp_path):
@@ -251,34 +261,37 @@ def test_a_whole_estimate_is_the_folders(hub, folders, tmp_path):
 
 def test_what_the_cache_holds_is_counted_without_the_hub(hub, folders, tmp_path):
     code = "__import__('huggingface_hub').snapshot_download({repo!r}) and 0"
-    for repo in ("someone/sharded", "someone/gptq"):
-        assert run(code, repo, hub.endpoint, tmp_path) == 0
-        expected = qv.estimate_vram(folders[repo]).weights
-        assert run(ESTIMATE, repo, "http://127.0.0.1:9", tmp_path) == expected
+    repos = ("someone/sharded", "someone/gptq")
+    assert run_each([(code, repo) for repo in repos], hub.endpoint, tmp_path) == [0, 0]
+    expected = [qv.estimate_vram(folders[repo]).weights for repo in repos]
+    assert run_each([(ESTIMATE, repo) for repo in repos], "http://127.0.0.1:9", tmp_path) == expected
+
+
+REFUSED = (
+    ("gated", "HubError", "'someone/gated' is gated: accept its terms on its page, then log in with: hf auth"),
+    ("absent", "HubError", "no repository 'someone/absent' on the hub (or it is private); check the name"),
+    ("pickled", "HubError", "'someone/pickled' has no safetensors, neither model.safetensors nor model.safeten"),
+    ("lost", "HubError", "'someone/lost' lacks 'model-00002-of-00003.safetensors', which its index names; ask"),
+    (
+        "garbled",
+        "CheckpointError",
+        "'model.safetensors' of 'someone/garbled' is not a safetensors file: its header",
+    ),
+    ("holed", "CheckpointError", "shard 'model.safetensors' is corrupt: 'a' of shape [4] takes 9 bytes in it"),
+    ("mistral", "ConfigError", "someone/mistral/config.json: model_type 'mistral' is not supported; dense "),
+)
 
 
 @pytest.mark.parametrize(
-    ("repo", "error", "text"),
-    [
-        ("gated", "HubError", "'someone/gated' is gated: accept its terms on its page, then log in with: hf auth"),
-        ("absent", "HubError", "no repository 'someone/absent' on the hub (or it is private); check the name"),
-        ("pickled", "HubError", "'someone/pickled' has no safetensors, neither model.safetensors nor model.safeten"),
-        ("lost", "HubError", "'someone/lost' lacks 'model-00002-of-00003.safetensors', which its index names; ask"),
-        (
-            "garbled",
-            "CheckpointError",
-            "'model.safetensors' of 'someone/garbled' is not a safetensors file: its header",
-        ),
-        ("holed", "CheckpointError", "shard 'model.safetensors' is corrupt: 'a' of shape [4] takes 9 bytes in it"),
-        ("mistral", "ConfigError", "someone/mistral/config.json: model_type 'mistral' is not supported; dense "),
-    ],
+    "rows", [REFUSED, *(pytest.param((row,), marks=pytest.mark.full) for row in REFUSED)], ids=lambda rows: rows[0][0]
 )
-def test_each_refusal_has_its_own_text(hub, tmp_path, repo, error, text):
-    got = run(ESTIMATE, f"someone/{repo}", hub.endpoint, tmp_path)
-    assert got["error"] == error
-    assert got["text"].startswith(text)
-    if repo == "mistral":
-        assert {name for _, name, _ in hub.served} == {"config.json"}
+def test_each_refusal_has_its_own_text(hub, tmp_path, rows):
+    found = run_each([(ESTIMATE, f"someone/{repo}") for repo, _, _ in rows], hub.endpoint, tmp_path)
+    for got, (repo, error, text) in zip(found, rows, strict=True):
+        assert got["error"] == error
+        assert got["text"].startswith(text), repo
+        if repo == "mistral":
+            assert {name for _, name, _ in hub.served_of["someone/mistral"]} == {"config.json"}
 
 
 def test_a_hub_that_is_gone_after_config_json(hub, tmp_path):

@@ -27,12 +27,12 @@ def test_estimate_prints_a_table():
 
 
 def test_estimate_takes_a_number_of_parameters():
-    assert json.loads(run("estimate", "--params", "7.62e9", "--json").stdout)["weights"] == 15_240_000_000
+    assert json.loads(qwen_vram("estimate", "--params", "7.62e9", "--json").stdout)["weights"] == 15_240_000_000
 
 
 def test_estimate_prints_json_and_nothing_else():
     knobs = ["--set", "weights=nf4", "--set", "prefill_chunk_size=256", "--set", "compiled=false"]
-    data = json.loads(run("estimate", "Qwen2.5-7B", "--prompt-len", "8000", *knobs, "--json").stdout)
+    data = json.loads(qwen_vram("estimate", "Qwen2.5-7B", "--prompt-len", "8000", *knobs, "--json").stdout)
     assert data["profile"]["prefill_chunk_size"] == 256
     assert data["workload"]["prompt_len"] == 8000
     assert data["weights"] == 5_547_065_104
@@ -46,7 +46,7 @@ def test_what_is_no_knob_is_refused_by_name(pair):
 
 
 def test_a_digit_that_is_no_number_is_refused():
-    refused = run("estimate", "Qwen2.5-7B", "--set", "prefill_chunk_size=\u00b2")
+    refused = qwen_vram("estimate", "Qwen2.5-7B", "--set", "prefill_chunk_size=\u00b2")
     assert refused.returncode == 2
     assert "Traceback" not in refused.stderr
 
@@ -68,10 +68,10 @@ def test_quantize_looks_at_its_output_before_it_loads(tmp_path):
 
 def test_padding_is_counted():
     asked = ["plan", "Qwen2.5-7B-Instruct", "--vram", "80GiB", "--ram", "32GiB", "--batch-size", "2"]
-    data = json.loads(run(*asked, "--profile", "compact", "--padded", "--json").stdout)
+    data = json.loads(qwen_vram(*asked, "--profile", "compact", "--padded", "--json").stdout)
     assert data["estimate"]["workload"]["padded"] is True
     asked = ["estimate", "Qwen2.5-7B", "--batch-size", "4", "--json"]
-    even, padded = (json.loads(run(*asked, *flag).stdout) for flag in ([], ["--padded"]))
+    even, padded = (json.loads(qwen_vram(*asked, *flag).stdout) for flag in ([], ["--padded"]))
     assert padded["peak_allocated"] > even["peak_allocated"]
 
 
@@ -82,24 +82,30 @@ def test_plan_prints_its_steps():
 
 
 def test_plan_prints_json_and_nothing_else():
-    data = json.loads(run("plan", "Qwen2.5-7B-Instruct", "--vram", "80GiB", "--ram", "32GiB", "--json").stdout)
+    data = json.loads(qwen_vram("plan", "Qwen2.5-7B-Instruct", "--vram", "20GiB", "--ram", "32GiB", "--json").stdout)
     assert data["profile"]["weights"] == "bf16"
     assert data["device_map"]["lm_head"] == 0
 
 
 def test_plan_takes_several_gpus_and_a_reserve():
     two = ["plan", "Qwen2.5-14B", "--vram", "0=20GiB,1=16GiB", "--ram", "32GiB", "--reserve", "512MiB"]
-    table = run(*two).stdout
-    assert "19.50 GiB of GPU 0 and 15.50 GiB of GPU 1 (512.0 MiB more kept free)" in table
-    data = json.loads(run(*two, "--json").stdout)
+    data = json.loads(qwen_vram(*two, "--json").stdout)
+    text = "19.50 GiB of GPU 0 and 15.50 GiB of GPU 1 (512.0 MiB more kept free)"
+    assert text in str(qv.Plan.from_dict(data))
     assert data["budget"]["devices"] == {"0": 39 * 2**29, "1": 31 * 2**29}
     assert sum(data["split"].values()) == 48
     assert {data["device_map"]["model.layers.0"], data["device_map"]["model.layers.47"]} == {0, 1}
     assert data["limits"]["max_context"] > 1_024
 
 
+@pytest.mark.full
+def test_plan_prints_several_gpus_and_a_reserve():
+    two = ["plan", "Qwen2.5-14B", "--vram", "0=20GiB,1=16GiB", "--ram", "32GiB", "--reserve", "512MiB"]
+    assert "19.50 GiB of GPU 0 and 15.50 GiB of GPU 1 (512.0 MiB more kept free)" in qwen_vram(*two).stdout
+
+
 def test_a_refusal_over_several_gpus_has_every_devices_bytes():
-    data = json.loads(run("plan", "Qwen2.5-72B", "--vram", "0=8GiB,1=4GiB", "--ram", "64GiB", "--json").stdout)
+    data = json.loads(qwen_vram("plan", "Qwen2.5-72B", "--vram", "0=8GiB,1=4GiB", "--ram", "64GiB", "--json").stdout)
     assert data["error"] == "DoesNotFitError"
     assert [data["devices"][device][1] for device in ("0", "1")] == [8 * 2**30, 4 * 2**30]
     assert data["devices"]["0"][0] > 8 * 2**30
@@ -113,7 +119,7 @@ def test_gpus_are_named_with_a_size_each():
 
 
 def test_a_refusal_is_one_line_and_status_2():
-    result = run("plan", "Qwen2.5-7B-Instruct", "--vram", "8")
+    result = qwen_vram("plan", "Qwen2.5-7B-Instruct", "--vram", "8")
     assert result.returncode == 2
     assert result.stdout == ""
     assert result.stderr.startswith("error: vram is a bare number: got '8'")
@@ -121,7 +127,7 @@ def test_a_refusal_is_one_line_and_status_2():
 
 
 def test_a_refusal_is_json_where_json_was_asked_for():
-    result = run("plan", "Qwen2.5-72B", "--vram", "2GiB", "--ram", "32GiB", "--json")
+    result = qwen_vram("plan", "Qwen2.5-72B", "--vram", "2GiB", "--ram", "32GiB", "--json")
     data = json.loads(result.stdout)
     assert result.returncode == 2
     assert data["error"] == "DoesNotFitError"
@@ -129,7 +135,8 @@ def test_a_refusal_is_json_where_json_was_asked_for():
 
 
 def test_a_knob_without_a_value_is_refused():
-    assert "unknown --set 'weights'; choose from KNOB=VALUE" in run("estimate", "Qwen2.5-7B", "--set", "weights").stderr
+    refused = qwen_vram("estimate", "Qwen2.5-7B", "--set", "weights")
+    assert "unknown --set 'weights'; choose from KNOB=VALUE" in refused.stderr
 
 
 def test_chat_answers_one_message(demo):

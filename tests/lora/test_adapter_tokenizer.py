@@ -16,9 +16,10 @@ pytest.importorskip("peft")
 import qwen_vram as qv
 from qwen_vram.checkpoints.adapters.tokenizer import with_end_tokens
 from qwen_vram.demo import ADAPTER, CHECKPOINT
+from tests.helpers.tiers import thinned
 
-QUESTION = "What is the perimeter of a rectangle of 24 by 38?"
-ANSWER = "24 + 38 = 62, so 62 * 2 = 60 * 2 + 2 * 2 = 120 + 4 = 124"
+QUESTION = "Work out the area of a rectangle of 20 by 4."
+ANSWER = "20 * 4 = 80"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 # The bundled vocabulary's ids.
 END_OF_TEXT, END_OF_TURN = 0, 2
@@ -57,8 +58,10 @@ def answer(model: Path, adapter: Path | None = None) -> str:
         return llm.chat(QUESTION, do_sample=False, max_new_tokens=90)
 
 
-@pytest.mark.parametrize("generation", [True, False])
-@pytest.mark.parametrize("names", [TOKENIZER, TOKENIZER[1:], TOKENIZER[2:]], ids=["all", "no vocabulary", "template"])
+@pytest.mark.parametrize(
+    *thinned(1, names=[TOKENIZER, TOKENIZER[1:], TOKENIZER[2:]], generation=[True, False]),
+    ids=lambda value: f"{len(value)} files" if isinstance(value, tuple) else str(value),
+)
 def test_a_base_model_learns_to_chat_and_to_stop(tmp_path, names, generation):
     base = make_base(tmp_path / "base", generation=generation)
     adapter = make_adapter(tmp_path / "adapter", *names)

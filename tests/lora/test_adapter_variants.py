@@ -157,19 +157,15 @@ def test_what_is_plain_lora_outside_training_runs_beside_quantized_weights(bases
 # what is refused beside the base
 
 
-@pytest.mark.parametrize(
-    ("kind", "text"),
-    [
-        ("KaSA", r"begins with a decomposition of the base's 16-bit weights \(KaSA cuts off their smallest"),
-        (
-            "BD-LoRA",
-            r"has block-diagonal factors \(BD-LoRA in use_bdlora\), which PEFT puts beside matrices in 16 or 32",
-        ),
-    ],
-)
-@pytest.mark.parametrize("weights", ["nf4", "int8", "int8-wo", "fp8"])
-def test_beside_quantized_weights_it_is_refused(bases, tmp_path, kind, text, weights):
-    base = bases["untied"]
+BESIDE_16_BITS = {
+    "KaSA": r"begins with a decomposition of the base's 16-bit weights \(KaSA cuts off their smallest",
+    "BD-LoRA": r"has block-diagonal factors \(BD-LoRA in use_bdlora\), which PEFT puts beside matrices in 16 or 32",
+}
+
+
+@pytest.mark.parametrize(*thinned(1, weights=["nf4", "int8", "int8-wo", "fp8"], kind=list(BESIDE_16_BITS)))
+def test_beside_quantized_weights_it_is_refused(bases, tmp_path, kind, weights):
+    base, text = bases["untied"], BESIDE_16_BITS[kind]
     folder = trained(base, tmp_path / "adapter", **KINDS[kind])
     for call in (load, qv.plan):
         with pytest.raises(
@@ -193,8 +189,7 @@ def test_kasa_on_streamed_layers_is_refused(bases, tmp_path):
     assert not qv.plan(base, vram=least, ram="8GiB", adapter=folder).profile.streamed_layers
 
 
-@pytest.mark.parametrize("kind", ["KaSA", "BD-LoRA", "KaSA of the head"])
-@pytest.mark.parametrize("base", ["untied", "tied"])
+@pytest.mark.parametrize(*thinned(1, kind=["KaSA", "BD-LoRA", "KaSA of the head"], base=["untied", "tied"]))
 def test_the_merge_by_peft_that_is_advised(bases, tmp_path, kind, base):
     if (kind, base) == ("KaSA of the head", "tied"):
         pytest.skip("PEFT itself merges into both sides of tied tables")
@@ -380,8 +375,7 @@ def test_a_table_as_a_parameter_beside_other_weights(bases, tmp_path, weights):
         assert torch.equal(found, logits(llm.model))
 
 
-@pytest.mark.parametrize("init", ["pissa", "olora"])
-@pytest.mark.parametrize("base", ["untied", "tied"])
+@pytest.mark.parametrize(*thinned(1, init=["pissa", "olora"], base=["untied", "tied"]))
 def test_a_table_as_a_parameter_that_training_changed_before(bases, tmp_path, init, base):
     folder = trained(bases[base], tmp_path / "adapter", init_lora_weights=init, **TABLE_PARAMETERS["with modules"])
     text = f"target_parameters names 'embed_tokens.weight', and init_lora_weights is '{init}', which changed the token"
@@ -553,14 +547,15 @@ def test_a_table_as_a_parameter_stays_on_the_device(bases, tmp_path):
 # merges
 
 
-@pytest.mark.parametrize("settings", [{"r": 3, "use_rslora": True}, {"r": 8, "lora_alpha": 3}, {"r": 16}], ids=str)
 @pytest.mark.parametrize(
-    "kind",
-    [
-        {"velora_config": VeloraConfig(num_groups=5)},
-        {"monteclora_config": MontecloraConfig(num_samples=2, buffer_size=2)},
-    ],
-    ids=["VeLoRA", "MonteCLoRA"],
+    *thinned(
+        1,
+        settings=[{"r": 3, "use_rslora": True}, {"r": 8, "lora_alpha": 3}, {"r": 16}],
+        kind=[
+            {"velora_config": VeloraConfig(num_groups=5)},
+            {"monteclora_config": MontecloraConfig(num_samples=2, buffer_size=2)},
+        ],
+    )
 )
 def test_the_merge_is_pefts_in_float64(tmp_path, kind, settings):
     """Up to float32's rounding of the product and of the sum."""

@@ -40,7 +40,7 @@ def check(outcomes: list[dict[str, object]]) -> None:
         assert set(outcome["left"]) <= {"out", ".out.partial", ".out.partial.lock"}, outcome
 
 
-@pytest.mark.parametrize("count", [20, pytest.param(50, marks=pytest.mark.full)])
+@pytest.mark.parametrize("count", [8, pytest.param(50, marks=pytest.mark.full)])
 def test_killed_at_random_instants(pair, tmp_path, count):
     outcomes = killed(pair, tmp_path, "SIGKILL", count)
     check(outcomes)
@@ -49,9 +49,10 @@ def test_killed_at_random_instants(pair, tmp_path, count):
     assert {outcome["code"] for outcome in outcomes} <= {0, -9}
 
 
-def test_interrupted_at_eight_random_instants(pair, tmp_path):
+@pytest.mark.parametrize("count", [4, pytest.param(20, marks=pytest.mark.full)])
+def test_interrupted_at_random_instants(pair, tmp_path, count):
     """Ctrl-C removes what is half done."""
-    outcomes = killed(pair, tmp_path, "SIGINT", 8)
+    outcomes = killed(pair, tmp_path, "SIGINT", count)
     check(outcomes)
     assert {outcome["code"] for outcome in outcomes} <= {0, 130}
     assert 130 in {outcome["code"] for outcome in outcomes}

@@ -28,6 +28,7 @@ from tests.helpers.lora_models import (
     stored,
     untied_twin,
 )
+from tests.helpers.tiers import thinned
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -117,12 +118,23 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS.keys())
-def test_a_variant_is_peft_rounded_once(bases, tmp_path, settings, monkeypatch):
+WHOLE, IN_PIECES = (stored_module.PIECE,), (2048,)
+VARIANT_ROWS = [
+    pytest.param(settings, pieces, id=f"{name}, {text}", marks=[pytest.mark.full] if full else [])
+    for number, (name, settings) in enumerate(VARIANTS.items())
+    for pieces, text, full in (
+        (IN_PIECES if number % 2 else WHOLE, "in pieces" if number % 2 else "whole", False),
+        (WHOLE + IN_PIECES, "both", True),
+    )
+]
+
+
+@pytest.mark.parametrize(("settings", "pieces"), VARIANT_ROWS)
+def test_a_variant_is_peft_rounded_once(bases, tmp_path, settings, pieces, monkeypatch):
     base = bases["untied"]
     adapter = make_adapter(base, tmp_path / "adapter", **settings)
     theirs = rounded_tensors(peft_merged(peft_model(base, adapter, resize=settings.get("resize", 0))))
-    for piece in (stored_module.PIECE, 2048):
+    for piece in pieces:
         monkeypatch.setattr(stored_module, "PIECE", piece)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*(keep less than 90% of their update|has several alphas)")
@@ -133,9 +145,15 @@ def test_a_variant_is_peft_rounded_once(bases, tmp_path, settings, monkeypatch):
     assert config["tie_word_embeddings"] is False
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("qwen3", torch.bfloat16), ("fp16", torch.float16), ("fp32", None)])
-@pytest.mark.parametrize("variant", ["all linear", "DoRA", "modules_to_save: norms", "embedding and head"])
-def test_other_bases_and_dtypes(bases, tmp_path, name, dtype, variant):
+@pytest.mark.parametrize(
+    *thinned(
+        1,
+        variant=["all linear", "DoRA", "modules_to_save: norms", "embedding and head"],
+        case=[("qwen3", torch.bfloat16), ("fp16", torch.float16), ("fp32", None)],
+    )
+)
+def test_other_bases_and_dtypes(bases, tmp_path, variant, case):
+    name, dtype = case
     adapter = make_adapter(bases[name], tmp_path / "adapter", **VARIANTS[variant])
     merge(bases[name], adapter, tmp_path / "out")
     theirs = peft_merged(peft_model(bases[name], adapter))

@@ -23,6 +23,7 @@ from qwen_vram.cli import app
 from tests.conftest import make_checkpoint
 from tests.helpers.lora_models import edit_config, edit_tensors, logits, make_adapter, peft_merged, peft_model
 from tests.helpers.lora_models import load as plain
+from tests.helpers.tiers import thinned
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "max_position_embeddings": 4096}
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -120,10 +121,16 @@ def test_a_merge_with_its_adapter_beside_it_leaves_that_out(base, adapter, both,
     assert "held against the base it names, it is merged into the model already, and left out" in caplog.text
 
 
-@pytest.mark.parametrize("size", [0.02, 0.05, 0.2])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("settings", [{"r": 2}, {"r": 16, "use_rslora": True}, {"r": 4, "lora_alpha": 1}], ids=str)
-def test_the_merge_of_peft_is_told_too(base, tmp_path, size, dtype, settings):
+@pytest.mark.parametrize(
+    *thinned(
+        1,
+        numbers=[(dtype, size) for dtype in (torch.bfloat16, torch.float32) for size in (0.02, 0.05, 0.2)],
+        settings=[{"r": 2}, {"r": 16, "use_rslora": True}, {"r": 4, "lora_alpha": 1}],
+    ),
+    ids=str,
+)
+def test_the_merge_of_peft_is_told_too(base, tmp_path, numbers, settings):
+    dtype, size = numbers
     made = make_adapter(base, tmp_path / "adapter", size=size, target_modules="all-linear", **settings)
     from peft import PeftModel
 
@@ -137,8 +144,7 @@ def test_the_merge_of_peft_is_told_too(base, tmp_path, size, dtype, settings):
 # told by the caller, or by nobody
 
 
-@pytest.mark.parametrize("named", ["itself", "nowhere", "no name"])
-@pytest.mark.parametrize("merged", [True, False])
+@pytest.mark.parametrize(*thinned(1, named=["itself", "nowhere", "no name"], merged=[False, True]))
 def test_what_nobody_tells_is_refused_and_each_advice_loads(base, adapter, both, tmp_path, merged, named):
     folder = both(merged, {"itself": tmp_path / "both", "nowhere": "Qwen/Nowhere-7B", "no name": ""}[named])
     assert is_merged(folder) is None

@@ -11,8 +11,8 @@ from qwen_vram.planning.search.offload_tiers import most
 SEVEN = "Qwen2.5-7B-Instruct"
 RAM = {"ram": "64GiB"}
 WIDE_CACHE = {
-    "model_type": "qwen2", "hidden_size": 2048, "intermediate_size": 4096, "num_hidden_layers": 4,
-    "num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": 32_000, "max_position_embeddings": 32_768,
+    "model_type": "qwen2", "hidden_size": 2048, "intermediate_size": 4096, "num_hidden_layers": 2,
+    "num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": 32_000, "max_position_embeddings": 8_192,
 }  # fmt: skip
 
 
@@ -144,7 +144,7 @@ def test_the_cache_is_quantized_only_where_the_caller_left_it_open():
     grown = qv.plan(SEVEN, vram="80GiB", **RAM, cache="dynamic")
     assert grown.profile.cache == "dynamic"
     # A growing cache is followed token by token in every layer, so the model of this refusal has few layers.
-    long = {"vram": "1100MiB", **RAM, "prompt_len": 6_000, "streamed_layers": 0}
+    long = {"vram": "980MiB", **RAM, "prompt_len": 4_000, "max_new_tokens": 32, "streamed_layers": 0}
     assert qv.plan(WIDE_CACHE, **long).profile.cache == "preallocated"
     with pytest.raises(qv.DoesNotFitError):
         qv.plan(WIDE_CACHE, **long, cache="dynamic")

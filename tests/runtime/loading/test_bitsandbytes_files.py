@@ -14,6 +14,7 @@ import qwen_vram as qv
 from tests.conftest import make_checkpoint
 from tests.helpers.gptq_files import change_config, change_tensors
 from tests.helpers.quantized_files import SHAPE, entries, total, write
+from tests.helpers.tiers import thinned
 from tests.runtime.linear.test_flat_linear import values
 
 IDS = torch.arange(3, 40)[None]
@@ -127,10 +128,19 @@ def int8(base, tmp_path_factory):
 # what loads
 
 
-@pytest.fixture(scope="module", params=FILES)
-def file(request, base, tmp_path_factory):
-    options, change = FILES[request.param]
-    return saved(base, tmp_path_factory.mktemp("file") / "file", options, change)
+@pytest.fixture(scope="module")
+def file_of(base, tmp_path_factory):
+    """The file of a name, made once, with plain transformers' logits."""
+    made = {}
+
+    def of(name):
+        if name not in made:
+            options, change = FILES[name]
+            folder = saved(base, tmp_path_factory.mktemp("file") / "file", options, change)
+            made[name] = folder, plain_logits(folder)
+        return made[name]
+
+    return of
 
 
 KNOBS = [
@@ -141,14 +151,24 @@ KNOBS = [
 ]
 
 
-def test_a_file_gives_what_plain_transformers_gives_and_takes_what_was_counted(file):
-    expected = plain_logits(file)
+@pytest.mark.parametrize(*thinned(1, name=list(FILES), knobs=KNOBS), ids=str)
+def test_a_file_gives_what_plain_transformers_gives_and_takes_what_was_counted(file_of, name, knobs):
+    file, expected = file_of(name)
     assert expected.isfinite().all()
-    for knobs in KNOBS:
-        assert torch.equal(logits(file, **knobs), expected), knobs
+    assert torch.equal(logits(file, **knobs), expected)
 
 
-def test_a_file_is_saved_again_as_it_is(file, tmp_path):
+SAVED_IN_FULL = (
+    "nf4 without quant_method", "int8 without quant_method", "stored in bfloat16", "defaults stored in float16",
+    "fp4 said of nf4", "double quantization denied", "skipped by a regular expression", "a quantized head",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.full] if name in SAVED_IN_FULL else []) for name in FILES]
+)
+def test_a_file_is_saved_again_as_it_is(file_of, tmp_path, name):
+    file, _ = file_of(name)
     with qv.load(file, profile="default", progress=False) as llm, torch.inference_mode():
         expected = llm.model(IDS).logits
         weights = llm.plan.estimate.weights
@@ -160,8 +180,10 @@ def test_a_file_is_saved_again_as_it_is(file, tmp_path):
     assert {name: one.dtype for name, one in before.items()} == {name: one.dtype for name, one in after.items()}
 
 
-@pytest.mark.parametrize("options", [NF4, INT8], ids=["nf4", "int8"])
-@pytest.mark.parametrize("skipped", [["q_proj"], ["model.layers.1.mlp"], ["model.layers.0", "k_proj"]], ids=str)
+@pytest.mark.parametrize(
+    *thinned(1, skipped=[["q_proj"], ["model.layers.1.mlp"], ["model.layers.0", "k_proj"]], options=[NF4, INT8]),
+    ids=str,
+)
 def test_a_tied_model_whose_list_lacks_the_head_runs_with_the_table_as_its_head(tied_base, tmp_path, options, skipped):
     folder = saved(tied_base, tmp_path / "file", options | skipping(*skipped))
     got = logits(folder)
@@ -176,7 +198,11 @@ def test_a_tied_model_whose_list_lacks_the_head_runs_with_the_table_as_its_head(
     assert torch.equal(logits(tmp_path / "out"), got)
 
 
-@pytest.mark.parametrize("options", [NF4, {"load_in_4bit": True}, INT8], ids=["nf4", "defaults", "int8"])
+@pytest.mark.parametrize(
+    "options",
+    [NF4, pytest.param({"load_in_4bit": True}, marks=pytest.mark.full), INT8],
+    ids=["nf4", "defaults", "int8"],
+)
 def test_a_quantized_head_counts_though_config_json_ties_it(base, tmp_path, options):
     folder = saved(base, tmp_path / "file", options | skipping())
     change_config(folder, tie_word_embeddings=True)
@@ -227,12 +253,21 @@ def recast(folder, out, dtype, *ends):
     return change_tensors(shutil.copytree(folder, out), change)
 
 
-@pytest.mark.parametrize("skipped", [(), ("model.layers.1",)], ids=["uniform", "mixed"])
-def test_tensors_in_float32_run_in_16_bits_as_counted(base, tmp_path, skipped):
+@pytest.mark.parametrize(
+    ("skipped", "all_knobs"),
+    [
+        ((), KNOBS[::3]),
+        (("model.layers.1",), KNOBS[1:3]),
+        pytest.param((), KNOBS[1:3], marks=pytest.mark.full),
+        pytest.param(("model.layers.1",), KNOBS[::3], marks=pytest.mark.full),
+    ],
+    ids=["uniform", "mixed", "uniform, others", "mixed, others"],
+)
+def test_tensors_in_float32_run_in_16_bits_as_counted(base, tmp_path, skipped, all_knobs):
     folder = saved(base, tmp_path / "file", NF4 | skipping("lm_head", *skipped))
     expected = logits(folder)
     wide = recast(folder, tmp_path / "wide", torch.float32, "weight", "bias")
-    for knobs in KNOBS:
+    for knobs in all_knobs:
         assert torch.equal(logits(wide, **knobs), expected), knobs
 
 
@@ -403,7 +438,12 @@ LOST = {name: FILES[name][0] for name in (
 )} | {"nf4": NF4, "int8": INT8}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", LOST)
+LOST_AT_ONCE = ("stored in float32", "a layer skipped", "a quantized head")  # all in another one
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.full] if name in LOST_AT_ONCE else []) for name in LOST]
+)
 def test_a_lost_block_is_named_and_loads_once_it_is_added(base, tmp_path, name):
     folder = saved(base, tmp_path / "file", LOST[name])
     expected = logits(folder)
@@ -417,8 +457,7 @@ def test_a_lost_block_is_named_and_loads_once_it_is_added(base, tmp_path, name):
     assert torch.equal(plain_logits(folder), expected)
 
 
-@pytest.mark.parametrize("weights", ["int4", "int8-wo", "fp8"])
-@pytest.mark.parametrize("head", [False, True])
+@pytest.mark.parametrize(*thinned(1, weights=["int4", "int8-wo", "fp8"], head=[False, True]))
 def test_this_librarys_own_formats_too(demo, tmp_path, weights, head):
     out = tmp_path / "out"
     with qv.load(demo, profile="default", weights=weights, lm_head=weights if head else None, progress=False) as llm:
@@ -442,14 +481,19 @@ BEHIND = {
 }
 
 
+@pytest.fixture(scope="module")
+def plain(base):
+    return plain_logits(base)
+
+
 @pytest.mark.parametrize("name", BEHIND)
-def test_a_block_over_plain_weights_is_refused_and_loads_without_it(base, tmp_path, name):
+def test_a_block_over_plain_weights_is_refused_and_loads_without_it(base, plain, tmp_path, name):
     folder = shutil.copytree(base, tmp_path / "file")
     change_config(folder, quantization_config=BEHIND[name])
     text = refusal(folder)
     assert "quantized the weights, and they are stored as BF16, not quantized; take quantization_config out of" in text
     change_config(folder, quantization_config=None)
-    assert torch.equal(logits(folder), plain_logits(base))
+    assert torch.equal(logits(folder), plain)
 
 
 # quantizers that are not loaded

@@ -77,9 +77,10 @@ def test_texts_end_an_answer(llm, whole, stops):
 @pytest.mark.parametrize(
     *thinned(1, options=[{}, {"do_sample": True}, {"top_p": 0.5}, {"seed": 3, "top_k": 5}], zero=[0, 0.0]), ids=str
 )
-def test_a_temperature_of_0_is_greedy(llm, whole, options, zero):
-    assert llm.chat(ASK, temperature=zero, **options) == whole
-    assert "".join(llm.stream(ASK, temperature=zero, **options)) == whole
+def test_a_temperature_of_0_is_greedy(llm, options, zero):
+    told = llm.chat(ASK, do_sample=False, max_new_tokens=12)
+    assert llm.chat(ASK, temperature=zero, max_new_tokens=12, **options) == told
+    assert "".join(llm.stream(ASK, temperature=zero, max_new_tokens=12, **options)) == told
 
 
 @pytest.mark.parametrize(
@@ -87,8 +88,8 @@ def test_a_temperature_of_0_is_greedy(llm, whole, options, zero):
 )
 def test_options_of_sampling_sample(llm, options):
     """The bundled model's file says do_sample=false, over which they were left out before."""
-    assert len({llm.chat(ASK, seed=seed, **options, **SHORT) for seed in range(4)}) > 1
-    assert len({llm.chat(ASK, seed=seed, do_sample=False, repetition_penalty=2, **SHORT) for seed in range(3)}) == 1
+    assert len({llm.chat(ASK, seed=seed, **options, **SHORT) for seed in range(2)}) > 1
+    assert len({llm.chat(ASK, seed=seed, do_sample=False, repetition_penalty=2, **SHORT) for seed in range(2)}) == 1
 
 
 # seed
@@ -287,8 +288,8 @@ def test_an_argument_is_passed_once(thinker):
 
 
 @pytest.mark.parametrize("nothing", [{"tools": []}, {"tools": None}, {"documents": []}, {"chat_template_kwargs": {}}])
-def test_no_tools_are_no_tools(llm, whole, nothing):
-    assert llm.chat(ASK, do_sample=False, **nothing) == whole
+def test_no_tools_are_no_tools(llm, nothing):
+    assert llm.chat("What is 12 + 30?", do_sample=False, **nothing) == "12 + 30 = 42"
 
 
 # the caller's own streamers and criteria
@@ -373,7 +374,7 @@ def test_a_value_out_of_range_is_one_line_of_ours(llm, demo, tmp_path, wrong, te
             other.chat(ASK)
         assert text in str(caught.value)
         undone = dict.fromkeys(wrong) | {"do_sample": False}
-        assert other.chat(ASK, **undone)  # an option takes its place
+        assert other.chat(ASK, **undone, max_new_tokens=2)  # an option takes its place
 
 
 def test_several_answers_need_another_way_than_the_greedy_one(llm):
@@ -424,9 +425,9 @@ def test_a_file_that_transformers_cannot_load_is_refused_before_the_weights(demo
     ],
     ids=str,
 )
-def test_settings_that_do_not_matter_do_no_harm(demo, whole, tmp_path, file):
+def test_settings_that_do_not_matter_do_no_harm(demo, tmp_path, file):
     with qv.load(settings(demo, tmp_path / "model", **file), **WORK) as llm:
-        assert llm.chat(ASK) == whole
+        assert llm.chat("What is 12 + 30?") == "12 + 30 = 42"
 
 
 # generation_config.json is part of the plan
@@ -487,7 +488,7 @@ def test_beams_that_do_not_fit_are_refused_by_the_plan(demo, tmp_path):
 
 
 @pytest.mark.parametrize("missing", ["pad past the table", "no pad", "neither"])
-def test_a_batch_is_padded_with_any_token_that_the_model_has(demo, whole, tmp_path, missing):
+def test_a_batch_is_padded_with_any_token_that_the_model_has(llm, demo, tmp_path, missing):
     folder = settings(demo, tmp_path / "model", pad_token_id=None)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if missing == "pad past the table":
@@ -501,11 +502,11 @@ def test_a_batch_is_padded_with_any_token_that_the_model_has(demo, whole, tmp_pa
         file.write_text(json.dumps(json.loads(file.read_text()) | dict.fromkeys(gone)))
         if missing == "neither":
             (folder / "generation_config.json").write_text(json.dumps({"do_sample": False}))
-    prompts = [f"<|im_start|>user\n{ask}<|im_end|>\n<|im_start|>assistant\n" for ask in (ASK, "What is 3 + 4?")]
-    with (
-        qv.load(demo, batch_size=2, padded=True, **WORK) as right,
-        qv.load(folder, batch_size=2, padded=True, **WORK) as llm,
-    ):
-        end = {"eos_token_id": 2, "do_sample": False}
-        assert llm.generate(prompts, **end) == right.generate(prompts, **end)
-        assert llm.chat(ASK) == whole
+    asked = ("What is 3 + 4?", "What is 12 + 30?")
+    prompts = [f"<|im_start|>user\n{ask}<|im_end|>\n<|im_start|>assistant\n" for ask in asked]
+    end = {"eos_token_id": 2, "do_sample": False}
+    right = llm.generate(prompts, **end)
+    assert right[1] == "12 + 30 = 42"
+    with qv.load(folder, batch_size=2, padded=True, **WORK) as other:
+        assert other.generate(prompts, **end) == right
+        assert other.chat(asked[1]) == right[1]

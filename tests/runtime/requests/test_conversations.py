@@ -7,10 +7,13 @@ from functools import partial
 
 import pytest
 from transformers import AutoTokenizer
+from typer.testing import CliRunner
 
 import qwen_vram as qv
+from qwen_vram.cli import app
 from tests.conftest import make_checkpoint
 from tests.helpers.command import qwen_vram
+from tests.helpers.tiers import thinned
 
 ASK = "What is 12 + 30?"
 WORK = {"prompt_len": 100, "max_new_tokens": 40, "progress": False}
@@ -60,10 +63,10 @@ def text(part):
 # content
 
 
-@pytest.mark.parametrize("template", [None, LIKE_QWEN3], ids=["as it is", "as Qwen3's"])
-@pytest.mark.parametrize(
-    "content", [[text(ASK)], [text("What is "), text("12 + 30?")], [text(ASK), text("")], [{"text": ASK}], (text(ASK),)]
-)
+CONTENTS = [[text(ASK)], [text("What is "), text("12 + 30?")], [text(ASK), text("")], [{"text": ASK}], (text(ASK),)]
+
+
+@pytest.mark.parametrize(*thinned(1, content=CONTENTS, template=[None, LIKE_QWEN3]))
 def test_parts_of_text_are_one_text(llm, told, template, content):
     options = {"do_sample": False} | ({"chat_template": template} if template else {})
     messages = [{"role": "user", "content": content}]
@@ -168,7 +171,7 @@ def test_a_template_that_fails_is_one_line(demo, tmp_path, name):
             assert "\n" not in str(caught.value)
             assert "pass " in str(caught.value)
         own = (demo / "chat_template.jinja").read_text()
-        assert llm.chat(ASK, chat_template=own, do_sample=False)  # what the message says to do
+        assert llm.chat(ASK, chat_template=own, do_sample=False, max_new_tokens=2)  # what the message says to do
 
 
 def test_a_template_is_chosen_by_its_name(demo, tmp_path, told):
@@ -218,7 +221,7 @@ def test_a_chat_ends_where_the_template_ends_a_turn(demo, told, tmp_path, change
     with qv.load(copy(demo, tmp_path / "model", **changes), **WORK) as llm:
         assert llm.chat(ASK, do_sample=False) == told == "12 + 30 = 42"
         assert "".join(llm.stream(ASK, do_sample=False)) == told
-        longer = {"do_sample": False, "max_new_tokens": 20}
+        longer = {"do_sample": False, "max_new_tokens": 14}
         assert len(llm.chat(ASK, **longer, eos_token_id=None)) > len(told)  # the caller's word holds
         if changes["generation_config__eos_token_id"] == 0:
             prompt = f"<|im_start|>user\n{ASK}<|im_end|>\n<|im_start|>assistant\n"
@@ -296,8 +299,7 @@ CALLING = {
 }
 
 
-@pytest.mark.parametrize("call", CALLING)
-@pytest.mark.parametrize("added", [["<tool>"], ["<a>", "<b>", "<tool>"]])
+@pytest.mark.parametrize(*thinned(1, call=list(CALLING), added=[["<tool>"], ["<a>", "<b>", "<tool>"]]))
 def test_a_token_past_the_table_is_named(demo, told, tmp_path, call, added):
     folder = copy(demo, tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -347,17 +349,16 @@ def test_a_full_conversation_begins_anew(tmp_path):
     assert "/clear" not in alone.stderr  # it would not help
 
 
-@pytest.mark.parametrize("asked", [["-m", "hi"], []], ids=["message", "conversation"])
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        (None, "has no chat template; use generate()"),
-        ("{{ raise_exception('no') }}", "refuses this conversation: no;"),
-        ("{% for", "is not a Jinja template (line 1"),
-    ],
-    ids=["none", "raises", "broken"],
-)
-def test_a_model_that_cannot_chat_is_refused_before_its_weights_load(demo, tmp_path, template, message, asked):
+UNABLE = [
+    (None, "has no chat template; use generate()"),
+    ("{{ raise_exception('no') }}", "refuses this conversation: no;"),
+    ("{% for", "is not a Jinja template (line 1"),
+]
+
+
+@pytest.mark.parametrize(*thinned(1, case=UNABLE, asked=[["-m", "hi"], []]))
+def test_a_model_that_cannot_chat_is_refused_before_its_weights_load(demo, tmp_path, case, asked):
+    template, message = case
     folder = copy(demo, tmp_path / "model", template=template or "")
     if template is None:
         (folder / "chat_template.jinja").unlink()
@@ -391,14 +392,18 @@ def test_options_are_checked_before_weights_load(demo, tmp_path, options, messag
 
 def test_an_adapter_may_bring_the_template(untied, adapter, tmp_path):
     base = without_template(untied, tmp_path / "base")
-    assert "has no chat template" in chat(base, "-m", "hi", "--adapter", adapter).stderr
     own = shutil.copytree(adapter, tmp_path / "adapter")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(untied / name, own)
-    short = ["-m", "hi", "--max-new-tokens", 3, "--set", "weights=bf16"]
-    assert chat(base, *short, "--adapter", own).returncode == 0
-    refused = chat(base, *short, "--adapter", own, "--no-thinking")
-    assert "unknown option of the chat template 'enable_thinking'" in refused.stderr
+
+    def asked(adapter, *more):
+        short = ["-m", "hi", "--max-new-tokens", 3, "--set", "weights=bf16"]
+        words = ["chat", base, *short, "--adapter", adapter, *more]
+        return CliRunner().invoke(app, [str(word) for word in words])
+
+    assert "has no chat template" in str(asked(adapter).exception)
+    assert asked(own).exit_code == 0
+    assert "unknown option of the chat template 'enable_thinking'" in str(asked(own, "--no-thinking").exception)
 
 
 def test_options_work_on_the_command_line(demo, tmp_path):
@@ -407,8 +412,10 @@ def test_options_work_on_the_command_line(demo, tmp_path):
     folder = copy(demo, tmp_path / "model", template=own, generation_config__num_beams=2)
     result = chat(folder, "-m", ASK, "--no-thinking", "--set", "num_beams=1", "--set", "weights=fp32")
     assert result.stdout == "42\n"
+    short = ("--max-new-tokens", 12)
     sampled = [
-        chat(demo, "-m", ASK, "--temperature", 5, "--seed", 4, "--stop", "2", "--top-k", 0).stdout for _ in (1, 2)
+        chat(demo, "-m", ASK, "--temperature", 5, "--seed", 4, "--stop", "2", "--top-k", 0, *short).stdout
+        for _ in (1, 2)
     ]
     assert sampled[0] == sampled[1]
     assert chat(demo, "-m", ASK, "--temperature", 0, "--stop", "+", "--stop", "=").stdout == "12 +\n"
