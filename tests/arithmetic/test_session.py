@@ -96,7 +96,7 @@ def smaller(planned, seed, *, grows):
         )
 
 
-@pytest.mark.parametrize("step", [20, pytest.param(1, marks=pytest.mark.full)])
+@pytest.mark.parametrize("step", [40, pytest.param(1, marks=pytest.mark.full)])
 @pytest.mark.parametrize(("number", "row"), list(enumerate(ROWS)))
 def test_no_smaller_workload_needs_more_than_the_session(number, row, step):
     """Of each `step` workloads one; rows begin at different ones."""

@@ -1,13 +1,14 @@
 """Every saver with every format and in pairs: it works, with its mechanism in place, or is refused by name.
 
-`make test` loads an all-pairs array and asks for every refusal; the marker `full` loads the whole product.
+`make test` loads an all-pairs array of formats that differ in code, two rows of each of the others, and asks for every
+refusal. The marker `full` loads an all-pairs array of all formats, and the whole product.
 """
 
 import re
 import traceback
 from collections import Counter
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from itertools import combinations
 
 import pytest
@@ -296,12 +297,14 @@ def check_works(folder, weights, savers, texts, references, caplog):
 # refusals
 
 
+@pytest.mark.parametrize("first", [0, pytest.param(1, marks=pytest.mark.full)])
 @pytest.mark.parametrize("model", MODELS)
-def test_savers_that_do_not_work_are_refused_by_name(folder_of, model):
+def test_savers_that_do_not_work_are_refused_by_name(folder_of, model, first):
+    """Of every two refusals one model is asked for the one, and the other for the other."""
     refused = [one for one in cases() if expected_refusal(*one)]
     assert len(refused) > 350
     wrong = []
-    for weights, savers in refused:
+    for weights, savers in refused[(first + MODELS.index(model)) % 2 :: 2]:
         try:
             check_refused(folder_of(model, weights), weights, savers)
         except (AssertionError, pytest.fail.Exception) as error:
@@ -335,34 +338,47 @@ FACTORS = {
 }
 
 
-def works(one, two):
-    """Tell if a format and a saver, or two savers with some format, are loaded here."""
-    formats = (one[1],) if one[0] == "format" else WEIGHTS
+# Each runs the code of another format: those of bf16, nf4, int8-wo and gptq.
+ALIKE = ("fp32", "fp16", "nf4-plain", "fp4", "fp4-plain", "fp8", "awq")
+APART = tuple(weights for weights in WEIGHTS if weights not in ALIKE)
+
+
+def works(one, two, formats):
+    """Tell if a format and a saver, or two savers with one of `formats`, are loaded here."""
+    formats = (one[1],) if one[0] == "format" else formats
     savers = tuple(saver for _, saver in (one, two) if saver in SAVERS)
     return any(not expected_refusal(weights, savers) for weights in formats)
 
 
 @cache
-def array():
-    return all_pairs(FACTORS, works)
+def array(formats):
+    return all_pairs({**FACTORS, "format": formats}, partial(works, formats=formats))
 
 
 def savers_of(row):
     return tuple(saver for saver in row.values() if saver in SAVERS)
 
 
-def test_the_array_holds_every_pair_that_works():
-    held = {pair for row in array() for pair in pairs({factor: (value,) for factor, value in row.items()})}
-    for one, two in pairs(FACTORS):
-        assert ((one, two) in held) is works(one, two), (one, two)
-    assert not any(expected_refusal(row["format"], savers_of(row)) for row in array())
+@pytest.mark.parametrize("formats", [APART, tuple(WEIGHTS)], ids=["apart", "all"])
+def test_the_array_holds_every_pair_that_works(formats):
+    held = {pair for row in array(formats) for pair in pairs({factor: (value,) for factor, value in row.items()})}
+    for one, two in pairs({**FACTORS, "format": formats}):
+        assert ((one, two) in held) is works(one, two, formats), (one, two)
+    assert not any(expected_refusal(row["format"], savers_of(row)) for row in array(formats))
     named = {saver for saver in SAVERS if any(not expected_refusal(weights, (saver,)) for weights in WEIGHTS)}
-    assert named == {saver for row in array() for saver in savers_of(row)}
+    assert named == {saver for row in array(formats) for saver in savers_of(row)}
 
 
+def rows_of(weights, formats):
+    return [(row["model"], savers_of(row)) for row in array(formats) if row["format"] == weights]
+
+
+@pytest.mark.parametrize("thin", [True, pytest.param(False, marks=pytest.mark.full)])
 @pytest.mark.parametrize("weights", WEIGHTS)
-def test_every_pair_of_savers_works(folder_of, texts, caplog, weights):
-    rows = [(row["model"], savers_of(row)) for row in array() if row["format"] == weights]
+def test_every_pair_of_savers_works(folder_of, texts, caplog, weights, thin):
+    rows = rows_of(weights, APART if thin and weights in APART else tuple(WEIGHTS))
+    if thin and weights in ALIKE:
+        rows = rows[:2]
     if is_missing(weights):
         assert not rows
         pytest.skip(f"what {weights} needs is not here; the refusals are tested")

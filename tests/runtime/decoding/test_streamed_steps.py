@@ -52,7 +52,7 @@ def by_steps(llm):
 def test_tokens_are_those_of_the_ordinary_path(request, weights, streamed):
     """Of random weights in float32, and of the bundled model in 4 bits, which has no near ties."""
     folder = request.getfixturevalue("untied" if weights == "fp32" else "demo")
-    asked = {"max_new_tokens": 24, "do_sample": False}
+    asked = {"max_new_tokens": 8, "do_sample": False}
     with qv.load(folder, weights=weights, **KNOBS, **WORK) as llm:
         expected = [llm.generate(TEXTS[:count], **asked) for count in (1, 2)]
     with qv.load(folder, weights=weights, **KNOBS, **WORK, streamed_layers=streamed) as llm:
@@ -65,14 +65,14 @@ def test_tokens_are_those_of_the_ordinary_path(request, weights, streamed):
 
 
 def test_layers_on_the_disk_are_read_for_every_step(untied):
-    asked = {"max_new_tokens": 16, "do_sample": False}
+    asked = {"max_new_tokens": 8, "do_sample": False}
     knobs = {**KNOBS, **WORK, "weights": "bf16", "streamed_layers": 2}
     with qv.load(untied, **knobs) as ordinary, by_steps(qv.load(untied, **knobs, disk_layers=2)) as llm:
         assert llm.generate(TEXTS, **asked) == ordinary.generate(TEXTS, **asked)
 
 
 def test_an_adapter_runs_by_them(untied, adapter):
-    asked = {"max_new_tokens": 16, "do_sample": False}
+    asked = {"max_new_tokens": 8, "do_sample": False}
     knobs = {**KNOBS, **WORK, "weights": "fp32", "streamed_layers": 2, "adapter": adapter}
     with qv.load(untied, **knobs) as ordinary:
         expected = ordinary.generate(TEXTS, **asked)

@@ -15,6 +15,7 @@ from qwen_vram.arithmetic.replay.generation import replay_generation
 from qwen_vram.demo.tasks import examples
 from qwen_vram.runtime.kv_cache.host import HostCache
 from qwen_vram.runtime.kv_cache.preallocated import PreallocatedCache, cache_bytes
+from tests.helpers.tiers import thinned
 
 PROMPTS = [one.prompt for name in ("math", "recall", "table") for one in examples(name, "held_out", seed=3, count=1)]
 HOST = {"profile": "default", "attention": "sdpa", "cache": "preallocated", "progress": False}
@@ -197,17 +198,17 @@ def test_memory_that_cannot_be_pinned_is_named_once(caplog, monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("prompts", [PROMPTS[0], PROMPTS], ids=["one", "padded"])
 @pytest.mark.parametrize(
-    ("knobs", "options"),
-    [({}, {}), ({"prefill_chunk_size": 16}, {}), ({}, {"num_beams": 2})],
-    ids=str,
+    *thinned(1, case=[({}, {}), ({"prefill_chunk_size": 16}, {}), ({}, {"num_beams": 2})], count=[1, 3]), ids=str
 )
-def test_the_bundled_model_answers_as_before(demo, prompts, knobs, options):
+def test_the_bundled_model_answers_as_before(demo, case, count):
+    """One prompt, and padded ones."""
+    knobs, options = case
+    prompts = PROMPTS[0] if count == 1 else PROMPTS
     answers = []
     for kv_device in ("device", "host"):
         with qv.load(demo, kv_device=kv_device, prompt_len=1000, batch_size=6, **{**HOST, **knobs}) as llm:
-            answers.append(llm.generate(prompts, max_new_tokens=20, do_sample=False, eos_token_id=None, **options))
+            answers.append(llm.generate(prompts, max_new_tokens=8, do_sample=False, eos_token_id=None, **options))
             report = llm.report()
             assert isinstance(llm.new_cache(max_length=4), HostCache) is (kv_device == "host")
         assert report.measured["kv_cache"] == report.estimate.kv_cache
@@ -218,11 +219,11 @@ def test_the_bundled_model_answers_as_before(demo, prompts, knobs, options):
 def test_plain_transformers_generates_with_it(plain, options):
     model, tokenizer = plain
     inputs = tokenizer(PROMPTS, return_tensors="pt", padding=True, padding_side="left")
-    length = inputs["input_ids"].shape[1] + 16
+    length = inputs["input_ids"].shape[1] + 8
     made = []
     for kind in (PreallocatedCache, HostCache):
         cache = kind(model.config.num_hidden_layers, max_length=length)
-        made.append(model.generate(**inputs, past_key_values=cache, max_new_tokens=16, do_sample=False, **options))
+        made.append(model.generate(**inputs, past_key_values=cache, max_new_tokens=8, do_sample=False, **options))
     assert torch.equal(*made)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import cache
 
 import bitsandbytes as bnb
 import pytest
@@ -14,6 +15,7 @@ from qwen_vram.runtime.backends import get_backend
 from qwen_vram.runtime.measure import host_bytes, weight_storages
 from qwen_vram.runtime.offload.host_embedding import HostEmbedding
 from tests.helpers.lora_models import make_adapter, make_base, untied_twin
+from tests.helpers.tiers import thinned
 
 QUANTIZED = ("nf4", "nf4-plain", "fp4", "fp4-plain", "int8")
 TABLE = "model.embed_tokens.weight"
@@ -28,9 +30,7 @@ def logits(model) -> torch.Tensor:
         return model(input_ids=torch.arange(3, 40, device=model.device)[None]).logits
 
 
-@pytest.mark.parametrize("embeddings", ["device", "host"])
-@pytest.mark.parametrize("weights", QUANTIZED)
-@pytest.mark.parametrize("model", ["tied", "qwen3"])
+@pytest.mark.parametrize(*thinned(2, weights=QUANTIZED, model=["tied", "qwen3"], embeddings=["device", "host"]))
 def test_it_takes_the_predicted_bytes(request, model, weights, embeddings):
     with load(request.getfixturevalue(model), weights, embeddings=embeddings) as llm:
         promised = llm.plan.estimate
@@ -45,11 +45,16 @@ def test_it_takes_the_predicted_bytes(request, model, weights, embeddings):
         assert llm.model.config.tie_word_embeddings is False
 
 
+@pytest.fixture(scope="module")
+def twin(tied, tmp_path_factory):
+    folder = untied_twin(tied, tmp_path_factory.mktemp("twin") / "twin")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    return folder
+
+
 @pytest.mark.parametrize("weights", QUANTIZED)
-def test_it_is_what_an_untied_checkpoint_with_the_same_head_gives(tied, tmp_path, weights):
-    twin = untied_twin(tied, tmp_path / "twin")
-    config = json.loads((twin / "config.json").read_text())
-    (twin / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+def test_it_is_what_an_untied_checkpoint_with_the_same_head_gives(tied, twin, weights):
     with load(twin, weights) as one, load(tied, weights, embeddings="host") as other:
         assert torch.equal(logits(one.model), logits(other.model))
         assert one.model.generation_config.to_dict() == other.model.generation_config.to_dict()
@@ -136,30 +141,36 @@ SHARED, OWN = {"lm_head": None}, {"embeddings": "host"}
 
 
 @pytest.fixture(scope="module")
-def adapters(tied, untied, tmp_path_factory):
-    work = tmp_path_factory.mktemp("adapters")
-    return {
-        (base, kind): make_adapter(folder, work / base / kind, r=4, save=save, **settings)
-        for base, folder in (("tied", tied), ("untied", untied))
-        for kind, (settings, save) in KINDS.items()
-    }
+def adapter_of(tmp_path_factory):
+    """A call that gives an adapter of a kind for a base, made once."""
+
+    @cache
+    def make(folder, kind):
+        settings, save = KINDS[kind]
+        return make_adapter(folder, tmp_path_factory.mktemp("adapter") / "made", r=4, save=save, **settings)
+
+    return make
+
+
+@cache
+def bare_logits(folder, **knobs):
+    with load(folder, **knobs) as llm:
+        return logits(llm.model)
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
-@pytest.mark.parametrize("knobs", [SHARED, OWN], ids=["shared", "own"])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("base", ["tied", "untied"])
-def test_an_adapter_of_head_or_table_runs_or_is_refused_by_name(request, adapters, base, kind, knobs):
+@pytest.mark.parametrize(*thinned(2, kind=tuple(KINDS), base=["tied", "untied"], knobs=[SHARED, OWN]), ids=str)
+def test_an_adapter_of_head_or_table_runs_or_is_refused_by_name(request, adapter_of, base, kind, knobs):
     model = request.getfixturevalue(base)
     if knobs is OWN and kind != "head factors":
         knob = "lm_head" if "head" in kind or base == "tied" else "embeddings"
         with pytest.raises(qv.NotSupportedError, match=f"{knob}='.*': the adapter .* merge it") as caught:
-            load(model, adapter=adapters[base, kind], **knobs)
+            load(model, adapter=adapter_of(model, kind), **knobs)
         assert caught.value.knob == knob
         return
-    with load(model, **knobs) as bare, load(model, adapter=adapters[base, kind], **knobs) as llm:
+    with load(model, adapter=adapter_of(model, kind), **knobs) as llm:
         assert sum(weight_storages(llm.model, get_backend("nf4")).values()) == llm.plan.estimate.weights
-        assert not torch.equal(logits(llm.model), logits(bare.model))
+        assert not torch.equal(logits(llm.model), bare_logits(model, **knobs))
 
 
 # on a GPU

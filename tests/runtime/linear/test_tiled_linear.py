@@ -6,22 +6,29 @@ import pytest
 import torch
 
 import qwen_vram as qv
+from qwen_vram.arithmetic import tiling
 from qwen_vram.arithmetic.tiling import tile_rows
 from qwen_vram.demo import CHECKPOINT
 
 bnb = pytest.importorskip("bitsandbytes")
 
 SHAPE = (8_448, 2_112)  # two tiles, the second one shorter
+SMALL = (704, 192)  # the same of `small_tiles`
 FORMATS = {"nf4": ("nf4", True), "nf4-plain": ("nf4", False), "fp4": ("fp4", True)}
 
 
-def tiled(weights, device, *, bias=False):
+@pytest.fixture
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(tiling, "_TILE_ELEMENTS", 512 * SMALL[1])
+
+
+def tiled(weights, device, *, shape=SHAPE, bias=False):
     from qwen_vram.runtime.linear.tiled_4bit import dequantize_in_tiles
 
     kind, nested = FORMATS[weights]
     torch.manual_seed(0)
     whole = bnb.nn.Linear4bit(
-        SHAPE[1], SHAPE[0], bias=bias, compute_dtype=torch.bfloat16, compress_statistics=nested, quant_type=kind
+        shape[1], shape[0], bias=bias, compute_dtype=torch.bfloat16, compress_statistics=nested, quant_type=kind
     )
     module = torch.nn.ModuleList([whole.to(torch.bfloat16)]).to(device).eval()
     dequantize_in_tiles(module)
@@ -32,25 +39,25 @@ def tiled(weights, device, *, bias=False):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("weights", FORMATS)
 @torch.inference_mode()
-def test_a_product_by_tiles_is_the_product(weights, bias, monkeypatch):
-    linear = tiled(weights, "cpu", bias=bias)
-    assert tile_rows(*SHAPE) < SHAPE[0]
-    x = torch.randn(2, 40, SHAPE[1], dtype=torch.bfloat16)
+def test_a_product_by_tiles_is_the_product(weights, bias, small_tiles, monkeypatch):
+    linear = tiled(weights, "cpu", shape=SMALL, bias=bias)
+    assert SMALL[0] // 2 < tile_rows(*SMALL) < SMALL[0]
+    x = torch.randn(2, 40, SMALL[1], dtype=torch.bfloat16)
     whole = bnb.nn.Linear4bit.forward(linear, x)
     monkeypatch.setattr(bnb.nn.Linear4bit, "forward", None)  # it must not be asked
     torch.testing.assert_close(linear(x), whole)
 
 
 @torch.inference_mode()
-def test_few_rows_are_left_to_bitsandbytes():
-    linear = tiled("nf4", "cpu")
-    x = torch.randn(1, 5, SHAPE[1], dtype=torch.bfloat16)
+def test_few_rows_are_left_to_bitsandbytes(small_tiles):
+    linear = tiled("nf4", "cpu", shape=SMALL)
+    x = torch.randn(1, 5, SMALL[1], dtype=torch.bfloat16)
     assert torch.equal(linear(x), bnb.nn.Linear4bit.forward(linear, x))
 
 
-def test_training_through_a_tiled_matrix_has_gradients():
-    linear = tiled("nf4", "cpu")
-    x = torch.randn(70, SHAPE[1], dtype=torch.bfloat16, requires_grad=True)
+def test_training_through_a_tiled_matrix_has_gradients(small_tiles):
+    linear = tiled("nf4", "cpu", shape=SMALL)
+    x = torch.randn(70, SMALL[1], dtype=torch.bfloat16, requires_grad=True)
     linear(x).sum().backward()
     assert x.grad.abs().sum() > 0
 

@@ -29,6 +29,7 @@ from tests.runtime.offload.test_streaming import (
     load,
     logits,
     resident,
+    resident_tokens,
     tokens,
 )
 
@@ -62,10 +63,9 @@ FORMATS = [packed_weights(weights) for weights in ("bf16", "fp32", "nf4", "nf4-p
 def test_tokens_are_those_of_the_resident_model(demo, weights, layers, new):
     streamed, computing = layers
     with load(demo, weights=weights, streamed_layers=streamed, host_layers=computing) as llm:
-        _, one, four = resident(demo, weights, new)
-        assert torch.equal(tokens(llm, PROMPTS[:1], new), one)
-        assert torch.equal(tokens(llm, PROMPTS, new), four)
-        assert torch.equal(logits(llm), resident(demo, weights)[0])
+        for count in (1, 4):
+            assert torch.equal(tokens(llm, PROMPTS[:count], new), resident_tokens(demo, weights, count, new))
+        assert torch.equal(logits(llm), resident(demo, weights))
 
 
 @pytest.mark.parametrize("weights", ["bf16", packed_weights("nf4")])
@@ -109,15 +109,15 @@ def test_a_host_layer_computes_with_its_block_and_no_slot(demo):
 def test_other_shapes_compute_too(request, kind):
     folder = request.getfixturevalue(kind)
     with load(folder, streamed_layers=2, host_layers=1) as llm:
-        assert torch.equal(tokens(llm, PROMPTS[:1], new=20), resident(folder, "bf16", 20)[1])
+        assert torch.equal(tokens(llm, PROMPTS[:1], new=NEW), resident_tokens(folder, "bf16", 1))
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_a_forward_that_broke_off_leaves_the_next_one_right(demo, error):
     with load(demo, streamed_layers=4, host_layers=2) as llm:
-        expected = resident(demo, "bf16")[0]
+        expected = resident(demo, "bf16")
         check_after_broken_forwards(llm, expected, error)
-        answer = tokens(llm, PROMPTS[:1], new=10)
+        answer = tokens(llm, PROMPTS[:1], new=5)
         host = next(iter(llm._streamer.hosts.values()))
 
         def stop(*_):
@@ -128,7 +128,7 @@ def test_a_forward_that_broke_off_leaves_the_next_one_right(demo, error):
             llm.model(input_ids=torch.ones(1, 1, dtype=torch.long))
         hook.remove()
         assert torch.equal(logits(llm), expected)
-        assert torch.equal(tokens(llm, PROMPTS[:1], new=10), answer)
+        assert torch.equal(tokens(llm, PROMPTS[:1], new=5), answer)
 
 
 @pytest.mark.parametrize("weights", ["bf16", packed_weights("nf4")])
