@@ -155,7 +155,7 @@ for capability in ("avx2", "default"):
 
 def test_codes_come_back_on_other_cpus():
     found = subprocess.run([sys.executable, "-c", ON_OTHER_CPUS], capture_output=True, text=True, timeout=120)
-    assert found.stdout == "AVX2 True\nDEFAULT True\n", found.stderr
+    assert [line.split()[-1] for line in found.stdout.splitlines()] == ["True", "True"], found.stderr
 
 
 def test_codes_come_back_from_the_gpus_order():
