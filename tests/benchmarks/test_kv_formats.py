@@ -32,6 +32,7 @@ def run(script, monkeypatch, out, *options):
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_a_row_for_each_cache_and_none_twice(demo, tmp_path, script, monkeypatch):
     out = tmp_path / "rows.jsonl"
     options = ("--checkpoint", str(demo), "--prompts", "300", "--new", "4")

@@ -381,6 +381,7 @@ def test_a_step_that_cannot_be_compiled_runs_as_it_is(demo, caplog):
     assert "no kernel for this" in caplog.text
 
 
+@pytest.mark.full
 def test_inductor_compiles_a_step(demo, monkeypatch):
     """The real compiler, on the CPU: rounding differs, answers do not."""
     # In this process: others would import torch anew.
