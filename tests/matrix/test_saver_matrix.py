@@ -189,11 +189,12 @@ def references():
 
 
 class Watched:
-    """A loaded model's generations: their tokens, the lengths that each forward was fed, and the cache."""
+    """A loaded model's generations: tokens and logits, the lengths that each forward was fed, and the cache."""
 
     def __init__(self, llm):
-        self.llm, self.fed, self.cache = llm, [], None
+        self.llm, self.fed, self.cache, self.heads = llm, [], None, []
         llm.model.register_forward_pre_hook(self._note, with_kwargs=True)
+        llm.model.lm_head.register_forward_hook(lambda *seen: self.heads.append(seen[2][:, -1].float()))
 
     def _note(self, module, args, kwargs):
         self.fed.append(kwargs["input_ids"].shape[1])
@@ -204,13 +205,32 @@ class Watched:
         output = self.llm._generate(dict(inputs), NEW, {"do_sample": False, "eos_token_id": None})
         return output[:, inputs["input_ids"].shape[1] :].tolist()
 
+    def logits(self):
+        """Logits of the new tokens, (sequences, NEW, vocab_size)."""
+        return torch.stack(self.heads[-NEW:], dim=1)
+
+
+def are_equal_up_to_a_tie(tokens, expected, logits):
+    """Tell if each sequence parts at most where the expected logits of both tokens are within four steps of bf16.
+
+    The tied model's head was never trained as one: its two largest logits are sometimes equal in bf16, and then the
+    order of sums, which differs between CPUs, decides.
+    """
+    for row, (found, wanted) in enumerate(zip(tokens, expected, strict=True)):
+        parted = next((at for at, pair in enumerate(zip(found, wanted, strict=True)) if pair[0] != pair[1]), None)
+        if parted is not None:
+            now = logits[row, parted]
+            if now.max() - now[found[parted]] > 4 * 2**-8 * now.abs().max():
+                return False
+    return True
+
 
 def load(folder, weights, **knobs):
     return qv.load(folder, profile="default", weights=weights, prompt_len=600, progress=False, **knobs)
 
 
 def reference(references, folder, weights, knobs, texts):
-    """What the plain profile makes of the texts, with the same formats.
+    """Return tokens and logits of the plain profile for the texts, with the same formats.
 
     Eager attention rounds in a way of its own, and so does attention over the whole of a static cache: on the tied
     model, whose head was never trained as one, fp8's tokens part over that.
@@ -220,7 +240,8 @@ def reference(references, folder, weights, knobs, texts):
     key = (folder, weights, knobs.get("lm_head"), attention, "static" if static else "dynamic")
     if key not in references:
         with load(folder, weights, lm_head=key[2], attention=attention, cache=key[4]) as llm:
-            references[key] = Watched(llm).tokens(texts)
+            watched = Watched(llm)
+            references[key] = watched.tokens(texts), watched.logits()
     return references[key]
 
 
@@ -279,7 +300,7 @@ def check_refused(folder, weights, savers):
 def check_works(folder, weights, savers, texts, references, caplog):
     """Each saver's mechanism is in place, and the tokens are those of the plain profile unless a saver is lossy."""
     knobs = {"cache": "preallocated", **knobs_of(savers, weights)}
-    expected = reference(references, folder, weights, knobs, texts)
+    expected, logits = reference(references, folder, weights, knobs, texts)
     caplog.clear()
     with load(folder, weights, **knobs) as llm:
         check_weights(llm)
@@ -289,7 +310,8 @@ def check_works(folder, weights, savers, texts, references, caplog):
         # For every chunk int8 takes the columns that it keeps in 16 bits anew, and int4 has one kernel for few rows and
         # another for many.
         lossy = "kv_cache" in knobs or (weights in ("int8", "int4") and "prefill_chunk_size" in knobs)
-        assert lossy or tokens == expected
+        tied = llm.plan.estimate.architecture.tie_word_embeddings
+        assert lossy or tokens == expected or (tied and are_equal_up_to_a_tie(tokens, expected, logits))
         asked = knobs.get("embeddings") == "host"
         assert (STAYS in caplog.text) is (asked and not host_bytes(llm.model))
 
