@@ -112,7 +112,7 @@ STRAIGHT: dict[tuple[str, str], torch.Tensor] = {}
 
 
 def of_straight(folder: Path, adapter: Path, way: str, at: Path) -> torch.Tensor:
-    """What a way of loading gives for a straight folder, computed once for all of the same content."""
+    """Results of a way of loading for a straight folder, computed once for all of the same content."""
     content = hashlib.sha256()
     for file in sorted(folder.iterdir()):
         content.update(file.name.encode() + file.read_bytes())

@@ -327,7 +327,7 @@ def test_the_ring_is_right_after_an_interrupt_of_its_own_work(demo, monkeypatch,
 
 @torch.no_grad()
 def run_layer(llm, number):
-    """What one layer alone makes of seven rows that are always the same."""
+    """Return the result of one layer alone for seven rows that are always the same."""
     hidden = torch.randn(1, 7, 256, generator=torch.Generator().manual_seed(1)).bfloat16()
     places = llm.model.model.rotary_emb(hidden, torch.arange(7)[None])
     return llm.model.model.layers[number](hidden, position_embeddings=places)
@@ -335,7 +335,7 @@ def run_layer(llm, number):
 
 @cache
 def resident_layers(model, weights):
-    """What each layer makes of them, without streaming."""
+    """Return the result of each layer for them, without streaming."""
     with load(model, weights=weights) as llm:
         return [run_layer(llm, number) for number in range(len(llm.model.model.layers))]
 
