@@ -25,8 +25,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qwen_vram.runtime.linear import few_rows_kernels as kernels
+from qwen_vram.runtime.linear import few_rows_kernels, int4_kernels
 from qwen_vram.runtime.linear.few_rows_kernels import LOAD, PERMUTE, SHUFFLE, Config, Matrix
+from qwen_vram.runtime.linear.int4_packing import unpack_tiles
 
 RATE = 4.8e12  # bytes a second. Source: NVIDIA H200 datasheet
 BEYOND_L2 = 200 * 2**20
@@ -38,7 +39,7 @@ SHAPES = {
     "k": (512, HIDDEN),
     "head": (152064, HIDDEN),
 }
-FORMATS = ("nf4", "int8-wo", "fp8", "dense")
+FORMATS = ("nf4", "int4", "int8-wo", "fp8", "dense")
 GROUPS = {"qkv": ("q", "k", "k"), "swiglu": ("gate", "gate")}
 
 _FOUR_BIT = [
@@ -53,6 +54,16 @@ _EIGHT_BIT = [
         (4, 32, 1), (4, 128, 4), (2, 128, 4), (16, 32, 4), (8, 32, 1), (2, 256, 8), (4, 64, 2), (1, 256, 8), (8, 32, 4)
     ]
 ]  # fmt: skip
+# Rows are multiples of 8, a step is in blocks of 128 columns, and the last number is of steps between load and product.
+_INT4 = [
+    Config(*one, LOAD, ahead)
+    for ahead in (1, 2, 3)
+    for one in [(16, 4, 4), (32, 4, 4), (16, 2, 2), (32, 2, 2), (16, 8, 8), (32, 8, 8), (16, 1, 1), (16, 16, 16)]
+]
+_INT4_MORE = [
+    Config(*one, LOAD, 2) for one in [(16, 4, 4), (32, 4, 4), (16, 2, 2), (32, 2, 2), (16, 8, 8), (16, 16, 16)]
+]
+_INT4_GROUPS = [Config(*one[:3], LOAD, ahead) for one in _INT4_MORE for ahead in (1, 2, 3)]
 _FOUR_BIT_MORE = {
     4: [Config(*one, SHUFFLE) for one in [(4, 32, 1), (2, 128, 4), (4, 128, 4), (8, 32, 4)]]
     + [Config(2, 128, 4, PERMUTE)],
@@ -95,7 +106,7 @@ def main() -> None:
         common = {
             "device": torch.cuda.get_device_name(),
             "torch": torch.__version__,
-            "triton": kernels.triton.__version__,
+            "triton": few_rows_kernels.triton.__version__,
         }
         common["date"] = date.today().isoformat()
         with torch.inference_mode():
@@ -112,6 +123,9 @@ def jobs(rows: list[int]) -> Iterator[Job]:
             four_bit = storage == "nf4"
             if storage == "dense" and m > 2:
                 continue
+            if storage == "int4":
+                yield from (Job(storage, m, "", config) for config in (_INT4 if m == 1 else _INT4_MORE))
+                continue
             if m == 1:
                 yield from (Job(storage, 1, "", config) for config in (_FOUR_BIT if four_bit else _EIGHT_BIT))
             else:
@@ -120,7 +134,7 @@ def jobs(rows: list[int]) -> Iterator[Job]:
         if m == 1:
             for storage in FORMATS:
                 for group in GROUPS:
-                    configs = _FOUR_BIT_GROUPS if storage == "nf4" else _EIGHT_BIT_GROUPS
+                    configs = {"nf4": _FOUR_BIT_GROUPS, "int4": _INT4_GROUPS}.get(storage, _EIGHT_BIT_GROUPS)
                     yield from (Job(storage, 1, group, config) for config in configs)
 
 
@@ -139,6 +153,7 @@ def compile_one(job: Job) -> str:
 
 
 def launch(job: Job, x: Tensor, matrices: list[Matrix]) -> None:
+    kernels = int4_kernels if job.storage == "int4" else few_rows_kernels
     if job.group == "swiglu":
         kernels.swiglu(x, *matrices, job.storage, job.config)
     elif job.group == "qkv":
@@ -154,10 +169,12 @@ def made(storage: str, rows: int, width: int, m: int) -> Matrix:
     if storage == "dense":
         matrix = torch.randn(rows, width, dtype=torch.bfloat16, device="cuda")
         return Matrix(matrix.view(-1).view(torch.int32), None, out, rows, (out,))
-    count = rows * width // (2 if storage == "nf4" else 1)
+    count = rows * width // (2 if storage in ("nf4", "int4") else 1)
     codes = torch.randint(-(2**31), 2**31 - 1, (count // 4,), dtype=torch.int32, device="cuda")
     if storage == "int8-wo":
         scales = (torch.rand(rows, device="cuda").to(torch.bfloat16),)
+    elif storage == "int4":
+        scales = (torch.rand(width // 128, rows, 2, device="cuda").to(torch.bfloat16).view(torch.int32),)
     elif storage == "fp8":
         as_bytes = codes.view(torch.uint8)
         as_bytes[(as_bytes & 127) == 127] = 0  # no NaN
@@ -180,6 +197,12 @@ def dequantized(storage: str, matrix: Matrix, width: int, rows: int) -> Tensor:
     """The first rows in float64."""
     if storage == "dense":
         return matrix.weight.view(torch.bfloat16)[: rows * width].view(rows, width).double()
+    if storage == "int4":
+        tiles = matrix.weight[: rows * width // 8].view(rows // 8, width // 128, 32, 4)
+        groups = torch.empty(rows, width, dtype=torch.int8, device="cuda")
+        unpack_tiles(tiles, groups)
+        levels = matrix.scales[0].view(torch.bfloat16).view(width // 128, -1, 2)[:, :rows].transpose(0, 1).double()
+        return (groups.view(rows, -1, 128).double() * levels[..., :1] + levels[..., 1:]).view(rows, width)
     codes = matrix.weight.view(torch.uint8)
     if storage == "int8-wo":
         values = codes[: rows * width].view(torch.int8).view(rows, width).double()
@@ -284,7 +307,15 @@ def measured(todo: list[Job], compiled: dict[Job, Future[str]], each: float, end
 
 
 def others(cell: Cell) -> Iterator[tuple[str, int, list[Callable[[], Any]]]]:
-    """Kernels of bitsandbytes, and of cuBLAS over matrices in 16 bits: what is read, and a call for each matrix."""
+    """Kernels of bitsandbytes, torch, and cuBLAS over matrices in 16 bits: what is read, and a call for each matrix."""
+    if cell.storage == "int4":
+
+        def by_tinygemm(one: Matrix) -> Tensor:
+            codes = one.weight.view(one.rows // 8, cell.width // 128, 32, 4)
+            levels = one.scales[0].view(torch.bfloat16).view(cell.width // 128, one.rows, 2)
+            return torch.ops.aten._weight_int4pack_mm(cell.x, codes, 128, levels)
+
+        yield "tinygemm", cell.bytes, [partial(by_tinygemm, one[0]) for one in cell.sets]
     if cell.storage == "nf4":
         import bitsandbytes  # noqa: F401
 

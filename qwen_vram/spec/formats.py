@@ -256,7 +256,15 @@ FORMATS: dict[str, StorageFormat] = {
             128,
         ),
         # tinygemm: scale and zero in bf16 side by side. Source: torch's _weight_int4pack_mm, on the CPU too.
-        StorageFormat("int4", (_CODES4, Part("scales_and_zeros", 4, 1, "row_groups")), 4, "tinygemm", 128, (16, 128)),
+        StorageFormat(
+            "int4",
+            (_CODES4, Part("scales_and_zeros", 4, 1, "row_groups")),
+            4,
+            "tinygemm",
+            128,
+            (16, 128),
+            few_rows=True,
+        ),
         StorageFormat(
             "int8-wo", (Part("weight", 1, 1, "weights"), Part("scale", 2, 1, "rows")), 8, "dequantized", few_rows=True
         ),

@@ -104,12 +104,14 @@ def by_default():
     for number, row in enumerate(rows("default_plans")):
         call = row["call"].partition("batch_size=1, ")[2].rstrip(")")
         knobs = {name: eval(value) for name, value in (one.split("=") for one in call.split(", "))}
-        # Steps are measured after 512 tokens, the prefill of the 2,048 that were planned. The row of 24 GiB was
-        # measured with a slower division of gate and up than there is now: 72.1 us a layer, 63.8 after it.
+        # Steps are measured after 512 tokens, the prefill of the 2,048 that were planned. Steps of superseded rows had
+        # other kernels. Other processes ran beside some rows, which delays the launches of a prefill.
         work = {"prompt_len": 512, "max_new_tokens": 144}
-        yield case("default_plans", number, row, knobs, work, row["ms_per_token"])
-        prefill = 1_000 * 2_048 / row["prefill_tokens_s"]
-        yield case("default_prefills", number, row, knobs, {"prompt_len": 2_048, "max_new_tokens": 1}, None, prefill)
+        if not row.get("superseded"):
+            yield case("default_plans", number, row, knobs, work, row["ms_per_token"])
+        if not row.get("beside_others"):
+            prefill, prompt = 1_000 * 2_048 / row["prefill_tokens_s"], {"prompt_len": 2_048, "max_new_tokens": 1}
+            yield case("default_prefills", number, row, knobs, prompt, None, prefill)
 
 
 def on_the_cpu():
@@ -222,7 +224,9 @@ def test_a_captured_step_does_not_wait_for_python():
     assert decode_ms(SEVEN, captured, WORK, more) > decode_ms(SEVEN, captured, WORK, DEFAULT)
 
 
-@pytest.mark.parametrize(("weights", "ms"), [("bf16", None), ("nf4", (3.2, 10.9)), ("int8-wo", (3.2, 9.2))])
+@pytest.mark.parametrize(
+    ("weights", "ms"), [("bf16", None), ("nf4", (2.78, 10.5)), ("int8-wo", (2.78, 8.8)), ("int4", None)]
+)
 def test_a_captured_step_takes_longer_with_more_rows(weights, ms):
     knobs = profile(weights=weights, captured=True)
     times = [decode_ms(SEVEN, knobs, replace(WORK, batch_size=rows), DEFAULT) for rows in range(1, 9)]
@@ -262,7 +266,7 @@ def test_a_captured_step_grows_with_the_context():
     knobs = profile(cache="static", captured=True)
     short, long = (Workload(prompt_len=prompt, max_new_tokens=2) for prompt in (500, 32_000))
     grown = decode_ms(SEVEN, knobs, long, DEFAULT) - decode_ms(SEVEN, knobs, short, DEFAULT)
-    assert grown == pytest.approx(1000 * 31_500 * 57_344 / DEFAULT.device_bandwidth, rel=0.3)
+    assert grown == pytest.approx(28 * (0.0294 - 0.0058), rel=0.1)  # a layer's attention, measured on an H200
 
 
 def test_a_prompt_takes_longer_in_more_chunks():
@@ -321,7 +325,7 @@ def test_a_search_can_ask_a_thousand_times():
 
 def test_a_plan_says_what_it_predicts_and_for_which_machine():
     plan = qv.plan("Qwen2.5-7B-Instruct", vram="24GiB", ram="64GiB", prompt_len=2048, max_new_tokens=256)
-    line = "predicted: 4.5 ms a token, first token after 0.05 s, on NVIDIA H200 (stated rates)"
+    line = "predicted: 4.0 ms a token, first token after 0.05 s, on NVIDIA H200 (stated rates)"
     assert f"\n  {line}\n" in str(plan)
     assert line in plan._repr_html_()
     times = json.loads(json.dumps(plan.to_dict()))["times"]

@@ -18,7 +18,12 @@ from tests.helpers.command import python
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Written in Triton, which torch for the CPU does not bring.
-TRITON = ("qwen_vram.runtime.kernels.triton_kernels", "qwen_vram.runtime.linear.few_rows_kernels")
+TRITON = (
+    "qwen_vram.runtime.attention.decode_kernels",
+    "qwen_vram.runtime.kernels.triton_kernels",
+    "qwen_vram.runtime.linear.few_rows_kernels",
+    "qwen_vram.runtime.linear.int4_kernels",
+)
 MODULES = sorted(
     module.name
     for module in pkgutil.walk_packages(qwen_vram.__path__, "qwen_vram.")

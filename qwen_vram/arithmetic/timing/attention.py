@@ -14,16 +14,19 @@ from qwen_vram.spec.workload import Workload
 # A layer's attention of one new token over 512: 10.4 us in 24 layers of 0.5B and in 28 of 7B.
 # measured: NVIDIA H200 and H100, torch 2.11.0+cu130, 2026-11-26, benchmarks/results/decode.jsonl.
 _DECODE_START = 10.4e-6
+# The same in a captured step with fused kernels, where it includes the rotation and the writing into the cache. It
+# reads keys and values at this share of a copy's rate: 5.8 us over 600 keys of 7B, 8.1 over 2,304, 29 over 32,000.
+# measured: NVIDIA H200, torch 2.11.0+cu130, Triton 3.6.0, 2026-12-01.
+_CAPTURED_START, _CAPTURED_SHARE = 5.6e-6, 0.65
 # Share of a copy's rate at which keys and values are read, and at which small kernels move bytes.
 _READ_SHARE = 0.8
 # Small kernels of a layer: plain 24, 1.47 ms of them in 28 layers at 2.2 us each; fused ones by the code; compiled 7,
 # 0.43 ms. A step has about ten beside its layers, and samples a token. measured: as above.
 _NODES = {"plain": 24, "fused": 9}
 _COMPILED_NODES = 7
-# Small kernels of a layer in a captured step with fused kernels, without products and attention. They are a norm, the
-# rotation, two writes into the cache, a sum, a norm and a sum. Gate and up are one launch, without a kernel after it.
+# Small kernels of a layer in a captured step with fused kernels, without products and attention: two norms.
 # Source: runtime/decoding/layer.py.
-_CAPTURED_NODES = 7
+_CAPTURED_NODES = 2
 _STEP_NODES = 10
 _STEP_SECONDS = 0.15e-3
 # Operations a second as shares of `matmul_rate`. cuDNN over earlier keys without a mask has 694 TFLOP/s with 4,096
@@ -51,6 +54,8 @@ def decode_attention_seconds(
         held = layer_kv_bytes(layer, profile, tokens=tokens, batch_size=batch_size)
         if profile.kv_format.is_quantized:  # dequantized: written, and read
             held += 4 * layer.attention.key_value_width * tokens * batch_size * profile.element_bytes
+        if profile.captured and profile.kernels == "fused":
+            return _CAPTURED_START + held / (_CAPTURED_SHARE * machine.device_bandwidth)
         return _DECODE_START + held / (_READ_SHARE * machine.device_bandwidth)
 
     return architecture.num_hidden_layers * mean_of_layers(architecture, one)

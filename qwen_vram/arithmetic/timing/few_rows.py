@@ -21,10 +21,13 @@ _MEMORY = float("inf")
 _NF4 = {1: Kernel(3.8e-6, 2.07e12), 4: Kernel(5.2e-6, 0.99e12), MOST_ROWS: Kernel(8.6e-6, 0.42e12)}
 _INT8_WO = {1: Kernel(6.5e-6, _MEMORY), 4: Kernel(6.6e-6, 2.93e12), MOST_ROWS: Kernel(6.1e-6, 0.94e12)}
 _FP8 = {1: Kernel(5.4e-6, _MEMORY), 4: Kernel(6.3e-6, 2.50e12), MOST_ROWS: Kernel(5.9e-6, 0.95e12)}
+# int4 of 2026-12-01; its products of one row are by the division of the fastest one.
+_INT4 = {1: Kernel(7.2e-6, 3.48e12), 4: Kernel(8.4e-6, 3.24e12), MOST_ROWS: Kernel(9.2e-6, 2.60e12)}
 _DENSE = {1: Kernel(4.2e-6, _MEMORY)}
 _TIMES = {
     **{name: _NF4 for name, row in FORMATS.items() if row.is_bnb_4bit},
     **{name: _DENSE for name, row in FORMATS.items() if row.is_dense},
+    "int4": _INT4,
     "int8-wo": _INT8_WO,
     "fp8": _FP8,
 }
@@ -34,13 +37,14 @@ def by_few_rows(profile: Profile, name: str, rows: int) -> bool:
     """Tell if a product of `rows` rows with a matrix in the storage format `name` is made by these kernels on a GPU.
 
     Captured steps with fused kernels use them for all products. Other steps use them for formats with an own module.
+    For int4 those use torch's kernel, which Python launches in less time.
     """
     if profile.compiled or rows > MOST_ROWS:
         return False
     storage, fused = FORMATS[name], profile.captured and profile.kernels == "fused"
     if storage.is_dense:
         return fused and rows == 1
-    return storage.few_rows and (storage.is_dequantized or fused or profile.tiles)
+    return storage.few_rows and (storage.is_dequantized or fused or (profile.tiles and not storage.is_tinygemm))
 
 
 def step_seconds(profile: Profile, name: str, of: Matrices, rows: int, machine: Machine) -> float:

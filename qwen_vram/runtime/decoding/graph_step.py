@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from qwen_vram.runtime.attention.decode_step import scratch_elements
 from qwen_vram.runtime.decoding.graph_cache import GraphBuffers
 from qwen_vram.runtime.decoding.layer import Place
 from qwen_vram.runtime.offload.host_embedding import HostEmbedding
@@ -80,6 +81,8 @@ class Step:
         self.embedded = None if self.table is None else state(batch_size, width, dtype=model.dtype)
         # Between parts.
         self.hidden = None if len(self.parts) == 1 else state(batch_size, width, dtype=model.dtype)
+        scratch = 0 if dynamic else scratch_elements(model, batch_size, buffers.max_length)
+        self.scratch = state(scratch, dtype=torch.float32) if scratch else None
         self.place: Place | None = None
         # One of each resident part, in order, once they are captured.
         self.graphs: list[torch.cuda.CUDAGraph] = []
@@ -159,7 +162,7 @@ class Step:
         if part.first == 0:
             hidden = model.embed_tokens(self.tokens) if self.embedded is None else self.embedded
             cos, sin = model.rotary_emb(hidden[:, None], self.positions)
-            self.place = Place(cos, sin, self.slots, self.rows, self.starts, self.filled)
+            self.place = Place(cos, sin, self.slots, self.rows, self.starts, self.filled, self.scratch)
         else:
             assert self.hidden is not None
             hidden = self.hidden

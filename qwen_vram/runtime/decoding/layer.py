@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qwen_vram.runtime.attention import decode_step
 from qwen_vram.runtime.attention.decode import decode_attention
 from qwen_vram.runtime.kernels import fused_ops
 from qwen_vram.runtime.linear import few_rows
@@ -24,6 +25,7 @@ class Place(NamedTuple):
         cos, sin: Cosines and sines of the rotary embedding, (batch, 1, head_dim).
         slots: Rows of a layer's memory for the new keys and values, (batch,).
         rows, starts, filled: As for `attention.decode`, with the new token.
+        scratch: Memory of the kernels of `attention.decode_step`; `None` if they do not run.
     """
 
     cos: Tensor
@@ -32,6 +34,7 @@ class Place(NamedTuple):
     rows: Tensor
     starts: Tensor
     filled: Tensor
+    scratch: Tensor | None = None
 
 
 def decode_layer(layer: Any, hidden: Tensor, keys: Tensor, values: Tensor, place: Place) -> Tensor:
@@ -58,18 +61,12 @@ def fused_decode_layer(layer: Any, hidden: Tensor, keys: Tensor, values: Tensor,
     attention, batch = layer.self_attn, hidden.shape[0]
     normed = layer.input_layernorm(hidden)
     query, key, value = _products((attention.q_proj, attention.k_proj, attention.v_proj), normed)
-    query, key = (heads.view(batch, 1, -1, attention.head_dim) for heads in (query, key))
-    value = value.view(batch, -1, attention.head_dim)
+    query, key, value = (heads.view(batch, -1, attention.head_dim) for heads in (query, key, value))
     if hasattr(attention, "q_norm"):
         query, key = attention.q_norm(query), attention.k_norm(key)
-    fused_ops.rotate(query, key, place.cos, place.sin)
-    keys.index_copy_(0, place.slots, key[:, 0])
-    values.index_copy_(0, place.slots, value)
-    attended = decode_attention(
-        query[:, 0], keys, values, place.rows, place.starts, place.filled, float(attention.scaling)
-    )
-    hidden = _products((attention.o_proj,), attended.view(batch, -1))[0].add_(hidden)
-    return _mlp(layer.mlp, layer.post_attention_layernorm(hidden)).add_(hidden)
+    attended = attend(query, key, value, keys, values, place, float(attention.scaling))
+    hidden = _sum(attention.o_proj, attended.view(batch, -1), hidden)
+    return _mlp(layer.mlp, layer.post_attention_layernorm(hidden), hidden)
 
 
 def fused_decode_end(model: Any, hidden: Tensor) -> Tensor:
@@ -77,16 +74,43 @@ def fused_decode_end(model: Any, hidden: Tensor) -> Tensor:
     return _products((model.lm_head,), model.model.norm(hidden))[0].float()
 
 
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, place: Place, scale: float
+) -> Tensor:
+    """Rotate a token's heads, (batch, heads, head_dim), put keys and values into the memory, and return attention."""
+    if place.scratch is not None:
+        return decode_step.attend(
+            query, key, value, (place.cos, place.sin), keys, values, place.starts, place.filled, place.scratch, scale
+        )
+    query, key = query[:, None], key[:, None]
+    fused_ops.rotate(query, key, place.cos, place.sin)
+    keys.index_copy_(0, place.slots, key[:, 0])
+    values.index_copy_(0, place.slots, value)
+    result: Tensor = decode_attention(query[:, 0], keys, values, place.rows, place.starts, place.filled, scale)
+    return result
+
+
 def _products(linears: tuple[nn.Module, ...], rows: Tensor) -> tuple[Tensor, ...]:
     """Return the products of some matrices with the same rows, in one launch if possible."""
     return few_rows.multiply_each(linears, rows) or tuple(linear(rows) for linear in linears)
 
 
-def _mlp(mlp: Any, rows: Tensor) -> Tensor:
-    """Return SwiGLU and the down projection, or the module's own result if our kernels cannot read its matrices."""
+def _sum(linear: nn.Module, rows: Tensor, hidden: Tensor) -> Tensor:
+    """Return `hidden` plus a product, in one launch if possible."""
+    result = few_rows.multiply(linear, rows, hidden)
+    if result is not None:
+        return result
+    product: Tensor = linear(rows)
+    return product.add_(hidden)
+
+
+def _mlp(mlp: Any, rows: Tensor, hidden: Tensor) -> Tensor:
+    """Return `hidden` plus SwiGLU and the down projection, or plus the module's own result if no kernel applies."""
     inner = few_rows.swiglu(mlp.gate_proj, mlp.up_proj, rows)
-    result: Tensor = mlp(rows) if inner is None else _products((mlp.down_proj,), inner)[0]
-    return result
+    if inner is not None:
+        return _sum(mlp.down_proj, inner, hidden)
+    result: Tensor = mlp(rows)
+    return result.add_(hidden)
 
 
 def decode_end(model: Any, hidden: Tensor) -> Tensor:

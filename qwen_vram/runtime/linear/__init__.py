@@ -6,6 +6,7 @@ Modules:
     few_rows_kernels  Triton kernels for products of one to eight rows, which read each matrix once.
     flat_4bit         Products on the CPU of 4-bit matrices whose shapes bitsandbytes' kernels refuse.
     int4              int4 linear layers on torch's tinygemm kernels.
+    int4_kernels      Triton kernels for products of one to eight rows with int4 codes.
     int4_levels       Choice of scales and zeros for int4, with a small squared error.
     int4_packing      Packing and unpacking of int4 codes in the orders of torch's kernels.
     int8_fp8          int8-wo and fp8 linear layers: one byte per weight, and one scale per row.

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from types import ModuleType
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,24 +47,29 @@ class _Codes(NamedTuple):
     scales: tuple[Tensor, ...]
 
 
-def multiply(linear: nn.Module, x: Tensor) -> Tensor | None:
-    """Return `x @ matrix.T + bias`: (rows, in_features) to (rows, out_features)."""
-    products = multiply_each((linear,), x)
-    return None if products is None else products[0]
+def multiply(linear: nn.Module, x: Tensor, added: Tensor | None = None) -> Tensor | None:
+    """Return `x @ matrix.T + bias`, (rows, in_features) to (rows, out_features), with `added` of that shape added."""
+    read = _read((linear,), x, added)
+    if read is None:
+        return None
+    kernels, (matrix,), storage = read
+    config = _config(kernels, storage, len(x), matrix.rows, x.shape[1], alone=True)
+    ran = _launch(storage, x, lambda: kernels.multiply(x, (matrix,), storage, config))
+    return matrix.out if ran else None
 
 
 def multiply_each(linears: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...] | None:
     """Return the products of up to three matrices of one format with the same rows, in one launch for one row."""
-    read = _read(linears, x)
-    if read is None:
-        return None
-    if len(x) > 1 and len(linears) > 1:  # such launches have not been measured
+    if len(x) > 1:  # such launches of several matrices have not been measured
         each = [multiply(linear, x) for linear in linears]
         found = tuple(one for one in each if one is not None)
         return found if len(found) == len(each) else None
+    read = _read(linears, x)
+    if read is None:
+        return None
     kernels, matrices, storage = read
     rows = sum(one.rows for one in matrices)
-    config = kernels.Config(*_division(storage, len(x), rows, x.shape[1], alone=len(matrices) == 1), _LOOKUP)
+    config = _config(kernels, storage, len(x), rows, x.shape[1], alone=False)
     ran = _launch(storage, x, lambda: kernels.multiply(x, matrices, storage, config))
     return tuple(one.out for one in matrices) if ran else None
 
@@ -77,7 +82,7 @@ def swiglu(gate: nn.Module, up: nn.Module, x: Tensor) -> Tensor | None:
     if read is None:
         return None
     kernels, (one, other), storage = read
-    config = kernels.Config(*_division(storage, len(x), one.rows, x.shape[1], alone=False), _LOOKUP)
+    config = _config(kernels, storage, len(x), one.rows, x.shape[1], alone=False)
     ran = _launch(storage, x, lambda: kernels.swiglu(x, one, other, storage, config))
     return one.out if ran else None
 
@@ -101,7 +106,9 @@ def _launch(storage: str, x: Tensor, run: Callable[[], None]) -> bool:
     return True
 
 
-def _read(linears: Sequence[nn.Module], x: Tensor) -> tuple[Any, tuple[Any, ...], str] | None:
+def _read(
+    linears: Sequence[nn.Module], x: Tensor, added: Tensor | None = None
+) -> tuple[Any, tuple[Any, ...], str] | None:
     """Return the kernels, the matrices with their results, and the format; `None` if the kernels do not apply."""
     fits = x.dim() == 2 and 0 < len(x) <= MOST_ROWS and x.dtype in (torch.bfloat16, torch.float16)
     if not (fits and x.is_contiguous() and _aligned(x)) or (torch.is_grad_enabled() and x.requires_grad):
@@ -112,13 +119,13 @@ def _read(linears: Sequence[nn.Module], x: Tensor) -> tuple[Any, tuple[Any, ...]
         if one is None or (codes and one[:2] != codes[0][:2]) or (linear.bias is None) != (linears[0].bias is None):
             return None
         codes.append(one)
-    kernels = kernels_for(x.device)
+    kernels = kernels_for(x.device, codes[0].storage)
     if kernels is None or codes[0].storage in _BROKEN:
         return None
     matrices = []
     for one, linear in zip(codes, linears, strict=True):
         rows: Any = linear.out_features
-        matrices.append(kernels.Matrix(one.weight, linear.bias, x.new_empty(len(x), rows), rows, one.scales))
+        matrices.append(kernels.Matrix(one.weight, linear.bias, x.new_empty(len(x), rows), rows, one.scales, added))
     return kernels, tuple(matrices), codes[0].storage
 
 
@@ -137,7 +144,10 @@ def _codes(linear: Any, x: Tensor) -> _Codes | None:
     if storage is not None and FORMATS[storage].few_rows:
         if x.shape[1] != linear.in_features or x.shape[1] % 16:
             return None
-        return _Codes(str(storage), False, weight.view(-1).view(torch.int32), (cast("Tensor", linear.scale),))
+        levels: Any = getattr(linear, str(linear.scales))
+        if _is_int4(storage):
+            levels = levels.view(-1).view(torch.int32)
+        return _Codes(str(storage), False, weight.view(-1).view(torch.int32), (levels,))
     state = getattr(weight, "quant_state", None)
     if (
         state is None
@@ -159,13 +169,35 @@ def _codes(linear: Any, x: Tensor) -> _Codes | None:
 
 
 @lru_cache(maxsize=16)
-def kernels_for(device: torch.device) -> ModuleType | None:
-    """Return the kernels, if Triton runs on `device`."""
+def kernels_for(device: torch.device, storage: str) -> ModuleType | None:
+    """Return the kernels of a storage format, if Triton runs on `device`."""
     if kernels_on(device) is None:
         return None
-    from qwen_vram.runtime.linear import few_rows_kernels
+    from qwen_vram.runtime.linear import few_rows_kernels, int4_kernels
 
-    return few_rows_kernels
+    return int4_kernels if _is_int4(storage) else few_rows_kernels
+
+
+def _config(kernels: Any, storage: str, rows: int, out: int, width: int, *, alone: bool) -> Any:
+    """Return the division of a product and the look-up; the arguments are those of `_division`."""
+    if _is_int4(storage):
+        *division, ahead = _int4_division(rows, out, width, alone=alone)
+        return kernels.Config(*division, ahead=ahead)
+    return kernels.Config(*_division(storage, rows, out, width, alone=alone), _LOOKUP)
+
+
+def _int4_division(rows: int, out: int, width: int, *, alone: bool) -> tuple[int, int, int, int]:
+    """Return the same for int4, with the number of steps between a load and its product.
+
+    measured: as above, 2026-12-01.
+    """
+    if width > _DEEP:
+        return (16, 16, 16, 1) if rows == 1 else (16, 8, 8, 2)
+    if out <= _SHORT:
+        return (16, 4, 4, 3)
+    if rows > 1:
+        return (32, 2, 2, 2)
+    return (32, 2, 2, 1) if alone else (16, 2, 2, 1)
 
 
 def _division(storage: str, rows: int, out: int, width: int, *, alone: bool) -> tuple[int, int, int]:
@@ -187,6 +219,11 @@ def _division(storage: str, rows: int, out: int, width: int, *, alone: bool) -> 
     if storage in QUANT_TYPES:
         return (4, 64, 2) if alone else (4, 32, 1)
     return (2, 128, 4)
+
+
+def _is_int4(storage: str) -> bool:
+    """Tell if codes are in the order of torch's tinygemm kernel."""
+    return storage != _DENSE and FORMATS[storage].is_tinygemm
 
 
 def _aligned(tensor: Tensor) -> bool:

@@ -219,39 +219,45 @@ def _sums(
 def _columns(
     x, matrix, program, width,
     M: tl.constexpr, BF16: tl.constexpr, FORMAT: tl.constexpr, NESTED: tl.constexpr, LOOKUP: tl.constexpr,
-    BIAS: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+    BIAS: tl.constexpr, ADDED: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Compute some columns of one product; `matrix` is weight, bias, result, number of rows, and scales."""
+    """Compute some columns of one product; `matrix` is a `Matrix`.
+
+    The product is rounded before `added` is added to it, as in `transformers`.
+    """
     row = program * ROWS + tl.arange(0, ROWS)
     count = matrix[3]
+    dtype = matrix[2].dtype.element_ty
     there = tl.minimum(row, count - 1)
     totals = _sums(x, matrix[0], matrix[4], there, width, M, BF16, FORMAT, NESTED, LOOKUP, ROWS, STEP)
     for m in tl.static_range(M):
         total = totals[m]
         if BIAS:
             total += tl.load(matrix[1] + there).to(tl.float32)
-        tl.store(matrix[2] + m * count + row, total.to(matrix[2].dtype.element_ty), mask=row < count)
+        if ADDED:
+            total = total.to(dtype).to(tl.float32) + tl.load(matrix[5] + m * count + there).to(tl.float32)
+        tl.store(matrix[2] + m * count + row, total.to(dtype), mask=row < count)
 
 
 @triton.jit
 def _multiply(
     x, first, second, third, width,
     M: tl.constexpr, BF16: tl.constexpr, FORMAT: tl.constexpr, NESTED: tl.constexpr, LOOKUP: tl.constexpr,
-    BIAS: tl.constexpr, COUNT: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+    BIAS: tl.constexpr, ADDED: tl.constexpr, COUNT: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Compute products with up to three matrices, among which the programs are divided."""
     program = tl.program_id(0)
     if COUNT == 1:
-        _columns(x, first, program, width, M, BF16, FORMAT, NESTED, LOOKUP, BIAS, ROWS, STEP)
+        _columns(x, first, program, width, M, BF16, FORMAT, NESTED, LOOKUP, BIAS, ADDED, ROWS, STEP)
     else:
         end_1 = tl.cdiv(first[3], ROWS)
         end_2 = end_1 + tl.cdiv(second[3], ROWS)
         if program < end_1:
-            _columns(x, first, program, width, M, BF16, FORMAT, NESTED, LOOKUP, BIAS, ROWS, STEP)
+            _columns(x, first, program, width, M, BF16, FORMAT, NESTED, LOOKUP, BIAS, ADDED, ROWS, STEP)
         elif program < end_2:
-            _columns(x, second, program - end_1, width, M, BF16, FORMAT, NESTED, LOOKUP, BIAS, ROWS, STEP)
+            _columns(x, second, program - end_1, width, M, BF16, FORMAT, NESTED, LOOKUP, BIAS, ADDED, ROWS, STEP)
         elif COUNT == 3:
-            _columns(x, third, program - end_2, width, M, BF16, FORMAT, NESTED, LOOKUP, BIAS, ROWS, STEP)
+            _columns(x, third, program - end_2, width, M, BF16, FORMAT, NESTED, LOOKUP, BIAS, ADDED, ROWS, STEP)
 
 
 @triton.jit
@@ -283,7 +289,8 @@ class Matrix(NamedTuple):
         out: (M, rows), contiguous.
         rows: The number of rows of the matrix.
         scales: `(scale,)` for rows; `(absmax, table)` for blocks of 64, or `(absmax, table, code, absmax_2, offset)`;
-            any tensor for a dense matrix.
+            any tensor for a dense matrix; scales and zeros, two bf16 in an int32, for int4.
+        added: (M, rows), contiguous, which is added to the product, or `None`.
     """
 
     weight: Tensor
@@ -291,15 +298,20 @@ class Matrix(NamedTuple):
     out: Tensor
     rows: int
     scales: tuple[Tensor, ...]
+    added: Tensor | None = None
 
 
 class Config(NamedTuple):
-    """The division of a product: rows of the matrix per program, blocks or chunks per step, warps, and the look-up."""
+    """The division of a product: rows of the matrix per program, blocks or chunks per step, warps, and the look-up.
+
+    `ahead` is the number of steps between a load and its product, for int4.
+    """
 
     rows: int
     step: int
     warps: int
     lookup: str = LOAD
+    ahead: int = 1
 
 
 def multiply(x: Tensor, matrices: tuple[Matrix, ...], storage: str, config: Config) -> None:
@@ -310,8 +322,9 @@ def multiply(x: Tensor, matrices: tuple[Matrix, ...], storage: str, config: Conf
     _multiply[(programs,)](
         x.view(torch.int32), first, second, third, x.shape[1],
         M=x.shape[0], BF16=x.dtype == torch.bfloat16, FORMAT=storage, NESTED=len(matrices[0].scales) > 2,
-        LOOKUP=config.lookup if four_bit else LOAD, BIAS=matrices[0].bias is not None, COUNT=len(matrices),
-        ROWS=config.rows, STEP=config.step, num_warps=config.warps,
+        LOOKUP=config.lookup if four_bit else LOAD, BIAS=matrices[0].bias is not None,
+        ADDED=matrices[0].added is not None, COUNT=len(matrices), ROWS=config.rows, STEP=config.step,
+        num_warps=config.warps,
     )  # fmt: skip
 
 

@@ -65,14 +65,15 @@ class WeightOnlyLinear(nn.Linear):
         """Return `x @ matrix.T + bias`: (..., in_features) to (..., out_features)."""
         rows = x.reshape(-1, self.in_features)
         trains = torch.is_grad_enabled() and x.requires_grad
-        few = few_rows.multiply(self, rows) if x.is_cuda and not torch.compiler.is_compiling() else None
-        if few is not None:
-            return few.view(*x.shape[:-1], self.out_features)
         product = None if trains else self.multiply(rows)
         if product is not None:
             if self.bias is not None:
                 product += self.bias
-        elif trains or torch.compiler.is_compiling():
+            return product.view(*x.shape[:-1], self.out_features)
+        few = few_rows.multiply(self, rows) if x.is_cuda and not torch.compiler.is_compiling() else None
+        if few is not None:
+            return few.view(*x.shape[:-1], self.out_features)
+        if trains or torch.compiler.is_compiling():
             # Products into a result have no gradient, and a compiler dequantizes inside the product.
             matrix = self.dequantize(0, self.out_features, x.dtype)
             if trains or len(rows) > 1:

@@ -13,6 +13,8 @@ from torch import nn
 from torch.nn import functional
 
 from qwen_vram.runtime.linear import few_rows
+from qwen_vram.runtime.linear.int4 import Int4Linear, encode
+from qwen_vram.runtime.linear.int4_packing import unpack_tiles, unpair
 from qwen_vram.runtime.linear.int8_fp8 import Fp8Linear, Int8Linear
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -20,7 +22,12 @@ bnb = pytest.importorskip("bitsandbytes")
 # NumPy warns of how Triton's interpreter (3.6) reads scalars.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
 
-FORMATS = ("nf4", "nf4-plain", "fp4", "fp4-plain", "int8-wo", "fp8", "dense")
+FORMATS = ("nf4", "nf4-plain", "fp4", "fp4-plain", "int8-wo", "fp8", "int4", "dense")
+# Rows of x, the matrix, and a bias or none.
+SHAPES = {
+    "": ((1, (7, 576), True), (3, (4, 2112), False), (8, (5, 64), True), (2, (8, 192), False)),
+    "int4": ((1, (48, 640), True), (3, (16, 2176), False), (8, (32, 128), True), (2, (80, 256), False)),
+}
 INTERPRETED = find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="Triton with TRITON_INTERPRET=1 is not here")
 DEVICES = [pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -33,12 +40,14 @@ def _kernels(monkeypatch):
     if INTERPRETED:
         from qwen_vram.runtime.linear import few_rows_kernels
 
-        monkeypatch.setattr(few_rows, "kernels_for", lambda device: few_rows_kernels)
+        monkeypatch.setattr(few_rows, "kernels_for", lambda device, storage: few_rows_kernels)
         monkeypatch.setattr(few_rows, "_LOOKUP", "load")  # the others are PTX
 
 
 def made(weights, rows, width, dtype, device, *, bias=False, seed=0):
     """A layer in a format, and its matrix in float64."""
+    if weights == "int4" and device == "cpu":
+        pytest.skip("the kernel for int4 is PTX")
     torch.manual_seed(seed)
     plain = nn.Linear(width, rows, bias=bias, dtype=dtype)
     if weights == "dense":
@@ -52,6 +61,8 @@ def made(weights, rows, width, dtype, device, *, bias=False, seed=0):
         layer = layer.to(device)
         codes = layer.weight if weights == "int8-wo" else layer.weight.view(torch.float8_e4m3fn).float()
         return layer, codes.double() * layer.scale.double()[:, None]
+    if weights == "int4":
+        return made_int4(plain, device)
     nested = not weights.endswith("plain")
     kind = weights.removesuffix("-plain")
     layer = bnb.nn.Linear4bit(width, rows, bias=bias, compute_dtype=dtype, compress_statistics=nested, quant_type=kind)
@@ -64,6 +75,30 @@ def made(weights, rows, width, dtype, device, *, bias=False, seed=0):
     packed = layer.weight.view(-1)
     values = state.code.double()[torch.stack((packed >> 4, packed & 15), 1).int()].view(-1, 64)
     return layer, (values * absmax.double()[:, None]).view(rows, width)
+
+
+def made_int4(plain, device):
+    """Return a layer in int4 with codes in the order of a GPU, and its matrix in float64."""
+    rows, width = plain.weight.shape
+    layer = copy.deepcopy(plain)
+    Int4Linear.adopt(layer, stored=False)
+    pairs, levels = encode(plain.weight.data.float())
+    codes = unpair(pairs).double().view(rows, -1, 128) - 8
+    layer.scales_and_zeros = (
+        torch.stack((levels.scale[..., 0].t(), levels.zero[..., 0].t()), -1).bfloat16().contiguous()
+    )
+    layer.weight = nn.Parameter(tiles(pairs), requires_grad=False)
+    check = torch.empty(rows, width, dtype=torch.int8)
+    unpack_tiles(layer.weight.data, check)
+    assert torch.equal(check.double().view_as(codes), codes)
+    return layer.to(device), (codes * levels.scale.double() + levels.zero.double()).view(rows, width).to(device)
+
+
+def tiles(pairs):
+    """Return pairs of codes in the order of `unpack_tiles`."""
+    codes = unpair(pairs).view(-1, 8, pairs.shape[1] // 64, 4, 2, 2, 4, 2)  # tile, row, block, j, a, b, c, odd
+    nibbles = codes.permute(0, 2, 1, 6, 3, 7, 4, 5).contiguous()  # tile, block, row, c, j, odd, a, b
+    return (nibbles[..., 0] | nibbles[..., 1] << 4).flatten().view(torch.int32).view(len(codes), -1, 32, 4)
 
 
 def check(found, x, matrix, bias):
@@ -81,12 +116,7 @@ def check(found, x, matrix, bias):
 @pytest.mark.parametrize("weights", FORMATS)
 @torch.inference_mode()
 def test_products_are_those_of_the_dequantized_matrix(weights, device):
-    for rows, (out, width), bias in (
-        (1, (7, 576), True),
-        (3, (4, 2112), False),
-        (8, (5, 64), True),
-        (2, (8, 192), False),
-    ):
+    for rows, (out, width), bias in SHAPES["int4" if weights == "int4" else ""]:
         if weights == "dense" and rows > 1:
             continue
         for dtype in DTYPES[device]:
@@ -95,20 +125,23 @@ def test_products_are_those_of_the_dequantized_matrix(weights, device):
             found = few_rows.multiply(layer, x)
             check(found, x, matrix, layer.bias)
             assert torch.equal(found, few_rows.multiply(layer, x))
+            added = torch.randn(rows, out, dtype=dtype, device=device)
+            assert torch.equal(few_rows.multiply(layer, x, added), found + added)
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("weights", ["nf4", "int8-wo", "fp8"])
+@pytest.mark.parametrize("weights", ["nf4", "int8-wo", "fp8", "int4"])
 @torch.inference_mode()
 def test_groups_are_what_their_matrices_are_alone(weights, device):
     dtype = torch.float16
-    layers = [made(weights, out, 576, dtype, device, bias=True, seed=out)[0] for out in (7, 5, 4)]
-    x = torch.randn(2, 576, dtype=dtype, device=device)
+    times, width = (16, 640) if weights == "int4" else (1, 576)
+    layers = [made(weights, times * out, width, dtype, device, bias=True, seed=out)[0] for out in (7, 5, 4)]
+    x = torch.randn(2, width, dtype=dtype, device=device)
     for some in (layers, layers[:2]):
         for product, layer in zip(few_rows.multiply_each(some, x), some):
             assert torch.equal(product, few_rows.multiply(layer, x))
             assert torch.equal(few_rows.multiply_each(some, x[:1])[0], few_rows.multiply(some[0], x[:1]))
-    gate, up = (made(weights, 7, 576, dtype, device, seed=seed)[0] for seed in (1, 2))
+    gate, up = (made(weights, 7 * times, width, dtype, device, seed=seed)[0] for seed in (1, 2))
     expected = functional.silu(few_rows.multiply(gate, x[:1])) * few_rows.multiply(up, x[:1])
     torch.testing.assert_close(few_rows.swiglu(gate, up, x[:1]), expected)
     assert few_rows.swiglu(gate, up, x) is None

@@ -1,0 +1,160 @@
+"""Triton kernels of attention of one new token, with its rotation and its cache write.
+
+Products are of 16-bit numbers, sums in float32, and a probability is rounded to 16 bits before it multiplies values, as
+in flash attention.
+"""
+
+# Triton reads annotations as objects, so this module must not postpone their evaluation.
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qwen_vram.arithmetic.attention import DECODE_BLOCK
+
+_LOG2_E = 1.4426950408889634
+# Rows of a matrix product in Triton, at least.
+_LEAST_ROWS = 16
+
+
+@triton.jit
+def _rotated(at, cos, sin, column, inside, half):
+    """Return both halves of rotated heads, rounded after each operation as in `transformers`."""
+    dtype = at.dtype.element_ty
+    one = tl.load(at + column, mask=inside, other=0.0).to(tl.float32)
+    two = tl.load(at + column + half, mask=inside, other=0.0).to(tl.float32)
+    cos_1 = tl.load(cos + column, mask=inside, other=0.0).to(tl.float32)
+    cos_2 = tl.load(cos + column + half, mask=inside, other=0.0).to(tl.float32)
+    sin_1 = tl.load(sin + column, mask=inside, other=0.0).to(tl.float32)
+    sin_2 = tl.load(sin + column + half, mask=inside, other=0.0).to(tl.float32)
+    new_one = (one * cos_1).to(dtype).to(tl.float32) + (-two * sin_1).to(dtype).to(tl.float32)
+    new_two = (two * cos_2).to(dtype).to(tl.float32) + (one * sin_2).to(dtype).to(tl.float32)
+    return new_one.to(dtype), new_two.to(dtype)
+
+
+@triton.jit
+def _part_of(count, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the number of keys of a part: whole blocks, so that at most `SPLITS` parts have all `count` keys."""
+    return tl.cdiv(tl.cdiv(count, SPLITS), BLOCK) * BLOCK
+
+
+@triton.jit
+def _attend(
+    query, key, value, cos, sin, keys, values, starts, filled, results, sums, scale, half,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Compute attention of a group of heads over one part of the keys of a sequence.
+
+    The part with the newest key rotates that key, and writes it and its value into the cache.
+    """
+    split, kv_head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    kv_heads = tl.num_programs(1)
+    count = tl.load(filled + batch)
+    size = _part_of(count, SPLITS, BLOCK)
+    begin = split * size
+    end = tl.minimum(begin + size, count)
+    if begin < count:
+        dtype = keys.dtype.element_ty
+        width = 2 * half
+        column = tl.arange(0, HALF)
+        inside = column < half
+        one_row = tl.arange(0, 1)[:, None] + column[None, :]
+        group = tl.arange(0, ROWS)
+        head = batch * kv_heads * GROUP + kv_head * GROUP + group
+        heads = query + (head * width)[:, None]
+        there = (group < GROUP)[:, None] & inside[None, :]
+        cosines, sines = cos + batch * width, sin + batch * width
+        query_1, query_2 = _rotated(heads, cosines, sines, column[None, :], there, half)
+        newest = (batch * kv_heads + kv_head) * width
+        key_1, key_2 = _rotated(key + newest, cosines, sines, one_row, inside[None, :], half)
+        value_1 = tl.load(value + newest + one_row, mask=inside[None, :], other=0.0)
+        value_2 = tl.load(value + newest + half + one_row, mask=inside[None, :], other=0.0)
+        first = tl.load(starts + batch).to(tl.int64)
+        last = count - 1
+        if end == count:
+            here = ((first + last) * kv_heads + kv_head) * width
+            tl.store(keys + here + one_row, key_1, mask=inside[None, :])
+            tl.store(keys + here + half + one_row, key_2, mask=inside[None, :])
+            tl.store(values + here + one_row, value_1, mask=inside[None, :])
+            tl.store(values + here + half + one_row, value_2, mask=inside[None, :])
+        most = tl.full((ROWS,), float("-inf"), tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
+        result_1 = tl.zeros((ROWS, HALF), tl.float32)
+        result_2 = tl.zeros((ROWS, HALF), tl.float32)
+        for start in range(begin, end, BLOCK):
+            place = start + tl.arange(0, BLOCK)
+            row = (((first + place) * kv_heads + kv_head) * width)[:, None] + column[None, :]
+            held = (place < tl.minimum(end, last))[:, None] & inside[None, :]
+            is_last = (place == last)[:, None]
+            keys_1 = tl.where(is_last, key_1, tl.load(keys + row, mask=held, other=0.0))
+            keys_2 = tl.where(is_last, key_2, tl.load(keys + row + half, mask=held, other=0.0))
+            values_1 = tl.where(is_last, value_1, tl.load(values + row, mask=held, other=0.0))
+            values_2 = tl.where(is_last, value_2, tl.load(values + row + half, mask=held, other=0.0))
+            scores = tl.dot(query_2, tl.trans(keys_2), acc=tl.dot(query_1, tl.trans(keys_1)))
+            scores = tl.where((place < end)[None, :], scores * scale, float("-inf"))
+            new_most = tl.maximum(most, tl.max(scores, axis=1))
+            shares = tl.exp2(scores - new_most[:, None])
+            factor = tl.exp2(most - new_most)
+            total = total * factor + tl.sum(shares, axis=1)
+            rounded = shares.to(dtype)
+            result_1 = tl.dot(rounded, values_1, acc=result_1 * factor[:, None])
+            result_2 = tl.dot(rounded, values_2, acc=result_2 * factor[:, None])
+            most = new_most
+        out = head * SPLITS + split
+        tl.store(sums + out, most + tl.log2(total), mask=group < GROUP)
+        at = results + (out * width)[:, None] + column[None, :]
+        tl.store(at, result_1 / total[:, None], mask=there)
+        tl.store(at + half, result_2 / total[:, None], mask=there)
+
+
+@triton.jit
+def _join(
+    results, sums, filled, out, heads, width, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr
+):  # fmt: skip
+    """Join the parts of one head of a sequence."""
+    head = tl.program_id(0).to(tl.int64)
+    count = tl.load(filled + head // heads)
+    parts = tl.cdiv(count, _part_of(count, SPLITS, BLOCK))
+    split, column = tl.arange(0, SPLITS), tl.arange(0, WIDTH)
+    made = split < parts
+    logs = tl.load(sums + head * SPLITS + split, mask=made, other=float("-inf"))
+    shares = tl.exp2(logs - tl.max(logs, axis=0))
+    shares = shares / tl.sum(shares, axis=0)
+    inside = made[:, None] & (column < width)[None, :]
+    each = tl.load(results + ((head * SPLITS + split) * width)[:, None] + column[None, :], mask=inside, other=0.0)
+    total = tl.sum(each * shares[:, None], axis=0)
+    tl.store(out + head * width + column, total.to(out.dtype.element_ty), mask=column < width)
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor,
+    starts: Tensor, filled: Tensor, scratch: Tensor, *, scale: float, splits: int,
+) -> Tensor:  # fmt: skip
+    """Return attention (batch, heads, head_dim) of a token per sequence, after it is written into the cache.
+
+    Args:
+        query: (batch, heads, head_dim), not rotated; `key` and `value` have the heads of the cache. All are contiguous.
+        cos, sin: (batch, 1, head_dim).
+        keys, values: (batch x max_length, kv_heads, head_dim).
+        starts: Row of each sequence's first key, (batch,) or more.
+        filled: Number of keys of each sequence with the new one, (batch,).
+        scratch: float32, `arithmetic.attention.decode_scratch` elements at least.
+        splits: The most parts of a sequence's keys, a power of two.
+    """
+    batch, heads, width = query.shape
+    kv_heads = keys.shape[1]
+    group, half = heads // kv_heads, width // 2
+    sums, results = scratch[: batch * heads * splits], scratch[batch * heads * splits :]
+    out = torch.empty_like(query)
+    _attend[(splits, kv_heads, batch)](
+        query, key, value, cos, sin, keys, values, starts, filled, results, sums, scale * _LOG2_E, half,
+        GROUP=group, ROWS=max(_LEAST_ROWS, triton.next_power_of_2(group)),
+        HALF=max(_LEAST_ROWS, triton.next_power_of_2(half)), BLOCK=DECODE_BLOCK, SPLITS=splits, num_warps=4,
+        enable_fp_fusion=False,  # with it, one product of a rotation would be added without rounding
+    )  # fmt: skip
+    _join[(batch * heads,)](
+        results, sums, filled, out, heads, width,
+        WIDTH=triton.next_power_of_2(width), BLOCK=DECODE_BLOCK, SPLITS=splits, num_warps=4,
+    )  # fmt: skip
+    return out
