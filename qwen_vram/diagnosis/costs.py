@@ -13,7 +13,7 @@ from qwen_vram.diagnosis.machine_facts import MachineFacts
 from qwen_vram.diagnosis.model_facts import ModelFacts
 from qwen_vram.errors import QwenVramError
 from qwen_vram.spec.architecture import Architecture
-from qwen_vram.spec.profile import Profile
+from qwen_vram.spec.profile import KNOBS, Profile
 from qwen_vram.spec.workload import Workload
 
 # Families whose attention is counted, by the sizes that a dense decoder has too.
@@ -52,7 +52,9 @@ class Subject:
     @cached_property
     def knobs(self) -> dict[str, Any]:
         """The knobs of a profile that describe the model's settings."""
-        generation = self.model.generation
+        generation, profile = self.model.generation, self.model.profile
+        if profile is not None:
+            return {name: getattr(profile, name) for name in KNOBS}
         named = {"eager": "eager", "sdpa": "sdpa", "flash_attention_2": "flash_attention_2"}
         fixed = "static" in generation.cache
         return {

@@ -16,6 +16,7 @@ from qwen_vram.diagnosis.offload_hooks import offload_of
 from qwen_vram.errors import ConfigError
 from qwen_vram.runtime.loaded_model import LoadedModel
 from qwen_vram.runtime.torch_dtypes import ROWS
+from qwen_vram.spec.profile import Profile
 
 # Rows, columns and inner size of the product that measures a device's rate.
 _PRODUCT = (256, 1024, 1024)
@@ -35,7 +36,6 @@ def examine_model(model: object, *, rows: int, masked: bool) -> ModelFacts:
     Raises:
         ConfigError: it is no model with a configuration.
     """
-    planned = isinstance(model, LoadedModel)
     module = model.model if isinstance(model, LoadedModel) else model
     config = getattr(module, "config", None)
     if not isinstance(module, nn.Module) or not hasattr(config, "get_text_config"):
@@ -46,14 +46,15 @@ def examine_model(model: object, *, rows: int, masked: bool) -> ModelFacts:
     facts = text.to_dict()
     device, dtype = _device(module), _dtype(module)
     attention = getattr(text, "_attn_implementation", None) or "eager"
-    generation = _generation(module)
+    profile = model.plan.profile if isinstance(model, LoadedModel) else None
+    generation = _generation(module) if profile is None else _planned(profile)
     backend, reason = "", ""
     if attention == "sdpa" and device != "meta":
         backend, reason = _sdpa(facts, device, dtype, min(rows, 256), masked or "static" in generation.cache)
     return ModelFacts(
         label=_label(config, module),
         is_live=True,
-        is_planned=planned,
+        profile=profile,
         config=facts,
         kind=str(facts.get("model_type", "")),
         device=device,
@@ -64,7 +65,7 @@ def examine_model(model: object, *, rows: int, masked: bool) -> ModelFacts:
         sdpa_backend=backend,
         sdpa_reason=reason,
         generation=generation,
-        offload=offload_of(module) if not planned else Offload(),
+        offload=offload_of(module) if profile is None else Offload(),
         gradients=sum(one.grad.nbytes for one in module.parameters() if one.grad is not None),
         head_copy=_head_copy(module, text),
         has_conv3d=any(isinstance(one, nn.Conv3d) for one in module.modules()),
@@ -213,6 +214,10 @@ def _generation(model: nn.Module) -> Generation:
     )
 
 
+def _planned(profile: Profile) -> Generation:
+    return Generation(cache=profile.cache, chunk=profile.prefill_chunk_size)
+
+
 def _sdpa(config: Mapping[str, Any], device: str, dtype: torch.dtype, rows: int, masked: bool) -> tuple[str, str]:
     """Return the kernel that torch would run for a prompt, and the reason if it is not flash; empty if unknown."""
     choose = getattr(torch, "_fused_sdp_choice", None)
@@ -250,11 +255,11 @@ def _product_rate(device: str, dtype: torch.dtype) -> float:
     """Operations a second of a product on a device: the best of three."""
     rows, columns, inner = _PRODUCT
     left = torch.ones(rows, inner, dtype=dtype, device=device)
-    right = torch.ones(inner, columns, dtype=dtype, device=device)
+    weight = torch.ones(columns, inner, dtype=dtype, device=device)
     best = float("inf")
     for _ in range(3):
         start = time.perf_counter()
-        product = left @ right
+        product = nn.functional.linear(left, weight)  # as in the model: CPU kernels differ by layout
         if device == "cuda":
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - start)

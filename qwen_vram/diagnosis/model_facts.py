@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from qwen_vram.dtypes import FP16, FP32, Dtype
 from qwen_vram.spec.formats import FORMATS
+from qwen_vram.spec.profile import Profile
 
 Role = Literal["layer", "head", "embedding", "experts", "router", "other"]
 
@@ -100,7 +101,7 @@ class ModelFacts:
     Attributes:
         label: Its name in texts, without a path.
         is_live: It is loaded in this process.
-        is_planned: This library loaded it by a plan.
+        profile: The profile by which this library loaded it; `None` for other models.
         config: The text model's configuration.
         kind: Its `model_type`.
         device: `"cuda"`, `"cpu"` or `"meta"`: the device that computes.
@@ -128,7 +129,7 @@ class ModelFacts:
     matrices: tuple[Matrix, ...] = field(repr=False)
     weight_bytes: int
     attention: str = "sdpa"
-    is_planned: bool = False
+    profile: Profile | None = None
     sdpa_backend: str = ""
     sdpa_reason: str = ""
     generation: Generation = Generation()
@@ -137,6 +138,11 @@ class ModelFacts:
     head_copy: int = 0
     has_conv3d: bool = False
     product_rate: float | None = None
+
+    @property
+    def is_planned(self) -> bool:
+        """Tell if this library loaded it by a plan, which has chosen its settings."""
+        return self.profile is not None
 
     @property
     def on_gpu(self) -> bool:

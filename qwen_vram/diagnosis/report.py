@@ -105,8 +105,9 @@ class Diagnosis:
         for name, value in machine.settings.items():
             yield f"{name}={value}"
         if model is not None:
+            weights = f"{format_bytes(model.weight_bytes)} of weights ({model.weights_format})"
             yield (
-                f"model: {model.kind} ({_public(model.label)}), {format_bytes(model.weight_bytes)} of weights ({model.weights_format}), "
+                f"model: {model.kind} ({_public(model.label)}), {weights}, "
                 f"{model.attention} attention, on {model.device}"
             )
         yield f"figures for: {work.prompt_len:,} + {work.max_new_tokens:,} tokens, batch {work.batch_size}"

@@ -21,13 +21,15 @@ def check_off(subject: Subject) -> Iterator[Finding]:
     model, lengths = subject.model, subject.workload
     if model.generation.use_cache:
         return
-    weights = sum(one.numel for one in model.matrices if one.role in ("layer", "head"))
     tokens = lengths.batch_size * (lengths.prompt_len + lengths.max_new_tokens // 2)
+    products = tokens * sum(one.numel for one in model.matrices if one.role == "layer")
+    chosen, experts = model.number("num_experts_per_tok"), model.number("num_experts", 1)
+    products += tokens * sum(one.numel for one in model.matrices if one.role == "experts") * chosen // experts
     rate = model.product_rate or current().matmul_rate
     origin = "measured here" if model.product_rate else f"of {current().device}"
     yield of_ms(
         "cache-off",
-        2 * weights * tokens / rate * 1000,
+        2 * products / rate * 1000,
         found="use_cache is false: each token computes the whole context again",
         cost=f"for each new token, {tokens:,} rows at the rate of products {origin}",
         fix="model.generation_config.use_cache = True, and model.config.use_cache = True",
@@ -107,7 +109,12 @@ def check_growing(subject: Subject) -> Iterator[Finding]:
 def check_chunks(subject: Subject) -> Iterator[Finding]:
     """Find a long prompt that is processed at once."""
     model = subject.model
-    if model.generation.chunk or subject.workload.prompt_len <= _CHUNK or not model.generation.use_cache:
+    if (
+        model.is_planned
+        or model.generation.chunk
+        or subject.workload.prompt_len <= _CHUNK
+        or not model.generation.use_cache
+    ):
         return
     cost = subject.saved({"prefill_chunk_size": None}, {"prefill_chunk_size": _CHUNK})
     if subject.is_worth(cost):
