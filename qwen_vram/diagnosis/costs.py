@@ -102,17 +102,16 @@ class Subject:
 
     @property
     def memory(self) -> int:
-        """Bytes of the device that computes: the first GPU's, or the host's."""
+        """Bytes of the devices that compute: of the first GPUs, or of the host."""
         if self.model.on_gpu and self.machine.gpus:
-            return self.machine.gpus[0].total
+            return sum(card.total for card in self.machine.gpus[: self.model.gpus])
         return self.machine.ram_total
 
     @property
     def free(self) -> int:
         """Bytes of that device which the model may take; those that a loaded model has taken count as free."""
         if self.model.on_gpu and self.machine.gpus:
-            card = self.machine.gpus[0]
-            return card.free + card.used_here
+            return sum(card.free + card.used_here for card in self.machine.gpus[: self.model.gpus])
         taken = self.model.weight_bytes if self.model.is_live else 0
         return self.machine.ram_available + taken
 

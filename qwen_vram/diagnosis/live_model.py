@@ -22,6 +22,7 @@ from qwen_vram.spec.profile import Profile
 _PRODUCT = (256, 1024, 1024)
 # The flash kernel's own limit. Source: torch, aten/src/ATen/native/transformers/cuda/sdp_utils.cpp.
 _LARGEST_HEAD = 256
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "vocab_size")
 _EXPERTS = re.compile(r"\bexperts\b")
 
 
@@ -43,14 +44,14 @@ def examine_model(model: object, *, rows: int, masked: bool) -> ModelFacts:
             f"doctor takes a live model of transformers, a LoadedModel, a folder or a name, got {type(model).__name__}"
         )
     text = config.get_text_config()  # type: ignore[union-attr]
-    facts = text.to_dict()
+    facts = {**text.to_dict(), **_sizes(text)}
     device, dtype = _device(module), _dtype(module)
     attention = getattr(text, "_attn_implementation", None) or "eager"
     profile = model.plan.profile if isinstance(model, LoadedModel) else None
     generation = _generation(module) if profile is None else _planned(profile)
     backend, reason = "", ""
     if attention == "sdpa" and device != "meta":
-        backend, reason = _sdpa(facts, device, dtype, min(rows, 256), masked or "static" in generation.cache)
+        backend, reason = _sdpa(facts, device, dtype, min(rows, 256), masked)
     return ModelFacts(
         label=_label(config, module),
         is_live=True,
@@ -58,6 +59,7 @@ def examine_model(model: object, *, rows: int, masked: bool) -> ModelFacts:
         config=facts,
         kind=str(facts.get("model_type", "")),
         device=device,
+        gpus=len({one.device for one in module.parameters() if one.is_cuda}) or 1,
         dtype=_name(dtype),
         matrices=tuple(_matrices(module)),
         weight_bytes=_weight_bytes(module),
@@ -71,6 +73,12 @@ def examine_model(model: object, *, rows: int, masked: bool) -> ModelFacts:
         has_conv3d=any(isinstance(one, nn.Conv3d) for one in module.modules()),
         product_rate=None if generation.use_cache or device == "meta" else _product_rate(device, dtype),
     )
+
+
+def _sizes(config: Any) -> dict[str, Any]:
+    """Sizes under their common names, which older families store under names of their own."""
+    found = {name: getattr(config, name, None) for name in _SIZES}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _label(config: Any, module: nn.Module) -> str:

@@ -105,6 +105,7 @@ class ModelFacts:
         config: The text model's configuration.
         kind: Its `model_type`.
         device: `"cuda"`, `"cpu"` or `"meta"`: the device that computes.
+        gpus: The number of GPUs that it is on; 1 on other devices.
         dtype: The dtype of its activations.
         matrices: Its weights with two or three dimensions.
         weight_bytes: Bytes of all tensors, each storage once.
@@ -128,6 +129,7 @@ class ModelFacts:
     dtype: str
     matrices: tuple[Matrix, ...] = field(repr=False)
     weight_bytes: int
+    gpus: int = 1
     attention: str = "sdpa"
     profile: Profile | None = None
     sdpa_backend: str = ""

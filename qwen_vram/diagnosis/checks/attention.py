@@ -77,9 +77,9 @@ def check_masks(subject: Subject) -> Iterator[Finding]:
     if subject.workload.padded:
         cost = subject.saved({"padded": True}, {"padded": False})
         found, fix = "prompts of a batch are padded", "batch prompts of equal length, or pass them one by one"
-    elif "static" in model.generation.cache:
-        cost = subject.saved({"cache": "static"}, {"cache": "dynamic"})
-        found = "a static cache is attended as a whole, under a mask"
+    elif "static" in model.generation.cache and chunk:
+        cost = subject.saved({"cache": "static"}, {"cache": "preallocated"})
+        found = f"each chunk of {chunk:,} tokens attends the whole static cache, under a mask"
         fix = "model.generation_config.cache_implementation = None, or qv.load(...) with a preallocated cache"
     elif model.on_gpu and _is_new(subject) and chunk and chunk < subject.workload.prompt_len:
         cost = subject.saved({}, {"attention": "fused"})
