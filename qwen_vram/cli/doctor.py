@@ -52,5 +52,6 @@ def _show(result: qv.Diagnosis) -> None:
     for line in str(result).splitlines():
         style = _STYLES.get(line.partition(":")[0])
         console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
-    console.print("\nReport to paste into an issue, without names of hosts and users, tokens and paths:\n", style="dim")
+    title = "Report to paste into an issue, without names of hosts and users, tokens and home folders:"
+    console.print(f"\n{title}\n", style="dim", soft_wrap=True)
     console.print(result.report(), markup=False, highlight=False, soft_wrap=True)

@@ -1,4 +1,7 @@
-"""Facts of a live model that `transformers` or this library loaded. Nothing in the model changes."""
+"""Facts of a live model, which `transformers` or this library loaded.
+
+Nothing in the model changes.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Facts of a machine that the checks read: GPUs and their links, host memory, libraries and settings."""
+"""Facts of a machine that checks read: GPUs, links, host memory, libraries and settings."""
 
 from __future__ import annotations
 

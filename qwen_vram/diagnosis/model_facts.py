@@ -1,4 +1,4 @@
-"""Facts of a model that the checks read: its matrices, its settings, and the location of its weights."""
+"""Facts of a model that checks read: its matrices, settings, and places of its weights."""
 
 from __future__ import annotations
 

@@ -15,6 +15,8 @@ from qwen_vram.units import format_bytes
 
 # Accounts on the hub that are no person's: publishers of the families that are counted.
 _PUBLISHERS = ("Qwen", "meta-llama")
+# Fields whose texts are this library's own, and the report, which is clean already.
+_FIXED = ("code", "severity", "fix", "report")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,30 +66,30 @@ class Diagnosis:
 
     def report(self) -> str:
         """Return Markdown to paste into an issue."""
-        lines = ["### qwen-vram doctor", "", *(f"- {line}" for line in self._facts()), ""]
+        lines = ["### qwen-vram doctor", "", *(redacted(f"- {line}") for line in self._facts()), ""]
         if self.is_good:
             lines.append(f"Nothing found by {self.checks} checks.")
         for one in self.findings:
-            lines += [f"- **{one.code}** ({one.severity}): {one.found}", f"  - cost: {one.cost}", f"  - fix: {one.fix}"]
-        return redacted("\n".join(lines))
+            lines.append(f"- **{one.code}** ({one.severity}): {redacted(one.found)}")
+            lines += [f"  - cost: {redacted(one.cost)}", f"  - fix: {one.fix}"]
+        return "\n".join(lines)
 
     def __str__(self) -> str:
         """The findings as text, each with its cost and its fix."""
         lines = []
         for one in self.findings:
-            lines += [f"{one.severity}: {one.code}", f"  found: {one.found}", f"  cost:  {one.cost}"]
-            lines.append(f"  fix:   {one.fix}")
-        lines.append(self.summary())
-        return redacted("\n".join(lines))
+            lines += [f"{one.severity}: {one.code}", f"  found: {redacted(one.found)}"]
+            lines += [f"  cost:  {redacted(one.cost)}", f"  fix:   {one.fix}"]
+        return "\n".join([*lines, self.summary()])
 
     def summary(self) -> str:
         """Return the number of findings, and the lengths for which costs are."""
-        subject = f"for {self.reference}, " if self.model is None else ""
+        subject = f"{self.reference} with " if self.model is None else ""
         work = self.workload
         lengths = f"{work.prompt_len:,} + {work.max_new_tokens:,} tokens, batch {work.batch_size}"
         count = len(self.findings)
         found = "nothing found" if not count else "1 finding" if count == 1 else f"{count} findings"
-        return redacted(f"{found} by {self.checks} checks; figures are {subject}for {lengths}")
+        return f"{found} by {self.checks} checks; figures are for {subject}{lengths}"
 
     def _facts(self) -> Iterator[str]:
         machine, model, work = self.machine, self.model, self.workload
@@ -147,7 +149,7 @@ def _cleaned(value: Any) -> Any:
     if isinstance(value, str):
         return redacted(value)
     if isinstance(value, dict):
-        return {name: _cleaned(one) for name, one in value.items()}
+        return {name: one if name in _FIXED else _cleaned(one) for name, one in value.items()}
     if isinstance(value, (list, tuple)):
         return [_cleaned(one) for one in value]
     return value

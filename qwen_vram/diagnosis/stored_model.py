@@ -1,4 +1,4 @@
-"""Facts of a checkpoint as a plain `from_pretrained` would load it here. Torch is not imported."""
+"""Facts of a checkpoint as a plain `from_pretrained` would load it here, without torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from qwen_vram.checkpoints.resolve import resolve
 from qwen_vram.diagnosis.machine_facts import MachineFacts
 from qwen_vram.diagnosis.model_facts import Generation, Matrix, ModelFacts, Role
-from qwen_vram.dtypes import BF16, FP32
+from qwen_vram.dtypes import FP32
 from qwen_vram.planning.capacity.hardware import AMPERE
 from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.formats import FORMATS
@@ -28,7 +28,8 @@ def examine_stored(model: str | Path | Architecture, machine: MachineFacts) -> M
     device = "cuda" if machine.gpus else "cpu"
     config = dict(found.config) or _config(architecture)
     matrices = tuple(_matrices(architecture))
-    norms = sum(one.numel for one in architecture.weights() if len(one.shape) < 2) * BF16.nbytes
+    dense = FORMATS[architecture.dtype]
+    norms = sum(dense.nbytes(one.shape) for one in architecture.weights() if len(one.shape) < 2)
     backend, reason = _sdpa(architecture, machine) if device == "cuda" else ("", "")
     return ModelFacts(
         label=found.label,

@@ -226,7 +226,7 @@ def test_a_static_cache_that_an_earlier_call_made_long():
 
     model = load()
     model.generation_config.cache_implementation = "static"
-    model.generate(torch.ones(1, 1500, dtype=torch.long), max_new_tokens=2)
+    model.generate(torch.ones(1, 600, dtype=torch.long), max_new_tokens=2)
     finding = findings(model)["cache-oversized"]
 
     def held(tokens):
@@ -242,10 +242,10 @@ def test_a_static_cache_that_an_earlier_call_made_long():
 def test_generation_without_a_cache():
     import torch
 
-    model, lengths = load(), {"prompt_len": 1024, "max_new_tokens": 64}
+    model, lengths = load(), {"prompt_len": 256, "max_new_tokens": 64}
     model.generation_config.use_cache = False
     finding = found("cache-off", model, **lengths)
-    ids, times = torch.ones(1, 1024 + 32, dtype=torch.long), []
+    ids, times = torch.ones(1, 256 + 32, dtype=torch.long), []
     with torch.no_grad():
         for _ in range(3):
             start = time.perf_counter()

@@ -3,11 +3,11 @@
 Modules:
     attention  Checks of attention: its implementation, its kernel, and copies that masks cause.
     cache      Checks of the KV cache and of the prefill.
-    gpu        Checks of GPUs: settings of the allocator and of CUDA, the link, and memory of other processes.
+    gpu        Checks of GPUs: settings of allocator and CUDA, the link, and other processes.
     host       Checks of the host: locked memory, swap, and the limits of a Windows subsystem.
     kernels    Checks of kernels that are missing, so that slower operations run without a message.
     libraries  Checks of library versions that are known to cost memory or time.
-    placement  Checks of the location of weights: offload by hooks, an unused GPU, and memory that does not suffice.
+    placement  Checks of the location of weights: hooks, an unused GPU, and missing memory.
     weights    Checks of weights: their dtype, their quantization, and copies of them.
 """
 

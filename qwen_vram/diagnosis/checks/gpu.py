@@ -1,4 +1,4 @@
-"""Checks of GPUs: settings of the allocator and of CUDA, the link, and memory of other processes."""
+"""Checks of GPUs: settings of allocator and CUDA, the link, and other processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of the location of weights: offload by hooks, an unused GPU, and memory that does not suffice."""
+"""Checks of the location of weights: hooks, an unused GPU, and missing memory."""
 
 from __future__ import annotations
 
