@@ -7,6 +7,7 @@ Modules:
     doctor         `doctor()`: find what costs memory or time, in a model and on this machine.
     finding        A finding: one cause of lost memory or time, with its cost and its fix.
     live_model     Facts of a live model, which `transformers` or this library loaded.
+    live_tensors   Tensors of a live model: its matrices with their formats, and the bytes of its storages.
     machine_facts  Facts of a machine that checks read: GPUs, links, host memory, libraries and settings.
     model_facts    Facts of a model that checks read: its matrices, settings, and places of its weights.
     offload_hooks  Weights that accelerate's hooks keep off the device, and the time of these hooks.

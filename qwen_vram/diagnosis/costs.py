@@ -97,8 +97,8 @@ class Subject:
 
     @cached_property
     def own(self) -> int:
-        """Bytes that the model takes as it is set: its weights as they are, and the rest of its peak."""
-        return self.model.weight_bytes + self.beside_weights()
+        """Bytes that the model takes as it is set: its weights on the device, and the rest of its peak."""
+        return self.model.resident_bytes + self.beside_weights()
 
     @property
     def memory(self) -> int:
@@ -112,7 +112,7 @@ class Subject:
         """Bytes of that device which the model may take; those that a loaded model has taken count as free."""
         if self.model.on_gpu and self.machine.gpus:
             return sum(card.free + card.used_here for card in self.machine.gpus[: self.model.gpus])
-        taken = self.model.weight_bytes if self.model.is_live else 0
+        taken = self.model.resident_bytes if self.model.is_live else 0
         return self.machine.ram_available + taken
 
     def matters(self, nbytes: int) -> bool:

@@ -5,20 +5,19 @@ Nothing in the model changes.
 
 from __future__ import annotations
 
-import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from qwen_vram.diagnosis.model_facts import Generation, Matrix, ModelFacts, Offload, Role, name_of
+from qwen_vram.diagnosis.live_tensors import dtype_name, matrices_of, output_of, tensor_bytes
+from qwen_vram.diagnosis.model_facts import Generation, ModelFacts, Offload
 from qwen_vram.diagnosis.offload_hooks import offload_of
 from qwen_vram.errors import ConfigError
 from qwen_vram.runtime.loaded_model import LoadedModel
-from qwen_vram.runtime.torch_dtypes import ROWS
 from qwen_vram.spec.profile import Profile
 
 # Rows, columns and inner size of the product that measures a device's rate.
@@ -26,7 +25,6 @@ _PRODUCT = (256, 1024, 1024)
 # The flash kernel's own limit. Source: torch, aten/src/ATen/native/transformers/cuda/sdp_utils.cpp.
 _LARGEST_HEAD = 256
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "vocab_size")
-_EXPERTS = re.compile(r"\bexperts\b")
 
 
 def examine_model(model: object, *, rows: int, masked: bool) -> ModelFacts:
@@ -63,9 +61,10 @@ def examine_model(model: object, *, rows: int, masked: bool) -> ModelFacts:
         kind=str(facts.get("model_type", "")),
         device=device,
         gpus=len({one.device for one in module.parameters() if one.is_cuda}) or 1,
-        dtype=_name(dtype),
-        matrices=tuple(_matrices(module)),
-        weight_bytes=_weight_bytes(module),
+        dtype=dtype_name(dtype),
+        matrices=tuple(matrices_of(module)),
+        weight_bytes=tensor_bytes(module),
+        resident_bytes=tensor_bytes(module, device),
         attention=attention,
         sdpa_backend=backend,
         sdpa_reason=reason,
@@ -109,100 +108,9 @@ def _dtype(module: nn.Module) -> torch.dtype:
     return next((one.dtype for one in module.parameters() if one.is_floating_point()), torch.get_default_dtype())
 
 
-def _name(dtype: torch.dtype) -> str:
-    row = ROWS.get(dtype)
-    return str(dtype).removeprefix("torch.") if row is None else name_of(row)
-
-
-def _role(name: str, module: nn.Module, model: nn.Module) -> Role:
-    if isinstance(module, nn.Embedding):
-        return "embedding"
-    if module is _output(model):
-        return "head"
-    if _EXPERTS.search(name):
-        return "experts"
-    if name.endswith((".gate", ".router")) or "Router" in type(module).__name__:
-        return "router"
-    return "layer" if re.search(r"\blayers\.\d+\.", name) else "other"
-
-
-def _output(model: nn.Module) -> object:
-    return getattr(model, "get_output_embeddings", lambda: None)()
-
-
-def _matrices(model: nn.Module) -> Iterator[Matrix]:
-    """Yield every weight of two or three dimensions, once."""
-    seen: set[int] = set()
-    for module_name, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            full, role = f"{module_name}.{name}", _role(module_name, module, model)
-            state = getattr(parameter, "quant_state", None)
-            if state is not None and hasattr(state, "nested"):
-                yield _coded(full, role, parameter, state, module)
-            elif parameter.dim() in (2, 3):
-                codes = not parameter.is_floating_point()
-                yield Matrix(
-                    name=full,
-                    shape=tuple(parameter.shape),
-                    nbytes=parameter.numel() * parameter.element_size(),
-                    dtype=_name(parameter.dtype),
-                    role=role,
-                    is_dense=not codes and parameter.element_size() != 1,
-                )
-
-
-def _coded(name: str, role: Role, parameter: Tensor, state: Any, module: nn.Module) -> Matrix:
-    """A 4-bit matrix of bitsandbytes."""
-    compute = getattr(module, "compute_dtype", None)
-    return Matrix(
-        name=name,
-        shape=tuple(state.shape),
-        nbytes=parameter.nbytes + sum(one.nbytes for one in _state_tensors(state)),
-        dtype=_name(state.dtype),
-        role=role,
-        codes=str(state.quant_type),
-        is_dense=False,
-        is_double=bool(state.nested),
-        compute_dtype="" if compute is None else _name(compute),
-    )
-
-
-def _state_tensors(state: Any) -> Iterator[Tensor]:
-    nested = getattr(state, "state2", None)
-    for one in (state.absmax, state.code, getattr(state, "offset", None)):
-        if isinstance(one, Tensor):
-            yield one
-    if nested is not None:
-        yield from _state_tensors(nested)
-
-
-def _weight_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters, quantization states and buffers. Each storage counts once; offloaded ones count too."""
-    seen: set[int] = set()
-    total = 0
-    for tensor in _tensors(model):
-        key = id(tensor) if tensor.is_meta else tensor.untyped_storage().data_ptr()
-        if key not in seen:
-            seen.add(key)
-            total += tensor.nbytes if tensor.is_meta else tensor.untyped_storage().nbytes()
-    return total
-
-
-def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    for parameter in model.parameters():
-        yield parameter.data if not parameter.is_meta else parameter
-        state = getattr(parameter, "quant_state", None)
-        if state is not None and hasattr(state, "absmax"):
-            yield from _state_tensors(state)
-    yield from model.buffers()
-
-
 def _head_copy(model: nn.Module, config: Any) -> int:
     """Bytes of a dense head that config.json ties to the embedding, and that is a tensor of its own."""
-    head = getattr(_output(model), "weight", None)
+    head = getattr(output_of(model), "weight", None)
     table = getattr(getattr(model, "get_input_embeddings", lambda: None)(), "weight", None)
     if not getattr(config, "tie_word_embeddings", False) or head is None or table is None or head is table:
         return 0

@@ -10,7 +10,7 @@ from qwen_vram.dtypes import FP16, FP32, Dtype
 from qwen_vram.spec.formats import FORMATS
 from qwen_vram.spec.profile import Profile
 
-Role = Literal["layer", "head", "embedding", "experts", "router", "other"]
+Role = Literal["layer", "head", "embedding", "experts", "router", "adapter", "other"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +109,7 @@ class ModelFacts:
         dtype: The dtype of its activations.
         matrices: Its weights with two or three dimensions.
         weight_bytes: Bytes of all tensors, each storage once.
+        resident_bytes: Bytes of those on the device that computes.
         attention: The attention implementation, as `transformers` names it.
         sdpa_backend: The kernel that torch chooses for its shapes: `"FLASH_ATTENTION"`, `"MATH"` and others; empty if
             it was not asked.
@@ -129,6 +130,7 @@ class ModelFacts:
     dtype: str
     matrices: tuple[Matrix, ...] = field(repr=False)
     weight_bytes: int
+    resident_bytes: int
     gpus: int = 1
     attention: str = "sdpa"
     profile: Profile | None = None

@@ -30,6 +30,7 @@ def examine_stored(model: str | Path | Architecture, machine: MachineFacts) -> M
     matrices = tuple(_matrices(architecture))
     dense = FORMATS[architecture.dtype]
     norms = sum(dense.nbytes(one.shape) for one in architecture.weights() if len(one.shape) < 2)
+    total = sum(one.nbytes for one in matrices) + norms
     backend, reason = _sdpa(architecture, machine) if device == "cuda" else ("", "")
     return ModelFacts(
         label=found.label,
@@ -39,7 +40,8 @@ def examine_stored(model: str | Path | Architecture, machine: MachineFacts) -> M
         device=device,
         dtype=architecture.dtype,
         matrices=matrices,
-        weight_bytes=sum(one.nbytes for one in matrices) + norms,
+        weight_bytes=total,
+        resident_bytes=total,
         sdpa_backend=backend,
         sdpa_reason=reason,
         generation=Generation(use_cache=config.get("use_cache") is not False),

@@ -56,6 +56,7 @@ PLANTED = {
     "gpu-shared": with_gpu(free=60 * GIB),
     "swapped": replace(WITH_H100, swapped=2 * GIB),
     "wsl-memory": replace(WITH_H100, is_wsl=True, ram_total=16 * GIB, ram_available=12 * GIB),
+    "torch-cpu-build": replace(WITH_H100, versions={**VERSIONS, "torch": "2.13.0+cpu"}),
     "triton-missing": without("triton"),
     "compiler-missing": replace(WITH_H100, has_compiler=False),
 }

@@ -359,6 +359,35 @@ def test_linear_attention_in_plain_torch_on_a_described_gpu():
     assert on_gpu(model, fast) == {}
 
 
+def test_an_adapter_beside_a_quantized_base_is_no_fault(adapter, untied):
+    import peft
+
+    model = peft.PeftModel.from_pretrained(load_nf4(untied), adapter)
+    result = qv.doctor(model, machine=CPU_ONLY, **SHORT)
+    assert result.is_good, str(result)
+    assert any("lora_A" in one.name for one in result.model.matrices)
+
+
+def test_tensors_of_torchao_count_as_quantized():
+    pytest.importorskip("torchao")
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    model = load(quantization_config=TorchAoConfig(Int8WeightOnlyConfig()))
+    facts, plain = facts_of(model), facts_of(load())
+    coded = [one for one in facts.matrices if not one.is_dense]
+    assert len(coded) == 35
+    saved = sum(one.numel for one in coded)
+    assert plain.weight_bytes - saved < facts.weight_bytes < plain.weight_bytes - 0.98 * saved
+    assert findings(model, replace(CPU_ONLY, ram_total=16 * MIB)).keys() <= {"prefill-whole"}
+
+
+def test_a_model_that_has_answered_on_the_cpu_has_no_other_finding():
+    model = load_nf4()
+    generated(model)
+    assert findings(model) == {}
+
+
 def test_what_is_no_model_is_refused():
     with pytest.raises(qv.ConfigError, match="doctor takes a live model of transformers, .* got dict"):
         qv.doctor({"model_type": "qwen2"}, machine=CPU_ONLY)

@@ -31,4 +31,4 @@ OF_MODELS: tuple[Check, ...] = (
     kernels.check_linear_attention,
 )
 # Checks of a machine. Without a model, their figures are for a reference model.
-OF_MACHINES: tuple[Check, ...] = (*gpu.CHECKS, *host.CHECKS, kernels.check_triton)
+OF_MACHINES: tuple[Check, ...] = (*gpu.CHECKS, *host.CHECKS, kernels.check_triton, libraries.check_cpu_build)

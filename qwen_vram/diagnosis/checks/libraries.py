@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from qwen_vram.checkpoints.machine_file import current
 from qwen_vram.diagnosis.costs import Subject
-from qwen_vram.diagnosis.finding import Finding, of_bytes
+from qwen_vram.diagnosis.finding import Finding, of_bytes, of_ms
 from qwen_vram.dtypes import BF16
+from qwen_vram.units import format_bytes
 
 
 class Known(NamedTuple):
@@ -82,6 +84,23 @@ def check_versions(subject: Subject) -> Iterator[Finding]:
                 cost=row.of_what,
                 fix=row.fix,
             )
+
+
+def check_cpu_build(subject: Subject) -> Iterator[Finding]:
+    """Find a build of torch for the CPU beside a GPU: models then run on the CPU without a message."""
+    machine, weights = subject.machine, subject.model.weight_bytes
+    version = machine.versions.get("torch", "")
+    if not machine.gpus or not version.endswith("+cpu") or not machine.host_rate:
+        return
+    ms = (weights / machine.host_rate - weights / current().device_bandwidth) * 1000
+    if ms > 0:
+        yield of_ms(
+            "torch-cpu-build",
+            ms,
+            found=f"torch {version} is a build for the CPU, beside {machine.gpus[0].name}",
+            cost=f"for each token to read {format_bytes(weights)} of weights at {machine.host_rate / 1e9:.1f} GB/s",
+            fix="pip install --force-reinstall torch, from an index of CUDA builds (pytorch.org/get-started)",
+        )
 
 
 CHECKS = (check_versions,)

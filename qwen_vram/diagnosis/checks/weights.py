@@ -20,7 +20,7 @@ _CROWDED = 0.5
 
 def check_fp32(subject: Subject) -> Iterator[Finding]:
     """Find matrices in 32 bits."""
-    wide = [matrix for matrix in subject.model.matrices if matrix.is_fp32]
+    wide = [matrix for matrix in subject.model.matrices if matrix.is_fp32 and matrix.role != "adapter"]
     cost = sum(matrix.nbytes for matrix in wide) // 2
     if subject.matters(cost):
         yield of_bytes(
