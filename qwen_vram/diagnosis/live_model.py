@@ -48,6 +48,8 @@ def examine_model(model: object, *, rows: int, masked: bool) -> ModelFacts:
     facts = {**text.to_dict(), **_sizes(text)}
     device, dtype = _device(module), _dtype(module)
     attention = getattr(text, "_attn_implementation", None) or "eager"
+    if not facts.get("num_attention_heads"):
+        attention = "none"  # a model without softmax attention
     profile = model.plan.profile if isinstance(model, LoadedModel) else None
     generation = _generation(module) if profile is None else _planned(profile)
     backend, reason = "", ""

@@ -127,12 +127,37 @@ def test_weights_that_are_not_quantized_on_a_small_device(moe):
     assert "weights-16bit" not in findings(load_nf4(), machine)
 
 
-@pytest.mark.parametrize(("compute", "wider"), [("float32", 2), ("float16", 0)])
-def test_4bit_matrices_that_compute_in_another_dtype(compute, wider):
-    finding = found("compute-dtype", load_nf4(compute=compute))
-    size = {"float32": 4, "float16": 2}[compute]
-    assert finding.cost_bytes == 64 * (256 + 768) * size + 256 * 768 * wider
+def peak_of(run):
+    """The most bytes that one call has allocated at once on the CPU, by torch's profiler."""
+    import torch
+
+    with torch.no_grad():
+        run()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            run()
+    events = [one for one in profile.profiler.kineto_results.events() if one.name() == "[memory]"]
+    total = most = 0
+    for one in sorted(events, key=lambda event: event.start_ns()):
+        total += one.nbytes()
+        most = max(most, total)
+    return most
+
+
+@pytest.mark.parametrize("rows", [64, 1024])
+@pytest.mark.parametrize("compute", ["float32", "float16"])
+def test_4bit_matrices_that_compute_in_another_dtype_cost_what_their_largest_product_allocates(compute, rows):
+    import torch
+
+    model, good = load_nf4(compute=compute), load_nf4()
+    finding = found("compute-dtype", model, prompt_len=rows, max_new_tokens=64)
     assert finding.found.endswith("and the model in bf16")
+    measured = []
+    for name, columns in (("up_proj", 256), ("down_proj", 768)):
+        values = torch.randn(1, rows, columns, dtype=torch.bfloat16)
+        layers = [getattr(one.model.layers[0].mlp, name) for one in (model, good)]
+        peaks = [peak_of(lambda layer=layer, values=values: layer(values)) for layer in layers]
+        measured.append(peaks[0] - peaks[1])
+    assert finding.cost_bytes == pytest.approx(max(measured), rel=0.01)  # but for the scales, one number for 64 weights
 
 
 def test_experts_that_bitsandbytes_left_in_16_bits(moe):
@@ -395,9 +420,11 @@ def test_what_is_no_model_is_refused():
 
 def test_other_families_are_examined_too():
     import torch
-    from transformers import AutoModelForCausalLM, GPT2Config
+    from transformers import AutoModelForCausalLM, GPT2Config, MambaConfig
 
     config = GPT2Config(n_layer=2, n_embd=64, n_head=4, vocab_size=128, n_positions=256)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     assert set(findings(model)) >= {"weights-fp32", "attention-eager"}
     assert set(findings(model.to(torch.bfloat16))) == {"attention-eager"}
+    mamba = AutoModelForCausalLM.from_config(MambaConfig(vocab_size=128, hidden_size=64, num_hidden_layers=2))
+    assert findings(mamba.to(torch.bfloat16).eval()) == {}

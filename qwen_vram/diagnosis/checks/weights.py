@@ -66,15 +66,22 @@ def check_compute_dtype(subject: Subject) -> Iterator[Finding]:
         cost,
         of=subject.own,
         found=f"{len(other)} 4-bit matrices compute in {name}, and the model in {model.dtype}",
-        cost=f"for copies of the input, the result and the matrix in {name}, in the largest product of {rows:,} rows",
+        cost=f"for input, result and matrix in {name}, in the largest product of {rows:,} rows",
         fix=f"BitsAndBytesConfig(..., bnb_4bit_compute_dtype=model.dtype), here {model.dtype}",
     )
 
 
 def _conversion(matrix: Matrix, element: int, rows: int) -> int:
-    """Bytes of the converted input and result of a product, and what a wider dtype adds to the dequantized matrix."""
+    """Bytes that a product's peak gains by another compute dtype.
+
+    The converted input and the result exist beside the dequantized matrix, and then beside the result in the model's
+    dtype. Without a conversion there are the matrix and the result alone.
+    Source: bitsandbytes 0.50.2, nn/modules.py (Linear4bit.forward).
+    """
     inner = dtype_bytes(matrix.compute_dtype)
-    return rows * (matrix.shape[-1] + matrix.shape[0]) * inner + matrix.numel * max(0, inner - element)
+    result, converted = matrix.shape[0] * rows, matrix.shape[-1] * rows * inner
+    most = converted + result * inner + max(matrix.numel * inner, result * element)
+    return most - matrix.numel * element - result * element
 
 
 def check_experts(subject: Subject) -> Iterator[Finding]:
