@@ -127,12 +127,13 @@ def test_weights_that_are_not_quantized_on_a_small_device(moe):
     assert "weights-16bit" not in findings(load_nf4(), machine)
 
 
-def peak_of(run):
+def peak_of(run, warm=True):
     """The most bytes that one call has allocated at once on the CPU, by torch's profiler."""
     import torch
 
     with torch.no_grad():
-        run()
+        if warm:
+            run()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             run()
     events = [one for one in profile.profiler.kineto_results.events() if one.name() == "[memory]"]
@@ -200,25 +201,37 @@ def test_gradients():
     assert findings(model) == {}
 
 
-def test_eager_attention():
-    finding = found("attention-eager", load(attn_implementation="eager"), **LONG)
-    scores = 4 * 2048 * 2048
-    assert finding.cost_bytes >= scores * (2 + 4)  # in bf16, and the softmax in float32
-    model = load(attn_implementation="eager")
-    model.set_attn_implementation("sdpa")
-    assert findings(model, **LONG) == {}
-
-
-def test_a_flash_kernel_that_is_switched_off():
+def answer_peak(model):
+    """The most bytes that a generation of 8 tokens after 1,024 allocates beside the weights."""
     import torch
 
+    ids = torch.ones(1, 1024, dtype=torch.long)
+    return peak_of(lambda: model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8), warm=False)
+
+
+def test_eager_attention_costs_what_a_generation_allocates():
+    model = load(attn_implementation="eager")
+    finding = found("attention-eager", model, prompt_len=1024, max_new_tokens=8)
+    eager = answer_peak(model)
+    model.set_attn_implementation("sdpa")
+    assert findings(model, **LONG) == {}
+    assert finding.cost_bytes == pytest.approx(eager - answer_peak(model), rel=0.001)
+
+
+def test_a_flash_kernel_that_is_switched_off_costs_what_a_generation_allocates():
+    import torch
+
+    model = load()
+    flash = answer_peak(model)
     torch.backends.cuda.enable_flash_sdp(False)
     try:
-        finding = found("attention-no-flash", load(), **LONG)
+        finding = found("attention-no-flash", model, prompt_len=1024, max_new_tokens=8)
+        math = answer_peak(model)
     finally:
         torch.backends.cuda.enable_flash_sdp(True)
     assert "the flash kernel is switched off" in finding.found
     assert finding.fix == "torch.backends.cuda.enable_flash_sdp(True)"
+    assert finding.cost_bytes == pytest.approx(math - flash, rel=0.06)  # but for a causal mask of one layer
 
 
 def many_heads():
