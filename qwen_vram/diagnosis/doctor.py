@@ -30,6 +30,8 @@ def doctor(
 ) -> Diagnosis:
     """Find what costs memory or time, with its cost in bytes or milliseconds, and the fix. Nothing is changed.
 
+    Do not call it while another thread runs the model: hooks of offloaded modules are run to measure them.
+
     Args:
         model: A live model of `transformers`, a `LoadedModel`, or the name, folder or hub id of a checkpoint, which is
             examined as a plain `from_pretrained` would load it here. `None` examines the machine alone.
