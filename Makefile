@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 WORKERS := --numprocesses 3 --dist worksteal  # some wait: for retries, for other processes
-TESTS_WITHOUT_TORCH := tests/spec tests/arithmetic tests/checkpoints tests/planning tests/monitor
+TESTS_WITHOUT_TORCH := tests/spec tests/arithmetic tests/checkpoints tests/planning tests/monitor tests/diagnosis
 
 .PHONY: demo test test-no-torch test-all mutations gpu-test bench clean
 

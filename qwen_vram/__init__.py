@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from qwen_vram.arithmetic.estimate import Estimate
     from qwen_vram.checkpoints.adapters.errors import AdapterError
+    from qwen_vram.diagnosis.doctor import doctor
+    from qwen_vram.diagnosis.finding import Finding
+    from qwen_vram.diagnosis.report import Diagnosis
     from qwen_vram.errors import (
         BackendUnavailableError,
         CheckpointError,
@@ -72,6 +75,9 @@ _MODULES = {
         "WorkloadError",
     ),
     "checkpoints.adapters.errors": ("AdapterError",),
+    "diagnosis.doctor": ("doctor",),
+    "diagnosis.finding": ("Finding",),
+    "diagnosis.report": ("Diagnosis",),
     "lora.merge": ("merge_lora_then_quantize",),
     "lora.report": ("MergeReport",),
     "monitor.log": ("read_log",),
@@ -99,8 +105,10 @@ __all__ = [
     "Budget",
     "CheckpointError",
     "ConfigError",
+    "Diagnosis",
     "DoesNotFitError",
     "Estimate",
+    "Finding",
     "GenerationStoppedError",
     "HubError",
     "LoadedModel",
@@ -117,6 +125,7 @@ __all__ = [
     "UnknownNameError",
     "Workload",
     "WorkloadError",
+    "doctor",
     "estimate_vram",
     "load",
     "max_batch",

@@ -207,7 +207,9 @@ def pytest_unconfigure() -> None:
 
 
 # Folders whose tests need no torch, unless they are marked `torch` or ask for a checkpoint that torch makes.
-WITHOUT_TORCH = {Path(__file__).parent / name for name in ("spec", "arithmetic", "checkpoints", "planning", "monitor")}
+WITHOUT_TORCH = {
+    Path(__file__).parent / name for name in ("spec", "arithmetic", "checkpoints", "planning", "monitor", "diagnosis")
+}
 MADE_BY_TORCH = {"untied", "tied", "qwen3", "sharded", "wide", "adapter", "calibration", "gptq_demo", "awq_demo"}
 
 

@@ -1,10 +1,12 @@
 """The command line `qwen-vram` and its commands.
 
-They are `estimate`, `plan`, `chat`, `merge`, `quantize`, `calibrate`, `monitor`, `run` and `demo`.
+They are `estimate`, `plan`, `chat`, `merge`, `quantize`, `calibrate`, `doctor`, `monitor`, `run`
+and `demo`.
 
 Modules:
     chat      `qwen-vram chat`: a conversation with a model in the terminal.
     consoles  Consoles of the commands: results on standard output, errors on standard error.
+    doctor    `qwen-vram doctor`: find what costs memory or time on this machine and in a checkpoint.
     machine   `qwen-vram calibrate` and `demo`: measure this machine, and show the bundled model.
     monitor   `qwen-vram monitor` and `run`: watch GPU memory, alone or beside a program.
     options   Options that several commands share, and the parsing of their values.
@@ -24,6 +26,7 @@ import typer
 import qwen_vram as qv
 from qwen_vram.cli.chat import chat
 from qwen_vram.cli.consoles import errors
+from qwen_vram.cli.doctor import doctor
 from qwen_vram.cli.machine import calibrate, demo
 from qwen_vram.cli.monitor import monitor, run
 from qwen_vram.cli.plans import estimate, plan
@@ -54,7 +57,7 @@ def _options(
     """Options before a command."""
 
 
-for command in (estimate, plan, chat, merge, quantize, calibrate, monitor, demo):
+for command in (estimate, plan, chat, merge, quantize, calibrate, doctor, monitor, demo):
     app.command()(command)
 app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(run)
 
