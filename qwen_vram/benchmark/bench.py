@@ -84,7 +84,7 @@ def bench(
 
     Args:
         model: A checkpoint folder, a catalog name, or a hub id.
-        rows: Names of configurations; `None` is all of them. docs/benchmark.md lists them.
+        rows: Names of configurations, which docs/benchmark.md lists. `None` is all that the device can run.
         prompt_len, max_new_tokens, batch_size: A number, or several; every combination is measured.
         vram: Budgets of plans, such as `"8GiB"`. `None` is a plan for the free memory.
         device: `"cuda"` or `"cpu"`; `None` uses the GPU if there is one.
@@ -108,7 +108,7 @@ def bench(
         raise BackendUnavailableError(
             f"vram={vram!r} is a budget of a GPU, and the benchmark runs on the CPU; leave vram out", backend="cuda"
         )
-    asked = chosen(configurations(architecture, budgets), rows)
+    asked = chosen(configurations(architecture, budgets), rows, on_cpu=on_cpu)
     lengths = [
         _each("prompt_len", prompt_len),
         _each("max_new_tokens", max_new_tokens),

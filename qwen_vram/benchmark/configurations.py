@@ -28,6 +28,12 @@ class Configuration(NamedTuple):
     by: By
     arguments: dict[str, Any]
 
+    @property
+    def needs_gpu(self) -> bool:
+        """Tell if the configuration captures decode steps, which no CPU does."""
+        name = self.arguments.get("profile")
+        return name is not None and PROFILES[name].captures
+
 
 class Claim(NamedTuple):
     """A row of the article's table: bytes of 512 + 512 tokens at batch size 1, and milliseconds a token."""
@@ -90,14 +96,14 @@ def configurations(architecture: Architecture, vram: Sequence[str | int] = ()) -
     return [*plain, *profiles, streamed, *plans]
 
 
-def chosen(every: Sequence[Configuration], names: Sequence[str] | None) -> list[Configuration]:
-    """Return the configurations with these names, in their own order; all of them if `names` is `None`.
+def chosen(every: Sequence[Configuration], names: Sequence[str] | None, *, on_cpu: bool) -> list[Configuration]:
+    """Return the configurations with these names, in their own order; `None` is all that the device can run.
 
     Raises:
         UnknownNameError: there is no configuration of a name.
     """
     if names is None:
-        return list(every)
+        return [one for one in every if not (on_cpu and one.needs_gpu)]
     known = tuple(one.name for one in every)
     for name in names:
         if name not in known:

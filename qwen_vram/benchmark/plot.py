@@ -54,12 +54,13 @@ def _bars(axes: Any, names: list[str], figures: list[tuple[float, float]], label
     for offset, color, kind, number in ((-0.5, _PREDICTED, "predicted", 0), (0.5, _MEASURED, "measured", 1)):
         values = [pair[number] for pair in figures]
         bars = axes.barh([place + offset * _HEIGHT for place in places], values, _HEIGHT, color=color, label=kind)
-        texts = ["not predicted" if value != value else f"{value:,.{digits}f}" for value in values]
+        texts = ["" if value != value else f"{value:,.{digits}f}" for value in values]
         axes.bar_label(bars, texts, padding=3, fontsize="x-small")
     axes.set_yticks(list(places), names)
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.5, -0.5)
     axes.margins(x=0.15)
-    axes.set_xlabel(label)
+    nothing = all(pair[0] != pair[0] for pair in figures)
+    axes.set_xlabel(f"{label}, not predicted" if nothing else label)
     axes.spines[["top", "right"]].set_visible(False)
 
 

@@ -13,16 +13,23 @@ _UNITS = ((2**30, "GiB", 2), (2**20, "MiB", 1))
 _NOTHING = "-"
 
 
+class Cell(NamedTuple):
+    """A cell: the measured figure as text, and the predicted one if there can be one."""
+
+    measured: str
+    predicted: str | None = None
+
+
 class Table(NamedTuple):
-    """A table: its title, the names of its columns, and its rows as texts."""
+    """A table: its title, the names of its columns, and its rows."""
 
     title: str
     columns: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: list[tuple[Cell, ...]]
 
 
 def tables(rows: Sequence[BenchmarkRow]) -> list[Table]:
-    """Return a table for each device, model and workload. A cell with `/` is predicted / measured."""
+    """Return a table for each model, device and workload."""
     return [_table(list(group)) for _, group in groupby(rows, key=_subject)]
 
 
@@ -32,7 +39,7 @@ def markdown(rows: Sequence[BenchmarkRow]) -> str:
     for _, group in groupby(rows, key=_subject):
         own = list(group)
         table = _table(own)
-        parts += [f"**{table.title}**", _as_markdown(table)]
+        parts += [f"{table.title}:", _as_markdown(table)]
         failed = [f"- `{row.configuration}` failed: {row.error}" for row in own if row.error is not None]
         parts += ["\n".join(failed)] if failed else []
         article = _article(own)
@@ -54,27 +61,28 @@ def _table(rows: list[BenchmarkRow]) -> Table:
     columns = (
         "row",
         *(f"{labels[name]}, {unit}" for name, (_, unit, _) in sizes.items()),
-        f"error of {total}",
+        "error",
         "first token, ms",
         "ms a token",
-        "90th percentile",
-        "tokens per joule",
+        "90 %",
+        "tokens/J",
     )
     cells = []
     for row in rows:
+        name = Cell(row.configuration)
         if row.error is not None:
-            cells.append((row.configuration, "failed", *[_NOTHING] * (len(columns) - 2)))
+            cells.append((name, Cell("failed"), *[Cell(_NOTHING)] * (len(columns) - 2)))
             continue
         error = row.deviation("process_total")
         cells.append(
             (
-                row.configuration,
-                *(_pair(row, name, factor, digits) for name, (factor, _, digits) in sizes.items()),
-                _NOTHING if error is None else f"{error:+.1%}",
+                name,
+                *(_pair(row, part, factor, digits) for part, (factor, _, digits) in sizes.items()),
+                Cell(_NOTHING if error is None else f"{error:+.1%}"),
                 _pair(row, "first_token_ms", 1, 1),
                 _pair(row, "ms_per_token", 1, 1),
-                _number(row.measured.get("ms_per_token_p90"), 1, 1),
-                _number(row.measured.get("tokens_per_joule"), 1, 3),
+                Cell(_number(row.measured.get("ms_per_token_p90"), 1, 1)),
+                Cell(_number(row.measured.get("tokens_per_joule"), 1, 3)),
             )
         )
     title = (
@@ -90,9 +98,8 @@ def _unit(rows: list[BenchmarkRow], name: str) -> tuple[int, str, int]:
     return next((unit for unit in _UNITS if most >= unit[0]), _UNITS[-1])
 
 
-def _pair(row: BenchmarkRow, name: str, factor: int, digits: int) -> str:
-    """Predicted and measured figures of a cell."""
-    return " / ".join(_number(found.get(name), factor, digits) for found in (row.predicted, row.measured))
+def _pair(row: BenchmarkRow, name: str, factor: int, digits: int) -> Cell:
+    return Cell(*(_number(found.get(name), factor, digits) for found in (row.measured, row.predicted)))
 
 
 def _number(value: Figure, factor: int, digits: int) -> str:
@@ -101,27 +108,28 @@ def _number(value: Figure, factor: int, digits: int) -> str:
 
 def _article(rows: list[BenchmarkRow]) -> Table:
     """The article's rows that ran with its workload on a GPU."""
-    columns = ("row", "whose", "weights", "KV cache", "total", "ms a token")
-    cells: list[tuple[str, ...]] = []
+    columns = ("row", "source", "weights", "KV cache", "total", "ms a token")
+    parts = ("weights", "kv_cache", "process_total")
+    cells = []
     for row in rows:
         claim = CLAIMS.get(row.configuration)
         same = all(getattr(row, name) == value for name, value in CLAIMED_WORKLOAD.items())
         if claim is None or not same or row.on_cpu or row.error is not None:
             continue
-        parts = ("weights", "kv_cache", "process_total")
-        cells.append(
-            (
-                claim.text,
-                "article",
-                *(_number(getattr(claim, name), 10**9, 1) for name in parts),
-                str(claim.ms_per_token),
-            )
-        )
-        measured = (_number(row.measured.get(name), 10**9, 2) for name in parts)
-        cells.append((f"`{row.configuration}`", "measured", *measured, _number(row.measured.get("ms_per_token"), 1, 1)))
+        claimed = [_number(getattr(claim, name), 10**9, 1) for name in parts]
+        measured = [_number(row.measured.get(name), 10**9, 2) for name in parts]
+        measured.append(_number(row.measured.get("ms_per_token"), 1, 1))
+        cells.append(tuple(map(Cell, (row.configuration, f"article: {claim.text}", *claimed, str(claim.ms_per_token)))))
+        cells.append(tuple(map(Cell, (row.configuration, "measured", *measured))))
     return Table("", columns, cells)
 
 
 def _as_markdown(table: Table) -> str:
-    lines = [table.columns, ("---", *["--:"] * (len(table.columns) - 1)), *table.rows]
+    texts = [
+        [one.measured if one.predicted is None else f"{one.predicted} / {one.measured}" for one in cells]
+        for cells in table.rows
+    ]
+    for line in texts:
+        line[0] = f"`{line[0]}`"
+    lines = [table.columns, ("---", *["--:"] * (len(table.columns) - 1)), *texts]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -14,6 +16,8 @@ import qwen_vram as qv
 from qwen_vram.cli.consoles import console, errors
 
 _FORMATS = (".svg", ".png", ".pdf")
+# The fewest columns of a table.
+_WIDTH = 112
 
 
 def bench(
@@ -85,15 +89,22 @@ def _read(path: str, as_json: bool) -> qv.Benchmark:
 def _show(found: qv.Benchmark) -> None:
     from qwen_vram.benchmark.table import tables
 
+    wide = Console(width=max(console.width, _WIDTH))  # a narrow table would lose digits
     for one in tables(found.rows):
-        table = Table(title=one.title, title_justify="left")
-        for number, name in enumerate(one.columns):
-            table.add_column(name, justify="right" if number else "left")
-        for cells in one.rows:
-            table.add_row(*cells)
-        console.print(table)
-    if found.rows:
-        console.print("cells with / are predicted / measured", highlight=False)
+        wide.print(one.title, style="bold", highlight=False)
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        first, *others = one.columns
+        table.add_column(first, no_wrap=True)
+        table.add_column("", no_wrap=True)
+        for column in others:
+            table.add_column(column, justify="right")
+        for name, *cells in one.rows:
+            texts = [
+                cell.measured if cell.predicted is None else f"{cell.predicted}\n{cell.measured}" for cell in cells
+            ]
+            both = any(cell.predicted is not None for cell in cells)
+            table.add_row(name.measured, "predicted\nmeasured" if both else "", *texts)
+        wide.print(table)
     for row in found.failed:
         errors.print(f"{row.configuration}: {row.error}", style="red", markup=False, highlight=False, soft_wrap=True)
 

@@ -27,7 +27,8 @@ class _Entry(Protocol):
 class Log:
     """A file to which samples, or other entries, are appended.
 
-    A line is one write, so that a killed process leaves whole lines. A last line without an end, from a full disk or a power failure, is cut off before the first new line.
+    A line is one write, so that a killed process leaves whole lines. A last line without an end, from a full disk or a
+    power failure, is cut off before the first new line.
     """
 
     def __init__(self, path: str | Path) -> None:
