@@ -86,7 +86,7 @@ def bench(
         model: A checkpoint folder, a catalog name, or a hub id.
         rows: Names of configurations, which docs/benchmark.md lists. `None` is all that the device can run.
         prompt_len, max_new_tokens, batch_size: A number, or several; every combination is measured.
-        vram: Budgets of plans, such as `"8GiB"`. `None` is a plan for the free memory.
+        vram: Budgets of plans, such as `"8GiB"`, beside the plan for the free memory.
         device: `"cuda"` or `"cpu"`; `None` uses the GPU if there is one.
         out: A file of results. Rows in it that ran with the same versions on the same device are not run again.
         timeout: The most seconds of a row.

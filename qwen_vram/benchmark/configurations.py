@@ -67,7 +67,7 @@ def configurations(architecture: Architecture, vram: Sequence[str | int] = ()) -
     """Return every configuration for a model.
 
     Args:
-        vram: Budgets of plans; without one, the plan is for the free memory.
+        vram: Budgets of further plans.
 
     Raises:
         UnitError: a budget is not a size.
@@ -86,9 +86,7 @@ def configurations(architecture: Architecture, vram: Sequence[str | int] = ()) -
         "qwen_vram",
         {"profile": "int4-flash", "streamed_layers": half},
     )
-    if not vram:
-        return [*plain, *profiles, streamed, Configuration("plan", "the plan for the free memory", "qwen_vram", {})]
-    plans = []
+    plans = [Configuration("plan", "the plan for the free memory", "qwen_vram", {})]
     for size in vram:
         shown = format_bytes(parse_bytes(size, name="vram"))
         name = f"plan-{shown.replace(' ', '')}"

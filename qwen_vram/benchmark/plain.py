@@ -18,6 +18,7 @@ from qwen_vram.runtime.backends import get_backend
 from qwen_vram.runtime.kv_cache.preallocated import cache_bytes
 from qwen_vram.runtime.measure import PeakMeter, weight_storages
 from qwen_vram.runtime.tensors.checkpoint import open_checkpoint
+from qwen_vram.spec.formats import FORMATS
 
 
 def measure_plain(case: Case) -> dict[str, Any]:
@@ -27,7 +28,7 @@ def measure_plain(case: Case) -> dict[str, Any]:
     folder = open_checkpoint(case.model, resolve(case.model)).folder
     options: dict[str, Any] = {"dtype": torch.bfloat16, "device_map": {"": 0 if case.device == "cuda" else "cpu"}}
     said = "dtype=torch.bfloat16"
-    if weights != "bf16":
+    if not FORMATS[weights].is_dense:
         from qwen_vram.runtime.backends.bnb import quantization_config
 
         options["quantization_config"] = quantization_config(weights, head=False, dtype=torch.bfloat16)

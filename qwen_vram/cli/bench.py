@@ -28,7 +28,7 @@ def bench(
     ),
     max_new_tokens: Annotated[str, typer.Option(help="Tokens generated after it: a number or several.")] = "512",
     batch_size: Annotated[str, typer.Option(help="Sequences at once: a number or several.")] = "1",
-    vram: Annotated[str | None, typer.Option(help="Budgets of plans, such as 8GiB or 4GiB,8GiB.")] = None,
+    vram: Annotated[str | None, typer.Option(help="Budgets of further plans, such as 8GiB or 4GiB,8GiB.")] = None,
     device: Annotated[str | None, typer.Option(help="cuda or cpu; default: the GPU if there is one.")] = None,
     out: Annotated[str | None, typer.Option(metavar="FILE", help="Append the rows; those in it are not rerun.")] = None,
     timeout: Annotated[float, typer.Option(help="The most seconds of a row.")] = 600.0,

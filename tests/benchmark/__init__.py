@@ -1,0 +1,1 @@
+"""Tests of `qwen_vram/benchmark/`."""
