@@ -2,8 +2,9 @@
 
 Modules:
     bench           `bench()`: configurations of a model in fresh processes, predicted beside measured.
+    case            A case, and the figures of its row that all libraries have in common.
     configurations  Configurations: the article's three, plain `transformers`, profiles and plans.
-    measure         Measurement of one case in this process: load, generate twice, and compare.
+    own             This library: measurement of `load` and of two generations.
     plain           Plain `transformers`: measurement of `from_pretrained` and `generate`.
     plot            A picture: memory and times of each row, predicted beside measured.
     process         A case in a fresh process, with a time limit.

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qwen_vram.arithmetic.timing.generation import times_of
-from qwen_vram.benchmark.measure import Case, measured_memory, measured_times, predicted
+from qwen_vram.benchmark.case import Case, measured_memory, measured_times, predicted
 from qwen_vram.benchmark.token_times import EnergyMeter, TokenTimes
 from qwen_vram.checkpoints.resolve import resolve
 from qwen_vram.estimator import estimate_vram

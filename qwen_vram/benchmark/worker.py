@@ -26,12 +26,22 @@ def main() -> None:
 
 def _measured(data: dict[str, Any]) -> dict[str, Any]:
     try:
-        from qwen_vram.benchmark.measure import Case, measure
-
-        return measure(Case(**data))
+        return _measure(data)
     except Exception as error:
         text = " ".join(str(error).split())
         return {"error": f"{type(error).__name__}: {text[:_LONGEST]}"}
+
+
+def _measure(data: dict[str, Any]) -> dict[str, Any]:
+    from qwen_vram.benchmark.case import Case
+
+    if data["by"] == "transformers":
+        from qwen_vram.benchmark.plain import measure_plain
+
+        return measure_plain(Case(**data))
+    from qwen_vram.benchmark.own import measure_own
+
+    return measure_own(Case(**data))
 
 
 def _end_with_the_parent() -> None:

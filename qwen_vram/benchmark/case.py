@@ -1,8 +1,7 @@
-"""Measurement of one case in this process: load, generate twice, and compare."""
+"""A case, and the figures of its row that all libraries have in common."""
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,9 +10,7 @@ import torch
 
 from qwen_vram.arithmetic.estimate import Estimate
 from qwen_vram.arithmetic.timing.generation import Times
-from qwen_vram.benchmark.token_times import EnergyMeter, TokenTimes
-from qwen_vram.planning.capacity.nvml import driver
-from qwen_vram.runtime.loading.load import load
+from qwen_vram.benchmark.token_times import TokenTimes
 
 
 class Case(NamedTuple):
@@ -37,39 +34,6 @@ class Case(NamedTuple):
     def workload(self) -> dict[str, Any]:
         """The lengths as keyword arguments."""
         return {name: getattr(self, name) for name in ("prompt_len", "max_new_tokens", "batch_size")}
-
-
-def measure(case: Case) -> dict[str, Any]:
-    """Run a case, and return the fields of its row.
-
-    The first generation gives the memory, the times between tokens, and the energy from the first token to the last. A
-    second one, of one token, gives the time to the first token with all kernels loaded.
-    """
-    if case.by == "transformers":
-        from qwen_vram.benchmark.plain import measure_plain
-
-        return measure_plain(case)
-    began = time.perf_counter()
-    with load(case.model, **case.arguments, **case.workload, device=case.device, progress=False) as llm:
-        loading = time.perf_counter() - began
-        plan = llm.plan
-        with driver() as pynvml:
-            energy = EnergyMeter(pynvml, llm.device)
-            cold = TokenTimes(on_first=energy.start)
-            report = llm.probe(streamer=cold)
-            tokens_per_joule = energy.tokens_per_joule(case.batch_size * (case.max_new_tokens - 1))
-        memory = measured_memory(report.measured, llm.device)
-        warm = TokenTimes()
-        llm.probe(max_new_tokens=1, streamer=warm)
-        assert report.times is not None
-        return {
-            "call": plan.call,
-            "predicted": predicted(report.estimate, report.times.predicted, on_cpu=plan.on_cpu),
-            "measured": {**memory, **measured_times(cold, warm), "tokens_per_joule": tokens_per_joule}
-            | {"load_seconds": loading},
-            "promised": None if plan.on_cpu else plan.estimate.process_total,
-            "rates": report.times.predicted.place,
-        }
 
 
 def predicted(estimate: Estimate, times: Times, *, on_cpu: bool) -> dict[str, float | int | None]:
