@@ -11,6 +11,7 @@ import sys
 import termios
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 
 class Terminal:
@@ -25,7 +26,7 @@ class Terminal:
         self.exists = number is not None
         # A pager behind a pipe is in this process's group. The program then gets the terminal only if it needs it.
         self._shared = not _is_terminal(sys.stdout)
-        self._modes = None if number is None else termios.tcgetattr(number)
+        self._modes = None if number is None else _modes_of(number)
 
     @classmethod
     @contextmanager
@@ -76,6 +77,13 @@ class Terminal:
             return os.tcgetpgrp(self._number)
         except OSError:  # the terminal is closed
             return None
+
+
+def _modes_of(number: int) -> list[Any] | None:
+    try:
+        return termios.tcgetattr(number)
+    except termios.error:  # the terminal is closed
+        return None
 
 
 def _is_terminal(stream: object) -> bool:
