@@ -64,7 +64,7 @@ def _table(rows: list[BenchmarkRow]) -> Table:
         "error",
         "first token, ms",
         "ms a token",
-        "90 %",
+        "p90, ms",
         "tokens/J",
     )
     cells = []

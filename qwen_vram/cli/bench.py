@@ -17,7 +17,7 @@ from qwen_vram.cli.consoles import console, errors
 
 _FORMATS = (".svg", ".png", ".pdf")
 # The fewest columns of a table.
-_WIDTH = 112
+_WIDTH = 118
 
 
 def bench(
