@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from qwen_vram.arithmetic.estimate import Estimate
+    from qwen_vram.benchmark.bench import Benchmark, bench
+    from qwen_vram.benchmark.results import read_benchmark
+    from qwen_vram.benchmark.row import BenchmarkRow
     from qwen_vram.checkpoints.adapters.errors import AdapterError
     from qwen_vram.diagnosis.doctor import doctor
     from qwen_vram.diagnosis.finding import Finding
@@ -91,6 +94,9 @@ _MODULES = {
     "runtime.loaded_model": ("LoadedModel",),
     "runtime.loading.load": ("load",),
     "runtime.gptq.quantize": ("quantize_gptq",),
+    "benchmark.bench": ("Benchmark", "bench"),
+    "benchmark.results": ("read_benchmark",),
+    "benchmark.row": ("BenchmarkRow",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -102,6 +108,8 @@ __all__ = [
     "AdapterError",
     "Architecture",
     "BackendUnavailableError",
+    "Benchmark",
+    "BenchmarkRow",
     "Budget",
     "CheckpointError",
     "ConfigError",
@@ -125,6 +133,7 @@ __all__ = [
     "UnknownNameError",
     "Workload",
     "WorkloadError",
+    "bench",
     "doctor",
     "estimate_vram",
     "load",
@@ -136,6 +145,7 @@ __all__ = [
     "plan",
     "plot_log",
     "quantize_gptq",
+    "read_benchmark",
     "read_log",
 ]
 

@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 from types import TracebackType
+from typing import Any, Protocol
 
 from qwen_vram.errors import QwenVramError
 from qwen_vram.monitor.sample import Sample
@@ -19,10 +20,15 @@ class LogError(QwenVramError):
         self.path = path
 
 
-class Log:
-    """A file to which samples are appended. A line is one write, so that a killed process leaves whole lines.
+class _Entry(Protocol):
+    def to_dict(self) -> dict[str, Any]: ...
 
-    A last line without an end, from a full disk or a power failure, is cut off before the first new line.
+
+class Log:
+    """A file to which samples, or other entries, are appended.
+
+    A line is one write, so that a killed process leaves whole lines. A last line without an end, from a full disk or a
+    power failure, is cut off before the first new line.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -37,13 +43,13 @@ class Log:
                 path=str(path),
             ) from error
 
-    def write(self, sample: Sample) -> None:
-        """Append a sample.
+    def write(self, entry: _Entry) -> None:
+        """Append an entry.
 
         Raises:
             LogError: the disk is full or fails; the log ends with its last whole line.
         """
-        line = json.dumps(sample.to_dict(), separators=(",", ":")).encode() + b"\n"
+        line = json.dumps(entry.to_dict(), separators=(",", ":")).encode() + b"\n"
         try:
             written = os.write(self._file, line)
             if written < len(line):

@@ -1,8 +1,9 @@
 """`qwen-vram run`: a program that is watched while it runs.
 
 The program gets a process group of its own, and the terminal, as a shell does it. Signals to this process are passed
-on to the group. A second process waits for the end of this one: if this one is killed, it kills the group, so that
-nothing stays behind.
+on to the group. If the program stops (Ctrl-Z), this process stops its own group, so that the shell sees a stopped job;
+`fg` and `bg` continue both. A second process waits for the end of this one: if this one is killed, it kills the group,
+so that nothing stays behind.
 """
 
 from __future__ import annotations
@@ -10,15 +11,17 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 
 from qwen_vram.errors import QwenVramError
 from qwen_vram.monitor.monitor import Monitor
+from qwen_vram.monitor.terminal import Terminal
 
-_PASSED_ON = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGWINCH")
+_PASSED_ON = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGTSTP", "SIGCONT", "SIGUSR1", "SIGUSR2", "SIGWINCH")
+_PAUSE = 0.2
 
 
 class CommandError(QwenVramError):
@@ -36,28 +39,34 @@ def run(command: Sequence[str], monitor: Monitor) -> int:
         CommandError: there is no such program, or it cannot be executed.
         LogError: the monitor's log cannot be written; the program is not started, or ends first.
     """
-    terminal = _terminal()
-    with _kept_terminal(terminal):
+    with Terminal.opened() as terminal:
         process = _start(command, terminal)
-        with _watchdog(process.pid), _signals_to(process.pid):
-            try:
-                monitor.start()
-            except BaseException:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                raise
-            try:
-                status = _wait(process, terminal)
-            finally:
-                monitor.stop()
+        try:
+            signals = _Signals(process.pid, terminal)
+            with _watchdog(process.pid), signals.passed_on():
+                try:
+                    monitor.start()
+                except BaseException:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+                    raise
+                try:
+                    status = _wait(process, terminal, signals)
+                finally:
+                    monitor.stop()
+        finally:
+            terminal.take_back(process.pid)
+        if os.WIFSIGNALED(status):  # a program that is killed leaves the terminal without echo, for example
+            terminal.restore_modes()
     return os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
 
 
-def _start(command: Sequence[str], terminal: int | None) -> subprocess.Popen[bytes]:
+def _start(command: Sequence[str], terminal: Terminal) -> subprocess.Popen[bytes]:
     def in_the_child() -> None:
+        lent = terminal.can_lend()
         os.setpgid(0, 0)
-        if terminal is not None:
-            os.tcsetpgrp(terminal, os.getpid())
+        if lent:
+            terminal.give(os.getpid())
         signal.signal(signal.SIGTTOU, signal.SIG_DFL)
 
     try:
@@ -74,57 +83,75 @@ def _start(command: Sequence[str], terminal: int | None) -> subprocess.Popen[byt
     return process
 
 
-def _wait(process: subprocess.Popen[bytes], terminal: int | None) -> int:
-    """Wait for the end of a program, and return its status; stop with it (Ctrl-Z), and go on with it."""
+def _wait(process: subprocess.Popen[bytes], terminal: Terminal, signals: _Signals) -> int:
+    """Wait for the end of a program, and return its status; stop with it (Ctrl-Z), and continue with it."""
+    group = process.pid
     while True:
-        _, status = os.waitpid(process.pid, os.WUNTRACED)
+        _, status = os.waitpid(group, os.WUNTRACED)
         if not os.WIFSTOPPED(status):
             process.returncode = os.waitstatus_to_exitcode(status)
             return status
-        if terminal is None:
-            os.kill(os.getpid(), signal.SIGSTOP)
-        else:
-            os.tcsetpgrp(terminal, os.getpgrp())
-            os.kill(os.getpid(), signal.SIGSTOP)
-            os.tcsetpgrp(terminal, process.pid)
-        os.killpg(process.pid, signal.SIGCONT)
+        if not terminal.exists:
+            continue  # without job control, the one who stopped it continues it
+        needs_terminal = os.WSTOPSIG(status) in (signal.SIGTTIN, signal.SIGTTOU)
+        if not needs_terminal or not terminal.is_held_by(os.getpgrp(), group):
+            terminal.take_back(group)
+            signals.stop = False
+            _stop_this_job()
+            if needs_terminal:
+                time.sleep(_PAUSE)  # if no shell can stop this job, the program asks again and again
+        if terminal.can_lend() or (needs_terminal and terminal.is_held_by(os.getpgrp())):
+            terminal.give(group)
+        signals.send(signal.SIGCONT)
+        if signals.stop:  # the one before has deleted it
+            signals.stop = False
+            signals.send(signal.SIGTSTP)
 
 
-def _terminal() -> int | None:
-    """The descriptor of the terminal, if this process is in its foreground."""
-    try:
-        number = sys.stdin.fileno()
-        return number if os.tcgetpgrp(number) == os.getpgrp() else None
-    except (OSError, ValueError, AttributeError):
-        return None
+def _stop_this_job() -> None:
+    """Stop this process's group until the shell continues it.
+
+    The group contains the rest of a pipeline, and a script that runs this process. The system ignores the signal if no
+    shell could continue the group.
+    """
+    before = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+    os.killpg(os.getpgrp(), signal.SIGTSTP)
+    signal.signal(signal.SIGTSTP, before)
 
 
-@contextmanager
-def _kept_terminal(terminal: int | None) -> Iterator[None]:
-    """Take the terminal back at the end. Without the signal, taking it would stop this process."""
-    before = signal.signal(signal.SIGTTOU, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        if terminal is not None:
-            with suppress(OSError):
-                os.tcsetpgrp(terminal, os.getpgrp())
-        signal.signal(signal.SIGTTOU, before)
+class _Signals:
+    """Signals to this process, passed on to a program's group.
 
+    Attributes:
+        stop: A stop was passed on, and the program has not stopped since.
+    """
 
-@contextmanager
-def _signals_to(group: int) -> Iterator[None]:
-    def pass_on(number: int, frame: FrameType | None) -> None:
+    def __init__(self, group: int, terminal: Terminal) -> None:
+        self.stop = False
+        self._group, self._terminal = group, terminal
+
+    def send(self, number: int) -> None:
+        """Send a signal to the group, if it has not ended."""
         with suppress(ProcessLookupError):
-            os.killpg(group, number)
+            os.killpg(self._group, number)
 
-    numbers = [getattr(signal, name) for name in _PASSED_ON if hasattr(signal, name)]
-    before = {number: signal.signal(number, pass_on) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    @contextmanager
+    def passed_on(self) -> Iterator[None]:
+        """Pass signals on until the end."""
+        numbers = [signal.Signals[name] for name in _PASSED_ON]
+        before = {number: signal.signal(number, self._pass_on) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGTSTP:
+            self.stop = True
+        if number == signal.SIGCONT and self._terminal.can_lend():
+            self._terminal.give(self._group)
+        self.send(number)
 
 
 @contextmanager

@@ -287,12 +287,14 @@ class LoadedModel:
         max_new_tokens: int | None = None,
         batch_size: int | None = None,
         steps: int | None = None,
+        streamer: BaseStreamer | None = None,
     ) -> Report:
         """Generate from random tokens to the last planned one, and compare the memory with the prediction.
 
         Args:
             prompt_len, max_new_tokens, batch_size: `None` is the planned number.
             steps: Stop after this many tokens, with a cache that holds all of them.
+            streamer: A streamer of `transformers`, which gets the tokens.
 
         Raises:
             DoesNotFitError, WorkloadError: as for `chat`, before anything is allocated.
@@ -313,6 +315,8 @@ class LoadedModel:
         stop = StoppingCriteriaList([MaxLengthCriteria(shape[1] + steps)])
         alone = {"num_beams": 1, "num_return_sequences": 1, "stop_strings": None}  # over the model's files
         options = {**alone, "do_sample": False, "min_new_tokens": steps, "stopping_criteria": stop}
+        if streamer is not None:
+            options["streamer"] = streamer
         self._generate(inputs, new, options)
         return self.report()
 
