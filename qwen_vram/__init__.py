@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from qwen_vram.planning.limits import max_batch, max_context, min_vram
     from qwen_vram.planning.placement import offload_map
     from qwen_vram.planning.planner import Plan, plan
+    from qwen_vram.quality.check import check
+    from qwen_vram.quality.report import QualityReport
     from qwen_vram.runtime.gptq.quantize import quantize_gptq
     from qwen_vram.runtime.loaded_model import LoadedModel
     from qwen_vram.runtime.loading.load import load
@@ -97,6 +99,8 @@ _MODULES = {
     "benchmark.bench": ("Benchmark", "bench"),
     "benchmark.results": ("read_benchmark",),
     "benchmark.row": ("BenchmarkRow",),
+    "quality.check": ("check",),
+    "quality.report": ("QualityReport",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -127,6 +131,7 @@ __all__ = [
     "Plan",
     "PlanNotHeldError",
     "Profile",
+    "QualityReport",
     "QuantizationFailedError",
     "QwenVramError",
     "UnitError",
@@ -134,6 +139,7 @@ __all__ = [
     "Workload",
     "WorkloadError",
     "bench",
+    "check",
     "doctor",
     "estimate_vram",
     "load",

@@ -1,10 +1,11 @@
 """The command line `qwen-vram` and its commands.
 
-They are `estimate`, `plan`, `chat`, `merge`, `quantize`, `calibrate`, `doctor`, `bench`, `monitor`, `run` and `demo`.
+They are `estimate`, `plan`, `chat`, `merge`, `quantize`, `calibrate`, `doctor`, `bench`, `check`, `monitor`, `run` and `demo`.
 
 Modules:
     bench     `qwen-vram bench`: configurations of a model, predicted beside measured.
     chat      `qwen-vram chat`: a conversation with a model in the terminal.
+    check     `qwen-vram check`: distance from the 16-bit model, and questions with known answers.
     consoles  Consoles of the commands: results on standard output, errors on standard error.
     doctor    `qwen-vram doctor`: find what costs memory or time on this machine and in a checkpoint.
     machine   `qwen-vram calibrate` and `demo`: measure this machine, and show the bundled model.
@@ -26,6 +27,7 @@ import typer
 import qwen_vram as qv
 from qwen_vram.cli.bench import bench
 from qwen_vram.cli.chat import chat
+from qwen_vram.cli.check import check
 from qwen_vram.cli.consoles import errors
 from qwen_vram.cli.doctor import doctor
 from qwen_vram.cli.machine import calibrate, demo
@@ -58,7 +60,7 @@ def _options(
     """Options before a command."""
 
 
-for command in (estimate, plan, chat, merge, quantize, calibrate, doctor, bench, monitor, demo):
+for command in (estimate, plan, chat, merge, quantize, calibrate, doctor, bench, check, monitor, demo):
     app.command()(command)
 app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(run)
 

@@ -1,0 +1,15 @@
+"""Quality of a loaded model: its distance from a 16-bit model, and questions with known answers.
+
+Modules:
+    answers/         Answers to questions: asking, grading, and running the programs among them.
+    check            `check()`: measure what a configuration of a model costs in quality.
+    distance         Distance of a model from its reference: KL divergence, agreement and perplexity, with their errors.
+    documents        Documents that the distance is measured on: token ids of questions with answers, then a written text.
+    intervals        Confidence intervals: of shares, and of figures over documents.
+    passages         Original sample texts in English, Chinese and Python, which the distance is measured on.
+    questions/       Questions of five categories with known answers, drawn from a seed.
+    reference        Logits of the reference on the disk: computed once, and read document by document.
+    report           `QualityReport`: the distance and the answers of one model, as text and as plain data.
+    teacher_forcing  Logits of a loaded model for the tokens of a document, through the cache of its plan.
+    verdict          Verdicts: words for a distance by its mean KL divergence.
+"""

@@ -1,0 +1,124 @@
+"""Distance of a model from its reference: KL divergence, agreement and perplexity, with their errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwen_vram.quality.intervals import Figure
+from qwen_vram.quality.verdict import Verdict, verdict
+
+# Rows of logits that are compared at once, in float32.
+_ROWS = 32
+# Resamples of the bootstrap; the percentile interval of 95 % needs some hundred.
+_RESAMPLES = 1_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distance:
+    """Figures over all scored tokens, each with a 95 % interval.
+
+    Attributes:
+        documents: The number of documents.
+        tokens: The number of scored tokens.
+        mean_kl: The mean KL divergence of the model from the reference, in nats.
+        median_kl, p99_kl, p999_kl: The median, and the 99th and 99.9th percentile.
+        top_1: The share of tokens for which both models have the same likeliest token.
+        perplexity_ratio: The model's perplexity over the reference's.
+        reference_perplexity: The perplexity of the reference.
+    """
+
+    documents: int
+    tokens: int
+    mean_kl: Figure
+    median_kl: Figure
+    p99_kl: Figure
+    p999_kl: Figure
+    top_1: Figure
+    perplexity_ratio: Figure
+    reference_perplexity: Figure
+
+    @property
+    def verdict(self) -> Verdict:
+        """The word for the mean KL divergence."""
+        return verdict(self.mean_kl)
+
+    def figures(self) -> dict[str, Figure]:
+        """Return the figures by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Figure)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data for `json.dumps`."""
+        figures = {name: one.to_dict() for name, one in self.figures().items()}
+        return {"documents": self.documents, "tokens": self.tokens, **figures, "verdict": self.verdict}
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One document's tokens: KL divergence, agreement, and both models' negative log-likelihood."""
+
+    kl: Tensor
+    agrees: Tensor
+    reference_loss: Tensor
+    loss: Tensor
+
+
+def compare(reference: Tensor, found: Tensor, targets: Tensor) -> Compared:
+    """Compare two models' logits, (tokens, vocab_size), of one document whose tokens are `targets`."""
+    parts = []
+    for start in range(0, len(targets), _ROWS):
+        rows = slice(start, start + _ROWS)
+        one = reference[rows].float().log_softmax(-1)
+        other = found[rows].float().log_softmax(-1)
+        # Rounding in float32 can make the sum of two equal distributions slightly negative.
+        kl = (one.exp() * (one - other)).sum(-1).clamp_(min=0)
+        wanted = targets[rows].unsqueeze(1)
+        parts.append(
+            (
+                kl,
+                (one.argmax(-1) == other.argmax(-1)).float(),
+                -one.gather(1, wanted).squeeze(1),
+                -other.gather(1, wanted).squeeze(1),
+            )
+        )
+    return Compared(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def distance(documents: list[Compared]) -> Distance:
+    """Return the figures of all documents.
+
+    The intervals are those of a bootstrap that draws whole documents, because tokens of one document are not
+    independent.
+    """
+    kl, agrees, reference_loss, loss = (
+        torch.stack([getattr(one, name) for one in documents]).double()
+        for name in ("kl", "agrees", "reference_loss", "loss")
+    )
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randint(len(documents), (_RESAMPLES, len(documents)), generator=generator)
+
+    def figure(of: Callable[[Tensor], Tensor]) -> Figure:
+        value = of(torch.arange(len(documents)))
+        resampled = torch.stack([of(draw) for draw in draws])
+        low, high = torch.quantile(resampled, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        # A percentile interval can leave out the value itself if there are few documents.
+        return Figure(float(value), min(low, float(value)), max(high, float(value)))
+
+    def quantile(share: float) -> Figure:
+        return figure(lambda draw: torch.quantile(kl[draw], share))
+
+    return Distance(
+        documents=len(documents),
+        tokens=kl.numel(),
+        mean_kl=figure(lambda draw: kl[draw].mean()),
+        median_kl=quantile(0.5),
+        p99_kl=quantile(0.99),
+        p999_kl=quantile(0.999),
+        top_1=figure(lambda draw: agrees[draw].mean()),
+        perplexity_ratio=figure(lambda draw: (loss[draw].mean() - reference_loss[draw].mean()).exp()),
+        reference_perplexity=figure(lambda draw: reference_loss[draw].mean().exp()),
+    )
