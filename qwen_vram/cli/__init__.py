@@ -1,6 +1,7 @@
 """The command line `qwen-vram` and its commands.
 
-They are `estimate`, `plan`, `chat`, `merge`, `quantize`, `calibrate`, `doctor`, `bench`, `check`, `monitor`, `run` and `demo`.
+They are `estimate`, `plan`, `chat`, `merge`, `quantize`, `calibrate`, `doctor`, `bench`, `check`, `monitor`, `run` and
+`demo`.
 
 Modules:
     bench     `qwen-vram bench`: configurations of a model, predicted beside measured.

@@ -1,12 +1,12 @@
-"""Quality of a loaded model: its distance from a 16-bit model, and questions with known answers.
+"""Quality of a loaded model: distance from a 16-bit model, and questions with answers.
 
 Modules:
     answers/         Answers to questions: asking, grading, and running the programs among them.
     check            `check()`: measure what a configuration of a model costs in quality.
-    distance         Distance of a model from its reference: KL divergence, agreement and perplexity, with their errors.
-    documents        Documents that the distance is measured on: token ids of questions with answers, then a written text.
+    distance         Distance of a model from its reference, with errors: KL divergence, top-1, perplexity.
+    documents        Documents of the distance: token ids of questions with answers, then a sample text.
     intervals        Confidence intervals: of shares, and of figures over documents.
-    passages         Original sample texts in English, Chinese and Python, which the distance is measured on.
+    passages         Original sample texts in English, Chinese and Python for the distance.
     questions/       Questions of five categories with known answers, drawn from a seed.
     reference        Logits of the reference on the disk: computed once, and read document by document.
     report           `QualityReport`: the distance and the answers of one model, as text and as plain data.

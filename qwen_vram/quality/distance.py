@@ -1,8 +1,7 @@
-"""Distance of a model from its reference: KL divergence, agreement and perplexity, with their errors."""
+"""Distance of a model from its reference, with errors: KL divergence, top-1, perplexity."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,8 @@ from qwen_vram.quality.verdict import Verdict, verdict
 _ROWS = 32
 # Resamples of the bootstrap; the percentile interval of 95 % needs some hundred.
 _RESAMPLES = 1_000
+# The shares of the median, and of the 99th and 99.9th percentile.
+_SHARES = (0.5, 0.99, 0.999)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,24 +102,31 @@ def distance(documents: list[Compared]) -> Distance:
     generator = torch.Generator().manual_seed(0)
     draws = torch.randint(len(documents), (_RESAMPLES, len(documents)), generator=generator)
 
-    def figure(of: Callable[[Tensor], Tensor]) -> Figure:
-        value = of(torch.arange(len(documents)))
-        resampled = torch.stack([of(draw) for draw in draws])
-        low, high = torch.quantile(resampled, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-        # A percentile interval can leave out the value itself if there are few documents.
-        return Figure(float(value), min(low, float(value)), max(high, float(value)))
+    def mean(of: Tensor) -> Figure:
+        return _figure(of.mean(), of.mean(1)[draws].mean(1))
 
-    def quantile(share: float) -> Figure:
-        return figure(lambda draw: torch.quantile(kl[draw], share))
+    def ratio(of: Tensor) -> Figure:
+        return _figure(of.mean().exp(), of.mean(1)[draws].mean(1).exp())
 
+    shares = torch.tensor(_SHARES, dtype=torch.float64)
+    value = torch.quantile(kl.flatten(), shares)
+    resampled = torch.stack([torch.quantile(kl[draw].flatten(), shares) for draw in draws])
+    median, p99, p999 = (_figure(value[number], resampled[:, number]) for number in range(len(_SHARES)))
     return Distance(
         documents=len(documents),
         tokens=kl.numel(),
-        mean_kl=figure(lambda draw: kl[draw].mean()),
-        median_kl=quantile(0.5),
-        p99_kl=quantile(0.99),
-        p999_kl=quantile(0.999),
-        top_1=figure(lambda draw: agrees[draw].mean()),
-        perplexity_ratio=figure(lambda draw: (loss[draw].mean() - reference_loss[draw].mean()).exp()),
-        reference_perplexity=figure(lambda draw: reference_loss[draw].mean().exp()),
+        mean_kl=mean(kl),
+        median_kl=median,
+        p99_kl=p99,
+        p999_kl=p999,
+        top_1=mean(agrees),
+        perplexity_ratio=ratio(loss - reference_loss),
+        reference_perplexity=ratio(reference_loss),
     )
+
+
+def _figure(value: Tensor, resampled: Tensor) -> Figure:
+    """Return a figure with the interval that holds 95 % of its resamples."""
+    low, high = torch.quantile(resampled, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    # A percentile interval can leave out the value itself if there are few documents.
+    return Figure(float(value), min(low, float(value)), max(high, float(value)))

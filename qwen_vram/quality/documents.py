@@ -1,4 +1,4 @@
-"""Documents that the distance is measured on: token ids of questions with answers, then a written text."""
+"""Documents of the distance: token ids of questions with answers, then a sample text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Original sample texts in English, Chinese and Python, which the distance is measured on."""
+"""Original sample texts in English, Chinese and Python for the distance."""
 
 PASSAGES = (
     # English

@@ -41,7 +41,7 @@ def _normal(text: str) -> str:
 def _number(answer: str) -> Fraction | None:
     """Return the first number after the last "answer", or else the last number of the answer."""
     text = _normal(answer)
-    before, found, after = text.lower().rpartition("answer")
+    _, found, after = text.lower().rpartition("answer")
     named = _NUMBER.search(after) if found else None
     if named is not None:
         return Fraction(named[0])

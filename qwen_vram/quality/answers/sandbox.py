@@ -1,4 +1,4 @@
-"""Running of a program that a model wrote: in a process with limits, whose end leaves nothing behind."""
+"""Running of a program that a model wrote, in a process with limits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The process of one program: limits, no network, no files outside its folder, and the values of the calls.
+"""The process of one program: its limits, and the values of the calls.
 
 It is run by its path, without the package, and imports the standard library alone. Standard input is a JSON object with
 `code`, `function` and `calls`. The values are written to `result.json` in the working folder.

@@ -1,4 +1,4 @@
-"""Facts that the Chinese questions ask about: pairs of short texts with the templates of their questions."""
+"""Facts that the Chinese questions ask about, with the templates of the questions."""
 
 from __future__ import annotations
 

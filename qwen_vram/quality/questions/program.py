@@ -1,4 +1,4 @@
-"""Python functions to write: tasks with parameters, a right solution, and calls with their values."""
+"""Python functions to write: tasks with a right solution, and calls with their values."""
 
 from __future__ import annotations
 
