@@ -102,9 +102,11 @@ def check(
     def encode(text: str) -> list[int]:
         return [int(one) for one in tokenizer(text, add_special_tokens=False)["input_ids"]]
 
-    def as_chat(question: str, answer: str) -> str:
+    def as_chat(question: str, answer: str) -> tuple[str, str]:
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        return str(tokenizer.apply_chat_template(turns, tokenize=False))
+        asked = str(tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True))
+        whole = str(tokenizer.apply_chat_template(turns, tokenize=False))
+        return (asked, whole[len(asked) :]) if whole.startswith(asked) else ("", whole)
 
     stored, made, reference_settings = None, None, None
     if compared:
@@ -112,7 +114,7 @@ def check(
         _check_vocabulary(own, reference, made)
         stored = _stored(reference, made, against_adapter, device, logits)
         if not stored.is_stored:
-            stored.check_disk(made.scored * texts * reference.architecture.vocab_size)
+            stored.check_disk(made.predicted * texts * reference.architecture.vocab_size)
             with _load_reference(reference, vram, against_adapter, device, text_tokens) as llm:
                 reference_settings = asdict(llm.plan.profile)
                 stored.write(_each(llm, made), _counter(report, "reference", texts))
@@ -126,7 +128,9 @@ def check(
             count = _counter(report, "distance", texts)
             rows = []
             for number, one in enumerate(_each(llm, made)):
-                rows.append(compare(stored.read(number), one, torch.tensor(made.ids[number][made.context :])))
+                targets = torch.tensor(made.ids[number][made.context :])
+                scored = torch.tensor(made.counts[number]).bool()
+                rows.append(compare(stored.read(number)[scored], one[scored], targets[scored]))
                 count()
             found = distance(rows)
         if asked:

@@ -95,33 +95,32 @@ def distance(documents: list[Compared]) -> Distance:
     The intervals are those of a bootstrap that draws whole documents, because tokens of one document are not
     independent.
     """
-    kl, agrees, reference_loss, loss = (
-        torch.stack([getattr(one, name) for one in documents]).double()
-        for name in ("kl", "agrees", "reference_loss", "loss")
-    )
+    kl = [one.kl.double() for one in documents]
+    tokens = torch.tensor([len(one) for one in kl])
     generator = torch.Generator().manual_seed(0)
     draws = torch.randint(len(documents), (_RESAMPLES, len(documents)), generator=generator)
 
-    def mean(of: Tensor) -> Figure:
-        return _figure(of.mean(), of.mean(1)[draws].mean(1))
+    def means(of: list[Tensor]) -> tuple[Tensor, Tensor]:
+        sums = torch.stack([one.double().sum() for one in of])
+        return sums.sum() / tokens.sum(), sums[draws].sum(1) / tokens[draws].sum(1)
 
-    def ratio(of: Tensor) -> Figure:
-        return _figure(of.mean().exp(), of.mean(1)[draws].mean(1).exp())
+    def ratio(of: list[Tensor]) -> Figure:
+        return _figure(*(one.exp() for one in means(of)))
 
     shares = torch.tensor(_SHARES, dtype=torch.float64)
-    value = torch.quantile(kl.flatten(), shares)
-    resampled = torch.stack([torch.quantile(kl[draw].flatten(), shares) for draw in draws])
+    value = torch.quantile(torch.cat(kl), shares)
+    resampled = torch.stack([torch.quantile(torch.cat([kl[one] for one in draw]), shares) for draw in draws.tolist()])
     median, p99, p999 = (_figure(value[number], resampled[:, number]) for number in range(len(_SHARES)))
     return Distance(
         documents=len(documents),
-        tokens=kl.numel(),
-        mean_kl=mean(kl),
+        tokens=int(tokens.sum()),
+        mean_kl=_figure(*means(kl)),
         median_kl=median,
         p99_kl=p99,
         p999_kl=p999,
-        top_1=mean(agrees),
-        perplexity_ratio=ratio(loss - reference_loss),
-        reference_perplexity=ratio(reference_loss),
+        top_1=_figure(*means([one.agrees for one in documents])),
+        perplexity_ratio=ratio([one.loss - one.reference_loss for one in documents]),
+        reference_perplexity=ratio([one.reference_loss for one in documents]),
     )
 
 

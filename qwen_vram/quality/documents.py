@@ -14,15 +14,21 @@ from qwen_vram.quality.questions.question import Question
 _SHORT = tuple(name for name in CATEGORIES if name != "recall")  # a long text has more tokens than a document
 
 
+# Returns a question in the chat format up to its answer, and the answer with what ends it.
+AsChat = Callable[[str, str], tuple[str, str]]
+
+
 @dataclass(frozen=True)
 class Documents:
-    """Token ids of each document, all of one length; the tokens of the second half are scored.
+    """Token ids of each document, all of one length; tokens of the second half are scored.
 
     Attributes:
         ids: Token ids of each document.
+        counts: For each token of the second half, 1 if it is scored. The bundled model is scored on answers alone.
     """
 
     ids: tuple[tuple[int, ...], ...]
+    counts: tuple[tuple[int, ...], ...]
 
     @property
     def length(self) -> int:
@@ -35,8 +41,8 @@ class Documents:
         return self.length // 2
 
     @property
-    def scored(self) -> int:
-        """Predicted tokens of one document: the second half."""
+    def predicted(self) -> int:
+        """Tokens of the second half of one document."""
         return self.length - self.context
 
     @property
@@ -46,12 +52,7 @@ class Documents:
 
 
 def documents(
-    tasks: Tasks,
-    seed: int,
-    count: int,
-    length: int,
-    encode: Callable[[str], list[int]],
-    as_chat: Callable[[str, str], str],
+    tasks: Tasks, seed: int, count: int, length: int, encode: Callable[[str], list[int]], as_chat: AsChat
 ) -> Documents:
     """Return `count` documents of `length` tokens.
 
@@ -64,21 +65,34 @@ def documents(
     """
     rng = Random(f"documents/{seed}")
     passages = rng.sample(PASSAGES, len(PASSAGES))
-    found = []
+    ids, counts = [], []
     for number in range(count):
-        ending = encode(passages[number % len(passages)])[:length] if tasks == "general" else []
-        before: list[int] = []
+        if tasks == "general":
+            ending = encode(passages[number % len(passages)])[:length]
+            made = [(token, 1) for token in ending]
+        else:
+            made = []
+        before: list[tuple[int, int]] = []
         part = 0
-        while len(before) + len(ending) < length:
-            category = (
-                _SHORT[(number + part) % len(_SHORT)] if tasks == "general" else CATEGORIES[part % len(CATEGORIES)]
-            )
-            before += encode(_chat(tasks, category, rng, as_chat))
+        while len(before) + len(made) < length:
+            before += _chat(tasks, number + part, rng, encode, as_chat)
             part += 1
-        found.append(tuple((before + ending)[-length:]))
-    return Documents(tuple(found))
+        tokens = (before + made)[-length:]
+        half = tuple(counted for _, counted in tokens[length // 2 :])
+        ids.append(tuple(token for token, _ in tokens))
+        # A short document can have no answer in its second half.
+        counts.append(half if any(half) else tuple(1 for _ in half))
+    return Documents(tuple(ids), tuple(counts))
 
 
-def _chat(tasks: Tasks, category: str, rng: Random, as_chat: Callable[[str, str], str]) -> str:
+def _chat(
+    tasks: Tasks, number: int, rng: Random, encode: Callable[[str], list[int]], as_chat: AsChat
+) -> list[tuple[int, int]]:
+    """Return the tokens of a question and its answer, each with 1 if it is scored."""
+    categories = _SHORT if tasks == "general" else CATEGORIES
+    category = categories[number % len(categories)]
     one: Question = draw(tasks, (category,), rng.randrange(2**31), 1, len)[0]
-    return as_chat(one.prompt, one.answer)
+    question, answer = as_chat(one.prompt, one.answer)
+    if tasks == "general":
+        return [(token, 1) for token in encode(question + answer)]
+    return [(token, 0) for token in encode(question)] + [(token, 1) for token in encode(answer)]

@@ -42,15 +42,13 @@ def test_the_figures_are_those_of_all_tokens_and_lie_in_their_intervals():
 
 def test_documents_have_one_length_and_change_with_the_seed():
     made = [
-        documents(
-            "general", seed, 5, 200, lambda text: list(text.encode()), lambda asked, answer: f"{asked}\n{answer}\n"
-        )
+        documents("general", seed, 5, 200, lambda text: list(text.encode()), lambda asked, answer: (asked, answer))
         for seed in (0, 0, 1)
     ]
     assert made[0] == made[1]
     assert made[0].digest != made[2].digest
     assert {len(ids) for ids in made[0].ids} == {200}
-    assert (made[0].context, made[0].scored) == (100, 100)
+    assert (made[0].context, made[0].predicted) == (100, 100)
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +82,18 @@ def test_a_quantized_kv_cache_shows_in_its_old_tokens(demo, folder):
         for name in ("int8", "int4")
     )
     assert 0 < eight.value < four.value
+
+
+def test_the_bundled_model_is_scored_on_its_answers_alone():
+    made = documents("demo", 0, 3, 400, lambda text: [len(text)] * 20, lambda asked, answer: (asked, answer))
+    for ids, counts in zip(made.ids, made.counts):
+        assert len(counts) == 200
+        answers = [length for length, counted in zip(ids[200:], counts) if counted]
+        assert 0 < len(answers) < 200
+
+
+def test_documents_of_different_lengths_count_by_token():
+    made = [compare(logits(seed, rows), logits(seed + 9, rows), torch.arange(rows)) for seed, rows in ((1, 5), (2, 40))]
+    found = distance(made)
+    assert found.tokens == 45
+    assert found.mean_kl.value == pytest.approx(torch.cat([one.kl for one in made]).double().mean().item())
