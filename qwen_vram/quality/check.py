@@ -16,6 +16,7 @@ from qwen_vram.checkpoints.resolve import resolve_model
 from qwen_vram.errors import CheckpointError, UnknownNameError, WorkloadError
 from qwen_vram.planning.capacity.budget import VramLike
 from qwen_vram.planning.capacity.hardware import cpu_name
+from qwen_vram.planning.planner import plan
 from qwen_vram.quality.answers.ask import ask
 from qwen_vram.quality.distance import compare, distance
 from qwen_vram.quality.documents import Documents, documents
@@ -24,7 +25,10 @@ from qwen_vram.quality.questions.recall import TOKENS
 from qwen_vram.quality.reference import ReferenceLogits, identity
 from qwen_vram.quality.report import QualityReport
 from qwen_vram.quality.teacher_forcing import PIECE, scored_logits
+from qwen_vram.runtime.backends import get_backend
 from qwen_vram.runtime.loaded_model import LoadedModel
+from qwen_vram.runtime.loading import preflight
+from qwen_vram.runtime.loading.devices import devices_for
 from qwen_vram.runtime.loading.load import load
 from qwen_vram.runtime.tensors.checkpoint import Checkpoint, open_checkpoint, open_tokenizer
 from qwen_vram.spec.architecture import Architecture
@@ -108,21 +112,23 @@ def check(
         whole = str(tokenizer.apply_chat_template(turns, tokenize=False))
         return (asked, whole[len(asked) :]) if whole.startswith(asked) else ("", whole)
 
+    asked = [] if measure == "distance" else draw(tasks, names, seed, questions, lambda text: len(encode(text)))
+    prompt_len = text_tokens if not asked else max(text_tokens, *(len(encode(one.prompt)) + _BESIDE for one in asked))
+    configuration: dict[str, Any] = {"profile": profile, "adapter": adapter, **knobs}
+    configuration |= {"prompt_len": prompt_len, "max_new_tokens": _ANSWER}
     stored, made, reference_settings = None, None, None
     if compared:
         made = documents(tasks, seed, texts, text_tokens, encode, as_chat)
         _check_vocabulary(own, reference, made)
         stored = _stored(reference, made, against_adapter, device, logits)
         if not stored.is_stored:
+            _check_configuration(own.folder, vram, device, configuration)
             stored.check_disk(made.predicted * texts * reference.architecture.vocab_size)
             with _load_reference(reference, vram, against_adapter, device, text_tokens) as llm:
                 reference_settings = asdict(llm.plan.profile)
                 stored.write(_each(llm, made), _counter(report, "reference", texts))
-    asked = [] if measure == "distance" else draw(tasks, names, seed, questions, lambda text: len(encode(text)))
-    prompt_len = text_tokens if not asked else max(text_tokens, *(len(encode(one.prompt)) + _BESIDE for one in asked))
-    load_own: dict[str, Any] = {"profile": profile, "vram": vram, "device": device, "adapter": adapter, **knobs}
     found, answers = None, None
-    with load(own.folder, **load_own, prompt_len=prompt_len, max_new_tokens=_ANSWER, progress=False) as llm:
+    with load(own.folder, vram=vram, device=device, **configuration, progress=False) as llm:
         settings, place = asdict(llm.plan.profile), _device(llm)
         if made is not None and stored is not None:
             count = _counter(report, "distance", texts)
@@ -184,6 +190,14 @@ def _check_reference(model: str | Path, against: str | Path | None) -> None:
         )
 
 
+def _check_configuration(folder: Path, vram: VramLike, device: str | None, configuration: dict[str, Any]) -> None:
+    """Refuse a configuration that cannot be loaded here, before the reference runs, which can take long."""
+    devices = devices_for(device, vram)
+    chosen_plan = plan(folder, vram={} if devices[0].type == "cpu" else vram, **configuration)
+    for one in devices:
+        preflight.check(chosen_plan, get_backend(chosen_plan.profile.weights), one)
+
+
 def _check_vocabulary(own: Checkpoint, reference: Checkpoint, made: Documents) -> None:
     sizes = [one.architecture.vocab_size for one in (own, reference)]
     if sizes[0] != sizes[1]:
@@ -200,7 +214,7 @@ def _stored(
 ) -> ReferenceLogits:
     facts = {
         "files": identity(reference.folder),
-        "adapter": None if adapter is None else identity(Path(adapter)),
+        "adapter": None if adapter is None else identity(Path(adapter)) or str(adapter),
         "documents": made.digest,
         "piece": PIECE,
         "on_cpu": device == "cpu" or not torch.cuda.is_available(),

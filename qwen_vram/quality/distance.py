@@ -107,10 +107,7 @@ def distance(documents: list[Compared]) -> Distance:
     def ratio(of: list[Tensor]) -> Figure:
         return _figure(*(one.exp() for one in means(of)))
 
-    shares = torch.tensor(_SHARES, dtype=torch.float64)
-    value = torch.quantile(torch.cat(kl), shares)
-    resampled = torch.stack([torch.quantile(torch.cat([kl[one] for one in draw]), shares) for draw in draws.tolist()])
-    median, p99, p999 = (_figure(value[number], resampled[:, number]) for number in range(len(_SHARES)))
+    median, p99, p999 = _quantiles(kl, draws)
     return Distance(
         documents=len(documents),
         tokens=int(tokens.sum()),
@@ -129,3 +126,22 @@ def _figure(value: Tensor, resampled: Tensor) -> Figure:
     low, high = torch.quantile(resampled, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     # A percentile interval can leave out the value itself if there are few documents.
     return Figure(float(value), min(low, float(value)), max(high, float(value)))
+
+
+def _quantiles(kl: list[Tensor], draws: Tensor) -> list[Figure]:
+    """Return the figures of `_SHARES`, as `torch.quantile` interpolates them, without sorting each resample."""
+    values, order = torch.cat(kl).sort()
+    document = torch.cat([torch.full((len(one),), number) for number, one in enumerate(kl)])[order]
+    # How often each document is drawn: the first row is the documents themselves.
+    times = torch.stack([torch.bincount(draw, minlength=len(kl)) for draw in draws])
+    times = torch.cat([torch.ones(1, len(kl), dtype=times.dtype), times])
+    ranks = times[:, document].cumsum(1)
+    figures = []
+    for share in _SHARES:
+        place = share * (ranks[:, -1:].double() - 1)
+        lower, upper = (
+            values[torch.searchsorted(ranks, one.long() + 1).squeeze(1)] for one in (place.floor(), place.ceil())
+        )
+        found = lower + (place.squeeze(1) % 1) * (upper - lower)
+        figures.append(_figure(found[0], found[1:]))
+    return figures

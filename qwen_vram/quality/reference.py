@@ -101,7 +101,9 @@ class ReferenceLogits:
 
 
 def identity(folder: Path) -> list[list[Any]]:
-    """Return names, sizes and times of the files that determine a checkpoint's logits."""
+    """Return names, sizes and times of the files that determine a checkpoint's logits; nothing for a hub id."""
+    if not folder.is_dir():
+        return []
     files = [path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".safetensors", ".bin")]
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 

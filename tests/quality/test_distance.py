@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import qwen_vram as qv
-from qwen_vram.quality.distance import compare, distance
+from qwen_vram.quality.distance import _SHARES, _quantiles, compare, distance
 from qwen_vram.quality.documents import documents
 
 
@@ -51,13 +51,25 @@ def test_documents_have_one_length_and_change_with_the_seed():
     assert (made[0].context, made[0].predicted) == (100, 100)
 
 
+def test_intervals_of_percentiles_are_those_of_sorting_each_resample():
+    kl = [torch.rand(size, generator=torch.Generator().manual_seed(size)).double() for size in (5, 40, 256, 100)]
+    draws = torch.randint(4, (200, 4), generator=torch.Generator().manual_seed(0))
+    for share, found in zip(_SHARES, _quantiles(kl, draws), strict=True):
+        resampled = torch.stack(
+            [torch.quantile(torch.cat([kl[one] for one in draw]), share) for draw in draws.tolist()]
+        )
+        low, high = resampled.quantile(0.025).item(), resampled.quantile(0.975).item()
+        assert found.value == pytest.approx(torch.quantile(torch.cat(kl), share).item())
+        assert (found.low, found.high) == (pytest.approx(low), pytest.approx(high))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("logits")
 
 
 def check(demo, folder, **knobs):
-    return qv.check(demo, measure="distance", texts=6, text_tokens=256, device="cpu", logits=folder, **knobs).distance
+    return qv.check(demo, measure="distance", texts=16, text_tokens=192, device="cpu", logits=folder, **knobs).distance
 
 
 def test_the_same_model_is_identical_streamed_too(demo, folder):
@@ -75,6 +87,7 @@ def test_formats_are_ranked_the_same_with_other_documents(demo, folder):
         assert not eight.overlaps(four)
 
 
+@pytest.mark.full
 def test_a_quantized_kv_cache_shows_in_its_old_tokens(demo, folder):
     whole = {"texts": 3, "text_tokens": 640, "logits": folder, "measure": "distance", "device": "cpu"}
     eight, four = (

@@ -72,6 +72,9 @@ def test_a_damaged_file_is_named(tmp_path):
         ({"seed": -1}, "seed must be a whole number from 0 to"),
         ({"measure": "speed"}, "unknown measure 'speed'; choose from all, distance, questions"),
         ({"categories": ["poems"]}, "unknown category 'poems'"),
+        ({"weight": "nf4"}, "unknown knob 'weight'"),
+        ({"weights": "gptq-int8"}, "weights='gptq-int8'"),
+        ({"profile": "speed", "device": "cpu"}, "captured|compiled|int4"),
     ],
     ids=str,
 )
