@@ -68,18 +68,24 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("logits")
 
 
-def check(demo, folder, **knobs):
-    return qv.check(demo, measure="distance", texts=16, text_tokens=192, device="cpu", logits=folder, **knobs).distance
+def check(demo, folder, texts=16, **knobs):
+    return qv.check(
+        demo, measure="distance", texts=texts, text_tokens=128, device="cpu", logits=folder, **knobs
+    ).distance
 
 
 def test_the_same_model_is_identical_streamed_too(demo, folder):
-    found = check(demo, folder, weights="bf16")
+    found = check(demo, folder, 2, weights="bf16")
     assert found.verdict == "identical"
     assert found.top_1.value == found.perplexity_ratio.value == 1
-    streamed = check(demo, folder, profile="default", streamed_layers=2)
+    streamed = check(demo, folder, 2, profile="default", streamed_layers=2)
     assert streamed.verdict == "identical"
+    four = check(demo, folder, 2, weights="nf4")
+    assert four.mean_kl.value > 0
+    assert four.verdict != "identical"
 
 
+@pytest.mark.full
 def test_formats_are_ranked_the_same_with_other_documents(demo, folder):
     for seed in (0, 1):
         eight, four = (check(demo, folder, weights=name, seed=seed).mean_kl for name in ("int8-wo", "nf4"))
