@@ -95,4 +95,7 @@ def _chat(
     question, answer = as_chat(one.prompt, one.answer)
     if tasks == "general":
         return [(token, 1) for token in encode(question + answer)]
-    return [(token, 0) for token in encode(question)] + [(token, 1) for token in encode(answer)]
+    # It learned neither to predict questions, nor what the template writes after the token that ends an answer.
+    scored = len(encode(one.answer)) + 1
+    ending = [(token, int(number < scored)) for number, token in enumerate(encode(answer))]
+    return [(token, 0) for token in encode(question)] + ending
