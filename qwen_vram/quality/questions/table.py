@@ -52,8 +52,8 @@ def draw(rng: Random, count: int) -> list[Question]:
 def _question(rng: Random, kind: int) -> Question:
     names = rng.sample(_NAMES, rng.randint(5, 8))
     columns = rng.sample(_COLUMNS, 3)
-    cities = [rng.choice(_CITIES) for _ in names]
-    numbers = [rng.sample(range(2, 99), 3) for _ in names]
+    drawn = [(rng.choice(_CITIES), rng.sample(range(2, 99), 3)) for _ in names]
+    cities, numbers = [city for city, _ in drawn], [row for _, row in drawn]
     lines = [f"| Name | City | {' | '.join(columns)} |", "|---|---|---|---|---|"]
     lines += [
         f"| {name} | {city} | {' | '.join(map(str, row))} |"
@@ -84,7 +84,7 @@ def _question(rng: Random, kind: int) -> Question:
 
 
 def _largest(columns: list[str], values: dict[str, list[int]], names: list[str], rng: Random) -> tuple[str, str]:
-    """Return a column, and the name with its largest value; the name is empty if there are two of them."""
-    column = rng.choice(columns)
-    most = max(values[column])
-    return column, names[values[column].index(most)] if values[column].count(most) == 1 else ""
+    """Return a column with one largest value, and the name in its row; the name is empty if there is no such column."""
+    single = [name for name in columns if values[name].count(max(values[name])) == 1]
+    column = rng.choice(single or columns)
+    return column, names[values[column].index(max(values[column]))] if single else ""
