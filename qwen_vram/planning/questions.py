@@ -1,4 +1,4 @@
-"""Public questions: a plan, a device map, the longest context, the largest batch, the smallest GPU.
+"""Public questions: a plan, a device map, the largest workload, the smallest GPU.
 
 Each function makes a `Workload` and a `Budget` of its arguments, so that a new property of them is named here.
 """

@@ -268,11 +268,9 @@ def test_a_plan_says_if_quantized_weights_are_slower_on_this_cpu(monkeypatch):
     budget = {"vram": {}, "ram": "64GiB", "prompt_len": 64, "max_new_tokens": 8}
     assert qv.plan(SEVEN, weights="nf4", **budget).notes[1:] == ()
     assert qv.plan(SEVEN, weights="bf16", **budget).notes[1:] == ()
-    assert (
-        qv.plan(SEVEN, weights="int8-wo", **budget)
-        .notes[1]
-        .startswith("int8-wo weights save memory and are slower than 16-bit ones on this CPU: ")
-    )
+    assert qv.plan(SEVEN, weights="int8-wo", **budget).notes[1:] == ()
+    slower = "fp8 weights save memory and are slower than 16-bit ones on this CPU: "
+    assert qv.plan(SEVEN, weights="fp8", **budget).notes[1].startswith(slower)
     monkeypatch.setattr(machine_file, "has_4bit_kernel", lambda: False)
     current.cache_clear()
     plan, plain = (qv.plan(SEVEN, weights=weights, **budget) for weights in ("nf4", "bf16"))

@@ -1,4 +1,4 @@
-"""Limits of a plan by this machine: kernels that an old GPU or the CPU lacks, and an unmeasured CPU."""
+"""Limits of a plan by this machine: missing kernels, and an unmeasured CPU."""
 
 from __future__ import annotations
 
