@@ -54,7 +54,7 @@ class Int8Linear(WeightOnlyLinear):
             self.weight = nn.Parameter(self.weight.data.clone(), requires_grad=False)
 
     def multiply(self, x: Tensor) -> Tensor | None:
-        """Return the product by torch's kernel on a CPU in bf16; `None` if tiles are faster, or if the kernel cannot run.
+        """Return the product by torch's kernel on a CPU in bf16; `None` if tiles are faster or the kernel cannot run.
 
         The kernel crashes if codes or inputs do not begin at a multiple of 16 bytes. Source: torch 2.13,
         cpu/int8mm_kernel.cpp, `_mm_load_si128`. The kernel for CUDA computes in float32, with one thread per result.
