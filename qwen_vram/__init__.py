@@ -39,9 +39,8 @@ if TYPE_CHECKING:
     from qwen_vram.monitor.plot import plot_log
     from qwen_vram.planning.capacity.budget import Budget
     from qwen_vram.planning.errors import DoesNotFitError
-    from qwen_vram.planning.limits import max_batch, max_context, min_vram
-    from qwen_vram.planning.placement import offload_map
-    from qwen_vram.planning.planner import Plan, plan
+    from qwen_vram.planning.planner import Plan
+    from qwen_vram.planning.questions import max_batch, max_context, min_vram, offload_map, plan
     from qwen_vram.quality.check import check
     from qwen_vram.quality.report import QualityReport
     from qwen_vram.runtime.gptq.quantize import quantize_gptq
@@ -90,9 +89,8 @@ _MODULES = {
     "monitor.plot": ("plot_log",),
     "planning.errors": ("DoesNotFitError",),
     "planning.capacity.budget": ("Budget",),
-    "planning.limits": ("max_batch", "max_context", "min_vram"),
-    "planning.placement": ("offload_map",),
-    "planning.planner": ("Plan", "plan"),
+    "planning.planner": ("Plan",),
+    "planning.questions": ("max_batch", "max_context", "min_vram", "offload_map", "plan"),
     "runtime.loaded_model": ("LoadedModel",),
     "runtime.loading.load": ("load",),
     "runtime.gptq.quantize": ("quantize_gptq",),

@@ -16,11 +16,11 @@ from qwen_vram.benchmark.configurations import Configuration, chosen, configurat
 from qwen_vram.benchmark.process import run_case
 from qwen_vram.benchmark.results import newest, read_benchmark
 from qwen_vram.benchmark.row import BenchmarkRow
+from qwen_vram.checkpoints.cpu_info import cpu_name
 from qwen_vram.checkpoints.files.place import place_of
 from qwen_vram.checkpoints.resolve import resolve_model
 from qwen_vram.errors import BackendUnavailableError, UnitError, UnknownNameError, WorkloadError
 from qwen_vram.monitor.log import Log
-from qwen_vram.planning.capacity.hardware import cpu_name
 from qwen_vram.planning.capacity.nvml import driver, text_of, told, visible_handles
 from qwen_vram.spec.workload import Workload
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from qwen_vram.checkpoints.cpu_info import has_4bit_kernel
 from qwen_vram.errors import QwenVramError
 from qwen_vram.spec.machine import DEFAULT, Machine, parse_machine
 
@@ -77,14 +78,17 @@ def read() -> Stored | None:
 def current() -> Machine:
     """Return the machine that was measured last, or the stated defaults; the file is read once in a process.
 
-    A file that cannot be used leads to a warning and the defaults, so no estimate fails because of it.
+    A file that cannot be used leads to a warning and the defaults, so no estimate fails because of it. The defaults say
+    if this CPU lacks a kernel for 4-bit weights.
     """
     try:
         stored = read()
     except CalibrationError as error:
         warnings.warn(f"{error}; until then the defaults are used", stacklevel=2)
-        return DEFAULT
-    return DEFAULT if stored is None else stored.machines[stored.current]
+        stored = None
+    if stored is not None:
+        return stored.machines[stored.current]
+    return DEFAULT if has_4bit_kernel() else replace(DEFAULT, host_4bit_kernel=False)
 
 
 def store(machine: Machine) -> Path:

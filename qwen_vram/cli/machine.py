@@ -17,7 +17,7 @@ def calibrate(
     reset: Annotated[bool, typer.Option("--reset", help="Delete what is stored; measure nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure this GPU's context size, copy rate and bandwidth once; estimates and plans use them from then on."""
+    """Measure this GPU, CPU and disk once; estimates and plans use the figures from then on. A GPU is not needed."""
     from qwen_vram.checkpoints import machine_file
     from qwen_vram.tools.calibrate import calibrate as measure
 

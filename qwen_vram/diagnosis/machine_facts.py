@@ -15,8 +15,8 @@ from typing import Any
 
 import psutil
 
+from qwen_vram.checkpoints.cpu_info import cpu_name
 from qwen_vram.planning.capacity.available_memory import available_ram, visible_gpus
-from qwen_vram.planning.capacity.hardware import cpu_name
 from qwen_vram.planning.capacity.nvml import driver, text_of, told, visible_handles
 
 # Packages whose versions a report shows.

@@ -8,20 +8,10 @@ from typing import Literal
 
 from qwen_vram.arithmetic.estimate import Estimate
 from qwen_vram.arithmetic.gpu_split import split_of
-from qwen_vram.checkpoints.adapters.folder import AdapterChoice
-from qwen_vram.checkpoints.machine_file import current
-from qwen_vram.checkpoints.resolve import ModelLike, resolve_model, stored_knobs
-from qwen_vram.errors import WorkloadError
-from qwen_vram.planning.capacity.budget import Budget, VramLike
-from qwen_vram.planning.capacity.fit import fits, on_device
-from qwen_vram.planning.capacity.refusal import shortage
-from qwen_vram.planning.errors import DoesNotFitError
-from qwen_vram.planning.search.search import Search
+from qwen_vram.planning.capacity.budget import Budget
 from qwen_vram.spec.architecture import Architecture
-from qwen_vram.spec.profile import Profile, resolve_profile
+from qwen_vram.spec.profile import Profile
 from qwen_vram.spec.residency import Home, residency
-from qwen_vram.spec.workload import Workload
-from qwen_vram.units import parse_bytes
 
 Where = int | Literal["cpu", "disk"]
 Tier = Literal["device", "stream", "host", "disk"]
@@ -112,95 +102,7 @@ def place_on(budget: Budget, result: Estimate) -> Placement:
     return place(result.architecture, result.profile, device=device)
 
 
-def _streaming(profile: Profile, count: int) -> Profile:
-    """`profile` with `count` layers off the device, and at most `count` of them on the disk or computing."""
+def streaming(profile: Profile, count: int) -> Profile:
+    """Return `profile` with `count` layers off the device, and at most `count` of them on the disk or computing."""
     disk = min(profile.disk_layers, count)
     return profile.replace(streamed_layers=count, disk_layers=disk, host_layers=min(profile.host_layers, count - disk))
-
-
-def offload_map(
-    model: ModelLike,
-    *,
-    vram: VramLike = None,
-    ram: str | int | None = None,
-    reserve: str | int | None = None,
-    layers_on_cpu: int | None = None,
-    profile: str | Profile = "default",
-    prompt_len: int = 512,
-    max_new_tokens: int = 512,
-    batch_size: int = 1,
-    padded: bool = False,
-    adapter: AdapterChoice = None,
-    **knobs: object,
-) -> dict[str, Where]:
-    """Make a `device_map` that leaves memory for cache and activations, with the fewest bytes on the host.
-
-    The token embeddings are moved to the host first (rows can be gathered there), then decoder layers, spread evenly.
-    Slots on the device are counted for streamed layers. Tied embeddings stay on the device, because the head needs
-    them, unless the head is a copy (`lm_head`). Layers that do not fit on the host are "disk": in the checkpoint's
-    files.
-
-    Args:
-        model: As for `estimate_vram`.
-        vram: The most bytes that nvidia-smi may show; `None` is the memory that is free now. With several GPUs (a dict
-            by number) every layer stays on one of them.
-        reserve: As for `plan`.
-        ram: The same for the host; `None` is the memory that is available now.
-        layers_on_cpu: The number of layers on the host, for any budget; the token embeddings stay on the device. The
-            article's third row is `layers_on_cpu=3`. The budget is then checked only if `vram` or `reserve` is given.
-        profile: The profile whose weights, cache and attention are counted.
-        padded, adapter: As for `plan`.
-
-    Raises:
-        DoesNotFitError: not even all layers on the host fit the budget.
-        NotSupportedError: layers on the host and several GPUs.
-        WorkloadError: a length out of range, or more layers than the model has.
-        UnknownNameError, UnitError, ConfigError: as for `estimate_vram`.
-
-    Example:
-        >>> where = offload_map("Qwen2.5-7B-Instruct", layers_on_cpu=3)
-        >>> [name for name, device in where.items() if device == "cpu"]
-        ['model.layers.8', 'model.layers.17', 'model.layers.27']
-    """
-    label, architecture = resolve_model(model, adapter)
-    chosen = resolve_profile(profile, **stored_knobs(architecture, knobs))
-    workload = Workload(prompt_len=prompt_len, max_new_tokens=max_new_tokens, batch_size=batch_size, padded=padded)
-    layers = architecture.num_hidden_layers
-    if layers_on_cpu is not None:
-        if isinstance(layers_on_cpu, bool) or not isinstance(layers_on_cpu, int) or not 0 <= layers_on_cpu <= layers:
-            raise WorkloadError(
-                f"layers_on_cpu must be between 0 and the model's num_hidden_layers {layers}, got {layers_on_cpu!r}",
-                name="layers_on_cpu",
-                got=layers_on_cpu,
-            )
-        tried = [_streaming(chosen, layers_on_cpu)]
-        if vram is None and reserve is None:
-            if ram is not None:
-                parse_bytes(ram, name="ram")
-            return place(architecture, tried[0]).device_map
-    else:
-        on_host = chosen.replace(embeddings="host")
-        tried = [chosen, on_host, *(_streaming(on_host, count) for count in range(1, layers + 1))]
-    budget = Budget.of(vram, ram, reserve)
-    if budget.vram is None:
-        return place(architecture, chosen, device="cpu").device_map
-    search = Search(label, architecture, workload, budget, chosen, {}, machine=current())
-    search.tiers.may_read = "disk_layers" not in knobs
-    if search.several and layers_on_cpu is None:
-        tried = tried[:2]
-    for candidate in tried:
-        result = search.estimate(candidate, workload)
-        if on_device(result, budget):
-            result = search.tiers.fewest_on_disk(result)
-        if fits(result, budget):
-            return place_on(budget, result).device_map
-    short = shortage(result, budget)
-    raise DoesNotFitError(
-        f"{label} with {result.profile.streamed_layers} of {layers} layers on the host needs {short.needs}; "
-        f"{short.allowed} are allowed; use weights='nf4', a prefill_chunk_size, or a shorter context",
-        needed_bytes=short.needed_bytes,
-        budget_bytes=short.budget_bytes,
-        estimate=result,
-        nearest=None,
-        devices=short.devices,
-    )

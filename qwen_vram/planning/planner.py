@@ -16,11 +16,10 @@ from qwen_vram.arithmetic.gpu_split import split_estimate, split_of
 from qwen_vram.arithmetic.timing.generation import Times, times_of
 from qwen_vram.checkpoints.adapters.folder import AdapterChoice
 from qwen_vram.checkpoints.machine_file import current
-from qwen_vram.checkpoints.resolve import ModelLike, Resolved, adapted, own_adapter, resolve
+from qwen_vram.checkpoints.resolve import ModelLike, Resolved
 from qwen_vram.errors import ConfigError, QwenVramError, UnknownNameError
-from qwen_vram.estimator import warn_of_positions
-from qwen_vram.planning.capacity.budget import Budget, VramLike
-from qwen_vram.planning.capacity.hardware import Computes, as_measured, limits_of
+from qwen_vram.planning.capacity.budget import Budget
+from qwen_vram.planning.capacity.hardware import Computes, limits_of, slower_on_the_cpu
 from qwen_vram.planning.placement import Placement, Where, place_on
 from qwen_vram.planning.search.candidates import Step
 from qwen_vram.planning.search.decode_graph import not_captured, said_of
@@ -108,8 +107,8 @@ class Plan:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """The predicted times in words, and changes of the plan for an old GPU, if any."""
-        limited = limits_of(self.budget, self.profile)
+        """The predicted times in words, and what an old GPU changes, or what the CPU does slowly, if any."""
+        limited = slower_on_the_cpu(self.estimate) if self.on_cpu else limits_of(self.budget, self.profile)
         return (*self.predicted_lines, *([limited] if limited else []))
 
     @property
@@ -206,71 +205,6 @@ class Plan:
 
         lines = "<br>".join(escape(line) for line in self.notes)
         return f"{self.estimate._repr_html_()}<p>{lines}</p><pre>{escape(self.call)}</pre>"
-
-
-def plan(
-    model: ModelLike,
-    *,
-    profile: str | Profile = "auto",
-    vram: VramLike = None,
-    ram: str | int | None = None,
-    reserve: str | int | None = None,
-    prefer: Prefer = "quality",
-    prompt_len: int = 512,
-    max_new_tokens: int = 512,
-    batch_size: int = 1,
-    padded: bool = False,
-    adapter: AdapterChoice = None,
-    **knobs: object,
-) -> Plan:
-    """Find the least lossy profile for `model` and a workload within a budget, by arithmetic alone.
-
-    With `profile="auto"` the knobs named in `knobs` stay as the caller set them, and the others are searched. Lossless
-    savers (chunks, host embeddings) come first, then precision of weights, head and cache, then the cache on the host.
-    Context and batch are never shortened. With any other profile nothing is searched, and the plan is that profile if
-    it fits.
-
-    Args:
-        model: As for `estimate_vram`.
-        profile: `"auto"`, a name from `PROFILES`, or a `Profile`.
-        vram: The most bytes that nvidia-smi may show for the process: `"8GiB"`, an `int` of bytes, or a dict by GPU
-            number. `None` is the memory that is free now; without a GPU the plan is for the host. A dict of several
-            GPUs (`{0: "20GiB", 1: "20GiB"}`) splits the layers over all of them. The age of a GPU in this machine
-            limits the kernels; a GPU that is not in it counts as Ampere or newer.
-        ram: The same for the host; `None` is the memory that is available now.
-        reserve: Bytes of each GPU, or of the host if there is no GPU, that stay free: a size, or 0. `None` is 256 MiB
-            if `vram` is read from the machine, and 0 if it is given.
-        prefer: Among the profiles that fit, `"quality"` takes the first one, `"memory"` the smallest one, and `"speed"`
-            the one with the shortest predicted generation.
-        batch_size: Prompts at once. The checkpoint's generation_config.json sets the number of sequences for each.
-        padded: Prompts of a batch differ in length, so that attention needs a mask, and memory for it.
-        adapter: Folder or hub id of a LoRA adapter that runs beside the base; `False` if the one in the model's own
-            folder is merged already.
-
-    Raises:
-        DoesNotFitError: nothing fits; the exception has the bytes, the estimate and the nearest workload.
-        NotSupportedError: the model or the knobs load on no machine, or a knob works on one GPU only and `vram` names
-            several.
-        UnknownNameError, WorkloadError, ConfigError, UnitError, HubError: as for `estimate_vram`.
-    """
-    workload = Workload(prompt_len=prompt_len, max_new_tokens=max_new_tokens, batch_size=batch_size, padded=padded)
-    budget = Budget.of(vram, ram, reserve)
-    adapter = own_adapter(model, adapter)
-    found = resolve(model, adapter)
-    result = plan_for(
-        model,
-        workload,
-        budget,
-        found=found,
-        architecture=adapted(found, adapter),
-        profile=profile,
-        prefer=prefer,
-        adapter=adapter,
-        computes=as_measured,
-        **knobs,
-    )
-    warn_of_positions(result.estimate)
-    return result
 
 
 def plan_for(

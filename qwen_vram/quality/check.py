@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 import torch
 
+from qwen_vram.checkpoints.cpu_info import cpu_name
 from qwen_vram.checkpoints.resolve import resolve_model
 from qwen_vram.errors import CheckpointError, UnknownNameError, WorkloadError
 from qwen_vram.planning.capacity.budget import VramLike
-from qwen_vram.planning.capacity.hardware import cpu_name
-from qwen_vram.planning.planner import plan
+from qwen_vram.planning.questions import plan
 from qwen_vram.quality.answers.ask import ask
 from qwen_vram.quality.distance import compare, distance
 from qwen_vram.quality.documents import Documents, documents

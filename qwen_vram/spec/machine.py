@@ -54,6 +54,7 @@ _LATER = (
     "layer_launch_time",
     "graph_node_time",
     "host",
+    "host_4bit_kernel",
 )
 _TEXTS = ("device", "torch", "driver", "date", "host")
 
@@ -79,6 +80,7 @@ class Machine:
         layer_launch_time: Nanoseconds that Python takes to launch one decoder layer in 16 bits.
         graph_node_time: Nanoseconds that a small kernel takes in a captured step.
         host: The CPU's name and cores; empty in older files.
+        host_4bit_kernel: The CPU is not known to lack a kernel for bitsandbytes' 4-bit weights.
         torch, driver, date: The versions and the date (ISO) of the measurement.
         source: `"measured"` by `qwen-vram calibrate`, or `"default"` for the library's stated figures.
         kept: Figures of a measured machine that could not be measured and have the default values.
@@ -103,6 +105,7 @@ class Machine:
     layer_launch_time: int = LAYER_LAUNCH_TIME
     graph_node_time: int = GRAPH_NODE_TIME
     host: str = ""
+    host_4bit_kernel: bool = True
 
     @property
     def key(self) -> str:
@@ -158,6 +161,8 @@ def parse_machine(data: object) -> Machine:
         least = 0 if name == "lazy_kernels" else 1
         if type(values[name]) is not int or not least <= values[name] < 2**63:
             raise ValueError(f"{name} is no number of {FIGURES[name][1]}")
+    if type(values["host_4bit_kernel"]) is not bool:
+        raise ValueError("host_4bit_kernel is neither true nor false")
     kept = values["kept"]
     if values["source"] != "measured" or not isinstance(kept, list) or not all(name in list(FIGURES) for name in kept):
         raise ValueError("source or kept is none that calibrate writes")

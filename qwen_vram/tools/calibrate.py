@@ -10,11 +10,11 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import date
 from typing import Any
 
 from qwen_vram.checkpoints.machine_file import CalibrationError, make_folder, store
-from qwen_vram.errors import BackendUnavailableError
 from qwen_vram.spec.machine import DEFAULT, FIGURES, Machine
 from qwen_vram.tools.calibrate_steps import RESULT
 
@@ -23,33 +23,44 @@ STEPS = {
     "context": "the CUDA context",
     "kernels-bf16": "kernels that the bundled model loads in bf16",
     "kernels-nf4": "kernels that the bundled model loads in nf4",
-    "rates": "copy rates",
+    "rates": "copy rates of the GPU",
     "launches": "launches by Python and in a graph, and products of many rows",
+    "copies": "copies within host memory",
     "products": "products on the CPU, of 16-bit and of 4-bit weights",
     "disk": "reads from the disk of the cache folder",
 }
+# Steps for a machine without a GPU.
+HOST_STEPS = ("copies", "products", "disk")
+# Figures that these steps measure.
+_HOST_FIGURES = ("host_bandwidth", "host_product_rate", "host_4bit_rate", "host_matmul_rate", "disk_read_rate")
 _STEP_SECONDS = 600
 
 
 def calibrate(say: Callable[[str], object] = print) -> Machine:
-    """Measure this machine's first visible GPU, and store the result for every later estimate.
+    """Measure this machine's first visible GPU, CPU and disk, and store the result for every later estimate.
 
-    It takes two minutes. Nothing is stored unless every step succeeds.
+    It takes two minutes. Without a GPU, the CPU and the disk are measured, and the figures of a GPU stay the default.
+    Nothing is stored unless every step succeeds.
 
     Args:
         say: Gets a line before each step, and one for each figure that stays the default.
 
     Raises:
-        BackendUnavailableError: torch sees no GPU.
         CalibrationError: a step fails, or the result cannot be stored.
     """
     make_folder()
     found: dict[str, Any] = {}
-    for number, (step, what) in enumerate(STEPS.items(), 1):
-        say(f"{number}/{len(STEPS)} measuring {what}")
+    steps = tuple(STEPS)
+    say("looking for a GPU")
+    missing = run_step("gpu")["no_gpu"]
+    if missing:
+        say(f"no NVIDIA GPU is measured ({missing}): its figures stay those of an {DEFAULT.device}")
+        steps = HOST_STEPS
+    for number, step in enumerate(steps, 1):
+        say(f"{number}/{len(steps)} measuring {STEPS[step]}")
         found |= run_step(step)
     machine = machine_of(found)
-    if "cuda_context" in machine.kept:
+    if "cuda_context" in machine.kept and not missing:
         say(
             "kept the default of cuda_context and lazy_kernels: the driver does not tell what this process takes "
             "(a container, or another program on the GPU)"
@@ -63,9 +74,12 @@ def calibrate(say: Callable[[str], object] = print) -> Machine:
 def machine_of(found: dict[str, Any]) -> Machine:
     """Return the machine that the steps measured; a figure that could not be measured stays the default.
 
-    Context and kernels are two parts of one sum, so a measured part is not combined with a default one. Both stay the
-    default if the driver did not tell the size of a process.
+    Without the steps of a GPU, its figures all stay the default. Context and kernels are two parts of one sum, so a
+    measured part is not combined with a default one. Both stay the default if the driver did not tell the size of a
+    process.
     """
+    if "context" not in found:
+        return _host_of(found)
     context, kernels = found["context"], [found["kernels-bf16"], found["kernels-nf4"]]
     memory: dict[str, Any] = {"cuda_context": DEFAULT.cuda_context, "lazy_kernels": DEFAULT.lazy_kernels}
     hidden = context is None or None in kernels
@@ -82,17 +96,26 @@ def machine_of(found: dict[str, Any]) -> Machine:
         **{name: found[name] for name in names + rates},
         **memory,
         disk_read_rate=DEFAULT.disk_read_rate if disk is None else disk,
+        host_4bit_kernel=found["host_4bit_rate"] is not None,
         date=date.today().isoformat(),
         source="measured",
         kept=tuple(kept),
     )
 
 
+def _host_of(found: dict[str, Any]) -> Machine:
+    """Return a machine of which the CPU and the disk alone were measured."""
+    measured = {name: found[name] for name in (*_HOST_FIGURES, "host", "torch") if found[name] is not None}
+    kept = tuple(name for name in FIGURES if name not in _HOST_FIGURES or found[name] is None)
+    has_kernel = found["host_4bit_rate"] is not None
+    today = date.today().isoformat()
+    return replace(DEFAULT, **measured, host_4bit_kernel=has_kernel, source="measured", date=today, kept=kept)
+
+
 def run_step(step: str) -> dict[str, Any]:
     """Run one step in a separate process, and return the figures that it found.
 
     Raises:
-        BackendUnavailableError: torch sees no GPU there.
         CalibrationError: the process fails or hangs.
     """
     command = [sys.executable, "-m", "qwen_vram.tools.calibrate_steps", step]
@@ -105,18 +128,12 @@ def run_step(step: str) -> dict[str, Any]:
         lines = ended.stderr.strip().splitlines() or [f"exit status {ended.returncode}"]
         raise _failed(step, lines[-1])
     found: dict[str, Any] = json.loads(results[-1])
-    if "no_gpu" in found:
-        raise BackendUnavailableError(
-            f"calibrate measures an NVIDIA GPU, and {found['no_gpu']}; without it estimates use the "
-            f"stated figures of an {DEFAULT.device}",
-            backend="cuda",
-        )
     return found
 
 
 def _failed(step: str, why: str) -> CalibrationError:
     return CalibrationError(
-        f"measuring {STEPS[step]} failed: {why}; nothing was stored; all of it is shown by: "
+        f"measuring {STEPS.get(step, 'a GPU')} failed: {why}; nothing was stored; all of it is shown by: "
         f"python -m qwen_vram.tools.calibrate_steps {step}",
         what=step,
     )

@@ -26,8 +26,6 @@ _SMALLEST_BUFFER = 2**28
 _CACHES = 4
 _WARM_UP = 3
 _REPEATS = 15
-# Steps that measure the host alone.
-_ON_THE_HOST = ("products", "disk")
 
 
 def no_gpu() -> str | None:
@@ -89,7 +87,7 @@ def _driver() -> str:
 
 
 def measure_rates() -> dict[str, Any]:
-    """Return rates in bytes a second: within the device, from pinned host memory to it, and within host memory."""
+    """Return rates in bytes a second: within the device, and from pinned host memory to it."""
     import torch
 
     from qwen_vram.planning.capacity.available_memory import available_ram
@@ -102,8 +100,15 @@ def measure_rates() -> dict[str, Any]:
     return {
         "device_bandwidth": _device_bandwidth(device, on_device),
         "pinned_copy_rate": _pinned_copy_rate(device, min(on_device, on_host)),
-        "host_bandwidth": host_bandwidth(on_host),
     }
+
+
+def measure_copies() -> dict[str, Any]:
+    """Return the rate in bytes a second within host memory."""
+    from qwen_vram.planning.capacity.available_memory import available_ram
+
+    size = buffer_size(available_ram(), least=_SMALLEST_BUFFER, where="of host memory")
+    return {"host_bandwidth": host_bandwidth(size)}
 
 
 def measure_disk() -> dict[str, Any]:
@@ -190,12 +195,15 @@ def measure_launches() -> dict[str, Any]:
 
 def measure_products() -> dict[str, Any]:
     """Return the CPU's name and the rates of its products; the one in 4 bits is `None` if there is no kernel."""
+    import torch
+
     from qwen_vram.planning.capacity.available_memory import available_ram
     from qwen_vram.tools.product_rates import host_name, many_rows_rate, packed_product_rate, plain_product_rate
 
     size = buffer_size(available_ram(), least=_SMALLEST_BUFFER, where="of host memory")
     return {
         "host": host_name(),
+        "torch": torch.__version__,
         "host_product_rate": plain_product_rate(size),
         "host_4bit_rate": packed_product_rate(size),
         "host_matmul_rate": many_rows_rate(),
@@ -205,20 +213,19 @@ def measure_products() -> dict[str, Any]:
 def main() -> None:
     """Run the command line: print the result of one step."""
     steps: dict[str, Callable[[], dict[str, Any]]] = {
+        "gpu": lambda: {"no_gpu": no_gpu()},
         "context": measure_context,
         "kernels-bf16": lambda: measure_kernels("bf16"),
         "kernels-nf4": lambda: measure_kernels("nf4"),
         "rates": measure_rates,
         "launches": measure_launches,
+        "copies": measure_copies,
         "products": measure_products,
         "disk": measure_disk,
     }
     parser = argparse.ArgumentParser(prog="python -m qwen_vram.tools.calibrate_steps", description=__doc__)
     parser.add_argument("step", choices=steps)
-    chosen = parser.parse_args().step
-    missing = None if chosen in _ON_THE_HOST else no_gpu()
-    found = {"no_gpu": missing} if missing else steps[chosen]()
-    print(RESULT + json.dumps(found), flush=True)
+    print(RESULT + json.dumps(steps[parser.parse_args().step]()), flush=True)
 
 
 if __name__ == "__main__":

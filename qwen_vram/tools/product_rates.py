@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 import torch
 
-from qwen_vram.planning.capacity.hardware import cpu_name
+from qwen_vram.checkpoints.cpu_info import cpu_name
 from qwen_vram.spec.formats import FORMATS
 
 # The largest matrix of a layer of Qwen2.5-7B.

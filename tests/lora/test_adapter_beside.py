@@ -276,7 +276,7 @@ def test_a_matrix_trained_whole_beside_quantized_ones(bases, tmp_path, weights):
     )
 )
 def test_the_smallest_plan_is_one_that_loads(bases, tmp_path, base, kind):
-    """What the search chooses by itself is nothing that the loader refuses for the adapter's sake."""
+    """The loader refuses no plan of the search because of the adapter."""
     folder = make_adapter(bases[base], tmp_path / "adapter", **{"target_modules": ["v_proj"], **COUNTED[kind]})
     least = qv.min_vram(bases[base], adapter=folder)
     chosen = qv.plan(bases[base], vram=least, ram="8GiB", adapter=folder)

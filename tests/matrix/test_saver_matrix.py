@@ -97,7 +97,7 @@ def cases():
 
 
 def expected_refusal(weights, savers):
-    """What a refusal of these savers must name, as a pattern; empty where they must work."""
+    """Return the pattern of a refusal of these savers; empty if they must work."""
     if weights in STORED and {"head", "other head"} & set(savers):
         return "lm_head="  # these checkpoints have no quantized head, which is said first
     try:
@@ -131,7 +131,7 @@ def is_missing(weights):
 
 
 def is_of_this_machine(refusal, weights):
-    """Whether a plan cannot know of it: what is missing here, and tensors in another dtype than config.json says."""
+    """Tell if no plan can know of a refusal: a missing package, or tensors in another dtype than config.json says."""
     knob = getattr(refusal, "knob", None)
     return (
         isinstance(refusal, qv.BackendUnavailableError)

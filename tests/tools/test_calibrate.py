@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -11,7 +12,8 @@ import pytest
 
 import qwen_vram as qv
 from qwen_vram.arithmetic.timing.bytes_moved import decode_floor_ms
-from qwen_vram.checkpoints import machine_file
+from qwen_vram.checkpoints import cpu_info, machine_file
+from qwen_vram.checkpoints.cpu_info import has_4bit_kernel
 from qwen_vram.checkpoints.machine_file import CalibrationError, cache_file, current, read, reset, store
 from qwen_vram.spec.machine import DEFAULT, FIGURES, Machine, parse_machine
 from qwen_vram.tools import calibrate, calibrate_steps, disk_rate
@@ -36,19 +38,24 @@ MEASURED = Machine(
     source="measured",
 )
 FOUND = {
+    "gpu": {"no_gpu": None},
     "context": {"context": 400, "device": "a GPU", "torch": "2.11.0", "driver": "580"},
     "kernels-bf16": {"kernels-bf16": 450},
     "kernels-nf4": {"kernels-nf4": 470},
-    "rates": {"device_bandwidth": 9, "pinned_copy_rate": 5, "host_bandwidth": 7},
+    "rates": {"device_bandwidth": 9, "pinned_copy_rate": 5},
+    "copies": {"host_bandwidth": 7},
     "launches": {"layer_launch_time": 600, "graph_node_time": 2, "matmul_rate": 11},
-    "products": {"host": "a CPU", "host_product_rate": 8, "host_4bit_rate": None, "host_matmul_rate": 12},
+    "products": {
+        "host": "a CPU", "torch": "2.11.0", "host_product_rate": 8, "host_4bit_rate": None, "host_matmul_rate": 12,
+    },
     "disk": {"disk_read_rate": 3},
-}
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("QWEN_VRAM_CACHE", str(tmp_path))
+    monkeypatch.setattr(machine_file, "has_4bit_kernel", lambda: True)  # the defaults are then the stated ones
     current.cache_clear()
     yield tmp_path
     current.cache_clear()
@@ -237,6 +244,46 @@ def test_a_plan_counts_the_measured_context():
     assert after.steps[0].needed_bytes - before.steps[0].needed_bytes > 2**29
 
 
+@pytest.mark.parametrize(
+    ("text", "name", "has"),
+    [
+        (
+            "processor\t: 0\nmodel name\t: One\nflags\t\t: avx2 avx512_bf16\n\nprocessor\t: 1\nflags\t: none\n",
+            "One",
+            True,
+        ),
+        ("processor\t: 0\nmodel name\t: Two\nflags\t\t: avx2 avx512f\n\n", "Two", False),
+        ("processor\t: 0\nFeatures\t: asimd bf16\n\n", platform.machine(), False),
+    ],
+)
+def test_the_cpu_is_described_by_its_first_processor(monkeypatch, tmp_path, text, name, has):
+    (tmp_path / "cpuinfo").write_text(text)
+    monkeypatch.setattr(cpu_info, "_FILE", str(tmp_path / "cpuinfo"))
+    cpu_info._entries.cache_clear()
+    assert (cpu_info.cpu_name(), cpu_info.has_4bit_kernel()) == (name, has)
+    cpu_info._entries.cache_clear()
+
+
+def test_a_plan_says_if_quantized_weights_are_slower_on_this_cpu(monkeypatch):
+    budget = {"vram": {}, "ram": "64GiB", "prompt_len": 64, "max_new_tokens": 8}
+    assert qv.plan(SEVEN, weights="nf4", **budget).notes[1:] == ()
+    assert qv.plan(SEVEN, weights="bf16", **budget).notes[1:] == ()
+    assert qv.plan(SEVEN, weights="int8-wo", **budget).notes[1:] == ()
+    slower = "fp8 weights save memory and are slower than 16-bit ones on this CPU: "
+    assert qv.plan(SEVEN, weights="fp8", **budget).notes[1].startswith(slower)
+    monkeypatch.setattr(machine_file, "has_4bit_kernel", lambda: False)
+    current.cache_clear()
+    plan, plain = (qv.plan(SEVEN, weights=weights, **budget) for weights in ("nf4", "bf16"))
+    now, then = plan.times.ms_per_token, plain.times.ms_per_token
+    assert plan.notes[1] == (
+        "nf4 weights save memory and are slower than 16-bit ones on this CPU (it has no AVX512-BF16, which the kernel "
+        f"needs): {now:.0f} ms a token, not {then:.0f}"
+    )
+    assert 5 < now / then < 9
+    assert plan.notes[1] in str(plan)
+    assert qv.plan(SEVEN, weights="nf4", vram="24GiB").notes[1:] == ()
+
+
 def test_the_file_is_read_once_a_process(monkeypatch):
     store(MEASURED)
     qv.estimate_vram(SEVEN)
@@ -257,7 +304,29 @@ def test_steps_make_a_machine(monkeypatch):
     assert (machine.layer_launch_time, machine.graph_node_time, machine.matmul_rate) == (600, 2, 11)
     assert (machine.host, machine.host_product_rate, machine.host_matmul_rate) == ("a CPU", 8, 12)
     assert current() == machine
-    assert lines == [f"{number}/7 measuring {what}" for number, what in enumerate(calibrate.STEPS.values(), 1)]
+    assert not machine.host_4bit_kernel
+    assert lines == [
+        "looking for a GPU",
+        *(f"{number}/8 measuring {what}" for number, what in enumerate(calibrate.STEPS.values(), 1)),
+    ]
+
+
+def test_without_a_gpu_the_host_alone_is_measured(monkeypatch):
+    lines = []
+    monkeypatch.setattr(calibrate, "run_step", {**FOUND, "gpu": {"no_gpu": "torch sees none"}}.__getitem__)
+    machine = calibrate.calibrate(say=lines.append)
+    assert (machine.host_bandwidth, machine.host_product_rate, machine.disk_read_rate) == (7, 8, 3)
+    assert (machine.host, machine.torch, machine.device) == ("a CPU", "2.11.0", DEFAULT.device)
+    measured = {name for name in FIGURES if machine.is_measured(name)}
+    assert measured == {"host_bandwidth", "host_product_rate", "host_matmul_rate", "disk_read_rate"}
+    assert lines[:3] == [
+        "looking for a GPU",
+        "no NVIDIA GPU is measured (torch sees none): its figures stay those of an NVIDIA H200",
+        "1/3 measuring copies within host memory",
+    ]
+    assert read().machines == {machine.key: machine}
+    plan = qv.plan(SEVEN, vram="24GiB", ram="64GiB")
+    assert (plan.times.machine, plan.times.measured) == (DEFAULT.device, False)
 
 
 @pytest.mark.parametrize("hidden", ["context", "kernels-nf4"])
@@ -295,7 +364,9 @@ def test_an_early_end_stores_nothing(monkeypatch, folder, failure):
 def test_a_step_that_fails_says_which_and_why(monkeypatch, code, why):
     real = subprocess.run
     monkeypatch.setattr(subprocess, "run", lambda command, **options: real([sys.executable, "-c", code], **options))
-    with pytest.raises(CalibrationError, match=f"measuring copy rates failed: {why}; nothing was stored") as raised:
+    with pytest.raises(
+        CalibrationError, match=f"measuring copy rates of the GPU failed: {why}; nothing was stored"
+    ) as raised:
         calibrate.run_step("rates")
     assert raised.value.what == "rates"
 
@@ -366,19 +437,25 @@ def test_a_system_that_cannot_empty_its_page_cache_keeps_the_disks_default(monke
 # The command line
 
 
-def test_without_a_gpu_it_is_refused(folder):
-    result = run("calibrate", CUDA_VISIBLE_DEVICES="-1")
-    assert result.returncode == 2
-    assert result.stdout == "1/7 measuring the CUDA context\n"
-    assert result.stderr.startswith("error: calibrate measures an NVIDIA GPU, and torch ")
-    assert result.stderr.count("\n") == 1
-    assert list(folder.iterdir()) == []
-
-
-def test_a_refusal_is_json_where_json_was_asked_for():
+@pytest.mark.full
+def test_a_real_host_is_measured_without_a_gpu(folder):
     result = run("calibrate", "--json", CUDA_VISIBLE_DEVICES="-1")
+    assert result.returncode == 0, result.stderr
+    machine = parse_machine(json.loads(result.stdout)["machine"])
+    current.cache_clear()
+    assert current() == machine
+    assert [path.name for path in folder.iterdir()] == ["machines.json"]
+    assert 1e9 < machine.host_product_rate < 1e12
+    assert machine.host_4bit_kernel == (machine.host_4bit_rate is not None) == has_4bit_kernel()
+    plan = qv.plan(SEVEN, vram={}, ram="64GiB", prompt_len=64, max_new_tokens=8)
+    assert (plan.times.machine, plan.times.measured) == (machine.host, True)
+
+
+def test_a_result_that_cannot_be_stored_is_json_where_json_was_asked_for(folder):
+    (folder / "file").touch()
+    result = run("calibrate", "--json", QWEN_VRAM_CACHE=str(folder / "file"))
     assert result.returncode == 2
-    assert json.loads(result.stdout)["backend"] == "cuda"
+    assert json.loads(result.stdout)["what"] == str(folder / "file" / "machines.json")
 
 
 def test_show_prints_what_estimates_use():

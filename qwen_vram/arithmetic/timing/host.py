@@ -21,9 +21,15 @@ _LAYER = 0.32e-3
 _STEP_LAYERS = 1.5
 # Time for a weight as a multiple of bf16's, for a format without a rate of its own. It is dequantized, or multiplied by
 # a kernel that is slower than the memory.
-# measured: the same CPU, benchmarks/results/cpu_times.jsonl (int4, int8-wo), backends_speed.jsonl (the others).
-_FORMAT_TIMES = {"int4": 1.65, "int8-wo": 3.7, "fp8": 13.0}
+# measured: the same CPU, benchmarks/results/cpu_times.jsonl (int4), backends_speed.jsonl (the others). int8-wo by
+# torch's kernel: 0.42 and 0.31 ms for two matrices of 0.5B, which take 0.86 and 0.80 in bf16; AMD EPYC with AVX2, 1
+# thread, torch 2.13.0, 2026-12-01.
+_FORMAT_TIMES = {"int4": 1.65, "int8-wo": 0.5, "fp8": 13.0}
 _OTHER_TIMES = 12.0
+# The same for bitsandbytes' 4-bit weights on a CPU without its kernel: 7.9 and 9.0 for the matrices of 0.5B's layers.
+# They are dequantized for every product. A prefill dequantizes them in 7.5 times the time of bf16's product of one row.
+# measured: AMD EPYC with AVX2, 1 thread, torch 2.13.0, bitsandbytes 0.50.2, 2026-12-01.
+_WITHOUT_KERNEL = 8.5
 # Rate of a prefill's products, as a share of the rate of a product of many rows with a large matrix.
 _MATMUL_SHARE = 0.75
 _SIXTEEN_BIT = 2
@@ -39,12 +45,17 @@ def weights_seconds(of: Matrices, machine: Machine) -> float:
     rate = product_rate_of(machine)
     if of.storage.is_dense:
         return of.nbytes / rate
-    # A measured CPU without a rate in 4 bits has no kernel for them.
-    if of.storage.is_bnb_4bit and machine.host_product_rate is None:
-        return of.nbytes / HOST_4BIT_RATE
-    if of.storage.is_bnb_4bit and machine.host_4bit_rate is not None:
-        return of.nbytes / machine.host_4bit_rate
-    return _FORMAT_TIMES.get(of.storage.name, _OTHER_TIMES) * _SIXTEEN_BIT * of.numel / rate
+    if of.storage.is_bnb_4bit and not has_no_4bit_kernel(machine):
+        return of.nbytes / (machine.host_4bit_rate or HOST_4BIT_RATE)
+    other = _WITHOUT_KERNEL if of.storage.is_bnb_4bit else _OTHER_TIMES
+    return _FORMAT_TIMES.get(of.storage.name, other) * _SIXTEEN_BIT * of.numel / rate
+
+
+def has_no_4bit_kernel(machine: Machine) -> bool:
+    """Tell if the CPU is known to have no kernel for 4-bit weights; a measured one without a rate has none."""
+    if machine.host_product_rate is None:
+        return not machine.host_4bit_kernel
+    return machine.host_4bit_rate is None
 
 
 def host_decode_seconds(
@@ -68,7 +79,7 @@ def host_prefill_seconds(
     width = sum(one.attention.width for one in architecture.layers)
     attention = 2 * width * rows * workload.prompt_len / (_MATMUL_SHARE * rate)
     dequantizing = 0.0
-    if not layer.storage.is_dense and not layer.storage.is_bnb_4bit:
+    if not layer.storage.is_dense and (not layer.storage.is_bnb_4bit or has_no_4bit_kernel(machine)):
         dequantizing = chunks * layers * weights_seconds(layer, machine)
     head = weights_seconds(head_matrix(architecture, profile), machine)
     return products + attention + dequantizing + head + chunks * (layers + _STEP_LAYERS) * _LAYER

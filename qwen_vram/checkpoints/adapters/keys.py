@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from qwen_vram.checkpoints.adapters.errors import AdapterError
 from qwen_vram.checkpoints.adapters.folder import WEIGHTS, AdapterPath, adapter_folder
-from qwen_vram.checkpoints.adapters.settings import LoraSettings, read_settings
+from qwen_vram.checkpoints.adapters.settings import LoraSettings
+from qwen_vram.checkpoints.adapters.settings_reader import read_settings
 from qwen_vram.checkpoints.files.safetensors_header import read_header
 from qwen_vram.dtypes import FLOATS
 

@@ -5,7 +5,7 @@ Modules:
     budget            The budget: bytes that each device offers.
     fit               Comparison of an estimate with the memory of a budget's devices and host.
     gpu_split         Number of layers on each of several GPUs.
-    hardware          Limits of a plan by this machine: kernels that an old GPU lacks, and an unmeasured CPU.
+    hardware          Limits of a plan by this machine: missing kernels, and an unmeasured CPU.
     nvml              NVML: the GPUs that CUDA shows, and questions that a driver may not answer.
     refusal           Refusals: the device or host that lacks memory for a plan, in words and bytes.
 """

@@ -1,13 +1,17 @@
-"""Limits of a plan by this machine: kernels that an old GPU lacks, and an unmeasured CPU."""
+"""Limits of a plan by this machine: missing kernels, and an unmeasured CPU."""
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from dataclasses import replace
 
+from qwen_vram.arithmetic.estimate import Estimate
+from qwen_vram.arithmetic.timing.decode import decode_ms
+from qwen_vram.arithmetic.timing.host import has_no_4bit_kernel
+from qwen_vram.checkpoints.cpu_info import cpu_name
 from qwen_vram.dtypes import BF16
 from qwen_vram.planning.capacity.budget import Budget
+from qwen_vram.spec.formats import FORMATS
 from qwen_vram.spec.machine import Machine
 from qwen_vram.spec.profile import Profile
 
@@ -42,14 +46,23 @@ def limits_of(budget: Budget, profile: Profile) -> str | None:
     return f"compute capability {major}.{minor} is below 8.0 (Ampere): {', '.join(changed)}"
 
 
-def cpu_name() -> str:
-    """The CPU's name if the system tells it, and its architecture otherwise."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.machine() or "CPU"
+def slower_on_the_cpu(estimate: Estimate) -> str | None:
+    """Say that quantized weights make steps on the CPU slower than 16-bit ones; `None` if they do not."""
+    architecture, profile = estimate.architecture, estimate.profile
+    if architecture is None or FORMATS[profile.weights].is_dense or architecture.stored_format is not None:
+        return None
+    plain = replace(profile, weights=profile.dtype, lm_head=None)
+    now, then = (
+        decode_ms(architecture, one, estimate.workload, estimate.machine, on_cpu=True) for one in (profile, plain)
+    )
+    if now <= then:
+        return None
+    no_kernel = FORMATS[profile.weights].is_bnb_4bit and has_no_4bit_kernel(estimate.machine)
+    why = " (it has no AVX512-BF16, which the kernel needs)" if no_kernel else ""
+    return (
+        f"{profile.weights} weights save memory and are slower than 16-bit ones on this CPU{why}: {now:.0f} ms a "
+        f"token, not {then:.0f}"
+    )
 
 
 def as_measured(profile: Profile) -> bool:

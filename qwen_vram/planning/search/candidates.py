@@ -97,8 +97,6 @@ class Candidates:
 
     def _has_room(self, move: Saver) -> bool:
         """Tell if these devices allow a move: some work on one GPU only, and the embeddings must fit on the host."""
-        if move.device not in ("", "cpu" if self.budget.vram is None else "gpu"):
-            return False
         table = self.architecture.vocab_size * self.architecture.hidden_size * self.start.element_bytes
         too_large = self.budget.vram is not None and move.knobs.get("embeddings") == "host" and table > self.budget.ram
         return not too_large and not (self.several and ONE_GPU.keys() & move.knobs.keys())

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qwen_vram.runtime.linear.weight_only import WeightOnlyLinear, chunks
 
+# The address and the row length, in bytes, that torch's kernel for int8 needs.
+_ALIGNMENT = 16
+# Rows of a product up to which that kernel is faster than tiles on a CPU with instructions for bf16.
+_MOST_ROWS = 8
 _LARGEST_INT8 = 127
 _LARGEST_E4M3 = 448
 
@@ -42,14 +48,24 @@ class Int8Linear(WeightOnlyLinear):
         """Return codes times scales."""
         return torch.mul(self.weight[start:end], self.scale[start:end, None].to(dtype))
 
-    def multiply(self, x: Tensor) -> Tensor | None:
-        """Return `None`, because products are computed by tiles only.
+    def restore(self) -> None:
+        """Copy codes of a mapped file that do not begin at an address which torch's kernel for CPUs allows."""
+        if self.weight.device.type == "cpu" and not _aligned(self.weight):
+            self.weight = nn.Parameter(self.weight.data.clone(), requires_grad=False)
 
-        torch's kernel for CPUs crashes if codes or inputs do not begin at a multiple of 16 bytes. A mapped file or a
-        view may not. Source: torch 2.13, cpu/int8mm_kernel.cpp, `_mm_load_si128`. The kernel for CUDA computes in
-        float32, with one thread per result.
+    def multiply(self, x: Tensor) -> Tensor | None:
+        """Return the product by torch's kernel on a CPU in bf16; `None` if tiles are faster or the kernel cannot run.
+
+        The kernel crashes if codes or inputs do not begin at a multiple of 16 bytes. Source: torch 2.13,
+        cpu/int8mm_kernel.cpp, `_mm_load_si128`. The kernel for CUDA computes in float32, with one thread per result.
         """
-        return None
+        if x.device.type != "cpu" or x.dtype != torch.bfloat16 or self.scale.dtype != x.dtype:
+            return None
+        many = len(x) > _MOST_ROWS and _multiplies_bf16()
+        if many or torch.compiler.is_compiling() or self.in_features % _ALIGNMENT or not _aligned(self.weight):
+            return None
+        x = x.contiguous()
+        return _pack_mm(x if _aligned(x) else x.clone(), self.weight, self.scale)
 
 
 class Fp8Linear(WeightOnlyLinear):
@@ -95,3 +111,19 @@ def _scale(rows: Tensor, largest: int) -> Tensor:
     # Multiplied by the inverse, as GPUs do for a division. CPUs divide, and their scales would differ.
     scale = torch.maximum(high, -low) * (1 / largest)
     return torch.where(scale == 0, 1.0, scale)  # a row with NaN keeps a scale of NaN, so that logits show it
+
+
+def _pack_mm(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    product: Tensor = torch.ops.aten._weight_int8pack_mm(x, codes, scale)
+    return product
+
+
+def _aligned(tensor: Tensor) -> bool:
+    """Tell if a tensor begins at an address that torch's kernel for int8 allows."""
+    return tensor.data_ptr() % _ALIGNMENT == 0
+
+
+@cache
+def _multiplies_bf16() -> bool:
+    """Tell if the CPU has instructions for products in bf16, with which tiles of many rows are fast."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -13,6 +13,7 @@ import qwen_vram as qv
 from qwen_vram.arithmetic import tiling as tiles
 from qwen_vram.demo.tasks import examples
 from qwen_vram.runtime.backends import get_backend
+from qwen_vram.runtime.linear import int8_fp8
 from qwen_vram.runtime.linear.int4 import Int4Linear
 from qwen_vram.runtime.linear.int4_levels import codes, fit
 from qwen_vram.runtime.linear.int4_packing import arrange, pair, unpack, unpack_tiles
@@ -46,6 +47,54 @@ def quantized(weights, rows=336, columns=768, *, bias=True, device="cpu", seed=0
 def matrix(layer):
     with torch.no_grad():
         return layer.dequantize(0, layer.out_features, torch.bfloat16)
+
+
+def int8_kernel(monkeypatch):
+    """Count the calls of torch's kernel for int8 on a CPU."""
+    calls = []
+    real = int8_fp8._pack_mm
+    monkeypatch.setattr(int8_fp8, "_pack_mm", lambda *tensors: calls.append(len(tensors[0])) or real(*tensors))
+    return calls
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@torch.inference_mode()
+def test_int8_products_on_the_cpu_are_those_of_codes_and_scales(monkeypatch, fast):
+    """With instructions for bf16, tiles multiply more than eight rows."""
+    calls = int8_kernel(monkeypatch)
+    monkeypatch.setattr(int8_fp8, "_multiplies_bf16", lambda: fast)
+    layer, _ = quantized("int8-wo", rows=35, columns=752)
+    exact = layer.weight.double() * layer.scale.double()[:, None]
+    for rows in (1, 3, 8, 9, 70):
+        x = torch.randn(2, rows, 752, dtype=torch.bfloat16)[1]
+        product = x.double() @ exact.t() + layer.bias.double()
+        # Half a unit of the result, twice: of the product, and of the sum with the bias; tiles also round the matrix.
+        bound = product.abs().max() * 2**-7 + (0.02 if fast and rows > 8 else 0)
+        assert (layer(x).double() - product).abs().max() <= bound
+    assert calls == ([1, 3, 8] if fast else [1, 3, 8, 9, 70])
+
+
+@torch.inference_mode()
+def test_codes_and_inputs_at_any_address_are_multiplied(monkeypatch):
+    """The kernel ends the process if an address is no multiple of 16."""
+    calls = int8_kernel(monkeypatch)
+    layer, _ = quantized("int8-wo", rows=32, columns=256, bias=False)
+    memory = torch.empty(32 * 256 + 8, dtype=torch.int8)
+    x = torch.randn(2 * 256 + 4, dtype=torch.bfloat16)[4:].view(2, 256)
+    expected = layer(x.clone())
+    assert torch.equal(layer(x), expected)
+    assert torch.equal(layer(x.t().contiguous().t()), expected)
+    misplaced = memory[8:].view(32, 256).copy_(layer.weight)
+    layer.weight = nn.Parameter(misplaced, requires_grad=False)
+    assert calls == [2, 2, 2]
+    torch.testing.assert_close(layer(x), expected, rtol=2**-6, atol=2**-6)  # by tiles
+    assert calls == [2, 2, 2]
+    layer.restore()
+    assert torch.equal(layer(x), expected)
+    assert calls == [2, 2, 2, 2]
+    odd, _ = quantized("int8-wo", rows=32, columns=40, bias=False)
+    assert odd(torch.randn(1, 40, dtype=torch.bfloat16)).isfinite().all()
+    assert len(calls) == 4
 
 
 # the whole model

@@ -10,8 +10,8 @@ import torch
 import qwen_vram as qv
 from qwen_vram.checkpoints import machine_file
 from qwen_vram.checkpoints.adapters import keys
+from qwen_vram.checkpoints.cpu_info import cpu_name
 from qwen_vram.demo import ADAPTER
-from qwen_vram.planning.capacity.hardware import cpu_name
 from qwen_vram.planning.search.search import Search
 from qwen_vram.spec.machine import DEFAULT
 from tests.runtime.loading.test_visible_gpus import FIRST, GIB, SECOND, SEVEN, Driver, cuda, drive  # noqa: F401

@@ -43,7 +43,7 @@ needs_kernel = pytest.mark.skipif(kernel_library() is None, reason="this CPU has
 def measured(monkeypatch):
     """Plans as on a machine whose CPU was measured."""
     machine = replace(DEFAULT, source="measured", pinned_copy_rate=25_000_000_000, **RATES)
-    for module in ("estimator", "planning.planner", "planning.limits", "planning.placement"):
+    for module in ("estimator", "planning.planner", "planning.questions"):
         monkeypatch.setattr(f"qwen_vram.{module}.current", lambda: machine)
     return machine
 

@@ -422,7 +422,7 @@ def test_options_work_on_the_command_line(demo, tmp_path):
 
 
 def test_checks_cost_a_call_little(llm):
-    """What goes on before `generate`, for a conversation of 30 messages: some milliseconds."""
+    """The checks before `generate` take some milliseconds for a conversation of 30 messages."""
     talk = [{"role": role, "content": "word " * 20} for _ in range(15) for role in ("user", "assistant")]
     llm._prompts.of_conversation(llm.model, talk, None, None, {})
     began = time.perf_counter()
