@@ -11,12 +11,11 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from qwen_vram.checkpoints.cpu_info import has_4bit_kernel
 from qwen_vram.errors import QwenVramError
 from qwen_vram.spec.machine import DEFAULT, Machine, parse_machine
 
@@ -78,17 +77,14 @@ def read() -> Stored | None:
 def current() -> Machine:
     """Return the machine that was measured last, or the stated defaults; the file is read once in a process.
 
-    A file that cannot be used leads to a warning and the defaults, so no estimate fails because of it. The defaults say
-    if this CPU lacks a kernel for 4-bit weights.
+    A file that cannot be used leads to a warning and the defaults, so no estimate fails because of it.
     """
     try:
         stored = read()
     except CalibrationError as error:
         warnings.warn(f"{error}; until then the defaults are used", stacklevel=2)
-        stored = None
-    if stored is not None:
-        return stored.machines[stored.current]
-    return DEFAULT if has_4bit_kernel() else replace(DEFAULT, host_4bit_kernel=False)
+        return DEFAULT
+    return DEFAULT if stored is None else stored.machines[stored.current]
 
 
 def store(machine: Machine) -> Path:

@@ -19,7 +19,7 @@ from qwen_vram.checkpoints.machine_file import current
 from qwen_vram.checkpoints.resolve import ModelLike, Resolved
 from qwen_vram.errors import ConfigError, QwenVramError, UnknownNameError
 from qwen_vram.planning.capacity.budget import Budget
-from qwen_vram.planning.capacity.hardware import Computes, limits_of, slower_on_the_cpu
+from qwen_vram.planning.capacity.hardware import Computes, limits_of, slower_on_the_cpu, with_this_cpu
 from qwen_vram.planning.placement import Placement, Where, place_on
 from qwen_vram.planning.search.candidates import Step
 from qwen_vram.planning.search.decode_graph import not_captured, said_of
@@ -173,7 +173,8 @@ class Plan:
             ) from error
         what = (label, architecture, profile, workload)
         if not split and len(budget.devices) < 2:
-            alone = estimate(*what, machine=current(), session=True, held=budget.held_on_one)
+            machine = with_this_cpu(current(), budget)
+            alone = estimate(*what, machine=machine, session=True, held=budget.held_on_one)
             return _plan(alone, budget, steps, model=model, adapter=adapter, sequences=sequences)
         layers = architecture.num_hidden_layers
         counted = all(type(count) is int and count > 0 for count in split.values())
@@ -232,7 +233,8 @@ def plan_for(
     workload.check(architecture)
     sequences = sequences_per_prompt(found)
     workload = replace(workload, batch_size=workload.batch_size * sequences)
-    search = Search(found.label, architecture, workload, budget, profile, knobs, machine=current(), computes=computes)
+    machine = with_this_cpu(current(), budget)
+    search = Search(found.label, architecture, workload, budget, profile, knobs, machine=machine, computes=computes)
     best = search.run(prefer)
     named = str(model) if isinstance(model, str | Path) else None
     beside = str(adapter) if isinstance(adapter, Path) else adapter

@@ -15,8 +15,9 @@ from qwen_vram.arithmetic.timing.bytes_moved import decode_floor_ms
 from qwen_vram.checkpoints import cpu_info, machine_file
 from qwen_vram.checkpoints.cpu_info import has_4bit_kernel
 from qwen_vram.checkpoints.machine_file import CalibrationError, cache_file, current, read, reset, store
+from qwen_vram.planning.capacity import hardware
 from qwen_vram.spec.machine import DEFAULT, FIGURES, Machine, parse_machine
-from qwen_vram.tools import calibrate, calibrate_steps, disk_rate
+from qwen_vram.tools import calibrate, calibrate_steps, disk_rate, product_rates
 from tests.helpers.command import qwen_vram
 
 SEVEN = "Qwen2.5-7B-Instruct"
@@ -55,7 +56,7 @@ FOUND = {
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("QWEN_VRAM_CACHE", str(tmp_path))
-    monkeypatch.setattr(machine_file, "has_4bit_kernel", lambda: True)  # the defaults are then the stated ones
+    monkeypatch.setattr(hardware, "has_4bit_kernel", lambda: True)
     current.cache_clear()
     yield tmp_path
     current.cache_clear()
@@ -271,8 +272,7 @@ def test_a_plan_says_if_quantized_weights_are_slower_on_this_cpu(monkeypatch):
     assert qv.plan(SEVEN, weights="int8-wo", **budget).notes[1:] == ()
     slower = "fp8 weights save memory and are slower than 16-bit ones on this CPU: "
     assert qv.plan(SEVEN, weights="fp8", **budget).notes[1].startswith(slower)
-    monkeypatch.setattr(machine_file, "has_4bit_kernel", lambda: False)
-    current.cache_clear()
+    monkeypatch.setattr(hardware, "has_4bit_kernel", lambda: False)
     plan, plain = (qv.plan(SEVEN, weights=weights, **budget) for weights in ("nf4", "bf16"))
     now, then = plan.times.ms_per_token, plain.times.ms_per_token
     assert plan.notes[1] == (
@@ -395,7 +395,8 @@ def test_host_memory_is_measured_without_a_gpu():
 
 def test_products_on_the_host_are_measured_without_a_gpu(monkeypatch, capsys):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
-    monkeypatch.setattr(calibrate_steps, "buffer_size", lambda free, **options: 2**26)
+    monkeypatch.setattr(calibrate_steps, "buffer_size", lambda free, **options: 2**24)
+    monkeypatch.setattr(product_rates, "_MATRIX", (2_048, 1_024))  # some CPUs multiply in bf16 slowly
     monkeypatch.setattr(sys, "argv", ["calibrate_steps", "products"])
     calibrate_steps.main()
     found = json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix(calibrate_steps.RESULT))

@@ -8,7 +8,7 @@ from dataclasses import replace
 from qwen_vram.arithmetic.estimate import Estimate
 from qwen_vram.arithmetic.timing.decode import decode_ms
 from qwen_vram.arithmetic.timing.host import has_no_4bit_kernel
-from qwen_vram.checkpoints.cpu_info import cpu_name
+from qwen_vram.checkpoints.cpu_info import cpu_name, has_4bit_kernel
 from qwen_vram.dtypes import BF16
 from qwen_vram.planning.capacity.budget import Budget
 from qwen_vram.spec.formats import FORMATS
@@ -44,6 +44,12 @@ def limits_of(budget: Budget, profile: Profile) -> str | None:
         return None
     major, minor = budget.capability
     return f"compute capability {major}.{minor} is below 8.0 (Ampere): {', '.join(changed)}"
+
+
+def with_this_cpu(machine: Machine, budget: Budget) -> Machine:
+    """Return a machine for a plan; if that is for an unmeasured CPU, the machine says if a kernel is missing there."""
+    unknown = budget.vram is None and not machine.is_measured("host_product_rate")
+    return replace(machine, host_4bit_kernel=has_4bit_kernel()) if unknown else machine
 
 
 def slower_on_the_cpu(estimate: Estimate) -> str | None:
