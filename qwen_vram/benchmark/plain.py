@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from qwen_vram.benchmark.case import Case, measured_memory, measured_times, pred
 from qwen_vram.benchmark.token_times import EnergyMeter, TokenTimes
 from qwen_vram.checkpoints.resolve import resolve
 from qwen_vram.estimator import estimate_vram
+from qwen_vram.planning.capacity.hardware import with_this_cpu
 from qwen_vram.planning.capacity.nvml import driver
 from qwen_vram.runtime.backends import get_backend
 from qwen_vram.runtime.kv_cache.preallocated import cache_bytes
@@ -61,10 +63,11 @@ def measure_plain(case: Case) -> dict[str, Any]:
     del output
     warm = TokenTimes()
     generate(1, warm)
-    times = times_of(estimate, on_cpu=case.device == "cpu")
+    on_cpu = case.device == "cpu"
+    times = times_of(replace(estimate, machine=with_this_cpu(estimate.machine, on_cpu=on_cpu)), on_cpu=on_cpu)
     return {
         "call": f"AutoModelForCausalLM.from_pretrained({case.model!r}, {said}, device_map={options['device_map']})",
-        "predicted": predicted(estimate, times, on_cpu=case.device == "cpu"),
+        "predicted": predicted(estimate, times, on_cpu=on_cpu),
         "measured": {**memory, **measured_times(cold, warm), "tokens_per_joule": tokens_per_joule}
         | {"load_seconds": loading},
         "rates": times.place,

@@ -173,7 +173,7 @@ class Plan:
             ) from error
         what = (label, architecture, profile, workload)
         if not split and len(budget.devices) < 2:
-            machine = with_this_cpu(current(), budget)
+            machine = with_this_cpu(current(), on_cpu=budget.vram is None)
             alone = estimate(*what, machine=machine, session=True, held=budget.held_on_one)
             return _plan(alone, budget, steps, model=model, adapter=adapter, sequences=sequences)
         layers = architecture.num_hidden_layers
@@ -233,7 +233,7 @@ def plan_for(
     workload.check(architecture)
     sequences = sequences_per_prompt(found)
     workload = replace(workload, batch_size=workload.batch_size * sequences)
-    machine = with_this_cpu(current(), budget)
+    machine = with_this_cpu(current(), on_cpu=budget.vram is None)
     search = Search(found.label, architecture, workload, budget, profile, knobs, machine=machine, computes=computes)
     best = search.run(prefer)
     named = str(model) if isinstance(model, str | Path) else None

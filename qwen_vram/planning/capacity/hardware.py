@@ -46,9 +46,9 @@ def limits_of(budget: Budget, profile: Profile) -> str | None:
     return f"compute capability {major}.{minor} is below 8.0 (Ampere): {', '.join(changed)}"
 
 
-def with_this_cpu(machine: Machine, budget: Budget) -> Machine:
-    """Return a machine for a plan; if that is for an unmeasured CPU, the machine says if a kernel is missing there."""
-    unknown = budget.vram is None and not machine.is_measured("host_product_rate")
+def with_this_cpu(machine: Machine, *, on_cpu: bool) -> Machine:
+    """Return a machine for predicted times; if they are for an unmeasured CPU, it says if a kernel is missing there."""
+    unknown = on_cpu and not machine.is_measured("host_product_rate")
     return replace(machine, host_4bit_kernel=has_4bit_kernel()) if unknown else machine
 
 

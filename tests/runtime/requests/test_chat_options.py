@@ -130,6 +130,22 @@ def test_numbers_drawn_between_the_pieces_of_a_stream_stay_apart(llm):
     assert "".join(pieces) == whole
 
 
+def test_a_reader_has_its_generator_when_it_gets_a_token(llm):
+    states = []
+
+    class Reader(BaseStreamer):
+        def put(self, value):
+            states.append(torch.get_rng_state())
+
+        def end(self):
+            pass
+
+    before = torch.get_rng_state()
+    llm.generate(ASK, do_sample=True, temperature=3.0, seed=1, streamer=Reader(), **SHORT)
+    assert len(states) > 2
+    assert all(torch.equal(state, before) for state in states)
+
+
 def test_a_seed_draws_as_transformers_does_after_manual_seed(llm, demo):
     prompt = llm.tokenizer(ASK, return_tensors="pt")
     plain = AutoModelForCausalLM.from_pretrained(demo, dtype=torch.bfloat16)
