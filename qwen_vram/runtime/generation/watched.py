@@ -29,8 +29,6 @@ def watched(model: Any, settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]
     if seeded is not None:
         processors.append(seeded.lend)
         criteria.insert(0, seeded.give_back)
-        if passed.get("streamer") is not None:
-            passed["streamer"] = seeded.before(passed["streamer"])
     passed["logits_processor"] = LogitsProcessorList(processors)
     passed["stopping_criteria"] = StoppingCriteriaList(criteria)
     try:

@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation.streamers import BaseStreamer
 
 
 class Seeded:
     """Swap of the global generator's state: to this seed before `generate` draws a token, and back after it.
 
     `generate` accepts no generator. It calls logits processors before each draw, and stopping criteria after it. Random
-    numbers that the caller draws meanwhile do not change the answer, and the answer does not change them.
+    numbers that the caller draws between these do not change the answer, and the answer does not change them. torch has
+    one generator for all threads: numbers that another thread draws in the same instant as a token are not kept apart.
     """
 
     def __init__(self, seed: int) -> None:
@@ -40,32 +40,9 @@ class Seeded:
         self.end()
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
-    def before(self, streamer: BaseStreamer) -> BaseStreamer:
-        """Return a streamer that restores the global generator before it hands a token to `streamer`.
-
-        `generate` hands a token on before it asks the stopping criteria. The reader of a stream may draw numbers then.
-        """
-        return _GivingBack(self, streamer)
-
     def end(self) -> None:
         """Restore the global generator, if it is set to this seed's state."""
         if self._callers is not None and self._generator is not None:
             self._own = self._generator.get_state()
             self._generator.set_state(self._callers)
             self._callers = None
-
-
-class _GivingBack(BaseStreamer):  # type: ignore[misc]
-    """Streamer of `Seeded.before`."""
-
-    def __init__(self, seeded: Seeded, streamer: BaseStreamer) -> None:
-        self._seeded, self._streamer = seeded, streamer
-
-    def put(self, value: Tensor) -> None:
-        """Hand on token ids."""
-        self._seeded.end()
-        self._streamer.put(value)
-
-    def end(self) -> None:
-        """Tell that no more tokens follow."""
-        self._streamer.end()
