@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from qwen_vram.checkpoints.cpu_info import cpu_name
+from qwen_vram.checkpoints.cpu_info import cpu_name, has_4bit_kernel
 from qwen_vram.planning.capacity.available_memory import available_ram, visible_gpus
 from qwen_vram.planning.capacity.nvml import driver, text_of, told, visible_handles
 
@@ -78,6 +78,7 @@ class MachineFacts:
         versions: Installed versions of `PACKAGES` by name; a package that is not installed is absent.
         settings: The variables of `VARIABLES` that are set.
         has_compiler: There is a C compiler that Triton can use.
+        has_4bit_kernel: The CPU is not known to lack bitsandbytes' kernel for 4-bit weights.
         host_rate: Bytes a second of a copy within host memory by one thread, read plus written; measured.
         pinned_rate, unpinned_rate: Bytes a second from host memory to the GPU; `None` if not measured.
     """
@@ -96,6 +97,7 @@ class MachineFacts:
     versions: dict[str, str] = field(default_factory=dict)
     settings: dict[str, str] = field(default_factory=dict)
     has_compiler: bool = True
+    has_4bit_kernel: bool = True
     host_rate: float = 0.0
     pinned_rate: float | None = None
     unpinned_rate: float | None = None
@@ -136,6 +138,7 @@ def examine_machine(*, measure: bool = False) -> MachineFacts:
         system=f"{platform.system()} {platform.release()}",
         python=platform.python_version(),
         cpu=cpu_name(),
+        has_4bit_kernel=has_4bit_kernel(),
         cores=os.cpu_count() or 1,
         ram_total=int(psutil.virtual_memory().total),
         ram_available=available_ram(),

@@ -123,6 +123,8 @@ def test_weights_that_are_not_quantized_on_a_small_device(moe):
     finding = found("weights-16bit", load(), machine)
     linear = [one.weight for name, one in load().model.layers.named_modules() if name.endswith("_proj")]
     assert finding.cost_bytes == sum(one.nbytes - FORMATS["nf4"].nbytes((one.numel(),)) for one in linear)
+    slow = found("weights-16bit", load(), replace(machine, has_4bit_kernel=False))
+    assert (slow.cost_bytes, slow.fix) == (sum(one.numel() for one in linear), 'qv.load(model, weights="int8-wo")')
     assert "weights-16bit" in findings(load(moe), replace(CPU_ONLY, ram_total=MIB))
     assert "weights-16bit" not in findings(load_nf4(), machine)
 

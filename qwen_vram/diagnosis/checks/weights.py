@@ -40,7 +40,10 @@ def check_16bit(subject: Subject) -> Iterator[Finding]:
         return
     layers = [matrix for matrix in model.matrices if matrix.is_dense and matrix.role in ("layer", "experts")]
     in_16_bits = sum(2 * matrix.numel for matrix in layers)
-    cost = in_16_bits - sum(matrix.nf4_bytes for matrix in layers)
+    # On a CPU without the kernel, 4-bit weights are slower than 16-bit ones, and 8-bit ones are faster.
+    slow = not subject.machine.gpus and not subject.machine.has_4bit_kernel
+    cost = in_16_bits - sum(matrix.numel if slow else matrix.nf4_bytes for matrix in layers)
+    nf4 = f'qv.load(model, weights="nf4"), or from_pretrained(..., quantization_config={_NF4})'
     if subject.matters(cost):
         share = subject.own / subject.memory
         yield of_bytes(
@@ -48,8 +51,8 @@ def check_16bit(subject: Subject) -> Iterator[Finding]:
             cost,
             of=subject.own,
             found=f"no matrix is quantized, and the model needs {share:.0%} of the {format_bytes(subject.memory)} here",
-            cost="more than in NF4 with double quantization",
-            fix=f'qv.load(model, weights="nf4"), or from_pretrained(..., quantization_config={_NF4})',
+            cost="more than in 8-bit codes" if slow else "more than in NF4 with double quantization",
+            fix='qv.load(model, weights="int8-wo")' if slow else nf4,
         )
 
 
