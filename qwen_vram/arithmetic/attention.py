@@ -13,8 +13,8 @@ _JOINED_KEYS = 4096
 
 # Decode attention: the keys that a program reads at a time, and the number of programs among which keys are divided. A
 # part of a sequence's keys has 128 keys. If there are few keys, there are up to 32 parts of at least 32 keys.
-# measured: NVIDIA H200, torch 2.11.0+cu130, Triton 3.6.0, 2026-12-01: 600 to 32,000 keys of 1 and 8 sequences of
-# Qwen2.5-7B's heads, 8 to 128 parts, blocks of 16 to 64 keys.
+# measured: NVIDIA H200, torch 2.11.0+cu130, Triton 3.6.0, 2026-12-01, benchmarks/results/decode_attention.jsonl. The
+# rows have 600 to 32,000 keys, 1 and 8 sequences, 8 to 128 parts, and blocks of 16 to 64 keys.
 DECODE_BLOCK = 32
 _DECODE_PROGRAMS = 512
 _PART = 128

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 from qwen_vram.benchmark.row import BenchmarkRow
-from qwen_vram.monitor.log import LogError
+from qwen_vram.monitor.log import read_lines
 
 
 def read_benchmark(path: str | Path) -> list[BenchmarkRow]:
@@ -16,21 +15,7 @@ def read_benchmark(path: str | Path) -> list[BenchmarkRow]:
     Raises:
         LogError: the file cannot be read, or a whole line is not a row.
     """
-    try:
-        text = Path(path).read_bytes()
-    except OSError as error:
-        raise LogError(f"cannot read the results {str(path)!r}: {error.strerror}", path=str(path)) from error
-    rows = []
-    for number, line in enumerate(text.split(b"\n")[:-1], start=1):
-        try:
-            rows.append(BenchmarkRow.from_dict(json.loads(line)))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise LogError(
-                f"line {number} of {str(path)!r} is not a row of `qwen-vram bench --out` ({type(error).__name__}: "
-                f"{error}); name a file that this command wrote, or a new one",
-                path=str(path),
-            ) from error
-    return newest(rows)
+    return newest(read_lines(path, BenchmarkRow.from_dict, "a row of `qwen-vram bench --out`"))
 
 
 def newest(rows: Iterable[BenchmarkRow]) -> list[BenchmarkRow]:

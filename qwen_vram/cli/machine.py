@@ -54,6 +54,6 @@ def _show_machines(as_json: bool) -> None:
 
 def demo() -> None:
     """Show the whole job offline: the article's numbers, the bundled model estimated, loaded, asked and measured."""
-    from qwen_vram.demo.walkthrough import walk_through
+    from qwen_vram.tools.walkthrough import walk_through
 
     walk_through(console)

@@ -3,8 +3,7 @@
 Importing it does not import torch. The folder loads like any other checkpoint.
 
 Modules:
-    tasks/       Seeded questions that train and test the demo checkpoint and its adapter.
-    walkthrough  `qwen-vram demo`: estimate, load, ask and measure the bundled checkpoint, offline.
+    tasks/  Seeded questions that train and test the demo checkpoint and its adapter.
 """
 
 from __future__ import annotations

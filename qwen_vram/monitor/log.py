@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from qwen_vram.errors import QwenVramError
 from qwen_vram.monitor.sample import Sample
+
+One = TypeVar("One")
 
 
 class LogError(QwenVramError):
@@ -94,18 +97,30 @@ def read_log(path: str | Path) -> list[Sample]:
     Raises:
         LogError: the file cannot be read, or a whole line is not a sample.
     """
+    return read_lines(path, Sample.from_dict, "a sample of `qwen-vram monitor --log`")
+
+
+def read_lines(path: str | Path, make: Callable[[Any], One], what: str) -> list[One]:
+    """Return what `make` makes of each line of JSON in a file, without a last line that is not whole.
+
+    Args:
+        what: What a line is, and the command that wrote it, for the error.
+
+    Raises:
+        LogError: the file cannot be read, or `make` refuses a whole line.
+    """
     try:
         text = Path(path).read_bytes()
     except OSError as error:
-        raise LogError(f"cannot read the log {str(path)!r}: {error.strerror}", path=str(path)) from error
-    samples = []
+        raise LogError(f"cannot read {str(path)!r}: {error.strerror}", path=str(path)) from error
+    found = []
     for number, line in enumerate(text.split(b"\n")[:-1], start=1):
         try:
-            samples.append(Sample.from_dict(json.loads(line)))
+            found.append(make(json.loads(line)))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise LogError(
-                f"line {number} of {str(path)!r} is not a sample of `qwen-vram monitor --log` ({type(error).__name__}: "
-                f"{error}); read a log that this command wrote",
+                f"line {number} of {str(path)!r} is not {what} ({type(error).__name__}: {error}); name a file that "
+                "this command wrote",
                 path=str(path),
             ) from error
-    return samples
+    return found

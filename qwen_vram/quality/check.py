@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import date
-from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +13,7 @@ import torch
 
 from qwen_vram.checkpoints.cpu_info import cpu_name
 from qwen_vram.checkpoints.resolve import resolve_model
+from qwen_vram.demo import CHECKPOINT
 from qwen_vram.errors import CheckpointError, UnknownNameError, WorkloadError
 from qwen_vram.planning.capacity.budget import VramLike
 from qwen_vram.planning.questions import plan
@@ -158,8 +158,7 @@ def check(
 
 def tasks_of(architecture: Architecture) -> Tasks:
     """Return `demo` for a model of the bundled checkpoint's shape, which answers its own questions alone."""
-    # `demo/` uses the public names, so it is on a higher floor than this module.
-    _, bundled = resolve_model(import_module("qwen_vram.demo").CHECKPOINT)
+    _, bundled = resolve_model(CHECKPOINT)
     shape = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
     return "demo" if all(getattr(architecture, name) == getattr(bundled, name) for name in shape) else "general"
 

@@ -9,4 +9,5 @@ Modules:
     fresh_process    Calls of a function in fresh processes, each with a new CUDA context and allocator.
     launch_times     Measurement of launches on a GPU: a layer by Python, and a small kernel in a CUDA graph.
     product_rates    Measurement of this CPU's products with one row (decode steps) and many rows (prefills).
+    walkthrough      `qwen-vram demo`: estimate, load, ask and measure the bundled checkpoint, offline.
 """

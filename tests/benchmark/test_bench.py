@@ -163,7 +163,7 @@ def test_the_command_shows_failed_rows_and_says_so_by_its_status(tmp_path):
         ([CHECKPOINT, "--device", "cpu", "--out", "no/such/folder"], "cannot write the log 'no/such/folder'"),
         ([CHECKPOINT, "--plot", "rows.bmp"], "unknown format of --plot '.bmp'; choose from .svg, .png, .pdf"),
         ([CHECKPOINT, "--markdown", "no/such/rows.md"], "is in a folder that does not exist; make the folder first"),
-        (["--read", "no-such-file"], "cannot read the results 'no-such-file'"),
+        (["--read", "no-such-file"], "cannot read 'no-such-file'"),
         (["no-such-model"], "no-such-model"),
     ],
     ids=str,

@@ -40,7 +40,7 @@ def test_a_log_is_summed_up_and_drawn(tmp_path):
         (["--every", "10"], "every must be a time of at least 50ms"),
         (["--json", "--csv"], "--json and --csv do not go together"),
         (["--plot", "x.svg"], "--plot needs --read LOG"),
-        (["--read", "no-such-log"], "cannot read the log 'no-such-log'"),
+        (["--read", "no-such-log"], "cannot read 'no-such-log'"),
     ],
     ids=str,
 )

@@ -16,7 +16,7 @@ from qwen_vram.spec.workload import Workload
 _DECODE_START = 10.4e-6
 # The same in a captured step with fused kernels, where it includes the rotation and the writing into the cache. It
 # reads keys and values at this share of a copy's rate: 5.8 us over 600 keys of 7B, 8.1 over 2,304, 29 over 32,000.
-# measured: NVIDIA H200, torch 2.11.0+cu130, Triton 3.6.0, 2026-12-01.
+# measured: NVIDIA H200, torch 2.11.0+cu130, Triton 3.6.0, 2026-12-01, benchmarks/results/decode_attention.jsonl.
 _CAPTURED_START, _CAPTURED_SHARE = 5.6e-6, 0.65
 # Share of a copy's rate at which keys and values are read, and at which small kernels move bytes.
 _READ_SHARE = 0.8

@@ -21,15 +21,13 @@ _LAYER = 0.32e-3
 _STEP_LAYERS = 1.5
 # Time for a weight as a multiple of bf16's, for a format without a rate of its own. It is dequantized, or multiplied by
 # a kernel that is slower than the memory.
-# measured: the same CPU, benchmarks/results/cpu_times.jsonl (int4), backends_speed.jsonl (the others). int8-wo by
-# torch's kernel: 0.42 and 0.31 ms for two matrices of 0.5B, which take 0.86 and 0.80 in bf16; AMD EPYC with AVX2, 1
-# thread, torch 2.13.0, 2026-12-01.
-_FORMAT_TIMES = {"int4": 1.65, "int8-wo": 0.5, "fp8": 13.0}
+# measured: the same CPU, benchmarks/results/cpu_times.jsonl (int4), backends_speed.jsonl (fp8). int8-wo: AMD EPYC with
+# AVX2, cpu_products.jsonl, 0.60 and 0.52 for two matrices; int4 takes 0.71 there, and fp8 33.
+_FORMAT_TIMES = {"int4": 1.65, "int8-wo": 0.56, "fp8": 13.0}
 _OTHER_TIMES = 12.0
-# The same for bitsandbytes' 4-bit weights on a CPU without its kernel: 7.9 and 9.0 for the matrices of 0.5B's layers.
-# They are dequantized for every product. A prefill dequantizes them in 7.5 times the time of bf16's product of one row.
-# measured: AMD EPYC with AVX2, 1 thread, torch 2.13.0, bitsandbytes 0.50.2, 2026-12-01.
-_WITHOUT_KERNEL = 8.5
+# The same for bitsandbytes' 4-bit weights on a CPU without its kernel: 8.6 and 9.1. They are dequantized for every
+# product. measured: AMD EPYC with AVX2, torch 2.13.0, bitsandbytes 0.50.2, 2026-12-01, cpu_products.jsonl.
+_WITHOUT_KERNEL = 8.9
 # Rate of a prefill's products, as a share of the rate of a product of many rows with a large matrix.
 _MATMUL_SHARE = 0.75
 _SIXTEEN_BIT = 2

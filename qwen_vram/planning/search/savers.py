@@ -32,8 +32,8 @@ _MOVES = (
     Saver({"embeddings": "host"}, "nothing lost: rows are gathered on the host"),
     Saver({"prefill_chunk_size": 512}, "nothing lost: the same tokens, slower prefill"),
     Saver({"dequantization": "tiled"}, "nothing lost: matrices of bitsandbytes are dequantized tile by tile"),
-    # Its products take a tenth of the time of bitsandbytes' int8 on a GPU and half of bf16's on a CPU, and it is closer
-    # to bf16.
+    # Its products take a tenth of the time of bitsandbytes' int8 on a GPU, and less than bf16's on a CPU. It is closer
+    # to bf16. measured: benchmarks/results/real_formats.jsonl, cpu_products.jsonl.
     Saver({"weights": "int8-wo"}, "8-bit weights: close to lossless"),
     Saver({"weights": "nf4", "dequantization": "tiled"}, "4-bit weights"),
     Saver({"weights": "nf4", "lm_head": "nf4"}, "4-bit head"),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from random import Random
 from typing import Literal
 
+from qwen_vram.demo.tasks import examples
 from qwen_vram.errors import UnknownNameError
 from qwen_vram.quality.questions import algebra, chinese, program, recall, table
 from qwen_vram.quality.questions.question import Question
@@ -61,8 +61,6 @@ def most(category: str) -> int:
 
 
 def _of_the_demo(category: str, seed: int, count: int) -> list[Question]:
-    # `demo/` uses the public names, so it is on a higher floor than this module.
-    examples = import_module("qwen_vram.demo.tasks").examples
     return [
         Question(
             category=category,

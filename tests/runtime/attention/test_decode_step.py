@@ -102,6 +102,7 @@ def test_the_estimate_counts_the_memory_of_the_kernels(name, monkeypatch):
     fuse_layers(model)
     assert decode_step.scratch_elements(model, 1, 100) == 0  # on the meta device
     monkeypatch.setattr(decode_step, "kernels_on", lambda device: True)
+    monkeypatch.setattr(decode_step, "runs", lambda *what: True)
     fused = {"cache": "preallocated", "attention": "fused", "kernels": "fused", "captured": True}
     for batch_size, prompt_len in ((1, 600), (3, 30_000)):
         work = Workload(prompt_len=prompt_len, max_new_tokens=16, batch_size=batch_size)
@@ -109,6 +110,33 @@ def test_the_estimate_counts_the_memory_of_the_kernels(name, monkeypatch):
         with_kernels = step_sizes(row_architecture(row), Profile(**fused), work)
         without = step_sizes(row_architecture(row), Profile(**{**fused, "kernels": "plain"}), work)
         assert sum(with_kernels) - sum(without) == 4 * elements > 0
+
+
+def test_a_kernel_that_does_not_compile_is_left_out_with_a_warning(monkeypatch, caplog):
+    def fails(*tensors):
+        raise ValueError("out of resource: shared memory")
+
+    monkeypatch.setattr(decode_step, "_attend", fails)
+    decode_step.runs.cache_clear()
+    what = (torch.device("cpu"), torch.float16, decode_step.Heads(4, 2, 64), 4)
+    assert [decode_step.runs(*what) for _ in range(2)] == [False, False]
+    assert caplog.text.count("Triton cannot compile this library's (out of resource: shared memory)") == 1
+    decode_step.runs.cache_clear()
+
+    def full(*tensors):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(decode_step, "_attend", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        decode_step.runs(*what)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_trial_runs_the_kernels(device, monkeypatch):
+    if device == "cpu":
+        monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: nullcontext())
+    decode_step.runs.cache_clear()
+    assert decode_step.runs(torch.device(device), torch.float16, decode_step.Heads(4, 2, 64), 4)
 
 
 def test_parts_are_a_power_of_two_that_programs_can_share():
