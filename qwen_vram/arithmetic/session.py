@@ -84,8 +84,7 @@ def fragment_bytes(architecture: Architecture, profile: Profile, workload: Workl
     """
     widest = max(layer.inner_size for layer, _ in architecture.kinds)
     activation = _prefill_rows(profile, workload) * widest * profile.element_bytes
-    if profile.captures and workload.batch_size > 1:
-        return activation + smaller_step_bytes(architecture, profile, workload)
+    activation += smaller_step_bytes(architecture, profile, workload)
     if not profile.kv_format.is_quantized:
         return activation
     tokens = workload.batch_size * workload.context_len

@@ -107,7 +107,7 @@ def test_what_the_caller_set_is_not_given_back(knobs):
     "knobs",
     [
         {"weights": "int8"},
-        {"kv_cache": "int8"},
+        {"kv_cache": "int8", "kernels": "plain"},
         {"kv_device": "host"},
         {"cache": "dynamic"},
         {"attention": "sdpa"},
@@ -123,6 +123,15 @@ def test_what_the_caller_set_is_not_given_back(knobs):
 def test_steps_that_cannot_be_captured_are_not(knobs):
     asked = {"vram": "80GiB", "prompt_len": 2_048, **RAM, **knobs}
     assert qv.plan(SEVEN, **asked).profile.captured is False
+
+
+@pytest.mark.parametrize("kv_cache", ["int8", "int4"])
+def test_steps_over_a_quantized_cache_are_captured(kv_cache):
+    chosen = plan("6GiB", prompt_len=30_000, kv_cache=kv_cache, weights="nf4")
+    assert chosen.profile.captured
+    assert chosen.decode_floor_ms < chosen.times.ms_per_token
+    plain = plan("6GiB", prompt_len=30_000, kv_cache=kv_cache, weights="nf4", captured=False)
+    assert chosen.times.ms_per_token < plain.times.ms_per_token / 5
 
 
 def test_context_and_batch_are_never_shortened():
@@ -213,7 +222,7 @@ def test_a_move_that_is_slower_by_the_rates_is_not_taken(monkeypatch):
     [
         ({"weights": "nf4", "streamed_layers": 4, "host_layers": 1}, "1 layer computes on the CPU"),
         ({"weights": "nf4", "streamed_layers": 4, "host_layers": 3}, "3 layers compute on the CPU"),
-        ({"kv_cache": "int4"}, "keys and values are in int4"),
+        ({"kv_cache": "int4", "kernels": "plain"}, "keys and values are in int4, and kernels='plain'"),
         ({"kv_device": "host"}, "keys and values are on the host"),
         ({"vram": {0: "20GiB", 1: "20GiB"}}, "layers are on 2 GPUs"),
         ({"weights": "int8"}, "products with int8 matrices are not captured"),

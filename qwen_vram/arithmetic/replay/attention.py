@@ -157,12 +157,16 @@ class Attention(Products):
             every = [take(self.batch * (past + queries) * width * self.element) for _ in range(2)]
             give(*([] if half is None else [half]))
             self.at("attention cache")
-        tokens = self.batch * (kept.quantized_tokens(past + queries) - kept.quantized_tokens(past)) * width
-        for _ in range(2 if tokens else 0):
-            give(*(take(tokens * size) for size in (_FP32, 1)))
+        self.quantize(layer, kept.quantized_tokens(past + queries) - kept.quantized_tokens(past))
         if past:
             give(key, value)
         return every
+
+    def quantize(self, layer: LayerSpec, tokens: int) -> None:
+        """Quantize `tokens` tokens of each sequence: keys, then values, through a copy in float32."""
+        elements = self.batch * tokens * layer.attention.key_value_width
+        for _ in range(2 if elements else 0):
+            self.give(*(self.take(elements * size) for size in (_FP32, 1)))
 
     def kernel(self, of: AttentionSpec, queries: int, past: int) -> tuple[int, list[int]]:
         """Run attention itself; return its result, and eager attention's softmax."""

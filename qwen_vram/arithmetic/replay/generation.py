@@ -109,15 +109,24 @@ class Generation(Attention):
 
     def take_decode_step(self) -> None:
         """Allocate the cache and the decode step's tensors, which are made at load and stay."""
-        context = self.workload.context_len
-        for layer, held in zip(self.architecture.layers, self.cache, strict=True):
-            whole = layer_kv_bytes(layer, self.profile, tokens=context, batch_size=self.batch)
-            held.extend(self.keep(whole // 2) for _ in range(2))
+        if self.profile.kv_format.is_quantized:
+            self.take_for_all_layers()
+        else:
+            for layer, held in zip(self.architecture.layers, self.cache, strict=True):
+                whole = layer_kv_bytes(layer, self.profile, tokens=self.workload.context_len, batch_size=self.batch)
+                held.extend(self.keep(whole // 2) for _ in range(2))
         for size in step_sizes(self.architecture, self.profile, self.workload):
             self.take(size)
 
     def captured_step(self, past: int) -> list[int]:
-        """Run the streamed layers, which are not captured. The step keeps its logits; other tensors are in its pool."""
+        """Run what is not captured: streamed layers, and the quantization of tokens that become old.
+
+        The step keeps its logits; other tensors are in its pool.
+        """
+        for layer, _ in self.architecture.kinds if self.profile.kv_format.is_quantized else ():
+            self.quantize(layer, self.profile.kv_format.key_group)
+            moved = self.batch * self.profile.kv_format.residual * layer.attention.key_value_width * self.element
+            self.give(self.take(moved))
         if self.profile.streamed_layers:
             result = self.layer(0, 1, past)  # every other one leaves the same state
             self.give(result)

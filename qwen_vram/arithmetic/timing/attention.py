@@ -52,9 +52,10 @@ def decode_attention_seconds(
 
     def one(layer: LayerSpec) -> float:
         held = layer_kv_bytes(layer, profile, tokens=tokens, batch_size=batch_size)
-        if profile.kv_format.is_quantized:  # dequantized: written, and read
+        by_own_kernel = profile.captured and profile.kernels == "fused"
+        if profile.kv_format.is_quantized and not by_own_kernel:  # dequantized: written, and read
             held += 4 * layer.attention.key_value_width * tokens * batch_size * profile.element_bytes
-        if profile.captured and profile.kernels == "fused":
+        if by_own_kernel:
             return _CAPTURED_START + held / (_CAPTURED_SHARE * machine.device_bandwidth)
         return _DECODE_START + held / (_READ_SHARE * machine.device_bandwidth)
 

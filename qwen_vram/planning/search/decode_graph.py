@@ -15,7 +15,6 @@ from qwen_vram.spec.rules.table import CAPTURED
 _REASONS: dict[str, Callable[[Profile], str]] = {
     "host_layers": lambda profile: f"{_layers(profile.host_layers)} on the CPU",
     "kv_device": lambda profile: f"keys and values are on the {profile.kv_device}",
-    "kv_cache": lambda profile: f"keys and values are in {profile.kv_cache}",
     "attention": lambda profile: f"cache={profile.cache!r}, attention={profile.attention!r}",
 }
 
@@ -29,6 +28,8 @@ def obstacle(profile: Profile, gpus: int = 1) -> str | None:
         other.append("attention")
     if other:
         return _REASONS[min(other, key=list(_REASONS).index)](profile)
+    if profile.kv_format.is_quantized and profile.kernels != "fused":
+        return f"keys and values are in {profile.kv_cache}, and kernels={profile.kernels!r}"
     formats = [one for one in (profile.weights, profile.head_format) if not _never_waits(one)]
     return f"products with {formats[0]} matrices are not captured" if formats else None
 
@@ -67,6 +68,8 @@ def said_of(estimate: Estimate) -> str | None:
     formats = {name: "int8-wo" for name in ("weights", "lm_head") if _waits(getattr(profile, name))}
     cache = "preallocated" if profile.cache == "dynamic" else profile.cache
     known = {**CAPTURED, **formats, "host_layers": 0, "disk_layers": 0, "cache": cache, "captured": True}
+    if profile.kv_format.is_quantized:
+        known["kernels"] = "fused"
     captured = replace(profile, **known)  # type: ignore[arg-type]
     now, then = (
         decode_ms(estimate.architecture, one, estimate.workload, estimate.machine) for one in (profile, captured)

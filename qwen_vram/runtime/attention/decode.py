@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from qwen_vram.runtime.kv_cache.quantized import QuantizedStates
+
 
 @torch.library.custom_op(
     "qwen_vram::decode_attention",
@@ -69,3 +71,40 @@ def _plain(query: Tensor, keys: Tensor, values: Tensor, starts: Tensor, filled: 
         query[:, :, None], keys, values, attn_mask=seen, scale=scale, enable_gqa=True
     )
     return output[:, :, 0].contiguous()
+
+
+def quantized_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: QuantizedStates,
+    values: QuantizedStates,
+    starts: Tensor,
+    filled: Tensor,
+    scale: float,
+    quantized: Tensor,
+) -> Tensor:
+    """Return the attention of `decode_step` over a quantized cache by torch's operators, where no kernel runs.
+
+    It dequantizes the whole cache, and reads lengths from the device.
+
+    Args:
+        query: (batch, heads, head_dim), rotated, as `key`, which is stored with `value` first.
+        quantized: Number of tokens that are codes, (1,).
+    """
+    batch, older = query.shape[0], int(quantized)
+    last = starts[:-1] - torch.arange(batch, device=starts.device) * keys.max_length + filled - 1
+
+    def whole(states: QuantizedStates, appended: Tensor) -> Tensor:
+        row = int(last[0]) - older
+        count = row + 1 if row < states.newest.shape[2] else 0  # a rehearsal has no row for its token
+        if count:
+            states.newest[:, :, row] = appended
+        every = torch.zeros(batch, states.max_length, *appended.shape[1:], dtype=query.dtype, device=query.device)
+        held = every.transpose(1, 2)
+        if older:
+            states.codes.read(older, held[:, :, :older])
+        held[:, :, older : older + count] = states.newest[:, :, :count]
+        return every.flatten(0, 1)
+
+    return _plain(query, whole(keys, key), whole(values, value), starts, filled, scale)

@@ -1,7 +1,8 @@
 """Triton kernels of attention of one new token, with its rotation and its cache write.
 
 Products are of 16-bit numbers, sums in float32, and a probability is rounded to 16 bits before it multiplies values, as
-in flash attention.
+in flash attention. The codes of a quantized cache are dequantized one block at a time, with the roundings of
+`kv_cache.quantized`, so no dequantized cache is stored.
 """
 
 # Triton reads annotations as objects, so this module must not postpone their evaluation.
@@ -12,7 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from qwen_vram.arithmetic.attention import DECODE_BLOCK
+from qwen_vram.runtime.kv_cache.quantized import QuantizedStates
 
+States = Tensor | QuantizedStates
 _LOG2_E = 1.4426950408889634
 # Rows of a matrix product in Triton, at least.
 _LEAST_ROWS = 16
@@ -40,13 +43,41 @@ def _part_of(count, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _both_codes(codes, row, column, half, mask, BITS: tl.constexpr):
+    """Return the codes of both halves of heads, in float32; `row` is the number of a head, (BLOCK,)."""
+    if BITS == 4:
+        both = tl.load(codes + row[:, None] * half + column, mask=mask, other=0)
+        return (both & 15).to(tl.float32), (both >> 4).to(tl.float32)
+    at = codes + row[:, None] * (2 * half) + column
+    return tl.load(at, mask=mask, other=0).to(tl.float32), tl.load(at + half, mask=mask, other=0).to(tl.float32)
+
+
+@triton.jit
+def _of_groups(levels, column, width, inside, is_second):
+    """Return a level of each channel for the keys of a block, which are in one group or in two."""
+    first = tl.load(levels + column, mask=inside, other=0.0)
+    second = tl.load(levels + width + column, mask=inside & (tl.max(is_second, axis=0) > 0), other=0.0)
+    return tl.where((is_second > 0)[:, None], second[None, :], first[None, :]).to(tl.float32)
+
+
+@triton.jit
+def _dequantized(codes, scale, least, dtype: tl.constexpr):
+    """Return codes as numbers, rounded after each operation as `kv_cache.quantized` does."""
+    return ((codes * scale).to(dtype).to(tl.float32) + least).to(dtype)
+
+
+@triton.jit
 def _attend(
     query, key, value, cos, sin, keys, values, starts, filled, results, sums, scale, half,
+    key_codes, key_scales, key_leasts, value_codes, value_scales, value_leasts, quantized, length, old_length,
+    new_length,
     GROUP: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
+    BITS: tl.constexpr,
 ):  # fmt: skip
     """Compute attention of a group of heads over one part of the keys of a sequence.
 
-    The part with the newest key rotates that key, and writes it and its value into the cache.
+    The part with the newest key rotates that key, and writes it and its value into the cache. In a quantized cache
+    (`BITS` is not 0) the tokens before `quantized` are codes. The others are in `keys` and `values`.
     """
     split, kv_head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     kv_heads = tl.num_programs(1)
@@ -66,14 +97,25 @@ def _attend(
         there = (group < GROUP)[:, None] & inside[None, :]
         cosines, sines = cos + batch * width, sin + batch * width
         query_1, query_2 = _rotated(heads, cosines, sines, column[None, :], there, half)
-        newest = (batch * kv_heads + kv_head) * width
+        pair = batch * kv_heads + kv_head
+        newest = pair * width
         key_1, key_2 = _rotated(key + newest, cosines, sines, one_row, inside[None, :], half)
         value_1 = tl.load(value + newest + one_row, mask=inside[None, :], other=0.0)
         value_2 = tl.load(value + newest + half + one_row, mask=inside[None, :], other=0.0)
         first = tl.load(starts + batch).to(tl.int64)
         last = count - 1
-        if end == count:
-            here = ((first + last) * kv_heads + kv_head) * width
+        # Key `place` of the sequence is in row `origin + place * stride`, in elements.
+        if BITS == 0:
+            old = 0
+            origin, stride = (first * kv_heads + kv_head) * width, kv_heads * width
+            has_row = end == count
+        else:
+            old = tl.load(quantized)
+            first -= batch * length
+            origin, stride = (pair * new_length + first - old) * width, width
+            has_row = (end == count) & (first + last - old < new_length)  # a rehearsal has no row for its token
+        if has_row:
+            here = origin + last * stride
             tl.store(keys + here + one_row, key_1, mask=inside[None, :])
             tl.store(keys + here + half + one_row, key_2, mask=inside[None, :])
             tl.store(values + here + one_row, value_1, mask=inside[None, :])
@@ -84,13 +126,38 @@ def _attend(
         result_2 = tl.zeros((ROWS, HALF), tl.float32)
         for start in range(begin, end, BLOCK):
             place = start + tl.arange(0, BLOCK)
-            row = (((first + place) * kv_heads + kv_head) * width)[:, None] + column[None, :]
-            held = (place < tl.minimum(end, last))[:, None] & inside[None, :]
+            row = (origin + place.to(tl.int64) * stride)[:, None] + column[None, :]
+            earlier = place < tl.minimum(end, last)
+            held = earlier[:, None] & inside[None, :]
+            if BITS != 0:
+                held = held & (first + place >= old)[:, None]
             is_last = (place == last)[:, None]
             keys_1 = tl.where(is_last, key_1, tl.load(keys + row, mask=held, other=0.0))
             keys_2 = tl.where(is_last, key_2, tl.load(keys + row + half, mask=held, other=0.0))
             values_1 = tl.where(is_last, value_1, tl.load(values + row, mask=held, other=0.0))
             values_2 = tl.where(is_last, value_2, tl.load(values + row + half, mask=held, other=0.0))
+            if BITS != 0:
+                if first + start < old:
+                    token = first + place
+                    is_old = earlier & (token < old)
+                    mask = is_old[:, None] & inside[None, :]
+                    stored = pair * old_length + token
+                    # Padding shifts a block against the groups of keys, so its keys can be in two of them.
+                    near = (first + start) // BLOCK
+                    second = (is_old & (token // BLOCK > near)).to(tl.int32)
+                    at = (pair * (old_length // BLOCK) + near) * width
+                    codes_1, codes_2 = _both_codes(key_codes, stored, column[None, :], half, mask, BITS)
+                    scale_1 = _of_groups(key_scales + at, column, width, inside, second)
+                    scale_2 = _of_groups(key_scales + at + half, column, width, inside, second)
+                    least_1 = _of_groups(key_leasts + at, column, width, inside, second)
+                    least_2 = _of_groups(key_leasts + at + half, column, width, inside, second)
+                    keys_1 = tl.where(mask, _dequantized(codes_1, scale_1, least_1, dtype), keys_1)
+                    keys_2 = tl.where(mask, _dequantized(codes_2, scale_2, least_2, dtype), keys_2)
+                    codes_1, codes_2 = _both_codes(value_codes, stored, column[None, :], half, mask, BITS)
+                    level = tl.load(value_scales + stored, mask=is_old, other=0.0).to(tl.float32)[:, None]
+                    least = tl.load(value_leasts + stored, mask=is_old, other=0.0).to(tl.float32)[:, None]
+                    values_1 = tl.where(mask, _dequantized(codes_1, level, least, dtype), values_1)
+                    values_2 = tl.where(mask, _dequantized(codes_2, level, least, dtype), values_2)
             scores = tl.dot(query_2, tl.trans(keys_2), acc=tl.dot(query_1, tl.trans(keys_1)))
             scores = tl.where((place < end)[None, :], scores * scale, float("-inf"))
             new_most = tl.maximum(most, tl.max(scores, axis=1))
@@ -128,29 +195,38 @@ def _join(
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor,
-    starts: Tensor, filled: Tensor, scratch: Tensor, *, scale: float, splits: int,
+    query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, keys: States, values: States,
+    starts: Tensor, filled: Tensor, scratch: Tensor, *, scale: float, splits: int, quantized: Tensor,
 ) -> Tensor:  # fmt: skip
     """Return attention (batch, heads, head_dim) of a token per sequence, after it is written into the cache.
 
     Args:
         query: (batch, heads, head_dim), not rotated; `key` and `value` have the heads of the cache. All are contiguous.
         cos, sin: (batch, 1, head_dim).
-        keys, values: (batch x max_length, kv_heads, head_dim).
+        keys, values: (batch x max_length, kv_heads, head_dim), or those of a quantized cache.
         starts: Row of each sequence's first key, (batch,) or more.
         filled: Number of keys of each sequence with the new one, (batch,).
         scratch: float32, `arithmetic.attention.decode_scratch` elements at least.
         splits: The most parts of a sequence's keys, a power of two.
+        quantized: Number of tokens of a quantized cache that are codes, (1,) in int32.
     """
     batch, heads, width = query.shape
-    kv_heads = keys.shape[1]
+    kv_heads = key.shape[1]
     group, half = heads // kv_heads, width // 2
     sums, results = scratch[: batch * heads * splits], scratch[batch * heads * splits :]
     out = torch.empty_like(query)
+    newest, lengths, bits = (keys, values), (0, 0, 0), 0
+    codes: tuple[Tensor, ...] = (query,) * 6
+    if isinstance(keys, QuantizedStates) and isinstance(values, QuantizedStates):
+        newest = keys.newest, values.newest
+        codes = (*keys.codes.tensors(), *values.codes.tensors())
+        lengths = keys.max_length, keys.codes.data.shape[2], keys.newest.shape[2]
+        bits = keys.codes.stored.bits
     _attend[(splits, kv_heads, batch)](
-        query, key, value, cos, sin, keys, values, starts, filled, results, sums, scale * _LOG2_E, half,
+        query, key, value, cos, sin, *newest, starts, filled, results, sums, scale * _LOG2_E, half,
+        *codes, quantized, *lengths,
         GROUP=group, ROWS=max(_LEAST_ROWS, triton.next_power_of_2(group)),
-        HALF=max(_LEAST_ROWS, triton.next_power_of_2(half)), BLOCK=DECODE_BLOCK, SPLITS=splits, num_warps=4,
+        HALF=max(_LEAST_ROWS, triton.next_power_of_2(half)), BLOCK=DECODE_BLOCK, SPLITS=splits, BITS=bits, num_warps=4,
         enable_fp_fusion=False,  # with it, one product of a rotation would be added without rounding
     )  # fmt: skip
     _join[(batch * heads,)](

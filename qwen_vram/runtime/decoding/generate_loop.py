@@ -94,7 +94,7 @@ def _decode(
     fed = cache.get_seq_length()
     step = cache.step()
     padding, positions = _places(fed, input_ids.shape[0], input_ids.device, **model_kwargs)
-    step.begin(fed, padding, positions)
+    step.begin(fed, padding, positions, cache.quantized)
 
     picks = TokenSampler(
         logits_processor, stopping_criteria, generation_config, input_ids, left=cache.lease.max_length - fed
@@ -106,7 +106,7 @@ def _decode(
         if stopped or picks.full:
             break
         cache.set_length(cache.layers[0].end_after(tokens[:, None, None]))
-        logits = step(tokens)
+        logits = step(tokens, cache.quantized)
     if stopped:
         picks.undo()
         cache.set_length(cache.get_seq_length() - 1)

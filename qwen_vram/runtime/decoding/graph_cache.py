@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -9,23 +10,28 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from qwen_vram.runtime.kv_cache.arena import KvArena
 from qwen_vram.runtime.kv_cache.preallocated import PreallocatedLayer
+from qwen_vram.runtime.kv_cache.quantized import QuantizedLayer, QuantizedStates, quantized_states
+from qwen_vram.spec.kv_formats import KvFormat, KvFormatName, kv_format
 from qwen_vram.spec.workload import Workload
 
 
 class DecodeStep(Protocol):
     """The part of a decode step that generating needs; `graph_step.Step` is one."""
 
-    def begin(self, length: int, padding: Tensor, positions: Tensor) -> None:
+    def begin(self, length: int, padding: Tensor, positions: Tensor, quantized: int = 0) -> None:
         """Set the position of the next tokens."""
 
-    def __call__(self, tokens: Tensor) -> Tensor:
+    def __call__(self, tokens: Tensor, quantized: int = 0) -> Tensor:
         """Feed one token of each sequence and return the logits."""
         ...
 
 
 class Lender(Protocol):
     """The part of a decoder that a cache needs; `graph_decoder.Decoder` is one."""
+
+    kv_cache: KvFormatName
 
     def lend(self, holder: BufferLease, batch_size: int) -> GraphBuffers:
         """Return buffers for a cache, which `holder` has until `release`."""
@@ -40,20 +46,26 @@ class Lender(Protocol):
 
 
 class GraphBuffers:
-    """Keys and values of every layer, (batch_size, max_length, kv_heads, head_dim) each, in the layer's own sizes."""
+    """Keys and values of every layer, in the layer's own sizes.
 
-    def __init__(self, model: Any, batch_size: int, max_length: int) -> None:
-        where = {"dtype": model.dtype, "device": model.device}
-        self.batch_size, self.max_length = batch_size, max_length
-        # Zero-filled, because masking does not remove NaNs. Allocated outside inference mode, because inference tensors
-        # cannot be updated in place outside it.
+    Each is (batch_size, max_length, kv_heads, head_dim), or the memory of a quantized cache, in one block for all.
+    """
+
+    def __init__(self, model: Any, batch_size: int, max_length: int, kv_cache: KvFormatName = "bf16") -> None:
+        self.batch_size, self.max_length, self.kv_cache = batch_size, max_length, kv_cache
+        shapes = []
+        for layer in model.model.layers:
+            attention = layer.self_attn
+            heads = attention.k_proj.out_features // attention.head_dim
+            shapes.append((batch_size, max_length, heads, attention.head_dim))
+        # Allocated outside inference mode, because inference tensors cannot be updated in place outside it.
         with torch.inference_mode(False):
-            self.layers: list[tuple[Tensor, Tensor]] = []
-            for layer in model.model.layers:
-                attention = layer.self_attn
-                heads = attention.k_proj.out_features // attention.head_dim
-                shape = (batch_size, max_length, heads, attention.head_dim)
-                self.layers.append((torch.zeros(shape, **where), torch.zeros(shape, **where)))
+            self.layers = (_quantized if self.is_quantized else _whole)(shapes, model, kv_format(kv_cache))
+
+    @property
+    def is_quantized(self) -> bool:
+        """Tell if older tokens are stored as codes."""
+        return kv_format(self.kv_cache).is_quantized
 
     @property
     def size(self) -> tuple[int, int]:
@@ -63,6 +75,21 @@ class GraphBuffers:
     def holds(self, batch_size: int, max_length: int) -> bool:
         """Tell if the buffers are large enough."""
         return batch_size <= self.batch_size and max_length <= self.max_length
+
+
+def _whole(shapes: Sequence[tuple[int, ...]], model: Any, stored: KvFormat) -> list[tuple[Any, Any]]:
+    """Return zero-filled keys and values for each layer, because masking does not remove NaNs."""
+    where = {"dtype": model.dtype, "device": model.device}
+    return [(torch.zeros(shape, **where), torch.zeros(shape, **where)) for shape in shapes]
+
+
+def _quantized(shapes: Sequence[tuple[int, ...]], model: Any, stored: KvFormat) -> list[tuple[Any, Any]]:
+    """Return the memory of a quantized cache for each layer."""
+    arena, layers = KvArena(len(shapes)), []
+    for batch_size, max_length, heads, head_dim in shapes:
+        like = torch.empty((batch_size, heads, 1, head_dim), dtype=model.dtype, device="meta")
+        layers.append(quantized_states(like, max_length, stored, arena, model.device))
+    return layers
 
 
 class BufferLease:
@@ -102,6 +129,11 @@ class GraphLayer(PreallocatedLayer):
         """Tell if keys and values are in the buffers that a decode step reads."""
         return self.is_initialized and self.keys.data_ptr() == self.tensors()[0].data_ptr()
 
+    @property
+    def batch_size(self) -> int:
+        """Number of sequences that are held."""
+        return int(self.keys.shape[0])
+
     def tensors(self) -> tuple[Tensor, ...]:
         """Return all memory that is held, also for sequences that are not used."""
         return () if self._lease.buffers is None else self._lease.buffers.layers[self._number]
@@ -133,17 +165,73 @@ class GraphLayer(PreallocatedLayer):
         self.keys, self.values = keys[:batch_size].transpose(1, 2), values[:batch_size].transpose(1, 2)
 
 
+class QuantizedGraphLayer(QuantizedLayer):
+    """A layer of buffers that store older tokens as codes."""
+
+    def __init__(self, lease: BufferLease, number: int) -> None:
+        super().__init__(lease.max_length, lease.lender.kv_cache)
+        self._lease, self._number = lease, number
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Use the memory for the batch of `key_states`."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._see(key_states.shape[0])
+        self.is_initialized = True
+
+    def in_buffers(self) -> bool:
+        """Tell if keys and values are in the buffers that a decode step reads."""
+        held = self._held()
+        return self.is_initialized and held is not None and self.new_keys.data_ptr() == held[0].newest.data_ptr()
+
+    @property
+    def batch_size(self) -> int:
+        """Number of sequences that are held."""
+        return int(self.new_keys.shape[0])
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return all memory that is held, also for sequences that are not used."""
+        return tuple(tensor for states in self._held() or () for tensor in states.tensors())
+
+    def _rebatch(self, indices: Tensor) -> None:
+        """Keep the sequences at `indices`, outside the buffers if they hold fewer sequences."""
+        count, buffers = len(indices), self._lease.buffers
+        if buffers is None or count > buffers.batch_size or not self.in_buffers():
+            super()._rebatch(indices)
+            return
+        chosen = [tensor[indices] for tensor in self._own()]
+        self._see(count)
+        for tensor, rows in zip(self._own(), chosen, strict=True):
+            tensor.copy_(rows)
+
+    def _own(self) -> tuple[Tensor, ...]:
+        """Return the tensors of the sequences that are held."""
+        return (*self.key_codes.tensors(), *self.value_codes.tensors(), self.new_keys, self.new_values)
+
+    def _held(self) -> tuple[QuantizedStates, QuantizedStates] | None:
+        return None if self._lease.buffers is None else self._lease.buffers.layers[self._number]
+
+    def _see(self, batch_size: int) -> None:
+        keys, values = self._lease.take(batch_size).layers[self._number]
+        self._use(keys.first(batch_size), values.first(batch_size))
+
+
 class GraphCache(Cache):  # type: ignore[misc]
-    """A preallocated cache of `max_length` tokens over which `model.generate` runs compiled decode steps."""
+    """A preallocated cache of `max_length` tokens over which `model.generate` runs captured decode steps."""
 
     def __init__(self, lender: Lender, *, num_hidden_layers: int, max_length: int) -> None:
         self.lease = BufferLease(lender, max_length)
-        super().__init__(layers=[GraphLayer(self.lease, number) for number in range(num_hidden_layers)])
+        kind = QuantizedGraphLayer if kv_format(lender.kv_cache).is_quantized else GraphLayer
+        super().__init__(layers=[kind(self.lease, number) for number in range(num_hidden_layers)])
+
+    @property
+    def quantized(self) -> int:
+        """Number of tokens of each sequence that are codes."""
+        return getattr(self.layers[0], "quantized", 0)
 
     def step(self) -> DecodeStep:
         """Return the decode step of the sequences that the cache holds; create it if it does not exist yet."""
         assert self.lease.buffers is not None
-        return self.lease.lender.step(self.lease.buffers, self.layers[0].keys.shape[0])
+        return self.lease.lender.step(self.lease.buffers, self.layers[0].batch_size)
 
     def release(self) -> None:
         """Return the buffers to the lender; the cache is not used any more."""
@@ -162,6 +250,6 @@ class GraphCache(Cache):  # type: ignore[misc]
         return all(layer.in_buffers() or not layer.is_initialized for layer in self.layers)
 
     def set_length(self, length: int) -> None:
-        """Set the number of tokens in the layers, after steps that did not update it."""
+        """Set the number of tokens in the layers, which steps do not update."""
         for layer in self.layers:
-            layer.length = length
+            layer.set_length(length)

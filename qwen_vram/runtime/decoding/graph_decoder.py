@@ -28,6 +28,7 @@ from qwen_vram.runtime.memory.workspaces import take_workspace
 from qwen_vram.runtime.offload.streamer import Streamer
 from qwen_vram.runtime.scheduling.job import Job
 from qwen_vram.runtime.scheduling.turns import Turns
+from qwen_vram.spec.kv_formats import KvFormatName
 from qwen_vram.spec.workload import Workload
 
 _LOGGER = logging.getLogger(__name__)
@@ -56,9 +57,11 @@ class Decoder:
         max_length: int,
         backend: Any = "inductor",
         streamer: Streamer | None = None,
+        kv_cache: KvFormatName = "bf16",
     ) -> None:
         self.model = model
         self.backend = backend
+        self.kv_cache = kv_cache
         self._streamer = streamer
         self.seconds = 0.0
         self._planned = (batch_size, max_length)
@@ -87,7 +90,7 @@ class Decoder:
             size = self._planned if planned else (batch_size, max_length)
             if self._home is None or self._home.size != size:
                 self._home = None
-                self._home = GraphBuffers(self.model, *size)
+                self._home = GraphBuffers(self.model, *size, self.kv_cache)
             self.step(self._home, batch_size)
 
     def drop_larger_buffers(self) -> None:
@@ -106,7 +109,7 @@ class Decoder:
         if free and self._home is not None and self._home.holds(batch_size, holder.max_length):
             self._holder = weakref.ref(holder)
             return self._home
-        return GraphBuffers(self.model, batch_size, holder.max_length)
+        return GraphBuffers(self.model, batch_size, holder.max_length, self.kv_cache)
 
     def release(self, holder: BufferLease) -> None:
         """Take back the buffers that are kept, if `holder` has them."""
@@ -187,6 +190,7 @@ def decoder_for(
     *,
     compiled: bool,
     streamer: Streamer | None = None,
+    kv_cache: KvFormatName = "bf16",
 ) -> Decoder:
     """Return a decoder for `model.generate`, with the steps of a workload captured, and compiled first if asked.
 
@@ -194,12 +198,13 @@ def decoder_for(
         model: A `transformers` model, or a `PeftModel` of one.
         progress: Wraps a range in a progress bar, as `tqdm` does.
         streamer: The streamer of its streamed layers, if it has some.
+        kv_cache: The format of keys and values.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     decode_by_steps(base)
     sizes = {"batch_size": workload.batch_size, "max_length": workload.context_len}
     backend = compiler_for(base.device) if compiled else None
-    decoder = Decoder(base, **sizes, backend=backend, streamer=streamer)
+    decoder = Decoder(base, **sizes, backend=backend, streamer=streamer, kv_cache=kv_cache)
     try:
         for _ in progress(range(1), desc="Compiling the decode step" if compiled else "Capturing the decode step"):
             # In the thread of generations, with its cuBLAS handle and workspaces.
@@ -219,10 +224,11 @@ def decoder_where_it_runs(
     *,
     compiled: bool,
     streamer: Streamer | None = None,
+    kv_cache: KvFormatName = "bf16",
 ) -> Decoder | None:
     """Return the result of `decoder_for`; `None`, with a warning, if uncompiled steps cannot be captured."""
     try:
-        return decoder_for(model, workload, progress, compiled=compiled, streamer=streamer)
+        return decoder_for(model, workload, progress, compiled=compiled, streamer=streamer, kv_cache=kv_cache)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # a driver or a torch that captures less than the tested ones

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from qwen_vram.runtime.attention.decode_step import scratch_elements
 from qwen_vram.runtime.decoding.graph_cache import GraphBuffers
 from qwen_vram.runtime.decoding.layer import Place
+from qwen_vram.runtime.kv_cache.quantized import QuantizedStates
 from qwen_vram.runtime.offload.host_embedding import HostEmbedding
 from qwen_vram.runtime.offload.streamer import Streamer
 
@@ -41,6 +42,13 @@ def parts_of(layers: Sequence[nn.Module], streamer: Streamer | None) -> Iterator
     yield Part(first, len(layers), streams=False)
 
 
+def _first(states: Tensor | QuantizedStates, batch_size: int) -> Any:
+    """Return the first sequences of a layer's keys or values, as `layer.attend` takes them."""
+    if isinstance(states, QuantizedStates):
+        return states.first(batch_size)
+    return states[:batch_size].flatten(0, 1)
+
+
 class Step:
     """One decode step for the first `batch_size` sequences of buffers. The host never waits for it."""
 
@@ -59,9 +67,7 @@ class Step:
         self.parts = tuple(parts_of(model.model.layers, streamer))
         self.layer, self.end = functions
         self.max_length = buffers.max_length
-        self.memory = [
-            (keys[:batch_size].flatten(0, 1), values[:batch_size].flatten(0, 1)) for keys, values in buffers.layers
-        ]
+        self.memory = [tuple(_first(states, batch_size) for states in pair) for pair in buffers.layers]
         if dynamic:  # the same code serves buffers of other lengths
             for pair in self.memory:
                 for one in pair:
@@ -81,19 +87,23 @@ class Step:
         self.embedded = None if self.table is None else state(batch_size, width, dtype=model.dtype)
         # Between parts.
         self.hidden = None if len(self.parts) == 1 else state(batch_size, width, dtype=model.dtype)
-        scratch = 0 if dynamic else scratch_elements(model, batch_size, buffers.max_length)
+        scratch = 0 if dynamic else scratch_elements(model, batch_size, buffers.max_length, buffers.kv_cache)
         self.scratch = state(scratch, dtype=torch.float32) if scratch else None
+        self.quantized, self._codes = state(1, dtype=torch.int32), 0
+        if buffers.is_quantized and not scratch and model.device.type == "cuda":
+            raise RuntimeError(f"attention over a cache in {buffers.kv_cache} needs this library's Triton kernels")
         self.place: Place | None = None
         # One of each resident part, in order, once they are captured.
         self.graphs: list[torch.cuda.CUDAGraph] = []
 
-    def begin(self, length: int, padding: Tensor, positions: Tensor) -> None:
-        """Set the state: the buffers hold `length` tokens of each sequence.
+    def begin(self, length: int, padding: Tensor, positions: Tensor, quantized: int = 0) -> None:
+        """Set the state: the buffers hold `length` tokens of each sequence, of which `quantized` are codes.
 
         Args:
             padding: The number of padding tokens at the front of each sequence, (batch,).
             positions: The next tokens' positions, (batch, 1).
         """
+        self._set_codes(quantized)
         batch = len(self.tokens)
         firsts = torch.arange(batch + 1, device=self.slots.device) * self.max_length
         self.slots.copy_(firsts[:-1] + length)
@@ -102,8 +112,14 @@ class Step:
         self.filled.copy_(length + 1 - padding)
         self.positions.copy_(positions)
 
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """Feed a token of each sequence, (batch,); return logits (batch, vocab_size), valid until the next step."""
+    def __call__(self, tokens: Tensor, quantized: int = 0) -> Tensor:
+        """Feed a token of each sequence, (batch,); return logits (batch, vocab_size), valid until the next step.
+
+        Args:
+            quantized: Number of tokens in the buffers that are codes.
+        """
+        if quantized != self._codes:
+            self._set_codes(quantized)
         self.tokens.copy_(tokens)
         self.embed()
         self.run()
@@ -162,7 +178,8 @@ class Step:
         if part.first == 0:
             hidden = model.embed_tokens(self.tokens) if self.embedded is None else self.embedded
             cos, sin = model.rotary_emb(hidden[:, None], self.positions)
-            self.place = Place(cos, sin, self.slots, self.rows, self.starts, self.filled, self.scratch)
+            lengths = self.slots, self.rows, self.starts, self.filled
+            self.place = Place(cos, sin, *lengths, self.scratch, self.quantized)
         else:
             assert self.hidden is not None
             hidden = self.hidden
@@ -175,6 +192,10 @@ class Step:
         self.logits.copy_(self.end(self.model, hidden))
         for counter in (self.positions, self.slots, self.filled):
             counter.add_(1)
+
+    def _set_codes(self, quantized: int) -> None:
+        self._codes = quantized
+        self.quantized.fill_(quantized)
 
     def _stream(self, part: Part) -> None:
         """Run a layer that streams."""

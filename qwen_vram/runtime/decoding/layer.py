@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qwen_vram.runtime.attention import decode_step
-from qwen_vram.runtime.attention.decode import decode_attention
+from qwen_vram.runtime.attention.decode import decode_attention, quantized_attention
+from qwen_vram.runtime.attention.decode_step import States
 from qwen_vram.runtime.kernels import fused_ops
+from qwen_vram.runtime.kv_cache.quantized import QuantizedStates
 from qwen_vram.runtime.linear import few_rows
 
 
@@ -26,6 +28,7 @@ class Place(NamedTuple):
         slots: Rows of a layer's memory for the new keys and values, (batch,).
         rows, starts, filled: As for `attention.decode`, with the new token.
         scratch: Memory of the kernels of `attention.decode_step`; `None` if they do not run.
+        quantized: Number of tokens of a quantized cache that are codes, (1,) in int32.
     """
 
     cos: Tensor
@@ -34,7 +37,8 @@ class Place(NamedTuple):
     rows: Tensor
     starts: Tensor
     filled: Tensor
-    scratch: Tensor | None = None
+    scratch: Tensor | None
+    quantized: Tensor
 
 
 def decode_layer(layer: Any, hidden: Tensor, keys: Tensor, values: Tensor, place: Place) -> Tensor:
@@ -56,7 +60,7 @@ def decode_layer(layer: Any, hidden: Tensor, keys: Tensor, values: Tensor, place
     return result
 
 
-def fused_decode_layer(layer: Any, hidden: Tensor, keys: Tensor, values: Tensor, place: Place) -> Tensor:
+def fused_decode_layer(layer: Any, hidden: Tensor, keys: States, values: States, place: Place) -> Tensor:
     """Return the result of `decode_layer` by this library's kernels, for `kernels="fused"` without compilation."""
     attention, batch = layer.self_attn, hidden.shape[0]
     normed = layer.input_layernorm(hidden)
@@ -75,15 +79,21 @@ def fused_decode_end(model: Any, hidden: Tensor) -> Tensor:
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, place: Place, scale: float
+    query: Tensor, key: Tensor, value: Tensor, keys: States, values: States, place: Place, scale: float
 ) -> Tensor:
     """Rotate a token's heads, (batch, heads, head_dim), put keys and values into the memory, and return attention."""
+    where = place.starts, place.filled
     if place.scratch is not None:
+        tables = place.cos, place.sin
         return decode_step.attend(
-            query, key, value, (place.cos, place.sin), keys, values, place.starts, place.filled, place.scratch, scale
+            query, key, value, tables, keys, values, *where, place.scratch, scale, place.quantized
         )
     query, key = query[:, None], key[:, None]
     fused_ops.rotate(query, key, place.cos, place.sin)
+    if isinstance(keys, QuantizedStates):
+        assert isinstance(values, QuantizedStates)
+        return quantized_attention(query[:, 0], key[:, 0], value, keys, values, *where, scale, place.quantized)
+    assert not isinstance(values, QuantizedStates)
     keys.index_copy_(0, place.slots, key[:, 0])
     values.index_copy_(0, place.slots, value)
     result: Tensor = decode_attention(query[:, 0], keys, values, place.rows, place.starts, place.filled, scale)

@@ -76,6 +76,10 @@ class PreallocatedLayer(CacheLayerMixin):  # type: ignore[misc]
         """Return the number of tokens held."""
         return self.length
 
+    def set_length(self, length: int) -> None:
+        """Set the number of tokens, after or before steps that write the newest one without `update`."""
+        self.length = length
+
     def get_max_length(self) -> int:
         """Return the number of tokens that can be held."""
         return self.max_length

@@ -9,7 +9,7 @@ stored in float16, and its code is computed from the stored values.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,6 +91,49 @@ class Codes:
         self.data, self.scale, self.least = (rearranged(tensor, indices) for tensor in self.tensors())
 
 
+class QuantizedStates(NamedTuple):
+    """Keys or values of a layer: codes of the older tokens, and the others whole, (batch, kv_heads, tokens, head_dim).
+
+    Attributes:
+        newest: The first row is the first token that is not in `codes`.
+        max_length: Tokens of each sequence, codes and whole ones.
+    """
+
+    codes: Codes
+    newest: Tensor
+    max_length: int
+
+    def first(self, batch_size: int) -> QuantizedStates:
+        """Return the first `batch_size` sequences, in the same memory."""
+        part = [one[:batch_size] for one in self.codes.tensors()]
+        return QuantizedStates(
+            Codes(part, self.codes.stored, self.codes.span), self.newest[:batch_size], self.max_length
+        )
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return all stored tensors."""
+        return (*self.codes.tensors(), self.newest)
+
+
+def quantized_states(
+    like: Tensor, max_length: int, stored: KvFormat, arena: KvArena, device: torch.device
+) -> tuple[QuantizedStates, QuantizedStates]:
+    """Return memory for the keys and the values of a layer, as the next part of a block.
+
+    Args:
+        like: States (batch, kv_heads, q, head_dim), of which only the shape and the dtype are used.
+    """
+    tokens, newest = stored.quantized_tokens(max_length), like_states(like, stored.whole_tokens(max_length))
+    of_keys = Codes.wanted(like, tokens, stored, stored.key_group)
+    of_values = Codes.wanted(like, tokens, stored, 0)
+    part = arena.take(dict(enumerate((*of_keys, *of_values, newest, newest))), device)
+    *codes, new_keys, new_values = (part[index] for index in range(len(part)))
+    return (
+        QuantizedStates(Codes(codes[:3], stored, stored.key_group), new_keys, max_length),
+        QuantizedStates(Codes(codes[3:], stored, 0), new_values, max_length),
+    )
+
+
 class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
     """One layer's keys and values for `max_length` tokens: codes of the older ones, the newest unquantized.
 
@@ -115,15 +158,12 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate the memory, in the dtype and on the device of the first keys and values."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        stored, tokens = self.stored, self.stored.quantized_tokens(self.max_length)
-        newest = like_states(key_states, stored.whole_tokens(self.max_length))
-        of_keys = Codes.wanted(key_states, tokens, stored, stored.key_group)
-        of_values = Codes.wanted(value_states, tokens, stored, 0)
-        part = self.arena.take(dict(enumerate((*of_keys, *of_values, newest, newest))), self.device)
-        *codes, self.new_keys, self.new_values = (part[index] for index in range(len(part)))
-        self.key_codes = Codes(codes[:3], stored, stored.key_group)
-        self.value_codes = Codes(codes[3:], stored, 0)
+        self._use(*quantized_states(key_states, self.max_length, self.stored, self.arena, self.device))
         self.is_initialized = True
+
+    def _use(self, keys: QuantizedStates, values: QuantizedStates) -> None:
+        self.key_codes, self.new_keys = keys.codes, keys.newest
+        self.value_codes, self.new_values = values.codes, values.newest
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append (batch, kv_heads, q, head_dim) keys and values, and return all tokens, the appended ones exact.
@@ -133,13 +173,7 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        held = self.get_seq_length()
-        end = held + key_states.shape[-2]
-        if end > self.max_length:
-            raise ValueError(
-                f"the cache holds {self.max_length} tokens and was given {end}; make it longer: "
-                "LoadedModel.new_cache(max_length=...)"
-            )
+        end = self.end_after(key_states)
         keys = self._all(self.key_codes, self.new_keys, key_states)
         values = self._all(self.value_codes, self.new_values, value_states)
         older = self.stored.quantized_tokens(end)
@@ -151,6 +185,20 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.new_keys[:, :, : self.whole] = keys[:, :, self.quantized :]
         self.new_values[:, :, : self.whole] = values[:, :, self.quantized :]
         return keys, values
+
+    def end_after(self, key_states: Tensor) -> int:
+        """Return the number of tokens after (batch, kv_heads, q, head_dim) keys are appended.
+
+        Raises:
+            ValueError: more than `max_length`.
+        """
+        end = self.get_seq_length() + key_states.shape[-2]
+        if end > self.max_length:
+            raise ValueError(
+                f"the cache holds {self.max_length} tokens and was given {end}; make it longer: "
+                "LoadedModel.new_cache(max_length=...)"
+            )
+        return int(end)
 
     def _all(self, codes: Codes, newest: Tensor, appended: Tensor) -> Tensor:
         """Return all tokens in the model's dtype; on the first call, the appended tensor itself."""
@@ -173,6 +221,20 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
     def get_seq_length(self) -> int:
         """Return the number of tokens held."""
         return self.quantized + self.whole
+
+    def set_length(self, length: int) -> None:
+        """Set the number of tokens, after or before steps that write the newest one without `update`.
+
+        Tokens that are old enough for `length` are quantized first, so `newest` has a row for the next token.
+        """
+        older = self.stored.quantized_tokens(length)
+        if older > self.quantized:
+            count, left = older - self.quantized, self.get_seq_length() - older
+            for codes, newest in ((self.key_codes, self.new_keys), (self.value_codes, self.new_values)):
+                codes.write(newest[:, :, :count], self.quantized)
+                newest[:, :, :left] = newest[:, :, count : count + left].clone()
+            self.quantized = older
+        self.whole = length - self.quantized
 
     def get_max_length(self) -> int:
         """Return the number of tokens that can be held."""

@@ -242,7 +242,14 @@ def _build(
     decoder = None
     if profile.captures:
         with transformers_bars(progress) as bar:
-            decoder = decoder_where_it_runs(model, chosen.workload, bar, compiled=profile.compiled, streamer=streamer)
+            decoder = decoder_where_it_runs(
+                model,
+                chosen.workload,
+                bar,
+                compiled=profile.compiled,
+                streamer=streamer,
+                kv_cache=profile.kv_cache,
+            )
     if decoder is not None:
         after_a_failure.callback(decoder.close)
     return LoadedModel(

@@ -16,9 +16,9 @@ from qwen_vram.spec.layers import Weight
 from qwen_vram.spec.rules.rule import Knobs, Rule, broken
 
 # Knob values that a captured decode step can run with. All others wait for the host, or for another kernel.
-CAPTURED: dict[str, object] = {"attention": "fused", "kv_cache": "bf16", "kv_device": "device", "host_layers": 0}
+CAPTURED: dict[str, object] = {"attention": "fused", "kv_device": "device", "host_layers": 0}
 # Knob values that a compiled decode step can run with.
-COMPILED: dict[str, object] = {**CAPTURED, "streamed_layers": 0, "embeddings": "device"}
+COMPILED: dict[str, object] = {**CAPTURED, "kv_cache": "bf16", "streamed_layers": 0, "embeddings": "device"}
 # Knobs that work on one GPU only, and the values that turn them off.
 ONE_GPU: dict[str, object] = {"streamed_layers": 0, "captured": False, "compiled": False}
 
@@ -140,6 +140,17 @@ PROFILE_RULES: tuple[Rule[Knobs], ...] = (
         "profile",
     ),
     *_captures("captured", CAPTURED),
+    Rule(
+        lambda profile: (
+            profile.captured and not profile.compiled and profile.kv_format.is_quantized and profile.kernels != "fused"
+        ),
+        "captured",
+        lambda profile: (
+            f"captured=True with kv_cache={profile.kv_format.name!r} needs kernels='fused', got kernels="
+            f"{profile.kernels!r}; change one side"
+        ),
+        "profile",
+    ),
     *_captures("compiled", COMPILED),
 )
 

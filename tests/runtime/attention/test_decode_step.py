@@ -14,8 +14,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qwen_vram.arithmetic.attention import decode_scratch, decode_splits
 from qwen_vram.arithmetic.decode_graph import step_sizes
 from qwen_vram.runtime.attention import decode_step
+from qwen_vram.runtime.attention.decode import quantized_attention
 from qwen_vram.runtime.kernels.fused_layers import fuse_layers
+from qwen_vram.runtime.kv_cache.arena import KvArena
+from qwen_vram.runtime.kv_cache.quantized import quantized_states
 from qwen_vram.spec.catalog import catalog_row, row_architecture
+from qwen_vram.spec.kv_formats import kv_format
 from qwen_vram.spec.profile import Profile
 from qwen_vram.spec.workload import Workload
 
@@ -82,12 +86,68 @@ def test_attention_and_what_is_put_into_the_cache(shape, device, monkeypatch):
     elements = decode_scratch(batch, heads, kv_heads, head_dim, length)
     scratch = torch.full((elements + 1,), torch.nan, device=device)
     found = decode_step.attend(
-        query, key, value, (cos, sin), keys, values, starts.int(), counts.int(), scratch, head_dim**-0.5
+        query, key, value, (cos, sin), keys, values, starts.int(), counts.int(), scratch, head_dim**-0.5, counts.int()
     )
     assert torch.equal(keys, expected_keys)
     assert torch.equal(values, expected_values)
     expected = exact(rotated(query, cos, sin), keys, values, starts, counts)
     assert (found.double() - expected).abs().max() <= torch.finfo(dtype).eps * expected.abs().max()
+    assert scratch[-1].isnan()
+
+
+# Heads, heads of the cache, their size, the memory's length, the place of the new token, and by sequence its padding.
+QUANTIZED = [(4, 2, 64, 300, 289, [0]), (6, 2, 48, 300, 259, [5, 37]), (4, 4, 16, 100, 35, [3, 1])]
+QUANTIZED += [(28, 4, 128, 500, 419, [0])]
+
+
+@pytest.mark.parametrize("kv_cache", ["int8", "int4"])
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", QUANTIZED)
+@torch.inference_mode()
+def test_attention_over_a_quantized_cache(shape, device, kv_cache, monkeypatch):
+    heads, kv_heads, head_dim, length, slot, padding = shape
+    stored, batch = kv_format(kv_cache), len(padding)
+    quantized = stored.quantized_tokens(slot + 1)
+    if device == "cpu":
+        monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: nullcontext())
+    torch.manual_seed(0)
+    dtype = torch.float16 if device == "cpu" else torch.bfloat16
+    counts = torch.tensor([slot + 1 - one for one in padding], device=device)
+
+    def random(*shape):
+        return torch.randn(shape, device=device).to(dtype)
+
+    query, key, value = (random(batch, count, head_dim) for count in (heads, kv_heads, kv_heads))
+    angles = torch.rand(batch, 1, head_dim // 2, device=device).repeat(1, 1, 2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    memory = quantized_states(key[:, :, None], length, stored, KvArena(1), torch.device(device))
+    expected = []
+    for states, new in zip(memory, (rotated(key, cos, sin), value), strict=True):
+        for tensor in states.tensors():
+            tensor.fill_(torch.nan if tensor.is_floating_point() else 255)  # where nothing is stored
+        rows = random(batch, kv_heads, slot, head_dim) * 3 + 1
+        states.codes.write(rows[:, :, :quantized], 0)
+        states.newest[:, :, : slot - quantized] = rows[:, :, quantized:]
+        whole = torch.zeros(batch, kv_heads, length, head_dim, dtype=dtype, device=device)
+        states.codes.read(quantized, whole[:, :, :quantized])
+        whole[:, :, quantized:slot], whole[:, :, slot] = rows[:, :, quantized:], new
+        expected.append(whole.transpose(1, 2).flatten(0, 1))
+    starts = torch.tensor([number * length + padding[number] for number in range(batch)] + [batch * length]).to(device)
+    scratch = torch.full((decode_scratch(batch, heads, kv_heads, head_dim, length) + 1,), torch.nan, device=device)
+    before = [tensor.clone() for states in memory for tensor in states.codes.tensors()]
+    codes = torch.tensor([quantized], dtype=torch.int32, device=device)
+    where = starts.int(), counts.int()
+    found = decode_step.attend(query, key, value, (cos, sin), *memory, *where, scratch, head_dim**-0.5, codes)
+    by_torch = quantized_attention(
+        rotated(query, cos, sin), rotated(key, cos, sin), value, *memory, *where, head_dim**-0.5, codes
+    )
+    right = exact(rotated(query, cos, sin), *expected, starts, counts)
+    for result in (found, by_torch):
+        assert (result.double() - right).abs().max() <= torch.finfo(dtype).eps * right.abs().max()
+    for states, new in zip(memory, (rotated(key, cos, sin), value), strict=True):
+        assert torch.equal(states.newest[:, :, slot - quantized], new)
+    after = [tensor for states in memory for tensor in states.codes.tensors()]
+    assert all(torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in zip(before, after))
     assert scratch[-1].isnan()
 
 
@@ -136,7 +196,8 @@ def test_a_trial_runs_the_kernels(device, monkeypatch):
     if device == "cpu":
         monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: nullcontext())
     decode_step.runs.cache_clear()
-    assert decode_step.runs(torch.device(device), torch.float16, decode_step.Heads(4, 2, 64), 4)
+    for kv_cache in ("bf16", "int8", "int4"):
+        assert decode_step.runs(torch.device(device), torch.float16, decode_step.Heads(4, 2, 64), 4, kv_cache)
 
 
 def test_parts_are_a_power_of_two_that_programs_can_share():

@@ -161,7 +161,7 @@ def test_what_a_compiled_step_cannot_run_with(knobs, text):
             "captured=True needs a cache of fixed size, got cache='dynamic'; set cache='static', or",
         ),
         ({"attention": "sdpa"}, "captured=True needs attention='fused', got attention='sdpa'; change one side, or"),
-        ({"kv_cache": "int8"}, "captured=True needs kv_cache='bf16', got kv_cache='int8'"),
+        ({"kv_cache": "int8", "kernels": "plain"}, "captured=True with kv_cache='int8' needs kernels='fused', got"),
         ({"kv_device": "host"}, "captured=True needs kv_device='device', got kv_device='host'"),
         ({"streamed_layers": 3, "host_layers": 1}, "captured=True needs host_layers=0, got host_layers=1"),
         ({"weights": "int8"}, "captured=True cannot go with 'int8', whose products wait for the GPU"),
