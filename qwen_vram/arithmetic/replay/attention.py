@@ -157,14 +157,14 @@ class Attention(Products):
             every = [take(self.batch * (past + queries) * width * self.element) for _ in range(2)]
             give(*([] if half is None else [half]))
             self.at("attention cache")
-        self.quantize(layer, kept.quantized_tokens(past + queries) - kept.quantized_tokens(past))
+        self.quantize(width, kept.quantized_tokens(past + queries) - kept.quantized_tokens(past))
         if past:
             give(key, value)
         return every
 
-    def quantize(self, layer: LayerSpec, tokens: int) -> None:
-        """Quantize `tokens` tokens of each sequence: keys, then values, through a copy in float32."""
-        elements = self.batch * tokens * layer.attention.key_value_width
+    def quantize(self, width: int, tokens: int) -> None:
+        """Quantize `tokens` tokens of each sequence, `width` elements each: keys, then values, by way of float32."""
+        elements = self.batch * tokens * width
         for _ in range(2 if elements else 0):
             self.give(*(self.take(elements * size) for size in (_FP32, 1)))
 

@@ -123,10 +123,10 @@ class Generation(Attention):
 
         The step keeps its logits; other tensors are in its pool.
         """
-        for layer, _ in self.architecture.kinds if self.profile.kv_format.is_quantized else ():
-            self.quantize(layer, self.profile.kv_format.key_group)
-            moved = self.batch * self.profile.kv_format.residual * layer.attention.key_value_width * self.element
-            self.give(self.take(moved))
+        if self.profile.kv_format.is_quantized:
+            width = sum(count * layer.attention.key_value_width for layer, count in self.architecture.kinds)
+            self.quantize(width, self.profile.kv_format.key_group)
+            self.give(self.take(self.batch * self.profile.kv_format.residual * width * self.element))
         if self.profile.streamed_layers:
             result = self.layer(0, 1, past)  # every other one leaves the same state
             self.give(result)

@@ -19,6 +19,8 @@ States = Tensor | QuantizedStates
 _LOG2_E = 1.4426950408889634
 # Rows of a matrix product in Triton, at least.
 _LEAST_ROWS = 16
+# Warps of a program over keys in 16 bits, and over codes.
+_WARPS, _CODE_WARPS = 4, 4
 
 
 @triton.jit
@@ -53,17 +55,34 @@ def _both_codes(codes, row, column, half, mask, BITS: tl.constexpr):
 
 
 @triton.jit
-def _of_groups(levels, column, width, inside, is_second):
+def _of_groups(levels, column, width, inside, has_second, is_second):
     """Return a level of each channel for the keys of a block, which are in one group or in two."""
     first = tl.load(levels + column, mask=inside, other=0.0)
-    second = tl.load(levels + width + column, mask=inside & (tl.max(is_second, axis=0) > 0), other=0.0)
-    return tl.where((is_second > 0)[:, None], second[None, :], first[None, :]).to(tl.float32)
+    second = tl.load(levels + width + column, mask=inside & has_second, other=0.0)
+    return tl.where(is_second[:, None], second[None, :], first[None, :]).to(tl.float32)
 
 
 @triton.jit
 def _dequantized(codes, scale, least, dtype: tl.constexpr):
     """Return codes as numbers, rounded after each operation as `kv_cache.quantized` does."""
     return ((codes * scale).to(dtype).to(tl.float32) + least).to(dtype)
+
+
+@triton.jit
+def _with_block(
+    query_1, query_2, keys_1, keys_2, values_1, values_2, seen, scale, most, total, result_1, result_2
+):  # fmt: skip
+    """Return the running maximum, sum and results with the keys of one more block, of which `seen` count."""
+    scores = tl.dot(query_2, tl.trans(keys_2), acc=tl.dot(query_1, tl.trans(keys_1)))
+    scores = tl.where(seen[None, :], scores * scale, float("-inf"))
+    new_most = tl.maximum(most, tl.max(scores, axis=1))
+    shares = tl.exp2(scores - new_most[:, None])
+    factor = tl.exp2(most - new_most)
+    total = total * factor + tl.sum(shares, axis=1)
+    rounded = shares.to(keys_1.dtype)
+    result_1 = tl.dot(rounded, values_1, acc=result_1 * factor[:, None])
+    result_2 = tl.dot(rounded, values_2, acc=result_2 * factor[:, None])
+    return new_most, total, result_1, result_2
 
 
 @triton.jit
@@ -104,9 +123,13 @@ def _attend(
         value_2 = tl.load(value + newest + half + one_row, mask=inside[None, :], other=0.0)
         first = tl.load(starts + batch).to(tl.int64)
         last = count - 1
+        most = tl.full((ROWS,), float("-inf"), tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
+        result_1 = tl.zeros((ROWS, HALF), tl.float32)
+        result_2 = tl.zeros((ROWS, HALF), tl.float32)
         # Key `place` of the sequence is in row `origin + place * stride`, in elements.
         if BITS == 0:
-            old = 0
+            whole = begin
             origin, stride = (first * kv_heads + kv_head) * width, kv_heads * width
             has_row = end == count
         else:
@@ -114,60 +137,62 @@ def _attend(
             first -= batch * length
             origin, stride = (pair * new_length + first - old) * width, width
             has_row = (end == count) & (first + last - old < new_length)  # a rehearsal has no row for its token
+            whole = tl.maximum(begin, tl.minimum(end, old - first).to(tl.int32))
+            for start in range(begin, whole, BLOCK):
+                place = start + tl.arange(0, BLOCK)
+                token = first + place
+                is_old = place < whole
+                mask = is_old[:, None] & inside[None, :]
+                stored = pair * old_length + token
+                # Padding shifts a block against the groups of keys, so its keys can be in two of them.
+                near = (first + start) // BLOCK
+                is_second = token // BLOCK > near
+                has_second = near + 1 < old_length // BLOCK
+                at = (pair * (old_length // BLOCK) + near) * width
+                codes_1, codes_2 = _both_codes(key_codes, stored, column[None, :], half, mask, BITS)
+                scale_1 = _of_groups(key_scales + at, column, width, inside, has_second, is_second)
+                scale_2 = _of_groups(key_scales + at + half, column, width, inside, has_second, is_second)
+                least_1 = _of_groups(key_leasts + at, column, width, inside, has_second, is_second)
+                least_2 = _of_groups(key_leasts + at + half, column, width, inside, has_second, is_second)
+                keys_1 = _dequantized(codes_1, scale_1, least_1, dtype)
+                keys_2 = _dequantized(codes_2, scale_2, least_2, dtype)
+                codes_1, codes_2 = _both_codes(value_codes, stored, column[None, :], half, mask, BITS)
+                level = tl.load(value_scales + stored, mask=is_old, other=0.0).to(tl.float32)[:, None]
+                least = tl.load(value_leasts + stored, mask=is_old, other=0.0).to(tl.float32)[:, None]
+                values_1 = _dequantized(codes_1, level, least, dtype)
+                values_2 = _dequantized(codes_2, level, least, dtype)
+                most, total, result_1, result_2 = _with_block(
+                    query_1, query_2, keys_1, keys_2, values_1, values_2, is_old, scale, most, total, result_1, result_2
+                )
         if has_row:
             here = origin + last * stride
             tl.store(keys + here + one_row, key_1, mask=inside[None, :])
             tl.store(keys + here + half + one_row, key_2, mask=inside[None, :])
             tl.store(values + here + one_row, value_1, mask=inside[None, :])
             tl.store(values + here + half + one_row, value_2, mask=inside[None, :])
-        most = tl.full((ROWS,), float("-inf"), tl.float32)
-        total = tl.zeros((ROWS,), tl.float32)
-        result_1 = tl.zeros((ROWS, HALF), tl.float32)
-        result_2 = tl.zeros((ROWS, HALF), tl.float32)
-        for start in range(begin, end, BLOCK):
+        for start in range(whole, end, BLOCK):
             place = start + tl.arange(0, BLOCK)
             row = (origin + place.to(tl.int64) * stride)[:, None] + column[None, :]
-            earlier = place < tl.minimum(end, last)
-            held = earlier[:, None] & inside[None, :]
-            if BITS != 0:
-                held = held & (first + place >= old)[:, None]
+            held = (place < tl.minimum(end, last))[:, None] & inside[None, :]
             is_last = (place == last)[:, None]
             keys_1 = tl.where(is_last, key_1, tl.load(keys + row, mask=held, other=0.0))
             keys_2 = tl.where(is_last, key_2, tl.load(keys + row + half, mask=held, other=0.0))
             values_1 = tl.where(is_last, value_1, tl.load(values + row, mask=held, other=0.0))
             values_2 = tl.where(is_last, value_2, tl.load(values + row + half, mask=held, other=0.0))
-            if BITS != 0:
-                if first + start < old:
-                    token = first + place
-                    is_old = earlier & (token < old)
-                    mask = is_old[:, None] & inside[None, :]
-                    stored = pair * old_length + token
-                    # Padding shifts a block against the groups of keys, so its keys can be in two of them.
-                    near = (first + start) // BLOCK
-                    second = (is_old & (token // BLOCK > near)).to(tl.int32)
-                    at = (pair * (old_length // BLOCK) + near) * width
-                    codes_1, codes_2 = _both_codes(key_codes, stored, column[None, :], half, mask, BITS)
-                    scale_1 = _of_groups(key_scales + at, column, width, inside, second)
-                    scale_2 = _of_groups(key_scales + at + half, column, width, inside, second)
-                    least_1 = _of_groups(key_leasts + at, column, width, inside, second)
-                    least_2 = _of_groups(key_leasts + at + half, column, width, inside, second)
-                    keys_1 = tl.where(mask, _dequantized(codes_1, scale_1, least_1, dtype), keys_1)
-                    keys_2 = tl.where(mask, _dequantized(codes_2, scale_2, least_2, dtype), keys_2)
-                    codes_1, codes_2 = _both_codes(value_codes, stored, column[None, :], half, mask, BITS)
-                    level = tl.load(value_scales + stored, mask=is_old, other=0.0).to(tl.float32)[:, None]
-                    least = tl.load(value_leasts + stored, mask=is_old, other=0.0).to(tl.float32)[:, None]
-                    values_1 = tl.where(mask, _dequantized(codes_1, level, least, dtype), values_1)
-                    values_2 = tl.where(mask, _dequantized(codes_2, level, least, dtype), values_2)
-            scores = tl.dot(query_2, tl.trans(keys_2), acc=tl.dot(query_1, tl.trans(keys_1)))
-            scores = tl.where((place < end)[None, :], scores * scale, float("-inf"))
-            new_most = tl.maximum(most, tl.max(scores, axis=1))
-            shares = tl.exp2(scores - new_most[:, None])
-            factor = tl.exp2(most - new_most)
-            total = total * factor + tl.sum(shares, axis=1)
-            rounded = shares.to(dtype)
-            result_1 = tl.dot(rounded, values_1, acc=result_1 * factor[:, None])
-            result_2 = tl.dot(rounded, values_2, acc=result_2 * factor[:, None])
-            most = new_most
+            most, total, result_1, result_2 = _with_block(
+                query_1,
+                query_2,
+                keys_1,
+                keys_2,
+                values_1,
+                values_2,
+                place < end,
+                scale,
+                most,
+                total,
+                result_1,
+                result_2,
+            )
         out = head * SPLITS + split
         tl.store(sums + out, most + tl.log2(total), mask=group < GROUP)
         at = results + (out * width)[:, None] + column[None, :]
@@ -226,7 +251,8 @@ def attend(
         query, key, value, cos, sin, *newest, starts, filled, results, sums, scale * _LOG2_E, half,
         *codes, quantized, *lengths,
         GROUP=group, ROWS=max(_LEAST_ROWS, triton.next_power_of_2(group)),
-        HALF=max(_LEAST_ROWS, triton.next_power_of_2(half)), BLOCK=DECODE_BLOCK, SPLITS=splits, BITS=bits, num_warps=4,
+        HALF=max(_LEAST_ROWS, triton.next_power_of_2(half)), BLOCK=DECODE_BLOCK, SPLITS=splits, BITS=bits,
+        num_warps=_CODE_WARPS if bits else _WARPS,
         enable_fp_fusion=False,  # with it, one product of a rotation would be added without rounding
     )  # fmt: skip
     _join[(batch * heads,)](

@@ -67,7 +67,7 @@ def runs(device: torch.device, dtype: torch.dtype, heads: Heads, splits: int, kv
     values: States = empty(DECODE_BLOCK, heads.keys, heads.size)
     if stored.is_quantized:
         length = stored.residual + 2 * stored.key_group
-        keys, values = quantized_states(key[:, :, None], length, stored, KvArena(1), device)
+        keys, values = quantized_states(key[:, :, None], length, stored, KvArena(1), key.device)
     starts, quantized, filled = (torch.full((1,), number, dtype=torch.int32, device=device) for number in (0, 0, 1))
     scratch = torch.zeros(heads.queries * splits * (heads.size + 1), device=device)
     try:

@@ -12,7 +12,7 @@ from transformers import Cache
 
 from qwen_vram.runtime.kv_cache.arena import KvArena
 from qwen_vram.runtime.kv_cache.preallocated import PreallocatedLayer
-from qwen_vram.runtime.kv_cache.quantized import QuantizedLayer, QuantizedStates, quantized_states
+from qwen_vram.runtime.kv_cache.quantized import QuantizedLayer, QuantizedStates, quantized_states, stacked
 from qwen_vram.spec.kv_formats import KvFormat, KvFormatName, kv_format
 from qwen_vram.spec.workload import Workload
 
@@ -183,6 +183,11 @@ class QuantizedGraphLayer(QuantizedLayer):
         held = self._held()
         return self.is_initialized and held is not None and self.new_keys.data_ptr() == held[0].newest.data_ptr()
 
+    def set_length(self, length: int) -> None:
+        """Set the number of tokens, after the cache has quantized those of all layers that become old."""
+        self.quantized = max(self.quantized, self.stored.quantized_tokens(length))
+        self.whole = length - self.quantized
+
     @property
     def batch_size(self) -> int:
         """Number of sequences that are held."""
@@ -250,6 +255,11 @@ class GraphCache(Cache):  # type: ignore[misc]
         return all(layer.in_buffers() or not layer.is_initialized for layer in self.layers)
 
     def set_length(self, length: int) -> None:
-        """Set the number of tokens in the layers, which steps do not update."""
+        """Set the number of tokens in the layers, which steps do not update; tokens that become old are quantized."""
+        older = kv_format(self.lease.lender.kv_cache).quantized_tokens(length)
+        if older > self.quantized and self.lease.buffers is not None:
+            batch = self.layers[0].batch_size
+            for states in zip(*self.lease.buffers.layers, strict=True):
+                stacked([one.first(batch) for one in states]).age(self.quantized, older, self.get_seq_length())
         for layer in self.layers:
             layer.set_length(length)

@@ -110,6 +110,12 @@ class QuantizedStates(NamedTuple):
             Codes(part, self.codes.stored, self.codes.span), self.newest[:batch_size], self.max_length
         )
 
+    def age(self, quantized: int, older: int, held: int) -> None:
+        """Quantize the tokens from `quantized` to `older` of `held` ones, and move later ones to the front."""
+        count, left = older - quantized, held - older
+        self.codes.write(self.newest[:, :, :count], quantized)
+        self.newest[:, :, :left] = self.newest[:, :, count : count + left].clone()
+
     def tensors(self) -> tuple[Tensor, ...]:
         """Return all stored tensors."""
         return (*self.codes.tensors(), self.newest)
@@ -132,6 +138,19 @@ def quantized_states(
         QuantizedStates(Codes(codes[:3], stored, stored.key_group), new_keys, max_length),
         QuantizedStates(Codes(codes[3:], stored, 0), new_values, max_length),
     )
+
+
+def stacked(layers: Sequence[QuantizedStates]) -> QuantizedStates:
+    """Return the states of layers in one block as one tensor each, (layers, batch x kv_heads, tokens, head_dim)."""
+    first, second = (layer.tensors() for layer in (layers[0], layers[min(1, len(layers) - 1)]))
+
+    def every(one: Tensor, following: Tensor) -> Tensor:
+        step = following.storage_offset() - one.storage_offset()
+        merged = one.flatten(0, 1)
+        return merged.as_strided((len(layers), *merged.shape), (step, *merged.stride()), one.storage_offset())
+
+    *codes, newest = (every(one, following) for one, following in zip(first, second, strict=True))
+    return QuantizedStates(Codes(codes, layers[0].codes.stored, layers[0].codes.span), newest, layers[0].max_length)
 
 
 class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -229,10 +248,8 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
         """
         older = self.stored.quantized_tokens(length)
         if older > self.quantized:
-            count, left = older - self.quantized, self.get_seq_length() - older
             for codes, newest in ((self.key_codes, self.new_keys), (self.value_codes, self.new_values)):
-                codes.write(newest[:, :, :count], self.quantized)
-                newest[:, :, :left] = newest[:, :, count : count + left].clone()
+                QuantizedStates(codes, newest, self.max_length).age(self.quantized, older, self.get_seq_length())
             self.quantized = older
         self.whole = length - self.quantized
 

@@ -120,7 +120,7 @@ def test_attention_over_a_quantized_cache(shape, device, kv_cache, monkeypatch):
     query, key, value = (random(batch, count, head_dim) for count in (heads, kv_heads, kv_heads))
     angles = torch.rand(batch, 1, head_dim // 2, device=device).repeat(1, 1, 2)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    memory = quantized_states(key[:, :, None], length, stored, KvArena(1), torch.device(device))
+    memory = quantized_states(key[:, :, None], length, stored, KvArena(1), key.device)
     expected = []
     for states, new in zip(memory, (rotated(key, cos, sin), value), strict=True):
         for tensor in states.tensors():
