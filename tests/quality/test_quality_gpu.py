@@ -17,9 +17,14 @@ def test_the_same_model_is_identical_with_the_plans_own_cache(demo, tmp_path):
 
 
 def test_a_reference_that_does_not_fit_is_streamed(wide, tmp_path):
-    whole = qv.estimate_vram(wide, weights="bf16", prompt_len=300).process_total
+    work = {"prompt_len": 300, "max_new_tokens": 256}
+    eight, whole = (
+        qv.plan(wide, vram="8GiB", weights=weights, **work).estimate.process_total for weights in ("int8-wo", "bf16")
+    )
+    budget = eight + 16 * 2**20
+    assert budget < whole
     asked = {**SMALL, "weights": "int8-wo", "logits": tmp_path}
-    found = qv.check(wide, **asked, vram=whole - 150 * 2**20)
+    found = qv.check(wide, **asked, vram=budget)
     assert found.reference_settings["streamed_layers"] > 0
     assert found.reference_settings["weights"] == "bf16"
     assert found.settings["streamed_layers"] == 0
