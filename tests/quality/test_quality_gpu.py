@@ -17,10 +17,8 @@ def test_the_same_model_is_identical_with_the_plans_own_cache(demo, tmp_path):
 
 
 def test_a_reference_that_does_not_fit_is_streamed(wide, tmp_path):
-    work = {"prompt_len": 300, "max_new_tokens": 256}
-    eight, whole = (
-        qv.plan(wide, vram="8GiB", weights=weights, **work).estimate.process_total for weights in ("int8-wo", "bf16")
-    )
+    work = {"vram": "8GiB", "prompt_len": 300, "max_new_tokens": 256, "captured": False}
+    eight, whole = (qv.plan(wide, weights=weights, **work).estimate.process_total for weights in ("int8-wo", "bf16"))
     budget = eight + 16 * 2**20
     assert budget < whole
     asked = {**SMALL, "weights": "int8-wo", "logits": tmp_path}
