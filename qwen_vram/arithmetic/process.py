@@ -11,7 +11,6 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
-from qwen_vram.arithmetic.decode_graph import step_sizes
 from qwen_vram.arithmetic.replay.allocator import CachingAllocator, OverLimitError
 from qwen_vram.arithmetic.replay.generation import Generation, replay_generation
 from qwen_vram.arithmetic.replay.linear import workspaces
@@ -49,8 +48,12 @@ def workspace_bytes(architecture: Architecture, profile: Profile, workload: Work
     captured decode step keeps tensors, and a second workspace for the stream on which it is captured.
     """
     resting = _loaded(architecture, profile).allocated - weight_bytes(architecture, profile).device
-    step = step_sizes(architecture, profile, workload)
-    kept = sum(-(-size // ALLOCATION_STEP) * ALLOCATION_STEP for size in step)
+    kept = 0
+    if profile.captures:
+        from qwen_vram.arithmetic.decode_graph import step_sizes  # only for captured steps
+
+        step = step_sizes(architecture, profile, workload)
+        kept = sum(-(-size // ALLOCATION_STEP) * ALLOCATION_STEP for size in step)
     return sum(workspaces(architecture, profile)) + resting + kept
 
 

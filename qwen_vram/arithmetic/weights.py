@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from qwen_vram.dtypes import BF16
 from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.formats import BLOCK, FORMATS, FormatName
 from qwen_vram.spec.layers import LayerSpec, Weight
-from qwen_vram.spec.prequantized import Stored, size
 from qwen_vram.spec.profile import Profile
 from qwen_vram.spec.residency import residency
+
+if TYPE_CHECKING:
+    from qwen_vram.spec.prequantized import Stored
 
 # Layers below this cross the link faster than one token follows another. 28 NF4 layers of Qwen2.5-7B (120 MB) took
 # 65.8 ms a token with two slots and 64.2 with three, and the link needs 61.1. 28 layers in bf16 (466 MB) keep the link
@@ -74,7 +76,7 @@ def stored_weights(architecture: Architecture, profile: Profile) -> Iterator[Sto
 def head_bytes(architecture: Architecture, profile: Profile) -> int:
     """Bytes of the head's matrix in its format, or in the checkpoint if its headers were read."""
     if architecture.stored and architecture.stored.head:
-        return size(architecture.stored.head)
+        return architecture.stored.head_bytes
     return FORMATS[profile.head_format].nbytes(architecture.head.shape)
 
 
@@ -82,7 +84,7 @@ def head_bytes(architecture: Architecture, profile: Profile) -> int:
 def block_bytes(architecture: Architecture, profile: Profile) -> int:
     """Bytes of one decoder layer, with quantization state; of the largest one if layers differ. Exact."""
     if architecture.stored:
-        return max(map(size, architecture.stored.layers))
+        return architecture.stored.largest_layer
     return max(sum(_layer_parts(layer, profile)) for layer, _ in architecture.kinds)
 
 
@@ -168,6 +170,8 @@ def _layer_parts(layer: LayerSpec, profile: Profile) -> Iterator[int]:
 
 def _stored_bytes(architecture: Architecture, stored: Stored, profile: Profile) -> WeightBytes:
     """`weight_bytes` of a checkpoint whose headers give each tensor's bytes."""
+    from qwen_vram.spec.prequantized import size  # only for a quantized checkpoint
+
     homes = residency(architecture, profile)
     streamed, in_files = len(homes.streamed), len(homes.disk)
     layers = stored.on_device(streamed, streaming_slots(architecture, profile))

@@ -9,12 +9,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwen_vram.spec.families import open_config
 from qwen_vram.spec.layers import LayerSpec, Weight
-from qwen_vram.spec.prequantized import Stored, StoredTensor
 from qwen_vram.spec.rope import Rope, read_rope
+
+if TYPE_CHECKING:
+    from qwen_vram.spec.prequantized import Stored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +102,8 @@ class Architecture:
         """
         stored = data["stored"]
         if stored is not None:
+            from qwen_vram.spec.prequantized import Stored, StoredTensor  # only for a quantized checkpoint
+
             embedding, layers, norm, head = stored
             every = [tuple(StoredTensor(*tensor) for tensor in part) for part in (embedding, norm, head, *layers)]
             stored = Stored(every[0], tuple(every[3:]), every[1], every[2])

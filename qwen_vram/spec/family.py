@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from qwen_vram.spec.config.keys import Keys
 from qwen_vram.spec.config.reader import ConfigReader
@@ -23,8 +22,7 @@ def _nothing(_: Mapping[str, object]) -> str:
     return ""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Family:
+class Family(NamedTuple):
     """The models of one `model_type`.
 
     Attributes:
@@ -42,8 +40,8 @@ class Family:
     layers: Callable[[ConfigReader], tuple[LayerSpec, ...]]
     refusal: Callable[[Mapping[str, object]], str] = _nothing
     wrong: Callable[[Mapping[str, object]], str] = _nothing
-    rope: RopeRules = field(default_factory=RopeRules)
-    fused: Mapping[str, FusedPart] = field(default_factory=dict)
+    rope: RopeRules = RopeRules()
+    fused: Mapping[str, FusedPart] = {}
 
 
 def dense_layers(

@@ -59,7 +59,7 @@ _LATER = (
 _TEXTS = ("device", "torch", "driver", "date", "host")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Machine:
     """One GPU with its host and its versions.
 

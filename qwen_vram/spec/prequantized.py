@@ -30,6 +30,16 @@ class Stored(NamedTuple):
     norm: tuple[StoredTensor, ...]
     head: tuple[StoredTensor, ...]
 
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of the head's tensors."""
+        return size(self.head)
+
+    @property
+    def largest_layer(self) -> int:
+        """Bytes of the largest decoder layer."""
+        return max(map(size, self.layers))
+
     def matrix(self, name: str) -> int:
         """Bytes of a weight with its scales and other tensors; `name` is its name in the model of config.json."""
         module = name.rpartition(".")[0]

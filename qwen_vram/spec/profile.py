@@ -69,7 +69,7 @@ class Knob(NamedTuple):
             raise WorkloadError(f"{self.name} must be {what}, got {value!r}", name=self.name, got=value)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Profile:
     """Storage formats, locations, and kernels of attention and prefill. It names no model, workload or budget.
 

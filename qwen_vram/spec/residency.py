@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from typing import Literal
+from functools import lru_cache
+from typing import Literal, NamedTuple
 
 from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.profile import Profile
@@ -32,45 +31,32 @@ def among(layers: int, streamed: Collection[int]) -> frozenset[int]:
     return frozenset(ordered[index] for index in spread(layers, len(ordered))) if layers else frozenset()
 
 
-@dataclass(frozen=True)
-class Residency:
+class Residency(NamedTuple):
     """The location of each part of a model by a profile; the model may be one device's part of a larger one.
 
     Attributes:
         layers: The location of each decoder layer. `"device"` is resident. Layers of `"host"` and `"disk"` stream from
             there through slots on the device. Those of `"computing"` are on the host and compute there in decode steps.
+        streamed: Numbers of the layers that are not resident.
+        disk: Numbers of the layers that stay in the checkpoint's files.
+        computing: Numbers of the layers that compute on the CPU in decode steps.
         table_on_host: The token embeddings are in host memory. They are not if a tied head needs them on the device.
         own_head: A tied head is quantized into a separate tensor, so that only the lookup needs the token embeddings.
         late_head: The head is quantized tile by tile after the resident layers are loaded, because layers stream.
     """
 
     layers: tuple[Home, ...]
+    streamed: frozenset[int]
+    disk: frozenset[int]
+    computing: frozenset[int]
     table_on_host: bool
     own_head: bool
     late_head: bool
-
-    @cached_property
-    def streamed(self) -> frozenset[int]:
-        """Numbers of the layers that are not resident."""
-        return frozenset(number for number, home in enumerate(self.layers) if home != "device")
-
-    @cached_property
-    def disk(self) -> frozenset[int]:
-        """Numbers of the layers that stay in the checkpoint's files."""
-        return self._at("disk")
-
-    @cached_property
-    def computing(self) -> frozenset[int]:
-        """Numbers of the layers that compute on the CPU in decode steps."""
-        return self._at("computing")
 
     @property
     def resident(self) -> int:
         """The number of layers that stay on the device."""
         return len(self.layers) - len(self.streamed)
-
-    def _at(self, place: Home) -> frozenset[int]:
-        return frozenset(number for number, home in enumerate(self.layers) if home == place)
 
 
 @lru_cache(maxsize=4096)
@@ -87,6 +73,9 @@ def residency(architecture: Architecture, profile: Profile) -> Residency:
     own_head = tied and profile.head_format != profile.dtype
     return Residency(
         layers=tuple(homes),
+        streamed=streamed,
+        disk=disk,
+        computing=computing,
         table_on_host=profile.embeddings == "host" and (own_head or not tied),
         own_head=own_head,
         late_head=count > 0 and profile.head_format != profile.dtype and architecture.stored_format is None,

@@ -11,7 +11,7 @@ from qwen_vram.spec.architecture import Architecture
 Logits = Literal["last", "all"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Workload:
     """One generation: `batch_size` sequences of `prompt_len` tokens, each continued by `max_new_tokens`.
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from qwen_vram.arithmetic.decode_graph import step_sizes
 from qwen_vram.arithmetic.kv_cache import layer_kv_bytes
 from qwen_vram.arithmetic.replay.allocator import SMALL, CachingAllocator
 from qwen_vram.arithmetic.replay.attention import Attention
@@ -109,6 +108,8 @@ class Generation(Attention):
 
     def take_decode_step(self) -> None:
         """Allocate the cache and the decode step's tensors, which are made at load and stay."""
+        from qwen_vram.arithmetic.decode_graph import step_sizes  # only for captured steps
+
         if self.profile.kv_format.is_quantized:
             self.take_for_all_layers()
         else:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from qwen_vram.arithmetic.int8_outliers import outlier_columns
 from qwen_vram.arithmetic.replay.trace import Consumer
 from qwen_vram.arithmetic.tiling import FUSED_ROWS, counts_tiles, int8_rows, int8_tile_elements, tile_rows, unpacks
 from qwen_vram.arithmetic.weights import format_of
@@ -218,6 +217,8 @@ class Products:
     def int8_product(self, weight: Weight, rows: int) -> int:
         """Run LLM.int8(): quantize the input, separate outlier columns, multiply, add their product."""
         take, give = self.take, self.give
+        from qwen_vram.arithmetic.int8_outliers import outlier_columns  # only for this format
+
         out, inner = weight.shape
         outliers = outlier_columns(weight, rows)
         scales, codes = self.int8_quantized(rows, inner)

@@ -11,7 +11,6 @@ from functools import lru_cache
 from typing import Any
 
 from qwen_vram.arithmetic.replay.allocator import CachingAllocator
-from qwen_vram.arithmetic.replay.load_prequantized import replay_stored
 from qwen_vram.arithmetic.tiling import chunk_rows, tile_rows
 from qwen_vram.arithmetic.weights import format_of, slot_bytes, streaming_slots
 from qwen_vram.spec.architecture import Architecture
@@ -66,6 +65,8 @@ def load_into(allocator: CachingAllocator, architecture: Architecture, profile: 
         OverLimitError: loading needs more than the allocator's limit.
     """
     if architecture.stored:
+        from qwen_vram.arithmetic.replay.load_prequantized import replay_stored  # only for such checkpoints
+
         replay_stored(allocator, architecture, architecture.stored, profile)
         allocator.loaded()
         return

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Generic, Literal, Protocol, TypeVar
 
 from qwen_vram.spec.formats import FormatName
@@ -44,11 +43,10 @@ class Knobs(Protocol):
     def compiled(self) -> bool: ...
 
 
-@dataclass(frozen=True, slots=True)
 class Rule(Generic[Facts]):
     """One combination that is refused.
 
-    Attributes:
+    Args:
         when: Tells if the facts break the rule.
         knob: The knob that the error names.
         message: The error's text; in the scope "anywhere" the part after the knob, its value and the weights.
@@ -57,12 +55,18 @@ class Rule(Generic[Facts]):
         install: The command that installs the package.
     """
 
-    when: Callable[[Facts], bool]
-    knob: str
-    message: Callable[[Facts], str]
-    scope: Scope
-    package: str = ""
-    install: str = ""
+    def __init__(
+        self,
+        when: Callable[[Facts], bool],
+        knob: str,
+        message: Callable[[Facts], str],
+        scope: Scope,
+        package: str = "",
+        install: str = "",
+    ) -> None:
+        self.when, self.knob, self.message = when, knob, message
+        self.scope: Scope = scope
+        self.package, self.install = package, install
 
 
 def broken(rules: Iterable[Rule[Facts]], facts: Facts) -> Rule[Facts] | None:
