@@ -44,7 +44,7 @@ def estimate(
         )
     stored = weight_bytes(architecture, profile)
     workspace = workspace_bytes(architecture, profile, workload)
-    every = tuple(moments(architecture, profile, workload))
+    every = moments(architecture, profile, workload)
     peak = max(moment.total for moment in every)
     context, batch = workload.context_len, workload.batch_size
     cache = 0

@@ -7,13 +7,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
-from qwen_vram.checkpoints.checkpoint import CheckpointFiles, read_checkpoint
 from qwen_vram.checkpoints.files.local import exists
 from qwen_vram.checkpoints.files.names import ADAPTER_CONFIG, CONFIG
 from qwen_vram.checkpoints.files.place import Place, is_hub_id, place_of
-from qwen_vram.checkpoints.files.safetensors_header import Tensor
-from qwen_vram.checkpoints.prequantized import checkpoint_architecture
-from qwen_vram.checkpoints.tensors.names import by_model_name
 from qwen_vram.errors import ConfigError, UnknownNameError
 from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.formats import FORMATS
@@ -22,6 +18,8 @@ from qwen_vram.spec.quantization import GPTQ
 if TYPE_CHECKING:
     from qwen_vram.checkpoints.adapters.folder import AdapterChoice
     from qwen_vram.checkpoints.adapters.keys import Adapter
+    from qwen_vram.checkpoints.checkpoint import CheckpointFiles
+    from qwen_vram.checkpoints.files.safetensors_header import Tensor
 
 ModelLike = str | Path | Mapping[str, object] | Architecture
 
@@ -48,13 +46,13 @@ class Resolved(NamedTuple):
     files: CheckpointFiles | None = None
 
 
-def own_adapter(model: ModelLike, adapter: AdapterChoice) -> AdapterChoice:
+def own_adapter(model: ModelLike | Place, adapter: AdapterChoice) -> AdapterChoice:
     """Return the caller's adapter, or the one in the model's own folder, or `False` if that is already merged.
 
     Raises:
         ConfigError: as `resolve`.
     """
-    if adapter is not None or not isinstance(model, (str, Path)):
+    if adapter is not None or not isinstance(model, (str, Path, Place)):
         return adapter
     folder = place_of(model).folder
     if folder is None or not (folder / ADAPTER_CONFIG).is_file() or not (folder / CONFIG).is_file():
@@ -81,8 +79,9 @@ def resolve_model(model: ModelLike, adapter: AdapterChoice = None) -> tuple[str,
         CheckpointError, NotSupportedError: the weights or the adapter cannot be used.
         AdapterError: `model` is an adapter, or holds one beside a whole model and the caller does not choose.
     """
-    adapter = own_adapter(model, adapter)
-    found = resolve(model, adapter)
+    place = place_of(model) if isinstance(model, (str, Path)) else model
+    adapter = own_adapter(place, adapter)
+    found = resolve(place, adapter)
     return found.label, adapted(found, adapter)
 
 
@@ -142,13 +141,13 @@ def _named(knobs: Mapping[str, object], stored: str | None) -> dict[str, object]
     return named
 
 
-def resolve(model: ModelLike, adapter: AdapterChoice = None) -> Resolved:
+def resolve(model: ModelLike | Place, adapter: AdapterChoice = None) -> Resolved:
     """Resolve `model` to its label, its architecture, and its files if they are local.
 
     Args:
         model: An `Architecture`, a config `dict`, a checkpoint folder, a catalog name with or without its
-            organisation, a hub id, or the address of a hub page. From the hub, config.json is fetched, and the
-            safetensors headers of a quantized checkpoint. A folder is preferred to a name.
+            organisation, a hub id, the address of a hub page, or the place of one of these. From the hub, config.json
+            is fetched, and the safetensors headers of a quantized checkpoint. A folder is preferred to a name.
         adapter: The adapter of the call; with it, a folder that holds an adapter beside the model is not refused.
 
     Raises:
@@ -165,7 +164,7 @@ def resolve(model: ModelLike, adapter: AdapterChoice = None) -> Resolved:
         architecture = Architecture.from_config(model)
         label = str(model.get("_name_or_path") or resolve(architecture).label)
         return Resolved(label=label, architecture=architecture)
-    if not isinstance(model, (str, Path)):
+    if not isinstance(model, (str, Path, Place)):
         raise ConfigError(f"a model is a name, a folder, a config dict or an Architecture, got {type(model).__name__}")
     place = place_of(model)
     if place.folder is not None:
@@ -180,6 +179,7 @@ def resolve(model: ModelLike, adapter: AdapterChoice = None) -> Resolved:
     if not is_hub_id(name):
         raise unknown_model(name)
     from qwen_vram.checkpoints.hub.files import hub_config
+    from qwen_vram.checkpoints.prequantized import checkpoint_architecture
 
     config, source = hub_config(name), f"{name}/{CONFIG}"
     architecture = checkpoint_architecture(config, lambda: hub_named(name), source=source)
@@ -206,6 +206,8 @@ def open_folder(place: Place, *, weights: bool) -> Resolved:
         ConfigError: config.json is missing, broken or of another architecture, or the folder hides a name on the hub.
         CheckpointError: the weights are missing, broken or of another model.
     """
+    from qwen_vram.checkpoints.checkpoint import read_checkpoint  # not needed for a name in the catalog
+
     folder = place.folder
     assert folder is not None
     if place.hides and not exists(folder / CONFIG):
@@ -231,5 +233,6 @@ def _check_hides(folder: Path, name: str) -> None:
 def hub_named(repo_id: str) -> dict[str, Tensor]:
     """Return the tensors of a repository from its headers, by the model's names."""
     from qwen_vram.checkpoints.hub.files import hub_tensors
+    from qwen_vram.checkpoints.tensors.names import by_model_name
 
     return by_model_name(hub_tensors(repo_id))[0]

@@ -6,6 +6,8 @@ backends/cuda and default).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 from qwen_vram.arithmetic.replay.trace import Consumer
@@ -50,6 +52,15 @@ class MatrixFacts(NamedTuple):
     lt: bool
 
 
+@lru_cache(maxsize=256)
+def matrix_facts(layer: LayerSpec, profile: Profile) -> Mapping[str, MatrixFacts]:
+    """Return the facts of a layer's matrices by the names of their modules."""
+    return {
+        module: MatrixFacts(weight, FORMATS[format_of(weight, profile)], needs_lt(weight, layer, profile))
+        for module, weight in layer.linears.items()
+    }
+
+
 class Products:
     """The allocations of norms and linear layers. Every method returns the block of its result; sizes are bytes."""
 
@@ -60,7 +71,7 @@ class Products:
         self.profile = profile
         self.element = profile.element_bytes
         # Facts of each matrix, read in every layer of every step; by the layer's number, then by the module.
-        facts = {layer: self._facts(layer) for layer, _ in architecture.kinds}
+        facts = {layer: matrix_facts(layer, profile) for layer, _ in architecture.kinds}
         self.facts = [facts[layer] for layer in architecture.layers]
         self.head = MatrixFacts(architecture.head, FORMATS[format_of(architecture.head, profile)], lt=False)
         self.warm = False
@@ -70,12 +81,6 @@ class Products:
         """Send the events to a consumer from now on."""
         self.take, self.give = consumer.take, consumer.give
         self.keep, self.drop, self.at = consumer.keep, consumer.drop, consumer.at
-
-    def _facts(self, layer: LayerSpec) -> dict[str, MatrixFacts]:
-        return {
-            module: MatrixFacts(weight, FORMATS[format_of(weight, self.profile)], needs_lt(weight, layer, self.profile))
-            for module, weight in layer.linears.items()
-        }
 
     def warm_up(self, lt: bool = False) -> None:
         """Allocate the workspaces of a device's first matrix product and of its first one on cuBLASLt, which stay."""

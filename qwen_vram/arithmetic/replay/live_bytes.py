@@ -6,7 +6,7 @@ therefore followed through one decoder layer of each kind, as if it were the las
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from qwen_vram.arithmetic.kv_cache import kv_cache_bytes
@@ -95,13 +95,15 @@ class _Step(NamedTuple):
     cached: int
 
 
-def moments(architecture: Architecture, profile: Profile, workload: Workload) -> Iterator[Moment]:
-    """Yield the moments that can have the peak, for the steps that can have it.
+@lru_cache(maxsize=256)
+def moments(architecture: Architecture, profile: Profile, workload: Workload) -> tuple[Moment, ...]:
+    """Return the moments that can have the peak, for the steps that can have it.
 
     Prefill: the last full chunk and the shorter one after it. Decode: the last step. If layers differ, each moment is
     that of the layer with the most bytes, as if it were the last one, when the cache is fullest. The bytes are exact up
     to the allocator's split rule (at most 1 MiB for each tensor, see `allocator`).
     """
+    found: list[Moment] = []
     live = LiveBytes()
     generation = Generation(live, architecture, profile, workload)
     last = {layer: number for number, layer in enumerate(architecture.layers)}
@@ -123,8 +125,8 @@ def moments(architecture: Architecture, profile: Profile, workload: Workload) ->
                 batch_size=workload.batch_size,
                 context_len=workload.context_len,
             )
-        for name, most in live.moments.items():
-            yield Moment(step.phase, name, cache, most)
+        found.extend(Moment(step.phase, name, cache, most) for name, most in live.moments.items())
+    return tuple(found)
 
 
 def _steps(profile: Profile, workload: Workload) -> list[_Step]:

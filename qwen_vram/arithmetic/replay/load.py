@@ -6,6 +6,7 @@ Source of the order: transformers 5.17 and 5.23 (core_model_loading.py, `caching
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -71,11 +72,16 @@ def load_into(allocator: CachingAllocator, architecture: Architecture, profile: 
         allocator.loaded()
         return
     weights = _load_order(architecture, profile)
-    total = sum(_announced_bytes(weight, profile) for weight in weights)
+    counts = Counter(weights)  # equal layers have equal weights
+    total = sum(count * _announced_bytes(weight, profile) for weight, count in counts.items())
     allocator.give(allocator.take(int(total)))
+    plain = {weight: weight.numel * profile.element_bytes for weight in counts if _is_plain(weight, profile)}
     load = _load_weight if architecture.stored_format is None else _load_stored
     for weight in weights:
-        load(allocator, weight, profile)
+        if weight in plain:
+            allocator.take(plain[weight])
+        else:
+            load(allocator, weight, profile)
     for _ in range(2 if architecture.starts else 0):  # the rotary embedding's float32 buffers
         allocator.take(architecture.rotary_dim // 2 * _FP32)
     if profile.streamed_layers:
@@ -137,6 +143,11 @@ def _load_order(architecture: Architecture, profile: Profile) -> list[Weight]:
         head = []  # it is loaded afterwards
     table = [] if homes.table_on_host else outer.get("embedding", [])
     return [*head, *table, *layers, *outer.get("norm", []), *architecture.adapter_weights]
+
+
+def _is_plain(weight: Weight, profile: Profile) -> bool:
+    """Tell if a weight is copied in a plain dtype, and stays so."""
+    return FORMATS[format_of(weight, profile)].is_dense
 
 
 def _announced_bytes(weight: Weight, profile: Profile) -> float:

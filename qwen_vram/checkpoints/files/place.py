@@ -39,14 +39,16 @@ def is_hub_id(name: str) -> bool:
     return re.fullmatch(_HUB_ID, name) is not None
 
 
-def place_of(model: str | Path) -> Place:
-    """Return the folder or the name that `model` refers to.
+def place_of(model: str | Path | Place) -> Place:
+    """Return the folder or the name that `model` refers to; a place is returned unchanged.
 
     It accepts blanks around the name, a slash at its end, `~`, addresses of hub pages and ModelScope's folder names.
 
     Raises:
         ConfigError: the path is a file or does not exist, or the address is not the page of a model.
     """
+    if isinstance(model, Place):
+        return model
     written = str(model)
     if is_folder(Path(written)) and written.strip():
         return _folder(Path(written), written)
