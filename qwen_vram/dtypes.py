@@ -1,7 +1,5 @@
 """Table of dtypes: their names in this library, config.json, torch and safetensors."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 

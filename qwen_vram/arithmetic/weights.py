@@ -1,7 +1,5 @@
 """Bytes of the weights in their storage formats, and of their part on the device."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
@@ -168,7 +166,7 @@ def _layer_parts(layer: LayerSpec, profile: Profile) -> Iterator[int]:
         yield from FORMATS[format_of(weight, profile)].part_sizes(weight.shape)
 
 
-def _stored_bytes(architecture: Architecture, stored: Stored, profile: Profile) -> WeightBytes:
+def _stored_bytes(architecture: Architecture, stored: "Stored", profile: Profile) -> WeightBytes:
     """`weight_bytes` of a checkpoint whose headers give each tensor's bytes."""
     from qwen_vram.spec.prequantized import size  # only for a quantized checkpoint
 

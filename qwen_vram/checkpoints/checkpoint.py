@@ -3,8 +3,6 @@
 Estimates, plans, loading, streaming, merging and saving read a folder only through it, so all agree about the folder.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
@@ -46,7 +44,7 @@ class CheckpointFiles(NamedTuple):
     notes: tuple[str, ...] = ()
     of_layers: tuple[int, ...] = ()
 
-    def with_layers(self, order: tuple[int, ...]) -> CheckpointFiles:
+    def with_layers(self, order: tuple[int, ...]) -> "CheckpointFiles":
         """Return the files of a model with the layers of these numbers, each with separate tensors."""
         by_layer: dict[int, dict[str, Tensor]] = {}
         tensors = {}
@@ -71,7 +69,7 @@ class CheckpointFiles(NamedTuple):
         return any(name != tensor.name for name, tensor in self.tensors.items())
 
 
-def read_checkpoint(folder: Path, *, weights: bool) -> CheckpointFiles:
+def read_checkpoint(folder: Path, *, weights: bool) -> "CheckpointFiles":
     """Return the checkpoint in `folder`, with its tensors checked against its config.json.
 
     It is read again only if an entry of the folder differs from the last call, or changed just before it.
@@ -89,12 +87,12 @@ def read_checkpoint(folder: Path, *, weights: bool) -> CheckpointFiles:
 
 # Folders that stay in memory, enough for a comparison of models; the largest takes some MB.
 @lru_cache(maxsize=8)
-def _read_once(folder: Path, weights: bool, state: State) -> CheckpointFiles:
+def _read_once(folder: Path, weights: bool, state: State) -> "CheckpointFiles":
     """Return the result of `_read` for a folder in `state`, cached."""
     return _read(folder, weights)
 
 
-def _read(folder: Path, weights: bool) -> CheckpointFiles:
+def _read(folder: Path, weights: bool) -> "CheckpointFiles":
     config = read_config(folder)
     generation = read_generation(folder)
     source = str(folder / CONFIG)

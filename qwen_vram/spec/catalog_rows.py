@@ -10,8 +10,6 @@ Only ``head_dim`` of Qwen2.5 is derived: those files do not state it, and the ar
 that the file does not enable.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 

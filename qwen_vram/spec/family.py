@@ -1,7 +1,5 @@
 """Description of a family: the common properties of one `model_type`'s models."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Mapping
 from typing import Literal, NamedTuple
 

@@ -4,8 +4,6 @@ It does not import torch or the library that writes a format. `runtime.backends`
 name. A test compares every sum with the storages that the real library makes.
 """
 
-from __future__ import annotations
-
 from typing import Literal, NamedTuple
 
 from qwen_vram.dtypes import BF16, FP16, FP32

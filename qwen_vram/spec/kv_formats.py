@@ -1,7 +1,5 @@
 """Table of KV cache formats: the bytes of keys and values."""
 
-from __future__ import annotations
-
 from typing import Literal, NamedTuple
 
 from qwen_vram.errors import UnknownNameError

@@ -3,8 +3,6 @@
 A family (`spec.families`) makes one description for each kind of layer. All other modules read the description.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -125,7 +123,7 @@ class LayerSpec:
         return sum(weight.numel for weight in self.linears.values())
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> LayerSpec:
+    def from_dict(cls, data: Mapping[str, Any]) -> "LayerSpec":
         """Make the layer that `dataclasses.asdict` turned into `data`."""
         weights = tuple(Weight(name, tuple(shape), role) for name, shape, role in data["weights"])
         return cls(attention=Attention(*data["attention"]), inner_size=data["inner_size"], weights=weights)

@@ -1,7 +1,5 @@
 """Location of each decoder layer, the embeddings and the head, by a profile."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from functools import lru_cache
 from typing import Literal, NamedTuple

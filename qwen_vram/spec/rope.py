@@ -1,7 +1,5 @@
 """Rotary positions of config.json (`transformers` 4 and 5), and how to extend them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from typing import NamedTuple

@@ -4,8 +4,6 @@ Source of the order: transformers 5.17 and 5.23 (modeling_qwen2.py, modeling_qwe
 backends/cuda and default).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import NamedTuple

@@ -4,8 +4,6 @@ A step runs new tokens of each sequence through the layers, and equal layers mak
 therefore followed through one decoder layer of each kind, as if it were the last, and through both ends of the model.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 from typing import Literal, NamedTuple
 

@@ -1,7 +1,5 @@
 """Location of a model: a local folder, or a name in the catalog or on the hub."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import NamedTuple

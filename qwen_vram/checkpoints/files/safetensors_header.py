@@ -3,8 +3,6 @@
 Only headers are read, never weights, so that a 15 GB checkpoint is checked in milliseconds.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from math import prod

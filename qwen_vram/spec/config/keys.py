@@ -3,8 +3,6 @@
 `transformers` refuses a config.json by these types when it loads. An estimate refuses it by the same, without torch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
