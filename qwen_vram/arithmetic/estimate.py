@@ -236,7 +236,7 @@ class Estimate:
             "disk": self.disk,
             "shares": self.shares(),
             "moments": [moment._asdict() for moment in self.moments],
-            "machine": asdict(self.machine),
+            "machine": self.machine._asdict(),
             **several,
         }
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -98,7 +97,7 @@ def store(machine: Machine) -> Path:
     except CalibrationError:
         known = None
     machines = {**(known.machines if known else {}), machine.key: machine}
-    entries = {key: asdict(entry) for key, entry in machines.items()}
+    entries = {key: entry._asdict() for key, entry in machines.items()}
     path = make_folder()
     _replace(path, json.dumps({"format": _FORMAT, "current": machine.key, "machines": entries}, indent=2) + "\n")
     current.cache_clear()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -42,8 +41,8 @@ def _show_machines(as_json: bool) -> None:
     used = stored.machines[stored.current] if stored else DEFAULT
     others = [machine for machine in stored.machines.values() if machine != used] if stored else []
     if as_json:
-        facts = {"path": str(cache_file()), "stored": stored is not None, "machine": asdict(used)}
-        print(json.dumps({**facts, "others": [asdict(machine) for machine in others]}))
+        facts = {"path": str(cache_file()), "stored": stored is not None, "machine": used._asdict()}
+        print(json.dumps({**facts, "others": [machine._asdict() for machine in others]}))
         return
     print(
         f"estimates use {cache_file()}" if stored else f"nothing stored at {cache_file()}; estimates use the defaults"

@@ -91,7 +91,7 @@ class Architecture:
         numbers = {layer: number for number, layer in enumerate(kinds)}
         alike = asdict(replace(self, layers=()))
         order = [numbers[layer] for layer in self.layers]
-        return {**alike, "layers": {"kinds": [asdict(layer) for layer in kinds], "order": order}}
+        return {**alike, "layers": {"kinds": [layer.to_dict() for layer in kinds], "order": order}}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Architecture:

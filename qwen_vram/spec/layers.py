@@ -4,7 +4,6 @@ A family (`spec.families`) makes one description for each kind of layer. All oth
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -71,30 +70,40 @@ class Attention(NamedTuple):
         return self.heads > self.key_value_heads
 
 
-@dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    """One decoder layer. Equal layers of a model share one description.
+    """One decoder layer, which is not changed. Equal layers of a model share one description.
 
-    Attributes:
+    Args:
         attention: Its attention, with the sizes of the keys and values that it caches.
         inner_size: Width of its MLP.
         weights: Its weights, with names relative to the layer, in the order of `transformers`.
     """
 
-    attention: Attention
-    inner_size: int
-    weights: tuple[Weight, ...]
+    def __init__(self, *, attention: Attention, inner_size: int, weights: tuple[Weight, ...]) -> None:
+        self.attention, self.inner_size, self.weights = attention, inner_size, weights
+
+    def to_dict(self) -> dict[str, Any]:
+        """The arguments by name, for `from_dict`."""
+        return {"attention": self.attention, "inner_size": self.inner_size, "weights": self.weights}
+
+    def __eq__(self, other: object) -> bool:
+        """Equal arguments make equal layers."""
+        return isinstance(other, LayerSpec) and (self is other or self.to_dict() == other.to_dict())
 
     def __hash__(self) -> int:
-        """The hash of the fields, computed once, because caches use a layer as a key."""
+        """The hash of the arguments, computed once, because caches use a layer as a key."""
         return self._hash
 
     @cached_property
     def _hash(self) -> int:
-        return hash(tuple(getattr(self, one.name) for one in fields(self)))
+        return hash((self.attention, self.inner_size, self.weights))
+
+    def __repr__(self) -> str:
+        """As it is made."""
+        return f"LayerSpec({', '.join(f'{name}={value!r}' for name, value in self.to_dict().items())})"
 
     def __getstate__(self) -> dict[str, Any]:
-        """The fields without the hash, which differs in another process."""
+        """The state without the hash, which differs in another process."""
         return {name: value for name, value in vars(self).items() if name != "_hash"}
 
     @cached_property
@@ -124,7 +133,7 @@ class LayerSpec:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "LayerSpec":
-        """Make the layer that `dataclasses.asdict` turned into `data`."""
+        """Make the layer that `to_dict` turned into `data`."""
         weights = tuple(Weight(name, tuple(shape), role) for name, shape, role in data["weights"])
         return cls(attention=Attention(*data["attention"]), inner_size=data["inner_size"], weights=weights)
 

@@ -3,10 +3,7 @@
 `qwen-vram calibrate` measures a machine, and `machine_file` stores it.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 # nvidia-smi's figure minus torch's reserved bytes in a fresh process. The first is after a load of 16-bit weights. The
 # second is the addition by its generations, 82 to 136 MB (the most with 512 decode steps). An H100 shows 12 MB less.
@@ -59,8 +56,7 @@ _LATER = (
 _TEXTS = ("device", "torch", "driver", "date", "host")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Machine:
+class Machine(NamedTuple):
     """One GPU with its host and its versions.
 
     Attributes:
@@ -147,7 +143,7 @@ def parse_machine(data: object) -> Machine:
     Raises:
         ValueError: a field is missing or unknown, has another type, or is not a size or rate that a computer can have.
     """
-    names = {field.name for field in fields(Machine)}
+    names = set(Machine._fields)
     if not isinstance(data, dict) or data.keys() | set(_LATER) != names:
         raise ValueError(f"a machine has the fields {', '.join(sorted(names))} and no other")
     values: dict[str, Any] = {name: getattr(DEFAULT, name) for name in _LATER} | data

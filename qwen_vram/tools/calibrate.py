@@ -10,7 +10,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import date
 from typing import Any
 
@@ -109,7 +108,7 @@ def _host_of(found: dict[str, Any]) -> Machine:
     kept = tuple(name for name in FIGURES if name not in _HOST_FIGURES or found[name] is None)
     has_kernel = found["host_4bit_rate"] is not None
     today = date.today().isoformat()
-    return replace(DEFAULT, **measured, host_4bit_kernel=has_kernel, source="measured", date=today, kept=kept)
+    return DEFAULT._replace(**measured, host_4bit_kernel=has_kernel, source="measured", date=today, kept=kept)
 
 
 def run_step(step: str) -> dict[str, Any]:

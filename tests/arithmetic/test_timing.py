@@ -24,8 +24,7 @@ from qwen_vram.spec.workload import Workload
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 FUSED = {"attention": "fused", "kernels": "fused", "cache": "preallocated"}
 # Rates that were measured on the H100 before its runs; whatever else it has is the stated default, as of the H200.
-H100 = replace(
-    DEFAULT,
+H100 = DEFAULT._replace(
     device="NVIDIA H100 80GB HBM3",
     device_bandwidth=2_970_000_000_000,
     pinned_copy_rate=54_700_000_000,
@@ -121,7 +120,7 @@ def on_the_cpu():
         # Its own rates, for other processes ran, so that they differ from row to row.
         rates = {name: row[name] for name in ("host_product_rate", "host_4bit_rate", "host_matmul_rate")}
         knobs = {name: value for name, value in row["cell"].items() if name not in ("model", "prompt_len")}
-        other = {"machine": replace(DEFAULT, **rates), "on_cpu": True}
+        other = {"machine": DEFAULT._replace(**rates), "on_cpu": True}
         work = {"prompt_len": 512, "max_new_tokens": 18}
         yield case("cpu_times", number, row, knobs, work, row["ms_per_token"], 1_000 * row["prefill_s"], **other)
     config = json.loads((Path(CHECKPOINT) / "config.json").read_text())
@@ -217,12 +216,12 @@ def profile(**knobs):
 
 
 def test_a_captured_step_does_not_wait_for_python():
-    slow = replace(DEFAULT, layer_launch_time=10 * DEFAULT.layer_launch_time)
+    slow = DEFAULT._replace(layer_launch_time=10 * DEFAULT.layer_launch_time)
     captured = profile(weights="nf4", cache="static", captured=True)
     assert decode_ms(SEVEN, captured, WORK, slow) == decode_ms(SEVEN, captured, WORK, DEFAULT) < 6
     plain = profile(weights="nf4")
     assert decode_ms(SEVEN, plain, WORK, slow) == pytest.approx(10 * decode_ms(SEVEN, plain, WORK, DEFAULT))
-    more = replace(DEFAULT, graph_node_time=2 * DEFAULT.graph_node_time)
+    more = DEFAULT._replace(graph_node_time=2 * DEFAULT.graph_node_time)
     assert decode_ms(SEVEN, captured, WORK, more) > decode_ms(SEVEN, captured, WORK, DEFAULT)
 
 
@@ -281,16 +280,16 @@ def test_a_cpu_is_predicted_by_its_own_rates():
     small = find("Qwen2.5-0.5B-Instruct")
     what = (small, profile(), Workload())
     assert 50 < decode_ms(*what, DEFAULT, on_cpu=True) < 200
-    quick = replace(DEFAULT, source="measured", host_product_rate=100_000_000_000, host="A CPU, 32 cores")
+    quick = DEFAULT._replace(source="measured", host_product_rate=100_000_000_000, host="A CPU, 32 cores")
     assert decode_ms(*what, quick, on_cpu=True) < 25
     times = predict_times(*what, quick, on_cpu=True)
     assert (times.machine, times.measured) == ("A CPU, 32 cores", True)
-    assert predict_times(*what, replace(quick, host=""), on_cpu=True).machine == "the CPU beside NVIDIA H200"
+    assert predict_times(*what, quick._replace(host=""), on_cpu=True).machine == "the CPU beside NVIDIA H200"
 
 
 def test_a_cpu_that_has_no_kernel_for_4_bits_is_slower_with_them():
     small = find("Qwen2.5-0.5B-Instruct")
-    measured = replace(DEFAULT, host_product_rate=11_800_000_000)
+    measured = DEFAULT._replace(host_product_rate=11_800_000_000)
     kernel = replace(measured, host_4bit_rate=19_500_000_000)
     what = (small, profile(weights="nf4"), Workload())
     assert decode_ms(*what, measured, on_cpu=True) > 3 * decode_ms(*what, kernel, on_cpu=True)

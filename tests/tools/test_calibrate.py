@@ -5,7 +5,6 @@ import os
 import platform
 import subprocess
 import sys
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -78,8 +77,8 @@ def test_what_is_stored_is_read_back():
 
 
 def test_the_machine_measured_last_is_the_current_one_and_others_stay(folder):
-    newer = replace(MEASURED, torch="2.12.0+cu130", cuda_context=410_000_000)
-    for machine in (MEASURED, newer, replace(MEASURED, date="2026-12-24")):
+    newer = MEASURED._replace(torch="2.12.0+cu130", cuda_context=410_000_000)
+    for machine in (MEASURED, newer, MEASURED._replace(date="2026-12-24")):
         store(machine)
     assert current().date == "2026-12-24"
     assert set(read().machines) == {MEASURED.key, newer.key}
@@ -110,13 +109,13 @@ def test_a_write_that_is_interrupted_changes_nothing(monkeypatch, folder, interr
 
     monkeypatch.setattr(machine_file.os, "fsync", interrupted)
     with pytest.raises(CalibrationError if interruption is OSError else KeyboardInterrupt):
-        store(replace(MEASURED, cuda_context=1))
+        store(MEASURED._replace(cuda_context=1))
     assert cache_file().read_bytes() == before
     assert [path.name for path in folder.iterdir()] == ["machines.json"]
 
 
 def stored_as(**changes):
-    return json.dumps({"format": 1, "current": "a", "machines": {"a": {**asdict(MEASURED), **changes}}})
+    return json.dumps({"format": 1, "current": "a", "machines": {"a": {**MEASURED._asdict(), **changes}}})
 
 
 BROKEN = {
@@ -189,7 +188,7 @@ def test_reset_forgets():
 
 def test_a_default_is_nothing_to_store():
     with pytest.raises(ValueError, match="source"):
-        parse_machine({**asdict(MEASURED), "source": "default", "kept": []})
+        parse_machine({**MEASURED._asdict(), "source": "default", "kept": []})
 
 
 # The estimator
@@ -220,7 +219,7 @@ def test_an_estimate_says_whose_context_it_counts():
 
 
 def test_a_context_that_could_not_be_measured_is_not_said_to_be():
-    store(replace(MEASURED, cuda_context=DEFAULT.cuda_context, kept=("cuda_context", "lazy_kernels")))
+    store(MEASURED._replace(cuda_context=DEFAULT.cuda_context, kept=("cuda_context", "lazy_kernels")))
     assert "measured" not in str(qv.estimate_vram(SEVEN))
     assert str(current()).count(" default") == 2
 
@@ -239,7 +238,7 @@ def test_the_floor_of_a_token_changes_with_the_bandwidth():
 def test_a_plan_counts_the_measured_context():
     budget = {"vram": "17GiB", "ram": "32GiB", "prompt_len": 4096}
     before = qv.plan(SEVEN, **budget)
-    store(replace(MEASURED, cuda_context=DEFAULT.cuda_context + 2**30))
+    store(MEASURED._replace(cuda_context=DEFAULT.cuda_context + 2**30))
     after = qv.plan(SEVEN, **budget)
     assert before.profile.weights == after.profile.weights == "bf16"
     assert after.steps[0].needed_bytes - before.steps[0].needed_bytes > 2**29
@@ -407,7 +406,7 @@ def test_products_on_the_host_are_measured_without_a_gpu(monkeypatch, capsys):
 
 
 def test_a_file_from_before_a_figure_keeps_its_default_and_does_not_say_measured():
-    old = {**asdict(MEASURED), "kept": []}
+    old = {**MEASURED._asdict(), "kept": []}
     for name in ("host_matmul_rate", "matmul_rate", "layer_launch_time", "graph_node_time", "host"):
         del old[name]
     machine = parse_machine(old)
@@ -461,7 +460,7 @@ def test_a_result_that_cannot_be_stored_is_json_where_json_was_asked_for(folder)
 
 def test_show_prints_what_estimates_use():
     assert "nothing stored at" in run("calibrate", "--show").stdout
-    store(replace(MEASURED, torch="2.10.0"))
+    store(MEASURED._replace(torch="2.10.0"))
     store(MEASURED)
     shown = qwen_vram("calibrate", "--show").stdout
     assert str(cache_file()) in shown.splitlines()[0]
@@ -515,4 +514,4 @@ def test_a_real_gpu_is_measured(folder):
     assert 1e12 < machine.matmul_rate < 1e16
     assert machine.device
     assert machine.driver != "unknown"
-    assert set(FIGURES) <= set(asdict(machine))
+    assert set(FIGURES) <= set(machine._asdict())

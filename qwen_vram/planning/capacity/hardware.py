@@ -53,7 +53,7 @@ def limits_of(budget: Budget, profile: Profile) -> str | None:
 def with_this_cpu(machine: Machine, *, on_cpu: bool) -> Machine:
     """Return a machine for predicted times; if they are for an unmeasured CPU, it says if a kernel is missing there."""
     unknown = on_cpu and not machine.is_measured("host_product_rate")
-    return replace(machine, host_4bit_kernel=has_4bit_kernel()) if unknown else machine
+    return machine._replace(host_4bit_kernel=has_4bit_kernel()) if unknown else machine
 
 
 def slower_on_the_cpu(estimate: Estimate) -> str | None:

@@ -1,7 +1,6 @@
 """Layers that compute on the CPU in steps of few rows, and stream in the others."""
 
 import json
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -42,7 +41,7 @@ needs_kernel = pytest.mark.skipif(kernel_library() is None, reason="this CPU has
 @pytest.fixture
 def measured(monkeypatch):
     """Plans as on a machine whose CPU was measured."""
-    machine = replace(DEFAULT, source="measured", pinned_copy_rate=25_000_000_000, **RATES)
+    machine = DEFAULT._replace(source="measured", pinned_copy_rate=25_000_000_000, **RATES)
     for module in ("estimator", "planning.planner", "planning.questions"):
         monkeypatch.setattr(f"qwen_vram.{module}.current", lambda: machine)
     return machine
@@ -361,8 +360,7 @@ def test_a_plan_keeps_host_layers_that_were_asked_for(measured):
 ROWS = Path(__file__).parents[3] / "benchmarks" / "results" / "streaming_host.jsonl"
 
 
-XEON = replace(
-    DEFAULT,  # what `calibrate`'s steps found there before the runs
+XEON = DEFAULT._replace(  # what `calibrate`'s steps found there before the runs
     device_bandwidth=2_970_000_000_000,
     pinned_copy_rate=54_700_000_000,
     host_product_rate=78_220_399_970,
