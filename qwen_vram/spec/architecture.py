@@ -202,6 +202,15 @@ class Architecture:
                 yield Weight(f"model.layers.{number}.{name}", shape, role)
         yield from (weight for weight in self.outer if weight.role != "embedding")
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every weight by its name, as in `weights`."""
+        shapes = {weight.name: weight.shape for weight in self.outer}
+        for number, layer in enumerate(self.layers, self.first_layer):
+            prefix = f"model.layers.{number}."
+            for name, shape, _ in layer.weights:
+                shapes[prefix + name] = shape
+        return shapes
+
     @cached_property
     def num_parameters(self) -> int:
         """The number of parameters. A tied tensor is counted once. Exact."""

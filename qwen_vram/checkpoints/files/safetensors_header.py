@@ -89,15 +89,18 @@ def parse_entries(
     """
     tensors = {}
     spans = []
+    sizes: dict[tuple[str, tuple[int, ...]], int] = {}  # layers have the same dtypes and shapes
     try:
         for name, entry in entries.items():
-            shape = tuple(map(int, entry["shape"]))
-            begin, end = entry["data_offsets"]
-            bits = BY_STORED[entry["dtype"]].bits * prod(shape)
-            if end - begin != (bits + 7) // 8 or (shape and min(shape) < 0):
+            dtype, shape, span = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            nbytes = sizes.get((dtype, shape))
+            if nbytes is None:
+                nbytes = sizes[dtype, shape] = _size(dtype, shape)
+            begin, end = span
+            if end - begin != nbytes:
                 raise _corrupt(source, f"{name!r} of shape {list(shape)} takes {end - begin} bytes in it")
-            tensors[name] = Tensor(entry["dtype"], shape, end - begin, file, data_at + begin, name)
-            spans.append((begin, end))
+            tensors[name] = Tensor(dtype, shape, nbytes, file, data_at + begin, name)
+            spans.append(span)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _corrupt(source, f"{type(error).__name__} in its header") from error
     position = 0
@@ -106,6 +109,18 @@ def parse_entries(
             raise _corrupt(source, f"its tensors overlap or leave a hole at byte {position}")
         position = end
     return tensors, position
+
+
+def _size(dtype: str, shape: tuple[int, ...]) -> int:
+    """Return the bytes of a tensor.
+
+    Raises:
+        KeyError: the dtype is unknown.
+        ValueError: a size is not a whole number from 0 on.
+    """
+    if not all(type(size) is int and size >= 0 for size in shape):
+        raise ValueError(f"shape {list(shape)}")
+    return -(-BY_STORED[dtype].bits * prod(shape) // 8)
 
 
 def _corrupt(path: Path, why: str) -> CheckpointError:

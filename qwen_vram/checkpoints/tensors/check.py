@@ -25,27 +25,27 @@ def check_tensors(architecture: Architecture, tensors: Mapping[str, Tensor], fol
         CheckpointError: a tensor is missing, empty, or of another shape or dtype.
     """
     missing = []
-    count = 0
-    for weight in architecture.weights():
-        count += 1
-        tensor = tensors.get(weight.name)
+    shapes = architecture.shapes()
+    for name, shape in shapes.items():
+        tensor = tensors.get(name)
         if tensor is None:
-            missing.append(weight.name)
+            missing.append(name)
         elif tensor.dtype not in FLOATS:
             raise CheckpointError(
-                f"{weight.name!r} is stored as {tensor.dtype}; {', '.join(FLOATS)} are read, and quantized while they "
+                f"{name!r} is stored as {tensor.dtype}; {', '.join(FLOATS)} are read, and quantized while they "
                 "load: save the model in one of them",
                 path=str(folder / tensor.file),
             )
-        elif tensor.shape != weight.shape:
+        elif tensor.shape != shape:
             from qwen_vram.checkpoints.tensors.advice import wrong_shape
 
+            weight = next(weight for weight in architecture.weights() if weight.name == name)
             raise wrong_shape(architecture, weight, tensor, tensors, folder)
     if missing:
         from qwen_vram.checkpoints.tensors.advice import lacking_tensors
 
         raise lacking_tensors(architecture, missing, tensors, folder)
-    return _extras(architecture, tensors) if len(tensors) > count else ()
+    return _extras(architecture, tensors) if len(tensors) > len(shapes) else ()
 
 
 def _extras(architecture: Architecture, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:

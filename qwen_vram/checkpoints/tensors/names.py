@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 from qwen_vram.checkpoints.files.safetensors_header import Tensor
@@ -29,11 +30,8 @@ def model_name(name: str) -> str:
 
 def by_model_name(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     """Return the tensors by the model's names, and the names that two tensors would have."""
-    named: dict[str, Tensor] = {}
-    twice = []
-    for name, tensor in tensors.items():
-        own = model_name(name)
-        if own in named:
-            twice.append(own)
-        named[own] = tensor
-    return named, twice
+    named = {model_name(name): tensor for name, tensor in tensors.items()}
+    if len(named) == len(tensors):
+        return named, []
+    counts = Counter(map(model_name, tensors))
+    return named, [name for name, count in counts.items() if count > 1]

@@ -33,6 +33,8 @@ _ENDS = (
     (".weight_scales", "eetq"),
     (".weight_scale", "compressed-tensors"),
 )
+# Ends of most names, none of which is the end of a quantizer's.
+_PLAIN = ("proj.weight", "norm.weight", "proj.bias")
 
 
 def quantizer_of(tensors: Mapping[str, Tensor], architecture: Architecture) -> str:
@@ -41,7 +43,7 @@ def quantizer_of(tensors: Mapping[str, Tensor], architecture: Architecture) -> s
     AWQ packs along the rows of a matrix, and GPTQ along its columns, so the shape of the codes tells them apart.
     """
     ends = tuple(end for end, _ in _ENDS)
-    named = [name for name in tensors if name.endswith(ends)]
+    named = [name for name in tensors if not name.endswith(_PLAIN) and name.endswith(ends)]
     for end, method in _ENDS:
         if any(name.endswith(end) for name in named):
             return AWQ if method == GPTQ and _is_awq(tensors, architecture) else method
