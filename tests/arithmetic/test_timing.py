@@ -290,7 +290,7 @@ def test_a_cpu_is_predicted_by_its_own_rates():
 def test_a_cpu_that_has_no_kernel_for_4_bits_is_slower_with_them():
     small = find("Qwen2.5-0.5B-Instruct")
     measured = DEFAULT._replace(host_product_rate=11_800_000_000)
-    kernel = replace(measured, host_4bit_rate=19_500_000_000)
+    kernel = measured._replace(host_4bit_rate=19_500_000_000)
     what = (small, profile(weights="nf4"), Workload())
     assert decode_ms(*what, measured, on_cpu=True) > 3 * decode_ms(*what, kernel, on_cpu=True)
 

@@ -6,14 +6,17 @@ rows of scope "this machine", about devices and libraries. Of rules that are bro
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qwen_vram.dtypes import BY_NAME
 from qwen_vram.errors import NotSupportedError, WorkloadError
 from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.formats import BLOCK, FORMATS, PACKED_ROWS, is_packed
 from qwen_vram.spec.layers import Weight
-from qwen_vram.spec.rules.rule import Knobs, Rule, broken
+from qwen_vram.spec.rules.rule import Rule, broken
+
+if TYPE_CHECKING:
+    from qwen_vram.spec.rules.rule import Knobs
 
 # Knob values that a captured decode step can run with. All others wait for the host, or for another kernel.
 CAPTURED: dict[str, object] = {"attention": "fused", "kv_device": "device", "host_layers": 0}
