@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARDS = 4
 RESAMPLES = 4_000
 
-# `ready` runs before the clock starts, `measured` is timed.
+# `ready` runs before the clock starts; each of `timed` has its own times.
 CHILD = """
 import json, os, resource, sys, time
 sys.dont_write_bytecode = True
@@ -35,47 +35,49 @@ def cpu():
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
 {ready}
-started, used = time.perf_counter(), cpu()
-{measured}
-used, took = cpu() - used, time.perf_counter() - started
+found = []
+for code in [compile(text, "timed", "exec") for text in {timed!r}]:
+    started, used = time.perf_counter(), cpu()
+    exec(code)
+    used, took = cpu() - used, time.perf_counter() - started
+    found.append([1000 * used, 1000 * took])
 import qwen_vram
 assert qwen_vram.__file__.startswith({tree!r}), qwen_vram.__file__
-print(json.dumps([1000 * used, 1000 * took]))
+print(json.dumps(found))
 """
 
 
 class Case(NamedTuple):
-    """Statements before the clock starts, and those that are timed."""
+    """A process: statements before the clock starts, and those that are timed one after the other, by name."""
 
     ready: str
-    measured: str
+    timed: dict[str, str]
 
 
-def cases(bundled: Path, large: Path) -> dict[str, Case]:
-    """Return the cases by name: an import, first estimates with and without it, and later ones."""
+def cases(bundled: Path, large: Path) -> list[Case]:
+    """Return an import, first estimates with it and after it, and later ones."""
     ask = {
         "bundled": f"qwen_vram.estimate_vram({str(bundled)!r})",
         "7B": f"qwen_vram.estimate_vram({str(large)!r})",
         "catalog": "qwen_vram.estimate_vram('Qwen2.5-7B-Instruct')",
     }
-    found = {"import": Case("pass", "import qwen_vram")}
+    found = [Case("pass", {"import": "import qwen_vram"})]
     for name, call in ask.items():
-        found[f"import and estimate, {name}"] = Case("pass", f"import qwen_vram; {call}")
-        found[f"estimate after imports, {name}"] = Case("import qwen_vram; qwen_vram.estimate_vram", call)
-        repeated = f"for _ in range(200): {call}"
-        found[f"200 later estimates, {name}"] = Case(f"import qwen_vram; {call}", repeated)
+        found.append(Case("pass", {f"import and estimate, {name}": f"import qwen_vram; {call}"}))
+        later = {
+            f"estimate after imports, {name}": call,
+            f"200 later estimates, {name}": f"for _ in range(200): {call}",
+        }
+        found.append(Case("import qwen_vram; qwen_vram.estimate_vram", later))
     return found
 
 
-def loads(bundled: Path) -> dict[str, Case]:
+def loads(bundled: Path) -> list[Case]:
     """Return loads of the bundled checkpoint on the CPU, after the imports of torch and its users."""
     ready = "import torch, transformers, accelerate, bitsandbytes, qwen_vram; torch.set_num_threads(1); qwen_vram.load"
-    ask = f"llm = qwen_vram.load({str(bundled)!r}, device='cpu', progress=False, weights="
-    found = {}
-    for weights in ("bf16", "nf4"):
-        found[f"first load, {weights}"] = Case(ready, f"{ask}{weights!r})")
-        found[f"second load, {weights}"] = Case(f"{ready}; {ask}{weights!r})", f"{ask}{weights!r})")
-    return found
+    ask = f"qwen_vram.load({str(bundled)!r}, device='cpu', progress=False, weights="
+    names = ("bf16, first", "bf16, again", "nf4, first", "nf4, again")
+    return [Case(ready, {f"load in {name}": f"{ask}{name.split(',')[0]!r})" for name in names})]
 
 
 def make_7b(folder: Path) -> None:
@@ -114,18 +116,17 @@ def make_7b(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}, indent=2))
 
 
-def run(tree: Path, case: Case, folder: Path) -> tuple[float, float]:
-    """Return the milliseconds of CPU and of wall-clock time that a case takes in a fresh process."""
+def run(tree: Path, case: Case, folder: Path) -> list[tuple[float, float]]:
+    """Return the milliseconds of CPU and of wall-clock time of each timed statement, in a fresh process."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "QWEN_VRAM"))}
     environment |= {"PYTHONPATH": str(tree), "QWEN_VRAM_CACHE": str(folder / "no machine"), "HF_HUB_OFFLINE": "1"}
-    text = CHILD.format(ready=case.ready, measured=case.measured, tree=str(tree))
+    text = CHILD.format(ready=case.ready, timed=list(case.timed.values()), tree=str(tree))
     done = subprocess.run(
         [sys.executable, "-c", text], env=environment, cwd=folder, capture_output=True, text=True, check=False
     )
     if done.returncode:
-        raise SystemExit(f"{tree}: {case.measured!r} failed:\n{done.stderr[-2000:]}")
-    used, took = json.loads(done.stdout.splitlines()[-1])
-    return used, took
+        raise SystemExit(f"{tree}: {', '.join(case.timed)} failed:\n{done.stderr[-2000:]}")
+    return [(used, took) for used, took in json.loads(done.stdout.splitlines()[-1])]
 
 
 def interval(ratios: list[float]) -> tuple[float, float]:
@@ -135,24 +136,28 @@ def interval(ratios: list[float]) -> tuple[float, float]:
     return medians[RESAMPLES * 25 // 1000], medians[RESAMPLES * 975 // 1000 - 1]
 
 
-def compare(before: Path, after: Path, case: Case, pairs: int, folder: Path) -> dict[str, object]:
-    """Return the medians of both trees and the ratio with its interval, of CPU and wall-clock time."""
+def compare(before: Path, after: Path, case: Case, pairs: int, folder: Path) -> list[dict[str, object]]:
+    """Return a row for each timed statement: medians of both trees, and their ratio with its interval."""
     for tree in (before, after):
         run(tree, case, folder)  # the first process reads the files from the disk
-    rows: list[tuple[tuple[float, float], tuple[float, float]]] = []
+    measured = []
     for number in range(pairs):
         order = (before, after) if number % 2 else (after, before)
         times = {tree: run(tree, case, folder) for tree in order}
-        rows.append((times[before], times[after]))
-    found: dict[str, object] = {"pairs": pairs}
-    for place, clock in enumerate(("cpu", "wall")):
-        ratios = [new[place] / old[place] for old, new in rows]
-        found[clock] = {
-            "before_ms": round(statistics.median(old[place] for old, _ in rows), 2),
-            "after_ms": round(statistics.median(new[place] for _, new in rows), 2),
-            "ratio": round(statistics.median(ratios), 3),
-            "interval": [round(end, 3) for end in interval(ratios)],
-        }
+        measured.append((times[before], times[after]))
+    found: list[dict[str, object]] = []
+    for place, name in enumerate(case.timed):
+        row: dict[str, object] = {"case": name, "pairs": pairs}
+        for clock, label in enumerate(("cpu", "wall")):
+            both = [(old[place][clock], new[place][clock]) for old, new in measured]
+            ratios = [new / old for old, new in both]
+            row[label] = {
+                "before_ms": round(statistics.median(old for old, _ in both), 2),
+                "after_ms": round(statistics.median(new for _, new in both), 2),
+                "ratio": round(statistics.median(ratios), 3),
+                "interval": [round(end, 3) for end in interval(ratios)],
+            }
+        found.append(row)
     return found
 
 
@@ -177,10 +182,10 @@ def main() -> None:
         large.mkdir()
         make_7b(large)
         bundled = ROOT / "qwen_vram" / "demo" / "checkpoint"
-        for text, case in (loads(bundled) if options.load else cases(bundled, large)).items():
-            if options.only in text:
-                found = compare(trees[0], trees[1], case, options.pairs, folder)
-                print(json.dumps({"case": text, **found, "python": platform.python_version()}), flush=True)
+        for case in loads(bundled) if options.load else cases(bundled, large):
+            if any(options.only in name for name in case.timed):
+                for row in compare(trees[0], trees[1], case, options.pairs, folder):
+                    print(json.dumps({**row, "python": platform.python_version()}), flush=True)
 
 
 if __name__ == "__main__":

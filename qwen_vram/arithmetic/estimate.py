@@ -21,7 +21,6 @@ from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.machine import Machine
 from qwen_vram.spec.profile import Profile
 from qwen_vram.spec.workload import Workload
-from qwen_vram.units import parse_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -147,6 +146,8 @@ class Estimate:
         Raises:
             UnitError: `budget` has no unit.
         """
+        from qwen_vram.units import parse_bytes
+
         return self.needed_bytes <= parse_bytes(budget, name="budget")
 
     @cached_property
