@@ -146,8 +146,9 @@ def resolve(model: ModelLike | Place, adapter: AdapterChoice = None) -> Resolved
 
     Args:
         model: An `Architecture`, a config `dict`, a checkpoint folder, a catalog name with or without its
-            organisation, a hub id, the address of a hub page, or the place of one of these. From the hub, config.json
-            is fetched, and the safetensors headers of a quantized checkpoint. A folder is preferred to a name.
+            organisation, a hub id, or the address of a hub page. The place of one of these is accepted too. From the
+            hub, config.json is fetched, and the safetensors headers of a quantized checkpoint. A folder is preferred to
+            a name.
         adapter: The adapter of the call; with it, a folder that holds an adapter beside the model is not refused.
 
     Raises:
