@@ -163,7 +163,7 @@ class Attention(Products):
         return every
 
     def quantize(self, width: int, tokens: int) -> None:
-        """Quantize `tokens` tokens of each sequence, `width` elements each: keys, then values, by way of float32."""
+        """Quantize `tokens` tokens of each sequence, `width` elements each: keys, then values, through float32."""
         elements = self.batch * tokens * width
         for _ in range(2 if elements else 0):
             self.give(*(self.take(elements * size) for size in (_FP32, 1)))

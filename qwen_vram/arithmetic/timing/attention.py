@@ -18,6 +18,10 @@ _DECODE_START = 10.4e-6
 # reads keys and values at this share of a copy's rate: 5.8 us over 600 keys of 7B, 8.1 over 2,304, 29 over 32,000.
 # measured: NVIDIA H200, torch 2.11.0+cu130, Triton 3.6.0, 2026-12-01, benchmarks/results/decode_attention.jsonl.
 _CAPTURED_START, _CAPTURED_SHARE = 5.6e-6, 0.65
+# The same over codes in 8 or 4 bits. Each element takes the time in which a copy moves this number of bytes: 8.4 us over
+# 600 keys of 7B, 14 over 2,304, 67 to 71 over 32,000, and 38 to 40 over 2,000 of each of 8 sequences.
+# measured: as above, with 64 parts at most, which is too few for a loop that is not limited by bytes.
+_CODES_START, _CODES_BYTES = 8e-6, 7.6
 # Share of a copy's rate at which keys and values are read, and at which small kernels move bytes.
 _READ_SHARE = 0.8
 # Small kernels of a layer: plain 24, 1.47 ms of them in 28 layers at 2.2 us each; fused ones by the code; compiled 7,
@@ -55,6 +59,9 @@ def decode_attention_seconds(
         by_own_kernel = profile.captured and profile.kernels == "fused"
         if profile.kv_format.is_quantized and not by_own_kernel:  # dequantized: written, and read
             held += 4 * layer.attention.key_value_width * tokens * batch_size * profile.element_bytes
+        if by_own_kernel and profile.kv_format.is_quantized:
+            elements = 2 * layer.attention.key_value_width * tokens * batch_size
+            return _CODES_START + elements * _CODES_BYTES / machine.device_bandwidth
         if by_own_kernel:
             return _CAPTURED_START + held / (_CAPTURED_SHARE * machine.device_bandwidth)
         return _DECODE_START + held / (_READ_SHARE * machine.device_bandwidth)

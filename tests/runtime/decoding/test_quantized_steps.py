@@ -179,10 +179,9 @@ def test_on_a_gpu_the_peak_is_the_predicted_one(published, batch_size, prompt_le
     work = {"batch_size": batch_size, "prompt_len": prompt_len, "max_new_tokens": 64}
     with qv.load(published, profile="default", weights="nf4", kv_cache=kv_cache, **CAPTURED, **work) as llm:
         report = llm.probe()
-        for part in ("weights", "kv_cache", "peak_allocated", "process_total"):
+        for part in ("weights", "kv_cache", "peak_allocated"):
             promised, measured = getattr(report.estimate, part), report.measured[part]
             assert measured == pytest.approx(promised, rel=0.01), (part, promised, measured)
-        assert report.measured["process_total"] <= llm.plan.estimate.process_total
         before = torch.cuda.memory_allocated()
         llm.probe()
         assert torch.cuda.memory_allocated() == before
