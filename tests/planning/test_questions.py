@@ -1,7 +1,7 @@
 """The inverse questions and the reproducible plan, by arithmetic alone."""
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 
@@ -123,7 +123,7 @@ def test_the_call_that_a_plan_ends_with_plans_the_same():
 
 
 def vars_of(profile):
-    return {name: getattr(profile, name) for name in profile.__slots__}
+    return {field.name: getattr(profile, field.name) for field in fields(profile)}
 
 
 def test_every_step_says_what_its_token_takes_at_least():
