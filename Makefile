@@ -4,6 +4,9 @@ BIN := .venv/bin
 WORKERS := --numprocesses 3 --dist worksteal  # some wait: for retries, for other processes
 TESTS_WITHOUT_TORCH := tests/spec tests/arithmetic tests/checkpoints tests/planning tests/monitor tests/diagnosis
 
+# With bytecode files, pytest need not rewrite each test's assertions in each of its processes.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-no-torch test-all mutations gpu-test bench clean
 
 demo: .venv/runtime

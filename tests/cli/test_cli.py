@@ -152,9 +152,9 @@ def test_chat_talks_until_the_input_ends(demo):
     assert "kv_cache" in result.stdout
 
 
-@pytest.mark.parametrize(("quantize", "command"), [("nf4", run), ("int4", qwen_vram)], ids=["nf4", "int4"])
-def test_merge_writes_a_checkpoint_that_chat_loads(untied, adapter, tmp_path, quantize, command):
-    result = command("merge", str(untied), str(adapter), str(tmp_path / "merged"), "--quantize", quantize)
+@pytest.mark.parametrize("quantize", ["nf4", "int4"])
+def test_merge_writes_a_checkpoint_that_chat_loads(untied, adapter, tmp_path, quantize):
+    result = qwen_vram("merge", untied, adapter, tmp_path / "merged", "--quantize", quantize)
     assert result.returncode == 0, result.stderr
     assert "of the update kept" in result.stdout
     assert qwen_vram("chat", tmp_path / "merged", "-m", "hello", "--max-new-tokens", 4).returncode == 0

@@ -1,7 +1,7 @@
-"""Merges that are killed: run as `python lora_killed.py SIGNAL FOLDER BASE ADAPTER COUNT`, in a process of its own.
+"""Merges that are killed: run as `python lora_killed.py FOLDER BASE ADAPTER SIGNAL=COUNT ...`, in a process of its own.
 
-Every merge runs in a fork of this process, which has the libraries in memory and runs no threads, and is sent SIGNAL
-after a random, seeded time. Prints what was found after each, as JSON.
+Every merge runs in a fork of this process, which has the libraries in memory and runs no threads, and is sent a signal
+after a random, seeded time. Prints what was found after each, as a JSON object with a list for each signal.
 """
 
 from __future__ import annotations
@@ -50,8 +50,7 @@ def wait(child: int) -> int:
 
 
 def main() -> None:
-    name, *paths, count = sys.argv[1:]
-    root, base, adapter = map(Path, paths)
+    root, base, adapter = map(Path, sys.argv[1:4])
     torch.set_num_threads(2)
     BitsAndBytesConfig(load_in_4bit=True).to_dict()
     expected = {}
@@ -62,40 +61,42 @@ def main() -> None:
         took[quantize] = time.monotonic() - began
         expected[quantize] = files_of(root / "expected")
     untouched = files_of(base)
-    outcomes = []
-    for seed in range(int(count)):
-        rng = random.Random(seed)
-        quantize = rng.choice([None, "nf4"])
-        earlier = rng.random() < 0.5
-        folder = root / str(seed)
-        folder.mkdir()
-        out = folder / "out"
-        if earlier:
-            shutil.copytree(root / "expected", out)
-        child = start(base, adapter, out, quantize)
-        time.sleep(rng.uniform(0, took[quantize] * 1.1))
-        os.kill(child, getattr(signal, name))
-        code = wait(child)
-        left = sorted(path.name for path in folder.iterdir())
-        found = files_of(out) if out.exists() else None
-        what = "nothing" if found is None else "new" if found == expected[quantize] else "broken"
-        if earlier and found == files_of(root / "expected"):
-            what = "earlier"
-        began = time.monotonic()
-        again = wait(start(base, adapter, out, quantize))
-        took[quantize] = time.monotonic() - began  # what else runs on the machine comes and goes
-        outcomes.append(
-            {
-                "earlier": earlier,
-                "code": code,
-                "left": left,
-                "what": what,
-                "base": files_of(base) == untouched,
-                "again": again == 0 and files_of(out) == expected[quantize],
-                "clean": sorted(path.name for path in folder.iterdir()) == ["out"],
-            }
-        )
-        shutil.rmtree(folder)
+    outcomes: dict[str, list[dict[str, object]]] = {}
+    for name, _, count in (word.partition("=") for word in sys.argv[4:]):
+        outcomes[name] = []
+        for seed in range(int(count)):
+            rng = random.Random(seed)
+            quantize = rng.choice([None, "nf4"])
+            earlier = rng.random() < 0.5
+            folder = root / f"{name} {seed}"
+            folder.mkdir()
+            out = folder / "out"
+            if earlier:
+                shutil.copytree(root / "expected", out)
+            child = start(base, adapter, out, quantize)
+            time.sleep(rng.uniform(0, took[quantize] * 1.1))
+            os.kill(child, getattr(signal, name))
+            code = wait(child)
+            left = sorted(path.name for path in folder.iterdir())
+            found = files_of(out) if out.exists() else None
+            what = "nothing" if found is None else "new" if found == expected[quantize] else "broken"
+            if earlier and found == files_of(root / "expected"):
+                what = "earlier"
+            began = time.monotonic()
+            again = wait(start(base, adapter, out, quantize))
+            took[quantize] = time.monotonic() - began  # what else runs on the machine comes and goes
+            outcomes[name].append(
+                {
+                    "earlier": earlier,
+                    "code": code,
+                    "left": left,
+                    "what": what,
+                    "base": files_of(base) == untouched,
+                    "again": again == 0 and files_of(out) == expected[quantize],
+                    "clean": sorted(path.name for path in folder.iterdir()) == ["out"],
+                }
+            )
+            shutil.rmtree(folder)
     print(json.dumps(outcomes))
 
 

@@ -8,21 +8,19 @@ import pytest
 
 from tests.hygiene import layout
 
-EDGES = layout.edges()
-
 
 def test_there_is_no_circle_and_no_arrow_up():
-    assert len(EDGES) > 200
-    TopologicalSorter(EDGES).prepare()  # raises CycleError, which names the circle
+    assert len(layout.edges()) > 200
+    TopologicalSorter(layout.edges()).prepare()  # raises CycleError, which names the circle
     level = {floor: number for number, floor in enumerate(layout.FLOORS)}
-    for name, targets in EDGES.items():
+    for name, targets in layout.edges().items():
         for target in targets:
             assert level[name.split("/")[0]] >= level[target.split("/")[0]], f"{name} imports {target}, a floor above"
 
 
 def test_there_is_no_circle_between_the_folders_of_the_runtime():
     folders = defaultdict(set)
-    for name, targets in EDGES.items():
+    for name, targets in layout.edges().items():
         own = "/".join(name.split("/")[:2])
         inner = {"/".join(target.split("/")[:2]) for target in targets if target.startswith("runtime/")}
         folders[own] |= inner - {own} if own.startswith("runtime/") else set()
@@ -50,7 +48,7 @@ def test_descriptions_and_arithmetic_open_no_file():
         if name.split("/")[0] in ("spec", "arithmetic"):
             for node in ast.walk(layout.parsed(path)):
                 assert getattr(node, "id", getattr(node, "attr", "")) not in FORBIDDEN, f"{name}:{node.lineno}"
-            assert not any(target.split("/")[0] == "checkpoints" for target in EDGES[name]), name
+            assert not any(target.split("/")[0] == "checkpoints" for target in layout.edges()[name]), name
 
 
 def test_torch_stays_on_its_floors():
@@ -72,5 +70,5 @@ def test_the_ways_through_the_code_exist():
             defined = {node.name for node in ast.walk(layout.parsed(layout.modules()[module])) if hasattr(node, "name")}
             assert function in defined, f"{name}: {module}.{function}"
             reached = {module for module, _ in steps[:number]}
-            reached |= {target for before in reached for target in EDGES[before]}
+            reached |= {target for before in reached for target in layout.edges()[before]}
             assert not number or module in reached, f"{name}: nothing before it imports {module}"

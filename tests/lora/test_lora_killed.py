@@ -10,27 +10,35 @@ import pytest
 pytest.importorskip("peft")
 
 from tests.helpers.lora_models import make_adapter, make_base
+from tests.helpers.shared import made_once
 
 SCRIPT = Path(__file__).parents[1] / "helpers" / "lora_killed.py"
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A base of a few shards, so that there is something to be interrupted in."""
-    root = tmp_path_factory.mktemp("killed")
-    base = make_base(root / "base", vocab_size=5000, hidden_size=128, intermediate_size=512, num_hidden_layers=2)
-    return base, make_adapter(base, root / "adapter", target_modules="all-linear")
+@pytest.fixture(scope="module", params=[(8, 4), pytest.param((50, 20), marks=pytest.mark.full)], ids=str)
+def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
+    """Results by signal of so many merges that are killed, and so many that are interrupted, in one process.
+
+    Their base has a few shards, so that there is something to be interrupted in.
+    """
+    counts = dict(zip(("SIGKILL", "SIGINT"), request.param))
+
+    def kill(root: Path) -> None:
+        base = make_base(root / "base", vocab_size=5000, hidden_size=128, intermediate_size=512, num_hidden_layers=2)
+        adapter = make_adapter(base, root / "adapter", target_modules="all-linear")
+        (root / "merged").mkdir()
+        words = [f"{name}={count}" for name, count in counts.items()]
+        command = [sys.executable, SCRIPT, root / "merged", base, adapter, *words]
+        finished = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True, timeout=240)
+        (root / "outcomes.json").write_text(finished.stdout.splitlines()[-1])
+
+    made = made_once(tmp_path_factory, f"killed {request.param}", kill)
+    found: dict[str, list[dict]] = json.loads((made / "outcomes.json").read_text())
+    assert {name: len(of_signal) for name, of_signal in found.items()} == counts
+    return found
 
 
-def killed(pair: tuple[Path, Path], folder: Path, signal: str, count: int) -> list[dict[str, object]]:
-    command = [sys.executable, SCRIPT, signal, folder, *pair, str(count)]
-    finished = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True, timeout=120)
-    outcomes: list[dict[str, object]] = json.loads(finished.stdout.splitlines()[-1])
-    assert len(outcomes) == count
-    return outcomes
-
-
-def check(outcomes: list[dict[str, object]]) -> None:
+def check(outcomes: list[dict]) -> None:
     for outcome in outcomes:
         allowed = ("earlier", "new") if outcome["earlier"] else ("nothing", "new")
         assert outcome["what"] in allowed, outcome
@@ -40,21 +48,19 @@ def check(outcomes: list[dict[str, object]]) -> None:
         assert set(outcome["left"]) <= {"out", ".out.partial", ".out.partial.lock"}, outcome
 
 
-@pytest.mark.parametrize("count", [8, pytest.param(50, marks=pytest.mark.full)])
-def test_killed_at_random_instants(pair, tmp_path, count):
-    outcomes = killed(pair, tmp_path, "SIGKILL", count)
-    check(outcomes)
+def test_killed_at_random_instants(outcomes):
+    killed = outcomes["SIGKILL"]
+    check(killed)
     # The instants are spread over the whole run: many leave a folder half filled, some come too late.
-    assert sum(".out.partial" in outcome["left"] for outcome in outcomes) >= count // 5
-    assert {outcome["code"] for outcome in outcomes} <= {0, -9}
+    assert sum(".out.partial" in outcome["left"] for outcome in killed) >= len(killed) // 5
+    assert {outcome["code"] for outcome in killed} <= {0, -9}
 
 
-@pytest.mark.parametrize("count", [4, pytest.param(20, marks=pytest.mark.full)])
-def test_interrupted_at_random_instants(pair, tmp_path, count):
+def test_interrupted_at_random_instants(outcomes):
     """Ctrl-C removes what is half done."""
-    outcomes = killed(pair, tmp_path, "SIGINT", count)
-    check(outcomes)
-    assert {outcome["code"] for outcome in outcomes} <= {0, 130}
-    assert 130 in {outcome["code"] for outcome in outcomes}
-    for outcome in outcomes:
+    interrupted = outcomes["SIGINT"]
+    check(interrupted)
+    assert {outcome["code"] for outcome in interrupted} <= {0, 130}
+    assert 130 in {outcome["code"] for outcome in interrupted}
+    for outcome in interrupted:
         assert set(outcome["left"]) <= {"out"}, outcome

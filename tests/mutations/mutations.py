@@ -22,7 +22,7 @@ class Mutation(NamedTuple):
     old: str
     new: str
     test: str
-    before: str
+    before: str = ""
 
 
 MUTATIONS = (
@@ -272,7 +272,6 @@ MUTATIONS = (
         "@float32_by_default()\ndef _build(",
         "def _build(",
         "tests/runtime/loading/test_default_dtype.py",
-        "",
     ),
     Mutation(
         "graphs between streamed layers",
@@ -280,7 +279,6 @@ MUTATIONS = (
         "if first < number or not number:",
         "if first < number:",
         "tests/runtime/decoding/test_streamed_steps.py",
-        "",
     ),
     Mutation(
         "the log of a monitor",
@@ -288,6 +286,61 @@ MUTATIONS = (
         "            if written < len(line):\n                self._cut()\n",
         "            if written < len(line):\n",
         "tests/monitor/test_monitor.py::test_a_full_disk_leaves_whole_lines",
+    ),
+    Mutation(
+        "the share of memory from which the doctor advises to quantize",
+        "diagnosis/checks/weights.py",
+        "if model.is_quantized or subject.own < _CROWDED * subject.memory:",
+        "if model.is_quantized or subject.own < 0:",
+        "tests/diagnosis/test_models.py::test_nothing_is_found_in_good_models",
+    ),
+    Mutation(
+        "the doctor's cost of a compute dtype",
+        "diagnosis/checks/weights.py",
+        "most = converted + result * inner + max(",
+        "most = result * inner + max(",
+        "tests/diagnosis/test_models.py",
+    ),
+    Mutation(
+        "removal of tokens from a report",
+        "diagnosis/redaction.py",
+        '    text = _FORMS.sub("<token>", text)\n',
         "",
+        "tests/diagnosis/test_report.py",
+    ),
+    Mutation(
+        "KL divergence",
+        "quality/distance.py",
+        "kl = (one.exp() * (one - other))",
+        "kl = (other.exp() * (other - one))",
+        "tests/quality/test_distance.py::test_one_document_is_as_torch_computes_it",
+    ),
+    Mutation(
+        "percentiles of resampled documents",
+        "quality/distance.py",
+        "place = share * (ranks[:, -1:].double() - 1)",
+        "place = share * (ranks[:1, -1:].double() - 1)",
+        "tests/quality/test_distance.py",
+    ),
+    Mutation(
+        "the word for a distance",
+        "quality/verdict.py",
+        "if mean_kl.high < most",
+        "if mean_kl.value < most",
+        "tests/quality/test_intervals.py",
+    ),
+    Mutation(
+        "reading the log of a monitor",
+        "monitor/log.py",
+        'enumerate(text.split(b"\\n")[:-1], start=1)',
+        "enumerate(text.splitlines(), start=1)",
+        "tests/monitor/test_monitor.py",
+    ),
+    Mutation(
+        "the newest row of a benchmark's file",
+        "benchmark/results.py",
+        "{row.key: row for row in rows}",
+        "{row.key: row for row in reversed([*rows])}",
+        "tests/benchmark/test_table.py::test_a_file_keeps_the_newest_of_each_row",
     ),
 )

@@ -394,8 +394,8 @@ def test_host_memory_is_measured_without_a_gpu():
 
 def test_products_on_the_host_are_measured_without_a_gpu(monkeypatch, capsys):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
-    monkeypatch.setattr(calibrate_steps, "buffer_size", lambda free, **options: 2**24)
-    monkeypatch.setattr(product_rates, "_MATRIX", (2_048, 1_024))  # some CPUs multiply in bf16 slowly
+    monkeypatch.setattr(calibrate_steps, "buffer_size", lambda free, **options: 2**22)
+    monkeypatch.setattr(product_rates, "_MATRIX", (512, 256))  # some CPUs multiply in bf16 slowly
     monkeypatch.setattr(sys, "argv", ["calibrate_steps", "products"])
     calibrate_steps.main()
     found = json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix(calibrate_steps.RESULT))

@@ -17,7 +17,7 @@ from qwen_vram.runtime.kv_cache.host import HostCache
 from qwen_vram.runtime.kv_cache.preallocated import PreallocatedCache, cache_bytes
 from tests.helpers.tiers import thinned
 
-PROMPTS = [one.prompt for name in ("math", "recall", "table") for one in examples(name, "held_out", seed=3, count=1)]
+PROMPTS = [one.prompt for name in ("math", "recall", "table") for one in examples(name, "held_out", seed=16, count=1)]
 HOST = {"profile": "default", "attention": "sdpa", "cache": "preallocated", "progress": False}
 
 

@@ -157,7 +157,9 @@ def test_plain_transformers_generates_with_it(untied, kind):
 @pytest.mark.parametrize(*thinned(1, kind=KINDS, knobs=[{}, {"prefill_chunk_size": 64}]), ids=str)
 @pytest.mark.parametrize("count", [3, pytest.param(12, marks=pytest.mark.full)])
 def test_the_bundled_model_answers_as_before(demo, kind, knobs, count):
-    questions = [one for name in ("recall", "table") for one in examples(name, "held_out", seed=5, count=count)]
+    drawn = [examples(name, "held_out", seed=5, count=12) for name in ("recall", "table")]
+    # The shortest: the others have up to 2,800 tokens, which some CPUs process in seconds.
+    questions = [one for of_name in drawn for one in sorted(of_name, key=lambda one: len(one.prompt))[:count]]
     options = {"cache": "preallocated", "attention": "fused", "prompt_len": 1000, "progress": False, **knobs}
     with qv.load(demo, profile="default", kv_cache=kind, **options) as llm:
         answers = [llm.chat(one.prompt, max_new_tokens=64, do_sample=False) for one in questions]

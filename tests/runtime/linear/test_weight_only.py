@@ -152,7 +152,7 @@ SAVERS = [
 @pytest.mark.parametrize(*thinned(1, weights=WEIGHTS, knobs=SAVERS), ids=str)
 def test_every_cache_and_attention_answers_right(demo, weights, knobs):
     with load(demo, weights=weights, lm_head=weights, embeddings="host", **knobs) as llm:
-        example = examples("recall", "held_out", seed=7, count=1)[0]
+        example = examples("recall", "held_out", seed=5, count=1)[0]  # past the tokens that stay in 16 bits
         assert llm.chat(example.prompt, max_new_tokens=64, do_sample=False) == example.answer
 
 
