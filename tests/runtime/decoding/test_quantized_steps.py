@@ -10,11 +10,12 @@ from qwen_vram.runtime.decoding.graph_cache import QuantizedGraphLayer
 from qwen_vram.runtime.decoding.graph_decoder import Decoder
 from qwen_vram.runtime.kv_cache.quantized import QuantizedLayer
 from qwen_vram.tools.accuracy import make_checkpoint
-from tests.runtime.decoding.test_decode_steps import ASKED, PROMPTS, Watch, sequences, steps_of
+from tests.runtime.decoding.test_decode_steps import ASKED, PROMPTS, Watch, steps_of
 
 KV_FORMATS = ("int8", "int4")
 KNOBS = {"attention": "fused", "kernels": "fused", "cache": "preallocated", "progress": False}
-WORK = {"batch_size": 3, "prompt_len": 600, "max_new_tokens": 120}
+WORK = {"batch_size": 3, "prompt_len": 200, "max_new_tokens": 120}
+KNOBS_OF_ESTIMATE = {"weights": "fp32", "attention": "fused", "kernels": "fused", "cache": "preallocated"}
 
 
 def states(tokens, seed):
@@ -57,20 +58,25 @@ def load(folder, kv_cache, *, steps, weights="fp32", **work):
     return llm
 
 
+def tokens(llm, count):
+    """New tokens of a batch whose sequences have 170, 150 and 130 tokens: two groups become old."""
+    text = "".join(PROMPTS)
+    ids = [llm.tokenizer(text)["input_ids"][20 * number :][: 170 - 20 * number] for number in range(count)]
+    batch = llm.tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt")
+    made = llm._generate(dict(batch), 50, {"do_sample": False, "eos_token_id": None})
+    return made[:, 170:].tolist()
+
+
 @pytest.mark.parametrize("kv_cache", KV_FORMATS)
 def test_steps_give_the_tokens_of_the_ordinary_path(demo, kv_cache):
     """A group is quantized one token earlier than by an update, which changes no token here."""
     with load(demo, kv_cache, steps=False) as ordinary, load(demo, kv_cache, steps=True) as steps:
         for count in (3, 1):
-            options = {"new": 40, "do_sample": False, "eos_token_id": None}
-            assert sequences(steps, count, **options) == sequences(ordinary, count, **options)
+            assert tokens(steps, count) == tokens(ordinary, count)
         assert set(steps_of(steps)) == {3, 1}
         home = steps._generations.decoder._home
         held = sum(tensor.nbytes for layer in home.layers for one in layer for tensor in one.tensors())
         assert held == qv.estimate_vram(demo, kv_cache=kv_cache, **KNOBS_OF_ESTIMATE, **WORK).kv_cache
-
-
-KNOBS_OF_ESTIMATE = {"weights": "fp32", "attention": "fused", "kernels": "fused", "cache": "preallocated"}
 
 
 def test_several_answers_and_beams_keep_the_cache_whole(demo):
@@ -84,10 +90,10 @@ def test_several_answers_and_beams_keep_the_cache_whole(demo):
 
 def test_a_cache_of_ones_own_goes_on_where_it_ended(demo):
     with load(demo, "int4", steps=True) as llm:
-        ids = llm.tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"]
+        ids = llm.tokenizer("".join(PROMPTS), return_tensors="pt")["input_ids"][:, :170]
         options = {"eos_token_id": None, "do_sample": False}
-        whole = llm.model.generate(ids, max_new_tokens=60, past_key_values=llm.new_cache(max_length=700), **options)
-        cache = llm.new_cache(max_length=700)
+        whole = llm.model.generate(ids, max_new_tokens=60, past_key_values=llm.new_cache(max_length=300), **options)
+        cache = llm.new_cache(max_length=300)
         assert isinstance(cache.layers[0], QuantizedGraphLayer)
         part = llm.model.generate(ids, max_new_tokens=20, past_key_values=cache, **options)
         assert cache.layers[0].in_buffers()
