@@ -343,4 +343,11 @@ MUTATIONS = (
         "{row.key: row for row in reversed([*rows])}",
         "tests/benchmark/test_table.py::test_a_file_keeps_the_newest_of_each_row",
     ),
+    Mutation(
+        "tokens that become old beside a captured step",
+        "runtime/kv_cache/quantized.py",
+        "count, left = older - quantized, held - older\n",
+        "count, left = older - quantized, held - older - 1\n",
+        "tests/runtime/decoding/test_quantized_steps.py::test_a_step_that_writes_a_token_leaves_what_an_update_leaves",
+    ),
 )
