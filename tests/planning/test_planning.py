@@ -50,9 +50,44 @@ def test_what_costs_nothing_comes_before_precision():
         "prefill_chunk_size=1024",
         "embeddings='host'",
         "prefill_chunk_size=512",
-        "weights='int8-wo'",
-        "weights='nf4', dequantization='tiled'",
+        "kv_cache='int8', captured=True",
+        "kv_cache='bf16', captured=False, weights='int8-wo'",
+        "kv_cache='int8', captured=True",
+        "kv_cache='bf16', captured=False, weights='nf4', dequantization='tiled'",
     ]
+
+
+def precision(chosen):
+    return chosen.profile.weights, chosen.profile.lm_head, chosen.profile.kv_cache
+
+
+def test_keys_and_values_in_int8_come_before_weights_of_less_precision():
+    def on(vram, prompt_len, **knobs):
+        return precision(qv.plan("Qwen2.5-7B", vram=vram, prompt_len=prompt_len, **RAM, **knobs))
+
+    assert on("16GiB", 40_000) == ("bf16", None, "int8")
+    assert on("12GiB", 100_000) == ("int8-wo", None, "int8")
+    assert on("8GiB", 60_000) == ("nf4", None, "int8")
+    # Without captured steps, a quantized cache is slow, and comes last.
+    assert on("16GiB", 40_000, captured=False) == ("int8-wo", None, "bf16")
+    assert on("16GiB", 40_000, kv_cache="bf16") == ("int8-wo", None, "bf16")
+    assert on({0: "9GiB", 1: "9GiB"}, 60_000)[2] == "bf16"
+
+
+@pytest.mark.parametrize("prompt_len", [11_000, 12_000, 20_000, 30_000])
+def test_a_change_without_a_loss_makes_room_for_captured_steps(prompt_len):
+    chosen = plan("16GiB", prompt_len=prompt_len)
+    assert precision(chosen) == ("bf16", None, "bf16")
+    assert chosen.profile.captured
+    assert chosen.times.ms_per_token < 5
+
+
+def test_keys_and_values_in_int8_make_room_for_captured_steps():
+    chosen = plan("6GiB", prompt_len=16_000)
+    assert (precision(chosen), chosen.profile.captured) == (("nf4", None, "int8"), True)
+    kept = plan("6GiB", prompt_len=16_000, kv_cache="bf16")
+    assert (precision(kept), kept.profile.captured) == (("nf4", None, "bf16"), False)
+    assert chosen.times.ms_per_token < kept.times.ms_per_token / 5
 
 
 @pytest.mark.parametrize("vram", ["24GiB", "20GiB", "16GiB", "14GiB", "12GiB", "10GiB", "8GiB", "7GiB"])

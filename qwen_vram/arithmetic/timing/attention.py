@@ -19,7 +19,7 @@ _DECODE_START = 10.4e-6
 # measured: NVIDIA H200, torch 2.11.0+cu130, Triton 3.6.0, 2026-12-01, benchmarks/results/decode_attention.jsonl.
 _CAPTURED_START, _CAPTURED_SHARE = 5.6e-6, 0.65
 # The same over codes in 8 or 4 bits. Each element takes the time in which a copy moves this number of bytes. For 7B it
-# is 8.4 us over 600 keys, 14 over 2,304, and 67 to 71 over 32,000. Over 2,000 keys of each of 8 sequences it is 38 to 40.
+# is 8.4 us over 600 keys, 14 over 2,304, and 67 to 71 over 32,000. Over 2,000 keys of 8 sequences each it is 38 to 40.
 # measured: as above, with at most 64 parts. The loop is not limited by bytes, so more parts may be faster.
 _CODES_START, _CODES_BYTES = 8e-6, 7.6
 # Share of a copy's rate at which keys and values are read, and at which small kernels move bytes.

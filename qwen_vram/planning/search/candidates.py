@@ -21,7 +21,7 @@ from qwen_vram.planning.support import not_loadable
 from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.machine import Machine
 from qwen_vram.spec.profile import Profile
-from qwen_vram.spec.rules.table import ONE_GPU
+from qwen_vram.spec.rules.table import for_one_gpu
 from qwen_vram.spec.workload import Workload
 
 _HOST_CACHE: dict[str, object] = {"kv_cache": "bf16", "kv_device": "host"}
@@ -97,9 +97,11 @@ class Candidates:
 
     def _has_room(self, move: Saver) -> bool:
         """Tell if these devices allow a move: some work on one GPU only, and the embeddings must fit on the host."""
+        if self.budget.vram is None and move.knobs.get("captured"):
+            return False
         table = self.architecture.vocab_size * self.architecture.hidden_size * self.start.element_bytes
         too_large = self.budget.vram is not None and move.knobs.get("embeddings") == "host" and table > self.budget.ram
-        return not too_large and not (self.several and ONE_GPU.keys() & move.knobs.keys())
+        return not too_large and not (self.several and for_one_gpu(move.knobs))
 
     def candidates(self) -> Iterator[Candidate]:
         """Yield every profile that loads and needs less than all before it.

@@ -24,25 +24,51 @@ class Saver(NamedTuple):
     cost: str
 
 
-# Least lossy first: moves without a cost, then those that cost precision, then speed. Each builds on those before it.
-_MOVES = (
+# Moves without a cost.
+_FREE = (
     Saver({"prefill_chunk_size": 4096}, "nothing lost: the same tokens, fed in chunks"),
     Saver({"prefill_chunk_size": 2048}, "nothing lost: the same tokens, fed in chunks"),
     Saver({"prefill_chunk_size": 1024}, "nothing lost: the same tokens, slightly slower prefill"),
     Saver({"embeddings": "host"}, "nothing lost: rows are gathered on the host"),
     Saver({"prefill_chunk_size": 512}, "nothing lost: the same tokens, slower prefill"),
     Saver({"dequantization": "tiled"}, "nothing lost: matrices of bitsandbytes are dequantized tile by tile"),
+)
+# Keys and values in 8 bits, with captured steps: without them each step would dequantize the whole cache.
+_NARROW: dict[str, object] = {"kv_cache": "int8", "captured": True}
+_OF_NARROW = "8-bit keys and values but for the newest 128 tokens: the smallest loss"
+# Moves that cost precision, least lossy first by the mean KL divergence from 16 bits. It is 0.0006 for keys and values
+# in int8, 0.0018 for int8-wo and 0.072 for nf4. Keys and values in int4 have 0.0022, but over 512 tokens only.
+# measured: Qwen2.5-Coder-0.5B-Instruct, CPU, 2026-12-01, benchmarks/results/quality.jsonl (docs/quality.md).
+_PRECISION = (
+    Saver(_NARROW, _OF_NARROW),
     # Its products take a tenth of the time of bitsandbytes' int8 on a GPU, and less than bf16's on a CPU. It is closer
     # to bf16. measured: benchmarks/results/real_formats.jsonl, cpu_products.jsonl.
     Saver({"weights": "int8-wo"}, "8-bit weights: close to lossless"),
+    Saver({"weights": "int8-wo", **_NARROW}, _OF_NARROW),
     Saver({"weights": "nf4", "dequantization": "tiled"}, "4-bit weights"),
+    Saver({"weights": "nf4", "dequantization": "tiled", **_NARROW}, _OF_NARROW),
     Saver({"weights": "nf4", "lm_head": "nf4"}, "4-bit head"),
     # A tied head in 4 bits is a copy, which saves memory only if the token embeddings are on the host.
     Saver({"weights": "nf4", "lm_head": "nf4", "embeddings": "host"}, "4-bit head, rows are gathered on the host"),
+)
+# Moves that also cost time.
+_SLOW = (
     Saver({"kv_cache": "int8"}, "8-bit keys and values but for the newest 128 tokens"),
     Saver({"kv_cache": "int4"}, "4-bit keys and values but for the newest 128 tokens"),
     Saver({"kv_cache": "bf16", "kv_device": "host"}, "whole keys and values, brought over the link for every token"),
 )
+
+
+def _moves(start: Profile, knobs: dict[str, object], layers: int) -> tuple[Saver, ...]:
+    """Return all moves in order. Each builds on those before it, but the cache of `_NARROW` stays for no other move."""
+    own = {name: getattr(start, name) for name in _NARROW if name not in knobs}
+    stream = Saver({"streamed_layers": layers}, "layers cross the link for every token")
+    captured = {name: own[name] for name in own if name == "captured"}
+    return (
+        *_FREE,
+        *(move._replace(knobs={**own, **move.knobs}) for move in _PRECISION),
+        *(move._replace(knobs={**captured, **move.knobs}) for move in (*_SLOW, stream)),
+    )
 
 
 def search_space(
@@ -53,8 +79,8 @@ def search_space(
     if profile != "auto":
         return resolve_profile(profile, **knobs), ()
     start = replace(_LOSSLESS.replace(**knobs), name="auto")
-    stream = Saver({"streamed_layers": architecture.num_hidden_layers}, "layers cross the link for every token")
-    moves = [move for move in (*_MOVES, stream) if _is_open(move, start, architecture, workload, knobs)]
+    every = _moves(start, knobs, architecture.num_hidden_layers)
+    moves = [move for move in every if _is_open(move, start, architecture, workload, knobs)]
     if architecture.adapter_activated:  # such an adapter needs the whole prompt at once
         moves = [move for move in moves if "prefill_chunk_size" not in move.knobs]
     return start, tuple(moves)

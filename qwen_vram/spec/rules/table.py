@@ -6,6 +6,7 @@ rows of scope "this machine", about devices and libraries. Of rules that are bro
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qwen_vram.dtypes import BY_NAME
@@ -24,6 +25,11 @@ CAPTURED: dict[str, object] = {"attention": "fused", "kv_device": "device", "hos
 COMPILED: dict[str, object] = {**CAPTURED, "kv_cache": "bf16", "streamed_layers": 0, "embeddings": "device"}
 # Knobs that work on one GPU only, and the values that turn them off.
 ONE_GPU: dict[str, object] = {"streamed_layers": 0, "captured": False, "compiled": False}
+
+
+def for_one_gpu(knobs: Mapping[str, object]) -> bool:
+    """Tell if knobs turn something on that works on one GPU only."""
+    return any(knobs.get(knob, off) != off for knob, off in ONE_GPU.items())
 
 
 class Model(NamedTuple):
