@@ -1,7 +1,7 @@
 """The command line `qwen-vram` and its commands.
 
-They are `estimate`, `plan`, `chat`, `merge`, `quantize`, `calibrate`, `doctor`, `bench`, `check`, `monitor`, `run` and
-`demo`.
+They are `estimate`, `plan`, `chat`, `serve`, `merge`, `quantize`, `calibrate`, `doctor`, `bench`, `check`, `monitor`,
+`run` and `demo`.
 
 Modules:
     bench     `qwen-vram bench`: configurations of a model, predicted beside measured.
@@ -13,6 +13,7 @@ Modules:
     monitor   `qwen-vram monitor` and `run`: watch GPU memory, alone or beside a program.
     options   Options that several commands share, and the parsing of their values.
     plans     `qwen-vram estimate` and `plan`: predictions, without loading a model.
+    serve     `qwen-vram serve`: a server that speaks the protocol of OpenAI.
     show      Tables of estimates and plans for the terminal.
     write     `qwen-vram merge` and `quantize`: the commands that write checkpoints.
 """
@@ -34,6 +35,7 @@ from qwen_vram.cli.doctor import doctor
 from qwen_vram.cli.machine import calibrate, demo
 from qwen_vram.cli.monitor import monitor, run
 from qwen_vram.cli.plans import estimate, plan
+from qwen_vram.cli.serve import serve
 from qwen_vram.cli.write import merge, quantize
 
 
@@ -61,7 +63,7 @@ def _options(
     """Options before a command."""
 
 
-for command in (estimate, plan, chat, merge, quantize, calibrate, doctor, bench, check, monitor, demo):
+for command in (estimate, plan, chat, serve, merge, quantize, calibrate, doctor, bench, check, monitor, demo):
     app.command()(command)
 app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(run)
 

@@ -20,11 +20,12 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from qwen_vram.checkpoints.running_plans import Publication
-from qwen_vram.errors import QwenVramError
+from qwen_vram.errors import QwenVramError, WorkloadError
 from qwen_vram.planning.planner import Plan
 from qwen_vram.runtime.decoding.graph_decoder import Decoder
 from qwen_vram.runtime.generation.answer_stream import AnswerStream, Tee
 from qwen_vram.runtime.generation.generations import Generations
+from qwen_vram.runtime.generation.token_stream import Token, TokenStream
 from qwen_vram.runtime.measure import Report
 from qwen_vram.runtime.memory.release import give_back_memory
 from qwen_vram.runtime.offload.streamer import Streamer
@@ -222,6 +223,38 @@ class LoadedModel:
             return self._generations.job(lambda: self.model, prompt.inputs, prompt.max_new_tokens, extra, ended)
 
         return AnswerStream(self.tokenizer, make)
+
+    def tokens(
+        self,
+        message: str | Sequence[Message] | None = None,
+        *,
+        prompt: str | None = None,
+        system: str | None = None,
+        max_new_tokens: int | None = None,
+        logprobs: int | None = None,
+        until: Callable[[Token], bool] | None = None,
+        **options: Any,
+    ) -> TokenStream:
+        """Check a request completely, and return its answer as a stream of tokens, which the first read starts.
+
+        Nothing runs and nothing waits before the first read. The stream has the number of tokens of the prompt.
+
+        Args:
+            message: As for `chat`; or else `prompt`, as for `generate`.
+            logprobs: Give each token its log probability and this number of alternatives.
+            until: Called with each token in the generation's thread; the answer ends when it returns true.
+
+        Raises:
+            WorkloadError: neither `message` nor `prompt` is given, or both are.
+            QwenVramError: as for `chat`, `DoesNotFitError` included, before this returns.
+        """
+        if (message is None) == (prompt is None):
+            raise WorkloadError("pass either a message or a prompt", name="prompt", got=prompt)
+        if message is not None:
+            made = self._prompts.of_conversation(self.model, message, system, max_new_tokens, options, streamed=True)
+        else:
+            made = self._prompts.of_texts(self.model, [str(prompt)], max_new_tokens, options, streamed=True)
+        return TokenStream(self._generations, lambda: self.model, made, logprobs=logprobs, until=until)
 
     def new_cache(self, *, max_length: int) -> Cache:
         """Return a preallocated cache of `max_length` tokens for `generate(past_key_values=...)`, on the plan's device.

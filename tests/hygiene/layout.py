@@ -16,7 +16,7 @@ MAP = ROOT.parent / "docs" / "architecture.md"
 # Floors from the ground up: imports go down.
 FLOORS = (
     "errors", "units", "dtypes", "spec", "arithmetic", "checkpoints", "estimator", "planning", "monitor", "runtime",
-    "lora", "demo", "diagnosis", "benchmark", "quality", "__init__", "tools", "cli", "__main__",
+    "lora", "demo", "diagnosis", "benchmark", "quality", "__init__", "serving", "tools", "cli", "__main__",
 )  # fmt: skip
 _BEGIN, _END = "<!-- modules: written by python -m tests.hygiene.layout -->", "<!-- end of modules -->"
 WIDTH = 120

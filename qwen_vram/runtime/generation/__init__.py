@@ -5,5 +5,7 @@ Modules:
     asked          Options of `generate` that change the planned memory, or that no estimate counts.
     finite         Detection of logits that are not finite, and search for the module that made them.
     generations    Generations by a plan, one at a time: cache, limits and measured memory.
+    job_stream     Streams of a job: pieces that a generation makes, read from a queue while it runs.
+    token_stream   Streams of tokens with log probabilities, of requests that were checked before.
     watched        Context of each call of `model.generate`: finite logits, a seed, and clear errors.
 """

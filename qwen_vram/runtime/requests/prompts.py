@@ -86,9 +86,18 @@ class Prompts:
         return self._checked(inputs, settings, max_new_tokens, end_of_turn(self.tokenizer, template))
 
     def of_texts(
-        self, model: Any, prompts: Sequence[str], max_new_tokens: int | None, options: Mapping[str, Any]
+        self,
+        model: Any,
+        prompts: Sequence[str],
+        max_new_tokens: int | None,
+        options: Mapping[str, Any],
+        *,
+        streamed: bool = False,
     ) -> Prompt:
         """Return the prompt of texts without a template, as one batch with padding at the front.
+
+        Args:
+            streamed: As for `of_conversation`.
 
         Raises:
             WorkloadError, UnknownNameError, CheckpointError, ConfigError: as for `LoadedModel.generate`.
@@ -96,8 +105,11 @@ class Prompts:
         if not prompts or not all(isinstance(text, str) and text for text in prompts):
             raise WorkloadError("prompt must be a text, or a list of texts, none empty", name="prompt", got=prompts)
         _, for_generate = sorted_options(options, model, None)
+        settings = Settings(for_generate, model.generation_config)
+        if streamed:
+            settings.check_stream()
         inputs = padded_batch(self.tokenizer, prompts, self.table)
-        return self._checked(inputs, Settings(for_generate, model.generation_config), max_new_tokens, None)
+        return self._checked(inputs, settings, max_new_tokens, None)
 
     def _checked(
         self, inputs: dict[str, Tensor], settings: Settings, max_new_tokens: int | None, end: int | None

@@ -1,0 +1,10 @@
+"""The engine: a bounded queue of requests, and one thread that runs them on a loaded model.
+
+Modules:
+    answer       One answer while it is generated: from tokens to events.
+    answer_text  The text of an answer, token by token: whole characters, and the end before a stop text.
+    engine       The engine: one thread loads the model, and runs requests in order.
+    token_bytes  Texts and bytes of single tokens, for log probabilities.
+    tool_calls   Calls of tools in an answer, as Qwen's chat templates ask for them.
+    work_queue   The queue of requests: bounded, in order of arrival, with cancellation.
+"""

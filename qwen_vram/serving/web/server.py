@@ -1,0 +1,163 @@
+"""Server that listens while the model loads, and lets the running request end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterable
+from threading import Timer
+
+import qwen_vram as qv
+from qwen_vram.serving.engine.engine import OneByOne
+from qwen_vram.serving.web.access_log import write_line
+from qwen_vram.serving.web.app import make_app
+from qwen_vram.serving.web.metrics import Metrics
+from qwen_vram.serving.web.settings import Settings
+from qwen_vram.serving.wire.refusals import Refusals
+
+INSTALL = 'pip install "qwen-vram[serve]"'
+# Seconds between the end of the grace time and the end of open connections: a step of the model, and its last events.
+_LAST_SECONDS = 15.0
+# The most connections. Each takes a file descriptor, of which a process usually has 1,024.
+_CONNECTIONS = 900
+
+
+def check_installed() -> None:
+    """Refuse to go on without the libraries of the extra `serve`.
+
+    Raises:
+        BackendUnavailableError: fastapi or uvicorn is not installed.
+    """
+    for name in ("fastapi", "uvicorn"):
+        try:
+            __import__(name)
+        except ImportError as error:
+            raise qv.BackendUnavailableError(
+                f"a server needs {name}, which is not installed; run: {INSTALL}", backend=name, install=INSTALL
+            ) from error
+
+
+def listening_socket(host: str, port: int) -> socket.socket:
+    """Return a socket that listens on an address.
+
+    Raises:
+        WorkloadError: the address cannot be used.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address[:2], family=family, backlog=2048)
+    except (OSError, UnicodeError) as error:
+        raise qv.WorkloadError(
+            f"cannot listen on {host!r}, port {port}: {error}; choose another --port or --host", name="port", got=port
+        ) from error
+
+
+def serve(
+    load: Callable[[], qv.LoadedModel],
+    settings: Settings,
+    *,
+    hidden: Iterable[str] = (),
+    listening: Callable[[str], None],
+) -> None:
+    """Serve a model until SIGTERM or Ctrl-C.
+
+    Args:
+        load: Returns the loaded model; called in a thread, while the server listens already.
+        hidden: Paths of this machine that no answer may contain.
+        listening: Takes the address.
+
+    Raises:
+        BackendUnavailableError: as for `check_installed`.
+        WorkloadError: as for `listening_socket`.
+        QwenVramError: the model cannot be loaded.
+    """
+    check_installed()
+    import uvicorn
+
+    bound = listening_socket(settings.host, settings.port)
+    logging.getLogger("uvicorn").addHandler(_LogLines())
+    metrics, refusals = Metrics(), Refusals(hidden, settings.name)
+    server: uvicorn.Server | None = None
+
+    def ended() -> None:
+        if server is not None and engine.load_error is not None:
+            server.should_exit = True
+
+    engine = OneByOne(
+        load,
+        most_waiting=settings.max_waiting,
+        refusals=refusals,
+        log=write_line,
+        ended=ended,
+        took=metrics.tokens,
+    )
+    timer = Timer(settings.grace, engine.stop_running)
+    timer.daemon = True
+
+    def stop() -> None:
+        assert server is not None
+        if server.should_exit:
+            engine.stop_running()  # a second signal ends the grace time
+            return
+        write_line(f"stopping: the running request has {settings.grace:g} s")
+        engine.drain()
+        timer.start()
+        server.should_exit = True
+
+    def started() -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            try:
+                loop.add_signal_handler(number, stop)
+            except (NotImplementedError, RuntimeError, ValueError):  # Windows, or not the main thread
+                return
+
+    app = make_app(engine, settings, metrics, write_line, started)
+    config = uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        lifespan="on",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=_CONNECTIONS,
+        timeout_graceful_shutdown=max(1, int(settings.grace + _LAST_SECONDS)),
+    )
+    server = uvicorn.Server(config)
+    host, port = bound.getsockname()[:2]
+    listening(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+    engine.start()
+    try:
+        server.run(sockets=[bound])
+    finally:
+        timer.cancel()
+        bound.close()
+        engine.drain()
+        engine.stop_running()
+        ended_in_time = engine.join(_LAST_SECONDS)
+    if engine.load_error is not None:
+        raise engine.load_error
+    if not ended_in_time:
+        # The interpreter would abort when a thread returns from torch after its end.
+        write_line("stopped while the model was being loaded")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+class _LogLines(logging.Handler):
+    """Handler of uvicorn's messages, from warnings on, without tracebacks."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the message of a record; a traceback could contain parts of a request."""
+        error = record.exc_info[0].__name__ if record.exc_info and record.exc_info[0] else ""
+        write_line(f"http {record.levelname.lower()}: {record.msg if error else record.getMessage()} {error}".rstrip())
