@@ -150,6 +150,7 @@ class OneByOne:
                     answers.append(answer)
                 prompt_tokens += answers[-1].stream.prompt_tokens
         except Exception as error:
+            self._check_open()
             self._note(error)
             raise self._refusals.of(error, chat=wanted.chat) from None
         return Prepared(tuple(answers), prompt_tokens)
@@ -214,8 +215,7 @@ class OneByOne:
             handle.fail(self._refusals.of(error, chat=True))
             if _is_fatal(error):
                 raise
-            assert self._llm is not None
-            _ = self._llm.model  # raises the error of a closed model, which ends this thread
+            self._check_open()
         except BaseException as error:
             handle.fail(ApiError(503, f"the server cannot answer: {_named(error)}", code="server_failed"))
             raise
@@ -245,6 +245,19 @@ class OneByOne:
             for answer in prepared.answers:
                 answer.stream.close()
                 answer.drop()
+
+    def _check_open(self) -> None:
+        """Note that the model was closed from outside, after which no request runs.
+
+        Raises:
+            ApiError: it is closed.
+        """
+        assert self._llm is not None
+        try:
+            _ = self._llm.model
+        except qv.QwenVramError as error:
+            self._fail(str(error))
+            self.refuse_unless_ready()
 
     def _fail(self, reason: str) -> None:
         if self._state[0] != "failed":
