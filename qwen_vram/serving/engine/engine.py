@@ -175,7 +175,7 @@ class OneByOne:
 
     def join(self, timeout: float) -> bool:
         """Wait for the end of the thread, and tell if it ended."""
-        return self._over.wait(timeout)
+        return self._thread.ident is None or self._over.wait(timeout)
 
     def _work(self) -> None:
         """Run the thread."""

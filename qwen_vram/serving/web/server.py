@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from threading import Timer
 
 import qwen_vram as qv
@@ -111,10 +112,11 @@ def serve(
     def started() -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            try:
+            with suppress(NotImplementedError, RuntimeError, ValueError):  # Windows, or not the main thread
                 loop.add_signal_handler(number, stop)
-            except (NotImplementedError, RuntimeError, ValueError):  # Windows, or not the main thread
-                return
+        host, port = bound.getsockname()[:2]
+        listening(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+        engine.start()
 
     app = make_app(engine, settings, metrics, write_line, started)
     config = uvicorn.Config(
@@ -130,9 +132,6 @@ def serve(
         timeout_graceful_shutdown=max(1, int(settings.grace + _LAST_SECONDS)),
     )
     server = uvicorn.Server(config)
-    host, port = bound.getsockname()[:2]
-    listening(f"http://{f'[{host}]' if ':' in host else host}:{port}")
-    engine.start()
     try:
         server.run(sockets=[bound])
     finally:
