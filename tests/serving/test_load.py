@@ -1,0 +1,116 @@
+"""Many clients at once: each good greedy answer is the one that the model gives alone, and memory does not grow."""
+
+import asyncio
+import random
+import re
+
+import pytest
+
+openai = pytest.importorskip("openai")
+
+AT_ONCE = 32
+QUESTIONS = ("What is 12 + 30?", "What is 96 * 9?", "What is 7 * 8?", "What is 61 - 14?", "Write a poem about 12.")
+FILLER = (
+    "The red lamp stood by the door. ",
+    "一只猫在房间里。",
+    "def add(a, b): return a + b\n",
+    "The code of Rita is 3683. ",
+)
+
+
+def request_of(draw, number, longest):
+    """The kind and the fields of a request; one in ten prompts has up to `longest` tokens, and the others a tenth."""
+    kind = draw.choices(("greedy", "sampled", "cancelled", "malformed", "too long"), (60, 15, 10, 8, 7))[0]
+    tokens = draw.randint(16, longest if number % 10 == 0 else max(32, longest // 10))
+    text = draw.choice(FILLER)
+    # Each text has 6 tokens or more.
+    prompt = text * (700 if kind == "too long" else tokens // 10) + draw.choice(QUESTIONS)
+    body = {"model": "checkpoint", "max_tokens": draw.choice((1, 4, 12)), "temperature": 0}
+    chat = draw.random() < 0.6
+    body |= {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
+    if kind == "sampled":
+        body |= {"temperature": draw.choice((0.5, 1.0, 2.0)), "top_p": draw.choice((0.5, 1.0)), "seed": number}
+    if kind == "cancelled":
+        body["max_tokens"] = 100
+    if kind == "malformed":
+        body |= draw.choice(({"n": -1}, {"stop": 5}, {"temperature": "hot"}, {"presence_penalty": 1}, {"model": "x"}))
+    return kind, chat, body
+
+
+async def ask(client, kind, chat, body, *, stream):
+    """The text of an answer; the error of a refused request; `None` for one that this client gave up."""
+    create = client.chat.completions.create if chat else client.completions.create
+    if kind == "cancelled":
+        try:
+            await asyncio.wait_for(create(**body), 0.3)
+        except asyncio.TimeoutError:
+            return None
+        return None
+    try:
+        if not stream:
+            choice = (await create(**body)).choices[0]
+            return choice.message.content if chat else choice.text
+        pieces = []
+        async for chunk in await create(**body, stream=True):
+            choice = chunk.choices[0]
+            pieces.append((choice.delta.content if chat else choice.text) or "")
+        return "".join(pieces)
+    except openai.APIStatusError as error:
+        return error
+
+
+async def run(url, requests):
+    gate = asyncio.Semaphore(AT_ONCE)
+
+    async def one(number, kind, chat, body):
+        async with gate:
+            return await ask(client, kind, chat, body, stream=number % 2 == 0)
+
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600) as client:
+        return await asyncio.gather(*(one(number, *request) for number, request in enumerate(requests)))
+
+
+def expected(alone, chat, body):
+    options = {name: body[name] for name in ("temperature", "top_p", "seed") if name in body}
+    if chat:
+        return alone.chat(body["messages"], max_new_tokens=body["max_tokens"], **options)
+    return alone.generate(body["prompt"], max_new_tokens=body["max_tokens"], **options)
+
+
+@pytest.mark.parametrize(("count", "longest"), [(40, 300), pytest.param(200, 3000, marks=[pytest.mark.full])])
+def test_each_good_request_gets_the_text_that_it_gets_alone(server, alone, count, longest):
+    draw = random.Random(count)
+    requests = [request_of(draw, number, longest) for number in range(count)]
+    answers = asyncio.run(run(server.url, requests))
+    kinds = [kind for kind, _, _ in requests]
+    assert {"greedy", "sampled", "cancelled", "malformed", "too long"} == set(kinds)
+    for (kind, chat, body), answer in zip(requests, answers):
+        if kind in ("greedy", "sampled"):
+            assert answer == expected(alone, chat, body), body
+        elif kind == "cancelled":
+            assert answer is None
+        else:
+            assert isinstance(answer, openai.APIStatusError), (kind, answer)
+            assert answer.status_code == (404 if body["model"] == "x" else 400)
+            if kind == "too long":
+                assert answer.code in ("context_length_exceeded", "does_not_fit")
+    server.wait_for(lambda: '"running":0,"waiting":0' in server.get("/health")[1])
+    assert "Traceback" not in server.err
+    assert " error " not in server.err
+
+
+def resident(server):
+    return int(re.search(r"^qwen_vram_process_resident_bytes (\d+)", server.get("/metrics")[1], re.M)[1])
+
+
+@pytest.mark.full
+def test_memory_after_2000_requests_is_that_after_100(server):
+    draw = random.Random(7)
+    sizes = []
+    for number in range(20):
+        requests = [request_of(draw, 100 * number + at, 300) for at in range(100)]
+        asyncio.run(run(server.url, requests))
+        server.wait_for(lambda: '"running":0,"waiting":0' in server.get("/health")[1])
+        sizes.append(resident(server))
+    print([size // 2**20 for size in sizes])
+    assert max(sizes[1:]) - sizes[0] < 16 * 2**20, [f"{size:,}" for size in sizes]
