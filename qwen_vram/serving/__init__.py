@@ -1,7 +1,7 @@
 """The server `qwen-vram serve`, which speaks the protocol of OpenAI over one loaded model.
 
 Modules:
-    engine/  The engine: a bounded queue of requests, and one thread that runs them on a loaded model.
+    engine/  The engine: a bounded queue of requests, and a thread that runs them on a loaded model.
     web/     The web server: routes, streams, access control, limits, metrics and lifecycle.
     wire/    The wire format: requests as checked data, and answers and errors as JSON objects.
 """

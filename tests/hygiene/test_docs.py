@@ -68,7 +68,11 @@ def test_the_reference_names_every_knob_profile_and_error():
     assert rows.keys() >= {name for name in qwen_vram.__all__ if name.endswith("Error")} - {"QwenVramError"}
 
 
-@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+# tests/serving/test_example.py runs this one, with a server.
+EXAMPLES = sorted({*(ROOT / "examples").glob("*.py")} - {ROOT / "examples" / "server_client.py"})
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
 def test_examples_run(example):
     code = example.read_text(encoding="utf-8")
     if "qv.load(" in code:  # it would spend seconds on torch's import

@@ -139,13 +139,17 @@ def test_a_signal_lets_the_running_request_finish(demo, tmp_path, number):
         assert "Traceback" not in server.err
 
 
-def test_the_grace_time_ends(demo, tmp_path):
+@pytest.mark.parametrize(("grace", "signals"), [(0.2, 1), (60, 2)])
+def test_the_grace_time_ends_by_itself_and_by_a_second_signal(demo, tmp_path, grace, signals):
     (tmp_path / "load").touch()
-    with slow_server(demo, tmp_path, grace=0.2) as server:
+    with slow_server(demo, tmp_path, grace=grace) as server:
         server.ready()
         running = Stream(server, {**LONG, "stream": True}).read_until("data: ")
         began = time.monotonic()
         server.terminate()
+        server.wait_for(lambda: "stopping: the running request has" in server.err)
+        if signals > 1:
+            server.terminate()
         running.read_until('"code": "server_stopping"').close()
         assert "the server stopped before the answer was complete" in running.text
         assert ended(server) == 0

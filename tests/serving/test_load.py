@@ -79,7 +79,7 @@ def expected(alone, chat, body):
 
 @pytest.mark.parametrize(("count", "longest"), [(40, 300), pytest.param(200, 3000, marks=[pytest.mark.full])])
 def test_each_good_request_gets_the_text_that_it_gets_alone(server, alone, count, longest):
-    draw = random.Random(count)
+    draw = random.Random(count + 1)
     requests = [request_of(draw, number, longest) for number in range(count)]
     answers = asyncio.run(run(server.url, requests))
     kinds = [kind for kind, _, _ in requests]

@@ -1,4 +1,4 @@
-"""The engine: a bounded queue of requests, and one thread that runs them on a loaded model.
+"""The engine: a bounded queue of requests, and a thread that runs them on a loaded model.
 
 Modules:
     answer       One answer while it is generated: from tokens to events.

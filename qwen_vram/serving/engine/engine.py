@@ -182,6 +182,7 @@ class OneByOne:
         try:
             self._llm = self._load()
             self._tokens = TokenBytes(self._llm.tokenizer)
+            self._refusals.hide(str(self._llm.tokenizer.name_or_path))
             if self._state[0] == "loading":
                 self._state = ("ready", "")
                 self._log("ready")

@@ -61,7 +61,7 @@ def _no_constant(name: str) -> Any:
 def _depth_over(value: Any, limit: int) -> bool:
     """Tell if containers are nested deeper than `limit`."""
     level = [value]
-    for _ in range(limit + 1):
+    for _ in range(limit):
         inner: list[Any] = []
         for one in level:
             if isinstance(one, dict):

@@ -27,8 +27,13 @@ class Refusals:
     """
 
     def __init__(self, paths: Iterable[str], name: str) -> None:
-        self._paths = sorted({path for path in paths if len(path) > 1}, key=len, reverse=True)
+        self._paths: list[str] = []
         self._name = name
+        self.hide(*paths)
+
+    def hide(self, *paths: str) -> None:
+        """Add paths that no answer may contain."""
+        self._paths = sorted({*self._paths, *(path for path in paths if len(path) > 1)}, key=len, reverse=True)
 
     def of(self, error: BaseException, *, chat: bool) -> ApiError:
         """Return the error of a request for an error of the library or of a generation."""
