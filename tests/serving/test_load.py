@@ -23,8 +23,8 @@ def request_of(draw, number, longest):
     kind = draw.choices(("greedy", "sampled", "cancelled", "malformed", "too long"), (60, 15, 10, 8, 7))[0]
     tokens = draw.randint(16, longest if number % 10 == 0 else max(32, longest // 10))
     text = draw.choice(FILLER)
-    # Each text has 6 tokens or more.
-    prompt = text * (700 if kind == "too long" else tokens // 10) + draw.choice(QUESTIONS)
+    # Each text has 8 to 13 tokens.
+    prompt = text * (700 if kind == "too long" else tokens // 13) + draw.choice(QUESTIONS)
     body = {"model": "checkpoint", "max_tokens": draw.choice((1, 4, 12)), "temperature": 0}
     chat = draw.random() < 0.6
     body |= {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
@@ -77,7 +77,7 @@ def expected(alone, chat, body):
     return alone.generate(body["prompt"], max_new_tokens=body["max_tokens"], **options)
 
 
-@pytest.mark.parametrize(("count", "longest"), [(40, 300), pytest.param(200, 3000, marks=[pytest.mark.full])])
+@pytest.mark.parametrize(("count", "longest"), [(40, 300), pytest.param(200, 2950, marks=[pytest.mark.full])])
 def test_each_good_request_gets_the_text_that_it_gets_alone(server, alone, count, longest):
     draw = random.Random(count + 1)
     requests = [request_of(draw, number, longest) for number in range(count)]
