@@ -97,6 +97,18 @@ def test_a_model_that_is_closed_makes_the_server_unhealthy(demo, tmp_path):
         assert "closed" in health(server)[2]
 
 
+@pytest.mark.parametrize(("host", "warned"), [("0.0.0.0", True), ("::1", False)])
+def test_an_open_address_without_a_key_is_warned_of(demo, tmp_path, host, warned):
+    code = CODE.replace("port=0,", f'port=0, host="{host}",').format(
+        folder=str(tmp_path), checkpoint=str(demo), grace=1
+    )
+    with Server(code=code) as server:
+        assert health(server)[1] == "loading"
+        assert ("warning: other machines can use this server without a key" in server.err) is warned
+        (tmp_path / "load").touch()
+        server.ready()
+
+
 def test_a_load_that_fails_ends_the_server_with_its_error(demo, tmp_path):
     (tmp_path / "fail").touch()
     with slow_server(demo, tmp_path) as server:

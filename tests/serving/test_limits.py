@@ -9,6 +9,7 @@ import urllib.request
 
 import pytest
 
+from qwen_vram.serving.web.gates import is_loopback
 from tests.helpers.server import Server
 
 pytest.importorskip("fastapi")
@@ -170,3 +171,8 @@ def test_a_body_that_does_not_arrive_blocks_nobody(guarded):
     for one in slow:
         one.close()
     guarded.wait_for(lambda: load_of(guarded) == (0, 0), 5)
+
+
+def test_an_address_is_known_as_this_machines_own():
+    assert all(map(is_loopback, ("127.0.0.1", "127.9.9.9", "::1", "localhost", "LOCALHOST")))
+    assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.0.1", "example.org", "")))

@@ -11,7 +11,7 @@ from qwen_vram.serving.engine.engine import Engine
 from qwen_vram.serving.web.access_log import AccessLog
 from qwen_vram.serving.web.answering import Checks, Endpoint, unknown_model
 from qwen_vram.serving.web.asgi import App
-from qwen_vram.serving.web.gates import LOOPBACK, BodyGate, HostGate, KeyGate
+from qwen_vram.serving.web.gates import LOCAL_NAMES, BodyGate, HostGate, KeyGate, is_loopback
 from qwen_vram.serving.web.metrics import CONTENT_TYPE, Metrics
 from qwen_vram.serving.web.settings import Settings
 from qwen_vram.serving.wire.problem import ApiError
@@ -98,7 +98,7 @@ def make_app(
             outer, allow_origins=list(settings.origins), allow_methods=["GET", "POST"], allow_headers=headers
         )
     names = settings.allowed_hosts
-    if not names and settings.host in LOOPBACK:
-        names = LOOPBACK
+    if not names and is_loopback(settings.host):
+        names = (*LOCAL_NAMES, settings.host)
     outer = HostGate(outer, names)
     return AccessLog(outer, PATHS, write, metrics.request)

@@ -5,15 +5,24 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import ipaddress
 from collections.abc import Collection
 
 from qwen_vram.serving.web.asgi import App, Message, Receive, Scope, Send, header, refuse
 from qwen_vram.serving.wire.problem import ApiError
 
 # Names of this machine for itself, in a `Host` header.
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
+LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 # Paths that need no key, because a container's probe has none.
 _OPEN = ("/health",)
+
+
+def is_loopback(host: str) -> bool:
+    """Tell if only this machine can connect to an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
 
 
 class HostGate:

@@ -16,6 +16,7 @@ import qwen_vram as qv
 from qwen_vram.serving.engine.engine import OneByOne
 from qwen_vram.serving.web.access_log import write_line
 from qwen_vram.serving.web.app import make_app
+from qwen_vram.serving.web.gates import is_loopback
 from qwen_vram.serving.web.metrics import Metrics
 from qwen_vram.serving.web.settings import Settings
 from qwen_vram.serving.wire.refusals import Refusals
@@ -115,6 +116,8 @@ def serve(
             with suppress(NotImplementedError, RuntimeError, ValueError):  # Windows, or not the main thread
                 loop.add_signal_handler(number, stop)
         host, port = bound.getsockname()[:2]
+        if settings.api_key is None and not is_loopback(settings.host):
+            write_line("warning: other machines can use this server without a key; set QWEN_VRAM_API_KEY")
         listening(f"http://{f'[{host}]' if ':' in host else host}:{port}")
         engine.start()
 
