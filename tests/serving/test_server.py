@@ -23,8 +23,8 @@ def test_health_and_models(server, client):
     assert json.loads(server.get("/health")[1]) == {"status": "ready", "reason": "", "running": 0, "waiting": 0}
     assert [one.id for one in client.models.list()] == ["checkpoint"]
     assert client.models.retrieve("checkpoint").owned_by == "qwen_vram"
-    with pytest.raises(openai.NotFoundError, match="the model '../../etc/passwd' is not served here"):
-        client.models.retrieve("../../etc/passwd")
+    with pytest.raises(openai.NotFoundError, match="the model 'etc/passwd' is not served here"):
+        client.models.retrieve("etc/passwd")
     assert "plan for checkpoint" in server.out
     assert server.out.splitlines()[-1] == f"listening on {server.url}"
 
