@@ -97,7 +97,7 @@ def test_a_model_that_is_closed_makes_the_server_unhealthy(demo, tmp_path):
         assert "closed" in health(server)[2]
 
 
-@pytest.mark.parametrize(("host", "warned"), [("0.0.0.0", True), ("::1", False)])
+@pytest.mark.parametrize(("host", "warned"), [("0.0.0.0", True), pytest.param("::1", False, marks=[pytest.mark.full])])
 def test_an_open_address_without_a_key_is_warned_of(demo, tmp_path, host, warned):
     code = CODE.replace("port=0,", f'port=0, host="{host}",').format(
         folder=str(tmp_path), checkpoint=str(demo), grace=1
@@ -134,12 +134,12 @@ def health_or_gone(server):
         return "gone"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=[pytest.mark.full])])
 def test_a_signal_lets_the_running_request_finish(demo, tmp_path, number):
     (tmp_path / "load").touch()
     with slow_server(demo, tmp_path, grace=60) as server:
         server.ready()
-        running = Stream(server, {**LONG, "max_tokens": 100, "stream": True}).read_until("data: ")
+        running = Stream(server, {**LONG, "max_tokens": 40, "stream": True}).read_until("data: ")
         waiting = Stream(server, SHORT)
         server.wait_for(lambda: load_of(server) == (1, 1))
         server.terminate(number)
@@ -151,7 +151,7 @@ def test_a_signal_lets_the_running_request_finish(demo, tmp_path, number):
         assert "Traceback" not in server.err
 
 
-@pytest.mark.parametrize(("grace", "signals"), [(0.2, 1), (60, 2)])
+@pytest.mark.parametrize(("grace", "signals"), [(0.2, 1), pytest.param(60, 2, marks=[pytest.mark.full])])
 def test_the_grace_time_ends_by_itself_and_by_a_second_signal(demo, tmp_path, grace, signals):
     (tmp_path / "load").touch()
     with slow_server(demo, tmp_path, grace=grace) as server:

@@ -25,7 +25,7 @@ LONG = {"prompt": "\n\n\n\n", "temperature": 0, "max_tokens": 3000}
 
 @pytest.fixture(scope="module")
 def guarded(demo):
-    options = ("--max-waiting", 2, "--max-body", "2KiB", "--heartbeat", 0.05, "--cors", "https://a.example")
+    options = ("--max-waiting", 2, "--max-body", "2KiB", "--heartbeat", 0.02, "--cors", "https://a.example")
     more = ("--served-model-name", "tiny", "--max-wait", 3, "--max-new-tokens", 200)
     with Server(demo, *options, *more, environment={"QWEN_VRAM_API_KEY": KEY}) as started:
         yield started.ready()
@@ -148,7 +148,7 @@ def test_a_client_without_a_stream_frees_its_place_too(guarded):
 
 
 def test_a_slow_answer_gets_comments(guarded):
-    first = Stream(guarded, {**LONG, "max_tokens": 8, "stream": True}).read_until(": running")
+    first = Stream(guarded, {**LONG, "max_tokens": 40, "stream": True}).read_until(": running")
     second = Stream(guarded, {**SHORT, "stream": True}).read_until("[DONE]")
     assert second.text.index(": keep-alive") < second.text.index(": running") < second.text.index("data: {")
     first.read_until("[DONE]").close()

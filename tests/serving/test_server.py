@@ -8,7 +8,7 @@ import pytest
 
 openai = pytest.importorskip("openai")
 
-ASKED = "What is 96 * 9?"
+ASKED = "What is 12 + 30?"
 CHAT = [{"role": "user", "content": ASKED}]
 GREEDY = {"model": "checkpoint", "messages": CHAT, "temperature": 0}
 
@@ -103,7 +103,7 @@ def test_a_limit_ends_with_its_reason(client, alone):
         assert made.choices[0].message.content == alone.chat(ASKED, max_new_tokens=3)
 
 
-@pytest.mark.parametrize("stop", [" =", ["zz", "* 9 "], "96", "8"])
+@pytest.mark.parametrize("stop", [" =", ["zz", "+ 30 "], "12", "4"])
 def test_an_answer_ends_before_a_stop_text(client, alone, stop):
     whole = alone.chat(ASKED)
     cut = min(at for text in ([stop] if isinstance(stop, str) else stop) if (at := whole.find(text)) >= 0)
@@ -115,11 +115,12 @@ def test_an_answer_ends_before_a_stop_text(client, alone, stop):
 
 
 def test_seeds_repeat_answers_and_n_gives_others(client, alone):
-    hot = {**GREEDY, "temperature": 2.0, "seed": 5, "extra_body": {"top_k": 0}, "max_tokens": 24}
+    hot = {**GREEDY, "temperature": 2.0, "seed": 5, "max_tokens": 9}
+    hot["extra_body"] = {"top_k": 0, "repetition_penalty": 2.0}
     first, second = (client.chat.completions.create(**hot, n=3) for _ in range(2))
     texts = [one.message.content for one in first.choices]
     assert texts == [one.message.content for one in second.choices]
-    options = {"temperature": 2.0, "top_k": 0, "max_new_tokens": 24}
+    options = {"temperature": 2.0, "top_k": 0, "repetition_penalty": 2.0, "max_new_tokens": 9}
     assert texts == [alone.chat(ASKED, seed=5 + number, **options) for number in range(3)]
     assert len(set(texts)) > 1
     found = ["", "", ""]
