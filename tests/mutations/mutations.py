@@ -350,4 +350,28 @@ MUTATIONS = (
         "count, left = older - quantized, held - older - 1\n",
         "tests/runtime/decoding/test_quantized_steps.py::test_a_step_that_writes_a_token_leaves_what_an_update_leaves",
     ),
+    Mutation(
+        "stop texts of a server",
+        "serving/engine/answer_text.py",
+        "keep = max(_overlap(text, stop) for stop in self._stops)",
+        "keep = 0",
+        "tests/serving/test_answers.py",
+        "",
+    ),
+    Mutation(
+        "the place of a client that leaves",
+        "serving/engine/work_queue.py",
+        "        if running is not None:\n            running.stop()",
+        "        del running",
+        "tests/serving/test_limits.py::test_a_client_without_a_stream_frees_its_place_too",
+        "",
+    ),
+    Mutation(
+        "the key of a server",
+        "serving/web/gates.py",
+        'if scheme.lower() != b"bearer" or not same:',
+        'if scheme.lower() != b"bearer":',
+        "tests/serving/test_limits.py::test_every_path_but_health_needs_the_key",
+        "",
+    ),
 )
