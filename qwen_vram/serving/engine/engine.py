@@ -173,6 +173,10 @@ class OneByOne:
         if handle is not None:
             handle.fail(ApiError(503, "the server stopped before the answer was complete", code="server_stopping"))
 
+    def loaded(self) -> bool:
+        """Tell if the load is over."""
+        return self._llm is not None or self.load_error is not None
+
     def join(self, timeout: float) -> bool:
         """Wait for the end of the thread, and tell if it ended."""
         return self._thread.ident is None or self._over.wait(timeout)

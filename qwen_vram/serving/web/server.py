@@ -24,6 +24,8 @@ from qwen_vram.serving.wire.refusals import Refusals
 INSTALL = 'pip install "qwen-vram[serve]"'
 # Seconds between the end of the grace time and the end of open connections: a step of the model, and its last events.
 _LAST_SECONDS = 15.0
+# The time that a load may still take after a signal. It cannot be stopped, and nothing is lost with it.
+_LOADING_SECONDS = 1.0
 # The most connections. Each takes a file descriptor, of which a process usually has 1,024.
 _CONNECTIONS = 900
 
@@ -142,7 +144,7 @@ def serve(
         bound.close()
         engine.drain()
         engine.stop_running()
-        ended_in_time = engine.join(_LAST_SECONDS)
+        ended_in_time = engine.join(_LAST_SECONDS if engine.loaded() else _LOADING_SECONDS)
     if engine.load_error is not None:
         raise engine.load_error
     if not ended_in_time:
