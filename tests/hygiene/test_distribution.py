@@ -93,7 +93,7 @@ def test_every_extra_has_code_behind_it(wheel):
     """An extra is there for code that imports what it installs; `dev` is for this repository."""
     about = metadata(wheel)
     extras = set(about.get_all("Provides-Extra")) - {"dev"}
-    assert extras == {"gptq", "lora", "plot"}
+    assert extras == {"gptq", "lora", "plot", "serve"}
     code = "\n".join(path.read_text() for path in PACKAGE.rglob("*.py"))
     for extra in extras:
         asked = [line for line in about.get_all("Requires-Dist") if f"extra == '{extra}'" in line.replace('"', "'")]
