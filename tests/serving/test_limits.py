@@ -121,6 +121,8 @@ def test_a_full_queue_a_long_wait_and_a_client_that_leaves(guarded):
     for one in waiting:
         one.read_until(": keep-alive")  # the comments come before the first token
     assert load_of(guarded) == (1, 2)
+    waiting[1].read_until(": keep-alive, 1 waiting before\n\n")
+    assert ": keep-alive, 0 waiting before" in waiting[0].text
     refused = Stream(guarded, SHORT).read_until("}}")
     assert refused.text.startswith("HTTP/1.1 429")
     assert "\r\nretry-after: " in refused.text.lower()

@@ -7,7 +7,8 @@ import json
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 from qwen_vram.serving.engine.engine import Engine, Prepared
 from qwen_vram.serving.engine.work_queue import Handle
@@ -18,13 +19,21 @@ from qwen_vram.serving.wire.problem import ApiError
 from qwen_vram.serving.wire.replies import Replies, usage
 from qwen_vram.serving.wire.requests import Wanted
 
-# A line that clients of server-sent events ignore.
-_COMMENT = b": keep-alive\n\n"
 _SSE_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
     (b"x-accel-buffering", b"no"),  # nginx passes each event on at once
 ]
+
+
+class _Silence(NamedTuple):
+    """A time without an event; `before` is the number of requests before a waiting one."""
+
+    before: int | None
+
+    def comment(self) -> bytes:
+        """Return a line that clients of server-sent events ignore."""
+        return b": keep-alive\n\n" if self.before is None else b": keep-alive, %d waiting before\n\n" % self.before
 
 
 class Endpoint:
@@ -57,7 +66,7 @@ class Endpoint:
         loop = asyncio.get_running_loop()
 
         def deliver(event: Event) -> None:
-            if not loop.is_closed():
+            with suppress(RuntimeError):  # the loop is closed: the server has ended
                 loop.call_soon_threadsafe(mailbox.put_nowait, event)
 
         try:
@@ -85,8 +94,8 @@ class Endpoint:
             raise unknown_model(str(wanted.model), self._model)
         return wanted, self._engine.prepare(wanted)
 
-    async def _events(self, mailbox: asyncio.Queue[Event], handle: Handle) -> AsyncIterator[Event | None]:
-        """Yield the events of a request up to its end, and `None` after each heartbeat without one."""
+    async def _events(self, mailbox: asyncio.Queue[Event], handle: Handle) -> AsyncIterator[Event | _Silence]:
+        """Yield the events of a request up to its end, and a silence after each heartbeat without one."""
         until = time.monotonic() + self._max_wait
         while True:
             left = self._heartbeat if handle.begun else min(self._heartbeat, max(0.01, until - time.monotonic()))
@@ -94,7 +103,7 @@ class Endpoint:
                 event = await asyncio.wait_for(mailbox.get(), left)
             except asyncio.TimeoutError:
                 if handle.begun or time.monotonic() < until:
-                    yield None
+                    yield _Silence(None if handle.begun else handle.position)
                     continue
                 handle.cancel()
                 event = Failed(self._waited_too_long())
@@ -111,7 +120,7 @@ class Endpoint:
         )
 
     async def _whole(
-        self, send: Send, events: AsyncIterator[Event | None], replies: Replies, wanted: Wanted, prompt_tokens: int
+        self, send: Send, events: AsyncIterator[Event | _Silence], replies: Replies, wanted: Wanted, prompt_tokens: int
     ) -> None:
         """Answer with one object. Nothing can be sent before its status, so there is no heartbeat."""
         pieces: list[Piece] = []
@@ -127,14 +136,14 @@ class Endpoint:
                 await answer_json(send, 200, replies.whole(pieces, ends, prompt_tokens))
 
     async def _stream(
-        self, send: Send, events: AsyncIterator[Event | None], replies: Replies, wanted: Wanted, prompt_tokens: int
+        self, send: Send, events: AsyncIterator[Event | _Silence], replies: Replies, wanted: Wanted, prompt_tokens: int
     ) -> None:
         """Answer with server-sent events, and with comments in silence."""
         await send({"type": "http.response.start", "status": 200, "headers": _SSE_HEADERS})
         generated = 0
         async for event in events:
-            if event is None:
-                await _part(send, _COMMENT)
+            if isinstance(event, _Silence):
+                await _part(send, event.comment())
             elif isinstance(event, Began):
                 await _part(send, b": running\n\n")
             elif isinstance(event, (Piece, Ended)):
