@@ -40,13 +40,10 @@ _OF_NARROW = "8-bit keys and values but for the newest 128 tokens: the smallest 
 # in int8, 0.0018 for int8-wo and 0.072 for nf4. Keys and values in int4 have 0.0022, but over 512 tokens only.
 # measured: Qwen2.5-Coder-0.5B-Instruct, CPU, 2026-12-01, benchmarks/results/quality.jsonl (docs/quality.md).
 _PRECISION = (
-    Saver(_NARROW, _OF_NARROW),
     # Its products take a tenth of the time of bitsandbytes' int8 on a GPU, and less than bf16's on a CPU. It is closer
     # to bf16. measured: benchmarks/results/real_formats.jsonl, cpu_products.jsonl.
     Saver({"weights": "int8-wo"}, "8-bit weights: close to lossless"),
-    Saver({"weights": "int8-wo", **_NARROW}, _OF_NARROW),
     Saver({"weights": "nf4", "dequantization": "tiled"}, "4-bit weights"),
-    Saver({"weights": "nf4", "dequantization": "tiled", **_NARROW}, _OF_NARROW),
     Saver({"weights": "nf4", "lm_head": "nf4"}, "4-bit head"),
     # A tied head in 4 bits is a copy, which saves memory only if the token embeddings are on the host.
     Saver({"weights": "nf4", "lm_head": "nf4", "embeddings": "host"}, "4-bit head, rows are gathered on the host"),
@@ -60,13 +57,21 @@ _SLOW = (
 
 
 def _moves(start: Profile, knobs: dict[str, object], layers: int) -> tuple[Saver, ...]:
-    """Return all moves in order. Each builds on those before it, but the cache of `_NARROW` stays for no other move."""
+    """Return all moves in order. Each builds on those before it.
+
+    Weights of each precision have the cache of the start first, and then that of `_NARROW`.
+    """
     own = {name: getattr(start, name) for name in _NARROW if name not in knobs}
     stream = Saver({"streamed_layers": layers}, "layers cross the link for every token")
     captured = {name: own[name] for name in own if name == "captured"}
+    both = (
+        (move._replace(knobs={**own, **move.knobs}), Saver({**move.knobs, **_NARROW}, _OF_NARROW))
+        for move in _PRECISION
+    )
     return (
         *_FREE,
-        *(move._replace(knobs={**own, **move.knobs}) for move in _PRECISION),
+        Saver(_NARROW, _OF_NARROW),
+        *(move for pair in both for move in pair),
         *(move._replace(knobs={**captured, **move.knobs}) for move in (*_SLOW, stream)),
     )
 

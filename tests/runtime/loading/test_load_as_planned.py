@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -177,8 +177,8 @@ def measured(monkeypatch):
 
     def place(host):
         rates = {"host_product_rate": 100_000_000_000, "host_4bit_rate": 100_000_000_000}
-        machine = replace(
-            DEFAULT, source="measured", pinned_copy_rate=25_000_000_000, host=host, host_bandwidth=1, **rates
+        machine = DEFAULT._replace(
+            source="measured", pinned_copy_rate=25_000_000_000, host=host, host_bandwidth=1, **rates
         )
         machine_file.store(machine)
 
