@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from qwen_vram.planning.questions import max_batch, max_context, min_vram, offload_map, plan
     from qwen_vram.quality.check import check
     from qwen_vram.quality.report import QualityReport
+    from qwen_vram.runtime.conversations import Conversation
     from qwen_vram.runtime.gptq.quantize import quantize_gptq
     from qwen_vram.runtime.loaded_model import LoadedModel
     from qwen_vram.runtime.loading.load import load
@@ -91,6 +92,7 @@ _MODULES = {
     "planning.capacity.budget": ("Budget",),
     "planning.planner": ("Plan",),
     "planning.questions": ("max_batch", "max_context", "min_vram", "offload_map", "plan"),
+    "runtime.conversations": ("Conversation",),
     "runtime.loaded_model": ("LoadedModel",),
     "runtime.loading.load": ("load",),
     "runtime.gptq.quantize": ("quantize_gptq",),
@@ -115,6 +117,7 @@ __all__ = [
     "Budget",
     "CheckpointError",
     "ConfigError",
+    "Conversation",
     "Diagnosis",
     "DoesNotFitError",
     "Estimate",

@@ -22,6 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 from qwen_vram.checkpoints.running_plans import Publication
 from qwen_vram.errors import QwenVramError, WorkloadError
 from qwen_vram.planning.planner import Plan
+from qwen_vram.runtime.conversations import Conversation
 from qwen_vram.runtime.decoding.graph_decoder import Decoder
 from qwen_vram.runtime.generation.answer_stream import AnswerStream, Tee
 from qwen_vram.runtime.generation.generations import Generations
@@ -256,11 +257,29 @@ class LoadedModel:
             made = self._prompts.of_texts(self.model, [str(prompt)], max_new_tokens, options, streamed=True)
         return TokenStream(self._generations, lambda: self.model, made, logprobs=logprobs, until=until)
 
+    def conversation(
+        self, *, system: str | None = None, max_new_tokens: int | None = None, **options: Any
+    ) -> Conversation:
+        """Return an empty conversation, which keeps its cache: a turn feeds only what is new.
+
+        Args:
+            system: The system message.
+            max_new_tokens, **options: As for `chat`, for every turn that does not set them itself.
+
+        Raises:
+            NotSupportedError: an option brings another cache.
+            QwenVramError: as for `chat`, except `DoesNotFitError`.
+        """
+        made = self._generations
+        return Conversation(
+            lambda: self.model, self._prompts, made, system=system, max_new_tokens=max_new_tokens, options=options
+        )
+
     def new_cache(self, *, max_length: int) -> Cache:
         """Return a preallocated cache of `max_length` tokens for `generate(past_key_values=...)`, on the plan's device.
 
         If decode steps are captured, the cache uses the memory that the plan counts, if that is long enough, until it
-        is freed. Other generations meanwhile take additional memory.
+        is freed. Other generations meanwhile take additional memory. The cache of a conversation is freed.
 
         Raises:
             WorkloadError: `max_length` is not a positive number.

@@ -102,29 +102,49 @@ def moments(architecture: Architecture, profile: Profile, workload: Workload) ->
     to the allocator's split rule (at most 1 MiB for each tensor, see `allocator`).
     """
     found: list[Moment] = []
+    for step in _steps(profile, workload):
+        cache, most = _followed(architecture, profile, workload, step)
+        found.extend(Moment(step.phase, name, cache, nbytes) for name, nbytes in most.items())
+    return tuple(found)
+
+
+@lru_cache(maxsize=256)
+def chunk_bytes(
+    architecture: Architecture, profile: Profile, workload: Workload, *, queries: int, past: int
+) -> tuple[int, int]:
+    """Return the bytes of the cache, and the most live bytes beside it, in a prefill step of a workload.
+
+    Args:
+        queries: New tokens of each sequence.
+        past: Tokens of each sequence in the cache before the step.
+    """
+    cache, most = _followed(architecture, profile, workload, _Step("prefill", queries, past + queries))
+    return cache, max(most.values())
+
+
+def _followed(
+    architecture: Architecture, profile: Profile, workload: Workload, step: _Step
+) -> tuple[int, dict[str, int]]:
+    """Return the bytes of the cache after a step, and the most live bytes beside it at each moment."""
     live = LiveBytes()
     generation = Generation(live, architecture, profile, workload)
-    last = {layer: number for number, layer in enumerate(architecture.layers)}
-    for step in _steps(profile, workload):
-        past, cache = step.cached - step.queries, 0
-        live.moments = {}
-        for number in last.values():
-            live.begin(*generation.resume(number, step.queries, past))
-            generation.inputs(workload.prompt_len if step.phase == "prefill" else step.cached)
-            logits = generation.one_layer_step(number, step.queries, past)
-            if workload.logits == "last":
-                generation.sample(logits, [], step.cached)
-            live.at("")
+    past, cache = step.cached - step.queries, 0
+    for number in {layer: number for number, layer in enumerate(architecture.layers)}.values():
+        live.begin(*generation.resume(number, step.queries, past))
+        generation.inputs(workload.prompt_len if step.phase == "prefill" else step.cached)
+        logits = generation.one_layer_step(number, step.queries, past)
         if workload.logits == "last":
-            cache = kv_cache_bytes(
-                architecture,
-                profile,
-                tokens=step.cached,
-                batch_size=workload.batch_size,
-                context_len=workload.context_len,
-            )
-        found.extend(Moment(step.phase, name, cache, most) for name, most in live.moments.items())
-    return tuple(found)
+            generation.sample(logits, [], step.cached)
+        live.at("")
+    if workload.logits == "last":
+        cache = kv_cache_bytes(
+            architecture,
+            profile,
+            tokens=step.cached,
+            batch_size=workload.batch_size,
+            context_len=workload.context_len,
+        )
+    return cache, live.moments
 
 
 def _steps(profile: Profile, workload: Workload) -> list[_Step]:

@@ -3,9 +3,12 @@
 Modules:
     answer_stream  Streams of answers, which are read while they are generated.
     asked          Options of `generate` that change the planned memory, or that no estimate counts.
+    caches         KV caches of a plan: the cache that `new_cache()` returns, and that of one generation.
     finite         Detection of logits that are not finite, and search for the module that made them.
     generations    Generations by a plan, one at a time: cache, limits and measured memory.
     job_stream     Streams of a job: pieces that a generation makes, read from a queue while it runs.
     token_stream   Streams of tokens with log probabilities, of requests that were checked before.
+    kept_cache     The cache that a conversation's turn leaves for its next turn; a model keeps at most one.
+    limits         Limits of a generation: the plan's lengths, and its budget for everything else.
     watched        Context of each call of `model.generate`: finite logits, a seed, and clear errors.
 """

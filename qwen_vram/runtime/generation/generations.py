@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
-from transformers import Cache, StaticCache, StoppingCriteriaList
+from transformers import Cache, StoppingCriteriaList
 
+from qwen_vram.arithmetic.continued import largest_piece
 from qwen_vram.arithmetic.estimate import Estimate
-from qwen_vram.arithmetic.gpu_split import at_workload, split_of
+from qwen_vram.arithmetic.gpu_split import at_workload
 from qwen_vram.checkpoints.running_plans import Publication
-from qwen_vram.errors import WorkloadError
-from qwen_vram.planning.errors import DoesNotFitError
 from qwen_vram.planning.planner import Plan
-from qwen_vram.planning.search.search import Search
 from qwen_vram.runtime.decoding.graph_cache import GraphCache
 from qwen_vram.runtime.decoding.graph_decoder import Decoder
 from qwen_vram.runtime.generation.asked import Asked
+from qwen_vram.runtime.generation.caches import cache_settings, new_cache
+from qwen_vram.runtime.generation.kept_cache import Claim, KeptCache
+from qwen_vram.runtime.generation.limits import Limits
 from qwen_vram.runtime.generation.watched import watched
 from qwen_vram.runtime.kv_cache.host import HostCache
 from qwen_vram.runtime.kv_cache.preallocated import PreallocatedCache, cache_bytes
@@ -32,7 +32,6 @@ from qwen_vram.runtime.scheduling.clock import Clock, Timed
 from qwen_vram.runtime.scheduling.job import Job
 from qwen_vram.runtime.scheduling.stopping import StopOfTurn
 from qwen_vram.runtime.scheduling.turns import Turn, Turns
-from qwen_vram.spec.profile import Profile
 from qwen_vram.spec.workload import Workload
 
 # Options that keep only the tokens, because the other results are dropped here. They override generation_config.json.
@@ -45,6 +44,23 @@ _TOKENS_ALONE = {
 }
 
 
+class _Request(NamedTuple):
+    """One checked call of `model.generate`.
+
+    Attributes:
+        length: The number of tokens that a preallocated cache holds; `None` if the options bring a cache.
+        promised: The plan's estimate covers it.
+        claim: The conversation whose turn it is.
+    """
+
+    inputs: Mapping[str, torch.Tensor]
+    workload: Workload
+    length: int | None
+    promised: bool
+    options: Mapping[str, Any]
+    claim: Claim | None
+
+
 class Generations:
     """Generations of a loaded model. The object holds no model, so reports remain after the model is freed.
 
@@ -54,6 +70,8 @@ class Generations:
 
     Attributes:
         turns: The order of the generations; one of them runs at a time.
+        limits: The comparison of generations with the plan and its budget.
+        kept: The cache of a conversation between its turns, which any other generation frees.
         measured: Bytes of loading and of the last generation, by part, on each device.
         timed: Times of the last generation; `None` before the first.
         count: The number of generations so far.
@@ -69,6 +87,7 @@ class Generations:
     ) -> None:
         self.plan = plan
         self.turns = Turns()
+        self.limits = Limits(plan)
         self.decoder = decoder
         self.devices = tuple(loaded)
         self.device = self.devices[0]
@@ -77,11 +96,13 @@ class Generations:
         self.count = 0
         self.publication: Publication | None = None
         self._beside = Beside(before)
+        self.kept = KeptCache(self._beside)
         self._segments = Segments(plan, self.devices, self._beside)
         self._last: Workload | None = None
 
     def close(self) -> None:
-        """Release decode steps and their memory; the measured figures stay."""
+        """Release decode steps, the kept cache and their memory; the measured figures stay."""
+        self.kept.drop()
         self._segments.close()
         if self.decoder is not None:
             self.decoder.close()
@@ -94,21 +115,10 @@ class Generations:
         return at_workload(known, self._last)
 
     def new_cache(self, *, max_length: int) -> Cache:
-        """Return a cache as `LoadedModel.new_cache`."""
-        if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
-            raise WorkloadError(
-                f"max_length must be a positive whole number of tokens, got {max_length!r}",
-                name="max_length",
-                got=max_length,
-            )
-        if self.decoder is not None:
-            return GraphCache(self.decoder, num_hidden_layers=self.decoder.layers, max_length=max_length)
-        profile, architecture = self.plan.profile, self.plan.estimate.architecture
-        assert architecture is not None
-        layers, split = architecture.num_hidden_layers, tuple(split_of(self.plan.estimate).values())
-        if profile.kv_device == "host":
-            return HostCache(layers, max_length=max_length, split=split)
-        return PreallocatedCache(layers, max_length=max_length, kv_cache=profile.kv_cache, split=split)
+        """Return a cache as `LoadedModel.new_cache`; it takes the place of a kept one."""
+        made = new_cache(self.plan, self.decoder, max_length=max_length)
+        self.kept.drop()
+        return made
 
     def job(
         self,
@@ -117,6 +127,7 @@ class Generations:
         max_new_tokens: int | None,
         options: Mapping[str, Any],
         ended: Callable[[], object] | None = None,
+        claim: Claim | None = None,
     ) -> Job[torch.Tensor]:
         """Return a generation that has not started; its result is prompts and answers, (batch, tokens).
 
@@ -125,6 +136,7 @@ class Generations:
         Args:
             model: Returns the model, or raises the error of a closed one. It is called again when the turn comes.
             ended: Called in the job's thread after its end.
+            claim: The conversation whose turn it is: it continues from its kept cache, and keeps the cache after it.
 
         Raises:
             DoesNotFitError, WorkloadError, NotSupportedError: as for `LoadedModel.chat`, before anything is allocated.
@@ -138,158 +150,89 @@ class Generations:
             batch_size=batch_size * asked.sequences(),
             padded=not bool(inputs["attention_mask"].all()),
         )
-        length = self._cache_length(workload)
-        self._check_asked(asked, workload)
-        own_cache = asked.brings_cache()
-        promised = self._is_promised(asked, workload)
-        work = partial(self._run, model, inputs, workload, None if own_cache else length, promised, options)
-        return Job(self.turns, work, self.device, ended)
+        length = self.limits.cache_length(workload, longest=claim is not None)
+        self.limits.check_asked(asked, workload)
+        brings = asked.brings_cache()
+        promised = self.limits.is_promised(asked, workload)
+        request = _Request(inputs, workload, None if brings else length, promised, options, claim)
+        return Job(self.turns, partial(self._run, model, request), self.device, ended)
 
     @torch.inference_mode()
-    def _run(
-        self,
-        model: Callable[[], Any],
-        inputs: Mapping[str, torch.Tensor],
-        workload: Workload,
-        length: int | None,
-        promised: bool,
-        options: Mapping[str, Any],
-        turn: Turn,
-    ) -> torch.Tensor:
-        """Run the work of a job; `length` is as for `_cache_settings`, or `None` if the options bring a cache."""
-        with self._segments.within((workload, length), promised=promised):
-            if length is None and self.decoder is not None:
+    def _run(self, model: Callable[[], Any], request: _Request, turn: Turn) -> torch.Tensor:
+        self.kept.drop(unless=None if request.claim is None else request.claim.owner)
+        with self._segments.within((request.workload, request.length), promised=request.promised):
+            if request.length is None and self.decoder is not None:
                 self.decoder.drop_buffers()
-            return self._generate(model(), inputs, workload, length, options, turn)
+            return self._generate(model(), request, turn)
 
-    def _generate(
-        self,
-        generator: Any,
-        inputs: Mapping[str, torch.Tensor],
-        workload: Workload,
-        length: int | None,
-        options: Mapping[str, Any],
-        turn: Turn,
-    ) -> torch.Tensor:
+    def _generate(self, generator: Any, request: _Request, turn: Turn) -> torch.Tensor:
+        inputs, workload, _, _, options, claim = request
         meters = [PeakMeter(device) for device in self.devices]
         for meter in meters:
             meter.start()
         on_device = {name: tensor.to(self.device) for name, tensor in inputs.items()}
         clock = Clock(self.device)
         stop = StopOfTurn(turn, workload.prompt_len, clock)
+        continued = self._continued(generator, request)
         settings = {
             "max_new_tokens": workload.max_new_tokens,
             # The plan's cache replaces the file's. A step that transformers compiles would take additional memory.
             "cache_implementation": None,
             "disable_compile": True,
-            **({} if length is None else self._cache_settings(generator, workload, length)),
+            **({} if request.length is None or continued else self._cache_settings(generator, request)),
             **options,
+            **continued,
             "stopping_criteria": StoppingCriteriaList([*(options.get("stopping_criteria") or ()), stop]),
             **_TOKENS_ALONE,
         }
         cache = settings.get("past_key_values")
         try:
-            with watched(generator, settings) as arguments, stop.before_chunks(generator):
+            with (
+                self.kept.used(claim, cache, inputs["input_ids"], lasting=self._keeps(request)) as answered,
+                watched(generator, settings) as arguments,
+                stop.before_chunks(generator),
+            ):
                 clock.begin()
                 output = generator.generate(**on_device, **arguments)
-                self.timed = clock.end(workload, output.sequences.shape[1] - workload.prompt_len)
+                made = output.sequences.shape[1] - workload.prompt_len
+                # No predicted time is that of a prompt whose first tokens are in the cache.
+                self.timed = clock.end(workload, made) if not continued else None
+                answered(output.sequences)
             self._note(workload, output, meters)
         finally:
-            if isinstance(cache, GraphCache) and "past_key_values" not in options:
+            if isinstance(cache, GraphCache) and "past_key_values" not in options and not self.kept.holds(cache):
                 cache.release()  # otherwise references to it would keep the memory from the next generation
             if self.decoder is not None:
                 self.decoder.drop_larger_buffers()
         if stop.obeyed:
-            turn.check(output.sequences.shape[1] - workload.prompt_len)
+            turn.check(made)
         return cast("torch.Tensor", output.sequences)
 
-    def _cache_settings(self, model: Any, workload: Workload, length: int) -> dict[str, Any]:
-        """Return the plan's cache as options of `generate`; a preallocated cache holds `length` tokens."""
-        kind = self.plan.profile.cache
-        if self.decoder is not None:
-            self.decoder.prepare(workload.batch_size, workload.context_len)
-            return {"past_key_values": self.new_cache(max_length=workload.context_len)}
-        if kind == "preallocated":
-            return {"past_key_values": self.new_cache(max_length=length)}
-        if kind == "static":
-            # `generate` would keep a static cache that it creates, and would compile for it unless told otherwise.
-            cache = StaticCache(config=model.config, max_cache_len=workload.context_len)
-            return {"past_key_values": cache, "disable_compile": True}
-        return {"cache_implementation": "dynamic"}
+    def _keeps(self, request: _Request) -> bool:
+        """Tell if the cache stays after a turn of a conversation: no plan counts one that is longer than planned."""
+        return request.length is not None and request.length <= self.plan.workload.context_len
 
-    def _cache_length(self, workload: Workload) -> int:
-        """Return the length of a preallocated cache that fits: the planned one, so that its block is used again.
+    def _cache_settings(self, model: Any, request: _Request) -> dict[str, Any]:
+        assert request.length is not None
+        kept = request.claim is not None and self._keeps(request)
+        return cache_settings(self.plan, self.decoder, model, request.workload, request.length, kept=kept)
 
-        A block for each length would leave longer and longer blocks reserved beside the promised memory. The length is
-        that of the workload if it is longer than planned, or if unplanned padding leaves no memory for more.
-
-        Raises:
-            DoesNotFitError, WorkloadError: as for `LoadedModel.chat`.
-        """
-        planned, architecture = self.plan.workload, self.plan.estimate.architecture
-        assert architecture is not None
-        workload.check(architecture)
-        if self._is_covered(workload):
-            if planned.padded or not workload.padded:
-                return planned.context_len
-            with suppress(DoesNotFitError):
-                self._check_room(replace(workload, max_new_tokens=planned.context_len - workload.prompt_len))
-                return planned.context_len
-        self._check_room(workload)
-        return workload.context_len
-
-    def _is_covered(self, workload: Workload) -> bool:
-        """Tell if the plan's own workload has at least the sequences and tokens of this one."""
-        planned = self.plan.workload
-        return (
-            workload.batch_size <= planned.batch_size
-            and workload.prompt_len <= planned.prompt_len
-            and workload.context_len <= planned.context_len
-        )
-
-    def _is_promised(self, asked: Asked, workload: Workload) -> bool:
-        """Tell if the plan's estimate covers the generation; any other one has been compared with the budget."""
-        planned = self.plan
-        padding = planned.workload.padded or not workload.padded
-        same = not asked.brings_cache() and asked.profile(planned.profile) == planned.profile
-        return padding and same and self._is_covered(workload)
-
-    def _check_room(self, workload: Workload) -> None:
-        """Refuse a workload that does not fit the budget."""
-        self._search(self.plan.profile, workload, session=False).run("quality")
-
-    def _check_asked(self, asked: Asked, workload: Workload) -> None:
-        """Compare the cache and the chunk size of the options with the budget.
-
-        Raises:
-            DoesNotFitError: they do not fit.
-            NotSupportedError: no estimate counts them.
-        """
-        profile = asked.profile(self.plan.profile)
-        held = asked.cache_length() - workload.prompt_len
-        if held > workload.max_new_tokens:
-            workload = replace(workload, max_new_tokens=held)
-        if profile == self.plan.profile:
-            if not self._is_covered(workload):
-                self._check_room(workload)
-            return
-        self._search(profile, workload, session=True).run("quality")
-
-    def _search(self, profile: Profile, workload: Workload, *, session: bool) -> Search:
-        """Return the search that compares `workload` with the plan's budget and split."""
-        known, budget = self.plan.estimate, self.plan.budget
-        assert known.architecture is not None
-        return Search(
-            known.model,
-            known.architecture,
-            workload,
-            budget,
-            profile,
-            {},
-            split_of(known),
-            machine=known.machine,
-            session=session,
-        )
+    def _continued(self, model: Any, request: _Request) -> dict[str, Any]:
+        """Return the kept cache as options of `generate`; empty if the whole prompt is fed."""
+        workload, claim = request.workload, request.claim
+        if claim is None:
+            return {}
+        cache = self.kept.take(claim.owner, request.inputs["input_ids"], context_len=workload.context_len)
+        if cache is None:
+            return {}
+        held = int(cache.get_seq_length())
+        profile = Asked(model, request.options).profile(self.plan.profile)
+        covered = self.plan.workload if self.limits.is_covered(workload) else workload
+        piece = largest_piece(self.plan.estimate, profile, workload, held=held, covered=covered)
+        if not piece:
+            self.kept.lose(cache)
+            return {}
+        return {"past_key_values": cache, "prefill_chunk_size": piece}
 
     def _note(self, workload: Workload, output: Any, meters: list[PeakMeter]) -> None:
         """Keep the measured memory of the generation, under the names of the estimate's parts."""

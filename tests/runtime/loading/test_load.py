@@ -268,15 +268,15 @@ def test_padding_that_was_not_planned_has_to_fit():
     for vram, in_full in ((padded, 25_600), (unpadded, None)):
         runs = Generations(qv.plan(SEVEN, **knobs, **work, vram=vram), {torch.device("cpu"): {}}, {}, None)
         workload = runs.plan.workload
-        assert runs._cache_length(workload) == 25_600
-        assert runs._cache_length(replace(workload, prompt_len=400, padded=True)) == 25_600
+        assert runs.limits.cache_length(workload) == 25_600
+        assert runs.limits.cache_length(replace(workload, prompt_len=400, padded=True)) == 25_600
         if in_full:
-            assert runs._cache_length(replace(workload, padded=True)) == in_full
+            assert runs.limits.cache_length(replace(workload, padded=True)) == in_full
             continue
         with pytest.raises(qv.DoesNotFitError):
-            runs._cache_length(replace(workload, padded=True))
+            runs.limits.cache_length(replace(workload, padded=True))
         # Not beside a cache of the planned length, but beside one of its own.
-        assert runs._cache_length(replace(workload, prompt_len=22_000, max_new_tokens=1, padded=True)) == 22_001
+        assert runs.limits.cache_length(replace(workload, prompt_len=22_000, max_new_tokens=1, padded=True)) == 22_001
 
 
 def test_beam_search_reorders_the_preallocated_cache(untied):
