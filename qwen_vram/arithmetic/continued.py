@@ -1,4 +1,4 @@
-"""Prefill after a filled cache: the largest piece of new tokens that a plan's memory covers."""
+"""Prefill after a filled cache: the largest piece of tokens that a plan covers."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
@@ -74,21 +75,22 @@ def chat(
         adapter=adapter,
         **knobs,
     ) as llm:
-        history = [{"role": "system", "content": system}] if system else []
+        first = [{"role": "system", "content": system}] if system else []
         if message is not None:
-            _say(llm, [*history, {"role": "user", "content": message}], options)
+            _print(llm.stream([*first, {"role": "user", "content": message}], **options))
             return
-        _converse(llm, history, options)
+        with llm.conversation(**options) as conversation:
+            _converse(llm, conversation, first)
 
 
 def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _converse(llm: qv.LoadedModel, first: list[dict[str, str]], options: dict[str, Any]) -> None:
+def _converse(llm: qv.LoadedModel, conversation: qv.Conversation, first: list[dict[str, str]]) -> None:
     """Ask and answer until the input ends; each conversation begins with the messages of `first`."""
     console.print(f"{llm!r}; Ctrl-C stops an answer, Ctrl-D leaves, /help lists commands", markup=False)
-    history = list(first)
+    conversation.messages = list(first)
     while True:
         try:
             question = console.input("\n> ").strip()
@@ -102,33 +104,27 @@ def _converse(llm: qv.LoadedModel, first: list[dict[str, str]], options: dict[st
         elif question == "/report":
             print(llm.report())
         elif question == "/clear":
-            history = list(first)
+            conversation.messages = list(first)
         elif question:
-            _take_turn(llm, history, question, options)
+            _take_turn(conversation, question)
 
 
-def _take_turn(llm: qv.LoadedModel, history: list[dict[str, str]], question: str, options: dict[str, Any]) -> None:
-    """Answer a question, and add both to the history unless it is refused."""
-    asked = [*history, {"role": "user", "content": question}]
+def _take_turn(conversation: qv.Conversation, question: str) -> None:
+    """Answer a question; the conversation has both afterwards, unless the question is refused."""
     try:
-        answer = _say(llm, asked, options)
+        _print(conversation.stream(question))
     except qv.QwenVramError as error:
         full = isinstance(error, qv.DoesNotFitError) or getattr(error, "name", "") == "context_len"
-        begun = any(one["role"] == "assistant" for one in history)
+        begun = any(one["role"] == "assistant" for one in conversation.messages)
         cure = "; type /clear to begin a new conversation" if full and begun else ""
         errors.print(f"error: {error}{cure}", style="red", markup=False, soft_wrap=True)
-    else:
-        history[:] = [*asked, {"role": "assistant", "content": answer}]
 
 
-def _say(llm: qv.LoadedModel, history: list[dict[str, str]], options: dict[str, Any]) -> str:
-    """Print an answer as it is generated, and return its text; Ctrl-C ends it and keeps the text so far."""
-    pieces: list[str] = []
+def _print(answer: Iterator[str]) -> None:
+    """Print an answer as it is generated; Ctrl-C ends it."""
     try:
-        for piece in llm.stream(history, **options):
-            pieces.append(piece)
+        for piece in answer:
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
         pass
     print()
-    return "".join(pieces)
