@@ -1,4 +1,4 @@
-"""Conversations that keep their KV cache between turns, so that a turn feeds only new tokens."""
+"""Conversations that keep their KV cache, so that a turn feeds only new tokens."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Conversation:
                 refused.
 
         Raises:
-            NotSupportedError: an option brings another cache.
+            NotSupportedError: an option brings another cache, or continues the final message.
             QwenVramError: as for `LoadedModel.chat`; the conversation is closed.
         """
         self._generations.turns.refuse_inside("a turn of a conversation cannot start")
@@ -168,6 +168,14 @@ class Conversation:
                 "own cache; use chat() or generate() with a cache",
                 knob="past_key_values",
                 value=every.get("past_key_values", every.get("cache_implementation")),
+            )
+        nested = every.get("chat_template_kwargs")
+        if {**every, **(nested if isinstance(nested, dict) else {})}.get("continue_final_message"):
+            raise NotSupportedError(
+                "continue_final_message=True is not supported in a conversation, in which an answer is a new message; "
+                "use chat() with the messages",
+                knob="continue_final_message",
+                value=True,
             )
         new = self._max_new_tokens if max_new_tokens is None else max_new_tokens
         return self._prompts.of_conversation(model, messages, system, new, every, streamed=True)

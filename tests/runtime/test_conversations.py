@@ -496,6 +496,9 @@ def test_bad_input_is_refused_with_one_error(llm):
                     qv.NotSupportedError, match="not supported in a conversation, which keeps the plan's"
                 ):
                     call(ASKED[0], **options)
+    for options in ({"continue_final_message": True}, {"chat_template_kwargs": {"continue_final_message": True}}):
+        with pytest.raises(qv.NotSupportedError, match="^continue_final_message=True is not supported in a conv"):
+            chat.say(ASKED[0], **options)
     for message in (5, [], [{"text": "hi"}], {"role": "user", "content": "hi"}):
         with pytest.raises(qv.WorkloadError, match="^message must be a text, or a list of"):
             chat.say(message)

@@ -9,6 +9,7 @@ Modules:
     job_stream     Streams of a job: pieces that a generation makes, read from a queue while it runs.
     token_stream   Streams of tokens with log probabilities, of requests that were checked before.
     kept_cache     The cache that a conversation's turn leaves for its next turn; a model keeps at most one.
+    kept_cache     The one cache that a model keeps between the turns of a conversation.
     limits         Limits of a generation: the plan's lengths, and its budget for everything else.
     watched        Context of each call of `model.generate`: finite logits, a seed, and clear errors.
 """

@@ -1,4 +1,4 @@
-"""The cache that a conversation's turn leaves for its next turn; a model keeps at most one."""
+"""The one cache that a model keeps between the turns of a conversation."""
 
 from __future__ import annotations
 
