@@ -84,7 +84,7 @@ def common(one, other):
     return next((at for at, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 
 
-@lru_cache(maxsize=None)
+@lru_cache(maxsize=512)
 def expected(llm, history, options):
     """The answer of `chat` to a whole history."""
     return llm.chat([dict(one) for one in history], **{**GREEDY, **dict(options)})

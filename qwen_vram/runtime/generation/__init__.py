@@ -7,9 +7,8 @@ Modules:
     finite         Detection of logits that are not finite, and search for the module that made them.
     generations    Generations by a plan, one at a time: cache, limits and measured memory.
     job_stream     Streams of a job: pieces that a generation makes, read from a queue while it runs.
-    token_stream   Streams of tokens with log probabilities, of requests that were checked before.
-    kept_cache     The cache that a conversation's turn leaves for its next turn; a model keeps at most one.
     kept_cache     The one cache that a model keeps between the turns of a conversation.
     limits         Limits of a generation: the plan's lengths, and its budget for everything else.
+    token_stream   Streams of tokens with log probabilities, of requests that were checked before.
     watched        Context of each call of `model.generate`: finite logits, a seed, and clear errors.
 """
