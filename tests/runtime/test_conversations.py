@@ -376,8 +376,7 @@ def test_stop_ends_a_stream_with_an_error_and_keeps_its_text(llm):
     chat = llm.conversation(**GREEDY)
     pieces = []
     with pytest.raises(qv.GenerationStoppedError):
-        for piece in chat.stream(ASKED[0], eos_token_id=None, **at(8, llm.stop)):
-            pieces.append(piece)
+        pieces.extend(chat.stream(ASKED[0], eos_token_id=None, **at(8, llm.stop)))
     assert chat.messages[-1] == {"role": "assistant", "content": "".join(pieces)}
 
 
