@@ -61,12 +61,12 @@ class Server:
 
     @property
     def out(self) -> str:
-        """What it wrote on standard output so far."""
+        """Return its standard output so far."""
         return self._text("out")
 
     @property
     def err(self) -> str:
-        """What it wrote on standard error so far."""
+        """Return its standard error so far."""
         return self._text("err")
 
     def _text(self, name: str) -> str:

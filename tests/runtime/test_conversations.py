@@ -9,11 +9,12 @@ from functools import lru_cache
 
 import pytest
 import torch
-from transformers import Cache, DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import Cache, DynamicCache, GenerationConfig, LogitsProcessorList
 
 import qwen_vram as qv
 from qwen_vram.runtime.decoding.generate_loop import decode_by_steps
 from qwen_vram.runtime.decoding.graph_decoder import Decoder
+from tests.helpers.processors import At
 
 ROOM = {"attention": "fused", "cache": "preallocated"}
 KINDS = {
@@ -100,19 +101,6 @@ def check_answers(llm, messages, **options):
     for at, message in enumerate(messages):
         if message["role"] == "assistant":
             assert message["content"] == expected(llm, tuple(history[:at]), tuple(options.items()))
-
-
-class At(LogitsProcessor):
-    """Calls something at the `step`-th token."""
-
-    def __init__(self, step, call):
-        self.step, self.call, self.steps = step, call, 0
-
-    def __call__(self, input_ids, scores):
-        self.steps += 1
-        if self.steps == self.step:
-            self.call()
-        return scores
 
 
 def at(step, call):

@@ -232,7 +232,7 @@ def request_of(draw):
 
 
 def answer_of(server, request):
-    """What the server answers until it closes the connection, or is silent for longer than its own time limit."""
+    """Return the answer until the server closes the connection, or is silent for longer than its time limit."""
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=2) as connection:
         got = b""

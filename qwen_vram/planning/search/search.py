@@ -53,8 +53,8 @@ class Search(Candidates):
     def _unslowed(self, best: Candidate, found: Candidate) -> Candidate:
         """`best`, or a faster candidate, if a move that makes `found` faster does not fit.
 
-        The other one has the same formats. If no such one has captured steps, its keys and values are in int8, which is
-        the smallest loss, and takes a tenth of the time of steps without capture.
+        The other one has the same formats. If no such one has captured steps, it may have keys and values in int8, the
+        smallest loss.
         """
         profile = found.estimate.profile
         at_best = self._at_best(profile)
@@ -65,7 +65,7 @@ class Search(Candidates):
         best = self._fastest([best, *alike])
         narrow = [one for one in others if one.estimate.profile.captures and one not in alike]
         if narrow and at_best.captures and not best.estimate.profile.captures:
-            return self._fastest(narrow)
+            best = self._fastest([best, *narrow])
         return best
 
     def _fitting(self) -> Iterator[Candidate]:

@@ -75,10 +75,12 @@ def runs(device: torch.device, dtype: torch.dtype, heads: Heads, splits: int, kv
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a compiler can raise any error
-        _LOGGER.warning(
-            "captured decode steps use torch's attention, which is slower: Triton cannot compile this library's (%s)",
-            str(error).strip()[:300],
-        )
+        said = str(error).strip()[:300]
+        if stored.is_quantized:
+            _LOGGER.warning("Triton cannot compile attention over a KV cache in %s (%s)", kv_cache, said)
+        else:
+            text = "captured decode steps use torch's attention, which is slower: Triton cannot compile this library's "
+            _LOGGER.warning("%s(%s)", text, said)
         return False
     return True
 

@@ -181,6 +181,8 @@ def test_a_kernel_that_does_not_compile_is_left_out_with_a_warning(monkeypatch, 
     what = (torch.device("cpu"), torch.float16, decode_step.Heads(4, 2, 64), 4)
     assert [decode_step.runs(*what) for _ in range(2)] == [False, False]
     assert caplog.text.count("Triton cannot compile this library's (out of resource: shared memory)") == 1
+    assert not decode_step.runs(*what, "int4")
+    assert "Triton cannot compile attention over a KV cache in int4 (out of resource: shared memory)" in caplog.text
     decode_step.runs.cache_clear()
 
     def full(*tensors):

@@ -15,7 +15,6 @@ from qwen_vram.runtime.decoding.graph_cache import GraphCache
 from qwen_vram.runtime.decoding.graph_decoder import Decoder, compiler_for, decoder_where_it_runs
 from qwen_vram.runtime.decoding.layer import fused_decode_layer
 from qwen_vram.runtime.offload.host_embedding import move_embedding_to_host
-from qwen_vram.tools.accuracy import make_checkpoint
 from tests.helpers.tiers import thinned
 
 # torch's own, as it imports its compiler.
@@ -434,14 +433,6 @@ def test_a_machine_that_captures_nothing_launches_steps_one_by_one(untied, monke
 SPEED = {"attention": "fused", "cache": "static", "compiled": True, "progress": False}
 CAPTURED = {"attention": "fused", "kernels": "fused", "cache": "preallocated", "captured": True, "progress": False}
 KINDS = {"compiled": SPEED, "captured": CAPTURED, "captured, table on the host": {**CAPTURED, "embeddings": "host"}}
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    """Random weights of Qwen2.5-0.5B's shape."""
-    folder = tmp_path_factory.mktemp("published")
-    make_checkpoint("Qwen2.5-0.5B", folder)
-    return folder
 
 
 @pytest.mark.gpu

@@ -9,7 +9,6 @@ from qwen_vram.runtime.decoding.generate_loop import decode_by_steps
 from qwen_vram.runtime.decoding.graph_cache import QuantizedGraphLayer
 from qwen_vram.runtime.decoding.graph_decoder import Decoder
 from qwen_vram.runtime.kv_cache.quantized import QuantizedLayer
-from qwen_vram.tools.accuracy import make_checkpoint
 from tests.runtime.decoding.test_decode_steps import ASKED, PROMPTS, Watch, steps_of
 
 KV_FORMATS = ("int8", "int4")
@@ -112,14 +111,6 @@ def test_kernels_of_its_own_are_needed(demo):
 
 
 CAPTURED = {**KNOBS, "captured": True}
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    """Random weights of Qwen2.5-0.5B's shape."""
-    folder = tmp_path_factory.mktemp("published")
-    make_checkpoint("Qwen2.5-0.5B", folder)
-    return folder
 
 
 @pytest.mark.gpu

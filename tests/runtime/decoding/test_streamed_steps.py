@@ -8,7 +8,6 @@ from qwen_vram.demo.tasks import examples
 from qwen_vram.runtime.decoding.generate_loop import decode_by_steps
 from qwen_vram.runtime.decoding.graph_decoder import Decoder
 from qwen_vram.runtime.decoding.graph_step import Part, parts_of
-from qwen_vram.tools.accuracy import make_checkpoint
 
 KNOBS = {"profile": "default", "attention": "fused", "cache": "preallocated", "kernels": "fused", "progress": False}
 WORK = {"batch_size": 2, "prompt_len": 600, "max_new_tokens": 64}
@@ -121,14 +120,6 @@ def test_what_cannot_be_captured_is_still_refused_by_name():
 
 
 # on a GPU
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    """Random weights of Qwen2.5-0.5B's shape."""
-    folder = tmp_path_factory.mktemp("published")
-    make_checkpoint("Qwen2.5-0.5B", folder)
-    return folder
 
 
 CAPTURED = {**KNOBS, "captured": True}

@@ -7,12 +7,13 @@ from itertools import zip_longest
 
 import pytest
 import torch
-from transformers import Cache, LogitsProcessor, LogitsProcessorList
+from transformers import Cache, LogitsProcessorList
 
 import qwen_vram as qv
 from qwen_vram.demo import ADAPTER
 from qwen_vram.runtime.decoding.generate_loop import decode_by_steps
 from qwen_vram.runtime.decoding.graph_decoder import Decoder
+from tests.helpers.processors import At
 
 ROOM = {"attention": "fused", "kernels": "fused", "cache": "preallocated"}
 SAVERS = {
@@ -62,19 +63,6 @@ def on(*savers):
     """A test of `model` with these savers in `make test`, and with all in `make test-all`."""
     rows = [pytest.param(saver, marks=[] if saver in savers else [pytest.mark.full]) for saver in SAVERS]
     return pytest.mark.parametrize("model", rows, indirect=True)
-
-
-class At(LogitsProcessor):
-    """Calls something at the `step`-th token."""
-
-    def __init__(self, step, call):
-        self.step, self.call, self.steps = step, call, 0
-
-    def __call__(self, input_ids, scores):
-        self.steps += 1
-        if self.steps == self.step:
-            self.call()
-        return scores
 
 
 class Gate:
