@@ -19,6 +19,7 @@ from qwen_vram.runtime.decoding.graph_cache import GraphCache
 from qwen_vram.runtime.decoding.graph_decoder import Decoder
 from qwen_vram.runtime.generation.asked import Asked
 from qwen_vram.runtime.generation.caches import cache_settings, new_cache
+from qwen_vram.runtime.generation.continued_prefill import continued_prefill
 from qwen_vram.runtime.generation.kept_cache import Claim, KeptCache
 from qwen_vram.runtime.generation.limits import Limits
 from qwen_vram.runtime.generation.watched import watched
@@ -193,7 +194,8 @@ class Generations:
                 stop.before_chunks(generator),
             ):
                 clock.begin()
-                output = generator.generate(**on_device, **arguments)
+                with continued_prefill(generator, on_device, arguments) as rest:
+                    output = generator.generate(**on_device, **rest)
                 made = output.sequences.shape[1] - workload.prompt_len
                 # No predicted time is that of a prompt whose first tokens are in the cache.
                 self.timed = clock.end(workload, made) if not continued else None
