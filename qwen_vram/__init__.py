@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         NotSupportedError,
         PlanNotHeldError,
         QuantizationFailedError,
+        QueueFullError,
         QwenVramError,
         UnitError,
         UnknownNameError,
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from qwen_vram.planning.capacity.budget import Budget
     from qwen_vram.planning.errors import DoesNotFitError
     from qwen_vram.planning.planner import Plan
-    from qwen_vram.planning.questions import max_batch, max_context, min_vram, offload_map, plan
+    from qwen_vram.planning.questions import max_batch, max_concurrency, max_context, min_vram, offload_map, plan
     from qwen_vram.quality.check import check
     from qwen_vram.quality.report import QualityReport
     from qwen_vram.runtime.conversations import Conversation
@@ -74,6 +75,7 @@ _MODULES = {
         "NotSupportedError",
         "PlanNotHeldError",
         "QuantizationFailedError",
+        "QueueFullError",
         "QwenVramError",
         "UnitError",
         "UnknownNameError",
@@ -91,7 +93,7 @@ _MODULES = {
     "planning.errors": ("DoesNotFitError",),
     "planning.capacity.budget": ("Budget",),
     "planning.planner": ("Plan",),
-    "planning.questions": ("max_batch", "max_context", "min_vram", "offload_map", "plan"),
+    "planning.questions": ("max_batch", "max_concurrency", "max_context", "min_vram", "offload_map", "plan"),
     "runtime.conversations": ("Conversation",),
     "runtime.loaded_model": ("LoadedModel",),
     "runtime.loading.load": ("load",),
@@ -134,6 +136,7 @@ __all__ = [
     "Profile",
     "QualityReport",
     "QuantizationFailedError",
+    "QueueFullError",
     "QwenVramError",
     "UnitError",
     "UnknownNameError",
@@ -145,6 +148,7 @@ __all__ = [
     "estimate_vram",
     "load",
     "max_batch",
+    "max_concurrency",
     "max_context",
     "merge_lora_then_quantize",
     "min_vram",

@@ -127,6 +127,15 @@ class GenerationStoppedError(QwenVramError):
         self.tokens = tokens
 
 
+class QueueFullError(QwenVramError):
+    """Too many submitted requests are not complete. `waiting` is their number, and `most` the limit."""
+
+    def __init__(self, message: str, *, waiting: int, most: int) -> None:
+        super().__init__(message)
+        self.waiting = waiting
+        self.most = most
+
+
 class PlanNotHeldError(QwenVramError):
     """A loaded model takes more memory than its plan promised.
 

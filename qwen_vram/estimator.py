@@ -9,6 +9,7 @@ from qwen_vram.arithmetic.estimate import Estimate
 from qwen_vram.checkpoints.machine_file import current
 from qwen_vram.checkpoints.resolve import ModelLike, resolve_model, stored_knobs
 from qwen_vram.errors import WorkloadError
+from qwen_vram.spec.concurrency import concurrent, paged_knobs
 from qwen_vram.spec.formats import FORMATS
 from qwen_vram.spec.profile import Profile, resolve_profile
 from qwen_vram.spec.workload import Logits, Workload
@@ -27,6 +28,7 @@ def estimate_vram(
     params: float | None = None,
     logits: Logits = "last",
     padded: bool = False,
+    concurrency: int | None = None,
     adapter: AdapterChoice = None,
     **knobs: object,
 ) -> Estimate:
@@ -41,6 +43,7 @@ def estimate_vram(
         params: With `model=None`: a number of parameters, for the rule of thumb parameters x bytes (weights only).
         logits: `"last"` for generation, `"all"` for one plain forward pass that makes logits for the whole prompt.
         padded: The batch has padding, so that attention needs a mask.
+        concurrency: Requests that run at once over pages of a common KV cache, as for `plan()`.
         adapter: Folder or hub id of a LoRA adapter that runs beside the base; `False` if the one in the model's own
             folder is merged already.
         **knobs: Fields of `Profile` to replace, such as `weights="nf4"`.
@@ -58,6 +61,8 @@ def estimate_vram(
         >>> estimate_vram(None, params=7.62e9).weights
         15240000000
     """
+    batch_size, knobs = concurrent(concurrency, batch_size, knobs)
+    knobs = paged_knobs(profile, knobs, on_gpu=True)
     workload = Workload(
         prompt_len=prompt_len, max_new_tokens=max_new_tokens, batch_size=batch_size, logits=logits, padded=padded
     )

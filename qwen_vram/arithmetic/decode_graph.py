@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qwen_vram.arithmetic.attention import decode_scratch
+from qwen_vram.arithmetic.batching import batch_step_sizes
 from qwen_vram.arithmetic.replay.linear import CUBLAS_WORKSPACE
 from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.profile import Profile
@@ -23,7 +24,11 @@ def step_sizes(architecture: Architecture, profile: Profile, workload: Workload)
     states between them. Fused attention keeps the results of parts of the keys. cuBLAS takes a workspace for every
     stream, and the step is captured on a separate one.
     """
-    if not profile.captures or workload.logits == "all":
+    if workload.logits == "all":
+        return ()
+    if profile.cache == "paged":
+        return batch_step_sizes(architecture, profile, workload)
+    if not profile.captures:
         return ()
     batch = workload.batch_size
     state = (batch * _INT64,) * 3 + (batch * _INT32, *((batch + 1) * _INT32,) * 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.layers import LayerSpec
+from qwen_vram.spec.pages import pool_tokens
 from qwen_vram.spec.profile import Profile
 
 # Layers of a host cache that are on the device: the one that computes, and the one that is copied.
@@ -56,8 +57,11 @@ def kv_cache_bytes(
 ) -> int:
     """Bytes on the device if `tokens` of each sequence's `context_len` tokens are cached.
 
-    A dynamic cache has memory for the cached tokens; the other two have memory for the whole context from the start.
+    A dynamic cache has memory for the cached tokens; the others have memory for the whole context from the start, and
+    pages for that of every sequence.
     """
+    if profile.cache == "paged":
+        return all_kv_bytes(architecture, profile, tokens=pool_tokens(batch_size, context_len), batch_size=1)
     held = tokens if profile.cache == "dynamic" else context_len
     if profile.kv_device == "host":
         slots = min(architecture.num_hidden_layers, HOST_CACHE_LAYERS)

@@ -49,7 +49,7 @@ def workspace_bytes(architecture: Architecture, profile: Profile, workload: Work
     """
     resting = _loaded(architecture, profile).allocated - weight_bytes(architecture, profile).device
     kept = 0
-    if profile.captures:
+    if profile.captures or profile.cache == "paged":
         from qwen_vram.arithmetic.decode_graph import step_sizes  # only for captured steps
 
         step = step_sizes(architecture, profile, workload)
@@ -73,7 +73,7 @@ def pool_bytes(architecture: Architecture, profile: Profile, workload: Workload)
         return 0
     allocator = CachingAllocator()
     generation = Generation(allocator, architecture, profile, replace(workload, padded=False))
-    generation.warm = generation.warm_lt = True
+    generation.warm = generation.warm_lt = generation.decoding = True
     for held in generation.cache:
         held.extend((0, 0))  # they are already allocated
     generation.step(1, workload.context_len - 1)

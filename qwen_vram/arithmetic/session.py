@@ -68,8 +68,10 @@ def critical_workloads(profile: Profile, workload: Workload) -> list[Workload]:
 def smaller_step_bytes(architecture: Architecture, profile: Profile, workload: Workload) -> int:
     """Return the bytes of a captured step of a smaller batch, which stays beside the planned one; otherwise 0.
 
-    Its logits are in float32, and it has segments in the pool of CUDA graphs.
+    Its logits are in float32, and it has segments in the pool of CUDA graphs. The steps of a batch share both.
     """
+    if profile.cache == "paged":
+        return 0
     if not profile.captures or workload.batch_size == 1 or workload.logits == "all":
         return 0
     return (workload.batch_size - 1) * architecture.vocab_size * _FP32 + _GRAPH_SEGMENTS
@@ -94,7 +96,8 @@ def fragment_bytes(architecture: Architecture, profile: Profile, workload: Workl
 
 def _prefill_rows(profile: Profile, workload: Workload) -> int:
     """Rows of the largest prefill step."""
-    return workload.batch_size * min(profile.prefill_chunk_size or workload.prompt_len, workload.prompt_len)
+    prompts = 1 if profile.cache == "paged" else workload.batch_size
+    return prompts * min(profile.prefill_chunk_size or workload.prompt_len, workload.prompt_len)
 
 
 def outlier_bytes(architecture: Architecture, profile: Profile, workload: Workload) -> int:

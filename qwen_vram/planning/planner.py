@@ -20,6 +20,7 @@ from qwen_vram.checkpoints.resolve import ModelLike, Resolved
 from qwen_vram.errors import ConfigError, QwenVramError, UnknownNameError
 from qwen_vram.planning.capacity.budget import Budget
 from qwen_vram.planning.capacity.hardware import Computes, limits_of, slower_on_the_cpu, with_this_cpu
+from qwen_vram.spec.concurrency import paged_knobs
 from qwen_vram.planning.placement import Placement, Where, place_on
 from qwen_vram.planning.search.candidates import Step
 from qwen_vram.planning.search.decode_graph import not_captured, said_of
@@ -67,6 +68,11 @@ class Plan:
     def workload(self) -> Workload:
         """The lengths and the batch of the plan."""
         return self.estimate.workload
+
+    @property
+    def concurrency(self) -> int:
+        """The number of requests that run at once: 1 without pages, as each call then waits for its turn."""
+        return self.workload.batch_size if self.profile.cache == "paged" else 1
 
     @property
     def residency(self) -> Residency:
@@ -135,6 +141,7 @@ class Plan:
             "source": self.model,
             "adapter": self.adapter,
             "sequences": self.sequences,
+            "concurrency": self.concurrency,
             "call": self.call,
             "profile": asdict(self.profile),
             "estimate": self.estimate.to_dict(),
@@ -232,7 +239,9 @@ def plan_for(
         raise UnknownNameError("prefer", prefer, ("quality", "speed", "memory"))
     workload.check(architecture)
     sequences = sequences_per_prompt(found)
-    workload = replace(workload, batch_size=workload.batch_size * sequences)
+    knobs = paged_knobs(profile, knobs, on_gpu=budget.vram is not None)
+    paged = "paged" in (knobs.get("cache"), getattr(profile, "cache", None))  # requests over pages need no padding
+    workload = replace(workload, batch_size=workload.batch_size * sequences, padded=workload.padded and not paged)
     machine = with_this_cpu(current(), on_cpu=budget.vram is None)
     search = Search(found.label, architecture, workload, budget, profile, knobs, machine=machine, computes=computes)
     best = search.run(prefer)

@@ -17,6 +17,7 @@ from qwen_vram.planning.capacity.budget import Budget, VramLike
 from qwen_vram.planning.capacity.fit import fits, on_device
 from qwen_vram.planning.capacity.hardware import as_measured
 from qwen_vram.planning.capacity.refusal import shortage
+from qwen_vram.spec.concurrency import concurrent, paged_knobs
 from qwen_vram.planning.errors import DoesNotFitError
 from qwen_vram.planning.placement import Where, place, place_on, streaming
 from qwen_vram.planning.planner import Plan, plan_for
@@ -45,6 +46,7 @@ def plan(
     max_new_tokens: int = 512,
     batch_size: int = 1,
     padded: bool = False,
+    concurrency: int | None = None,
     adapter: AdapterChoice = None,
     **knobs: object,
 ) -> Plan:
@@ -69,6 +71,8 @@ def plan(
             the one with the shortest predicted generation.
         batch_size: Prompts at once. The checkpoint's generation_config.json sets the number of sequences for each.
         padded: Prompts of a batch differ in length, so that attention needs a mask, and memory for it.
+        concurrency: Requests of up to `prompt_len` and `max_new_tokens` that run at once, and come and go independently.
+            Each has pages of a common KV cache. `None` is one call after the other.
         adapter: Folder or hub id of a LoRA adapter that runs beside the base; `False` if the one in the model's own
             folder is merged already.
 
@@ -78,6 +82,7 @@ def plan(
             several.
         UnknownNameError, WorkloadError, ConfigError, UnitError, HubError: as for `estimate_vram`.
     """
+    batch_size, knobs = concurrent(concurrency, batch_size, knobs)
     workload = Workload(prompt_len=prompt_len, max_new_tokens=max_new_tokens, batch_size=batch_size, padded=padded)
     budget = Budget.of(vram, ram, reserve)
     adapter = own_adapter(model, adapter)
@@ -239,6 +244,34 @@ def max_batch(
     label, architecture = resolve_model(model, adapter)
     workload = Workload(prompt_len=prompt_len, max_new_tokens=max_new_tokens, padded=padded)
     search = Search(label, architecture, workload, Budget.of(vram, ram), profile, knobs, machine=current())
+    return largest_workload(search, _MOST_SEQUENCES, lambda number: replace(workload, batch_size=number))
+
+
+def max_concurrency(
+    model: ModelLike,
+    vram: VramLike = None,
+    *,
+    profile: str | Profile = "auto",
+    ram: str | int | None = None,
+    prompt_len: int = 512,
+    max_new_tokens: int = 512,
+    adapter: AdapterChoice = None,
+    **knobs: object,
+) -> int:
+    """Return the most requests at once, up to 4,096, for `plan(concurrency=...)`; 0 if not one fits.
+
+    Savers, arguments and errors are as for `max_context`.
+
+    Example:
+        >>> max_concurrency("Qwen2.5-7B-Instruct", "24GiB", profile="default", prompt_len=1500, max_new_tokens=500) > 50
+        True
+    """
+    label, architecture = resolve_model(model, adapter)
+    budget = Budget.of(vram, ram)
+    _, knobs = concurrent(1, 1, knobs)
+    knobs = paged_knobs(profile, knobs, on_gpu=budget.vram is not None)
+    workload = Workload(prompt_len=prompt_len, max_new_tokens=max_new_tokens)
+    search = Search(label, architecture, workload, budget, profile, knobs, machine=current())
     return largest_workload(search, _MOST_SEQUENCES, lambda number: replace(workload, batch_size=number))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from threading import Lock
@@ -22,6 +22,8 @@ from transformers.generation.streamers import BaseStreamer
 from qwen_vram.checkpoints.running_plans import Publication
 from qwen_vram.errors import QwenVramError, WorkloadError
 from qwen_vram.planning.planner import Plan
+from qwen_vram.runtime.batching.batched import BatchedGenerations
+from qwen_vram.runtime.batching.batcher import Batcher
 from qwen_vram.runtime.conversations import Conversation
 from qwen_vram.runtime.decoding.graph_decoder import Decoder
 from qwen_vram.runtime.generation.answer_stream import AnswerStream, Tee
@@ -37,6 +39,7 @@ from qwen_vram.runtime.requests.prompts import Prompt, Prompts
 from qwen_vram.runtime.saving.save import SaveReport, save
 from qwen_vram.runtime.scheduling.job import Job
 from qwen_vram.runtime.scheduling.turns import CLOSED
+from qwen_vram.runtime.submissions import Pending, Result, Submissions, awaited
 
 
 class LoadedModel:
@@ -69,6 +72,8 @@ class LoadedModel:
         folder: Path,
         streamer: Streamer | None = None,
         decoder: Decoder | None = None,
+        batcher: Batcher | None = None,
+        capture_seconds: float = 0.0,
     ) -> None:
         self._model: PreTrainedModel | None = cast("PreTrainedModel", model)
         self.tokenizer = tokenizer
@@ -77,11 +82,16 @@ class LoadedModel:
         self.device = self.devices[0]
         self._folder = folder
         self._streamer = streamer
-        self._generations = Generations(plan, measured, before, decoder)
+        self._capture_seconds = capture_seconds
+        if batcher is None:
+            self._generations = Generations(plan, measured, before, decoder)
+        else:
+            self._generations = BatchedGenerations(plan, measured, before, batcher, tokenizer)
         self._generations.publication = Publication(self, facts_of(plan, measured))
         self._freeing = Lock()
         assert plan.estimate.architecture is not None
         self._prompts = Prompts(tokenizer, plan.estimate.architecture.vocab_size, folder)
+        self._submissions = Submissions(lambda: self.model, self._prompts, self._generations)
         if plan.profile.prefill_chunk_size is not None:
             self.model.generation_config.prefill_chunk_size = plan.profile.prefill_chunk_size
         if tokenizer.pad_token_id is None:
@@ -102,7 +112,7 @@ class LoadedModel:
     def compile_seconds(self) -> float:
         """Seconds of capturing and compiling decode steps so far; 0 if the plan captures no steps."""
         decoder = self._generations.decoder
-        return 0.0 if decoder is None else decoder.seconds
+        return self._capture_seconds if decoder is None else decoder.seconds
 
     def __iter__(self) -> Iterator[Any]:
         yield self.model
@@ -256,6 +266,71 @@ class LoadedModel:
         else:
             made = self._prompts.of_texts(self.model, [str(prompt)], max_new_tokens, options, streamed=True)
         return TokenStream(self._generations, lambda: self.model, made, logprobs=logprobs, until=until)
+
+    def submit(
+        self,
+        message: str | Sequence[Message] | None = None,
+        *,
+        prompt: str | None = None,
+        system: str | None = None,
+        max_new_tokens: int | None = None,
+        timeout: float | None = None,
+        **options: Any,
+    ) -> Pending:
+        """Check a request completely, queue it, and return a future of its answer.
+
+        With a plan for `concurrency`, requests run together; otherwise one after the other. The future is one of
+        `concurrent.futures`. Its `cancel()` also stops a request that runs.
+
+        Args:
+            message: As for `chat`; or else `prompt`, as for `generate`.
+            timeout: Seconds after which the request is stopped, and its future has a `GenerationStoppedError`.
+
+        Raises:
+            QueueFullError: `max_waiting` submitted requests are not complete.
+            QwenVramError: as for `chat`, before this returns.
+        """
+        return self._submissions.submit(
+            message, prompt=prompt, system=system, max_new_tokens=max_new_tokens, timeout=timeout, **options
+        )
+
+    async def agenerate(
+        self, message: str | Sequence[Message] | None = None, *, prompt: str | None = None, **options: Any
+    ) -> str | list[str]:
+        """Return the answer to a coroutine. Arguments and errors are those of `submit`.
+
+        If the coroutine is cancelled, the request is too.
+        """
+        return await awaited(self.submit(message, prompt=prompt, **options))
+
+    def generate_many(
+        self,
+        prompts: Iterable[str | Sequence[Message]],
+        *,
+        max_new_tokens: int | None = None,
+        timeout: float | None = None,
+        **options: Any,
+    ) -> Iterator[Result]:
+        """Yield the results of many prompts as they finish, in any order; an error of one spoils no other.
+
+        Prompts are taken from the iterable as places become free. Leaving the loop cancels the others.
+
+        Args:
+            prompts: Texts as for `generate`, and conversations as for `chat`.
+            max_new_tokens, timeout, **options: As for `submit`, for each prompt.
+        """
+        return self._submissions.results(
+            prompts, max_new_tokens=max_new_tokens, timeout=timeout, ahead=self.plan.concurrency, options=options
+        )
+
+    @property
+    def max_waiting(self) -> int:
+        """The most submitted requests that are not complete; it can be set."""
+        return self._submissions.most
+
+    @max_waiting.setter
+    def max_waiting(self, most: int) -> None:
+        self._submissions.most = most
 
     def conversation(
         self, *, system: str | None = None, max_new_tokens: int | None = None, **options: Any

@@ -11,7 +11,7 @@ from qwen_vram.spec.kv_formats import KV_FORMAT_NAMES, KvFormat, KvFormatName, k
 from qwen_vram.spec.rules.table import check_profile
 
 Device = Literal["device", "host"]
-CacheKind = Literal["preallocated", "dynamic", "static"]
+CacheKind = Literal["preallocated", "dynamic", "static", "paged"]
 Dequantization = Literal["whole", "tiled"]
 Attention = Literal["fused", "sdpa", "flash_attention_2", "eager"]
 Kernels = Literal["plain", "fused"]
@@ -82,6 +82,7 @@ class Profile:
         kv_cache: Element format of keys and values; `"bf16"` is the model's own dtype.
         kv_device: Location of the cache. On the host, each layer's part is copied to the device one layer ahead.
         cache: `"dynamic"` grows by concatenation; `"preallocated"` and `"static"` allocate the whole context at once.
+            `"paged"` allocates pages for `batch_size` requests, which run together and come and go independently.
         attention: The attention function. `"fused"` neither repeats keys and values for each head nor builds a mask.
         kernels: The kernels between a layer's matrix products. `"fused"`: norms, rotary embedding and SwiGLU are one
             kernel each, and sums and products are written into the memory of one of their terms.

@@ -13,10 +13,12 @@ from qwen_vram.arithmetic.replay.trace import Consumer
 from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.layers import Attention as AttentionSpec
 from qwen_vram.spec.layers import LayerSpec
+from qwen_vram.spec.pages import PAGE, pages_of, pool_tokens
 from qwen_vram.spec.profile import Profile
 from qwen_vram.spec.workload import Workload
 
 _FP32 = 4
+_INT64 = 8
 
 
 class Attention(Products):
@@ -25,11 +27,18 @@ class Attention(Products):
     def __init__(self, consumer: Consumer, architecture: Architecture, profile: Profile, workload: Workload) -> None:
         super().__init__(consumer, architecture, profile)
         self.workload = workload
-        self.batch = workload.batch_size
+        # A prompt over pages is fed alone. Its decode steps have all requests.
+        self.paged = profile.cache == "paged"
+        self.decoding = False
         # The float32 copy of a step's logits, while `generate` keeps it.
         self.scores: list[int] = []
         # Keys and values of each layer; empty before the first step.
         self.cache: list[list[int]] = [[] for _ in range(architecture.num_hidden_layers)]
+
+    @property
+    def batch(self) -> int:
+        """The number of sequences of a step."""
+        return 1 if self.paged and not self.decoding else self.workload.batch_size
 
     def masked(self, queries: int, past: int) -> bool:
         """Tell if attention gets an explicit mask: padding, an unfinished cache before the chunk, or a static cache."""
@@ -107,6 +116,8 @@ class Attention(Products):
         if self.workload.logits == "all":
             return [key, value]
         held, layer = self.cache[number], self.architecture.layers[number]
+        if self.paged:
+            return self.update_pages(layer, key, value, queries, past)
         if self.profile.kv_format.is_quantized:
             return self.update_quantized(layer, key, value, queries, past)
         if self.profile.cache != "dynamic":
@@ -144,6 +155,31 @@ class Attention(Products):
             context = self.workload.context_len
             nbytes = all_kv_bytes(self.architecture, self.profile, tokens=context, batch_size=self.batch)
             self.cache[0].append(self.keep(nbytes))
+
+    def take_pages(self) -> None:
+        """Allocate the pages of all layers, which are made at load and stay."""
+        tokens = pool_tokens(self.workload.batch_size, self.workload.context_len)
+        for layer, held in zip(self.architecture.layers, self.cache, strict=True):
+            whole = layer_kv_bytes(layer, self.profile, tokens=tokens, batch_size=1)
+            held.extend(self.keep(whole // 2) for _ in range(2))
+
+    def update_pages(self, layer: LayerSpec, key: int, value: int, queries: int, past: int) -> list[int]:
+        """Write a step's keys and values into pages, and gather those that attention reads from several pages.
+
+        A captured step's kernel reads the pages themselves.
+        """
+        if self.decoding and self.profile.captures:
+            self.give(key, value)
+            return []
+        if not past:
+            return [key, value]
+        tokens = self.batch * (past + queries)
+        if self.decoding:
+            tokens = self.batch * pages_of(self.workload.context_len) * PAGE
+            self.give(self.take(tokens * _INT64))  # the rows of all pages
+        every = [self.take(tokens * layer.attention.key_value_width * self.element) for _ in range(2)]
+        self.give(key, value)
+        return every
 
     def update_quantized(self, layer: LayerSpec, key: int, value: int, queries: int, past: int) -> list[int]:
         """Make all tokens in the model's dtype for attention, and quantize those that become old through float32."""

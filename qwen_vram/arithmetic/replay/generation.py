@@ -50,7 +50,7 @@ class Generation(Attention):
 
     def run(self) -> None:
         """Run all of it, in a process that has loaded the model."""
-        if self.profile.captures and self.workload.logits == "last":
+        if (self.profile.captures or self.paged) and self.workload.logits == "last":
             self.take_decode_step()
         inputs = self.inputs(self.workload.prompt_len)
         if self.workload.logits == "all":
@@ -64,7 +64,7 @@ class Generation(Attention):
                 self.grow(length - 1)
                 continue
             if index:
-                past = length - 1
+                past, self.decoding = length - 1, True
                 logits = self.captured_step(past) if self.profile.captures else self.step(1, past)
             ids = self.sample(logits, ids, length)
         self.give(*ids, *self.scores, *inputs)
@@ -110,7 +110,9 @@ class Generation(Attention):
         """Allocate the cache and the decode step's tensors, which are made at load and stay."""
         from qwen_vram.arithmetic.decode_graph import step_sizes  # only for captured steps
 
-        if self.profile.kv_format.is_quantized:
+        if self.paged:
+            self.take_pages()
+        elif self.profile.kv_format.is_quantized:
             self.take_for_all_layers()
         else:
             for layer, held in zip(self.architecture.layers, self.cache, strict=True):
@@ -128,6 +130,10 @@ class Generation(Attention):
             width = sum(count * layer.attention.key_value_width for layer, count in self.architecture.kinds)
             self.quantize(width, self.profile.kv_format.key_group)
             self.give(self.take(self.batch * self.profile.kv_format.residual * width * self.element))
+        if self.paged:
+            from qwen_vram.arithmetic.batching import sampling_sizes
+
+            self.give(*(self.take(size) for size in sampling_sizes(self.architecture, self.workload)))
         if self.profile.streamed_layers:
             result = self.layer(0, 1, past)  # every other one leaves the same state
             self.give(result)

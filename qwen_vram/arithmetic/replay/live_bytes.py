@@ -128,6 +128,7 @@ def _followed(
     """Return the bytes of the cache after a step, and the most live bytes beside it at each moment."""
     live = LiveBytes()
     generation = Generation(live, architecture, profile, workload)
+    generation.decoding = step.phase == "decode"
     past, cache = step.cached - step.queries, 0
     for number in {layer: number for number, layer in enumerate(architecture.layers)}.values():
         live.begin(*generation.resume(number, step.queries, past))

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qwen_vram.runtime.kv_cache.quantized import QuantizedStates
+from qwen_vram.spec.pages import PAGE
 
 
 @torch.library.custom_op(
@@ -71,6 +72,26 @@ def _plain(query: Tensor, keys: Tensor, values: Tensor, starts: Tensor, filled: 
         query[:, :, None], keys, values, attn_mask=seen, scale=scale, enable_gqa=True
     )
     return output[:, :, 0].contiguous()
+
+
+def paged_attention(
+    query: Tensor, keys: Tensor, values: Tensor, pages: Tensor, filled: Tensor, scale: float
+) -> Tensor:
+    """Return the attention of `decode_step` over pages by torch's operators, where no kernel runs.
+
+    It gathers the pages of each sequence.
+
+    Args:
+        query: (batch, heads, head_dim), rotated.
+        keys, values: (pages x PAGE, kv_heads, head_dim).
+        pages: Numbers of each sequence's pages, (batch, pages).
+        filled: The number of keys of each sequence, (batch,).
+    """
+    batch, count = pages.shape
+    inside = torch.arange(PAGE, device=pages.device)
+    rows = (pages[:, :, None].long() * PAGE + inside).flatten()
+    starts = torch.arange(batch + 1, device=pages.device) * (count * PAGE)
+    return _plain(query, keys.index_select(0, rows), values.index_select(0, rows), starts, filled, scale)
 
 
 def quantized_attention(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qwen_vram.arithmetic.attention import DECODE_BLOCK
 from qwen_vram.runtime.kv_cache.quantized import QuantizedStates
+from qwen_vram.spec.pages import PAGE
 
 States = Tensor | QuantizedStates
 _LOG2_E = 1.4426950408889634
@@ -86,17 +87,26 @@ def _with_block(
 
 
 @triton.jit
+def _origin(table, place, kv_head, kv_heads, width, PAGE: tl.constexpr):
+    """Return the element from which key `place` is `place` rows away, in the page that holds the key."""
+    number = place // PAGE
+    page = tl.load(table + number).to(tl.int64)
+    return ((page - number) * PAGE * kv_heads + kv_head) * width
+
+
+@triton.jit
 def _attend(
     query, key, value, cos, sin, keys, values, starts, filled, results, sums, scale, half,
     key_codes, key_scales, key_leasts, value_codes, value_scales, value_leasts, quantized, length, old_length,
-    new_length,
+    new_length, pages, table_width,
     GROUP: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
-    BITS: tl.constexpr,
+    BITS: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """Compute attention of a group of heads over one part of the keys of a sequence.
 
     The part with the newest key rotates that key, and writes it and its value into the cache. In a quantized cache
-    (`BITS` is not 0) the tokens before `quantized` are codes. The others are in `keys` and `values`.
+    (`BITS` is not 0) the tokens before `quantized` are codes. The others are in `keys` and `values`. In a paged cache
+    (`PAGE` is not 0) the keys of a sequence are in its row of `pages`.
     """
     split, kv_head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     kv_heads = tl.num_programs(1)
@@ -128,7 +138,12 @@ def _attend(
         result_1 = tl.zeros((ROWS, HALF), tl.float32)
         result_2 = tl.zeros((ROWS, HALF), tl.float32)
         # Key `place` of the sequence is in row `origin + place * stride`, in elements.
-        if BITS == 0:
+        table = pages + batch * table_width
+        if PAGE > 0:
+            whole = begin
+            origin, stride = _origin(table, last, kv_head, kv_heads, width, PAGE), kv_heads * width
+            has_row = end == count
+        elif BITS == 0:
             whole = begin
             origin, stride = (first * kv_heads + kv_head) * width, kv_heads * width
             has_row = end == count
@@ -171,6 +186,8 @@ def _attend(
             tl.store(values + here + one_row, value_1, mask=inside[None, :])
             tl.store(values + here + half + one_row, value_2, mask=inside[None, :])
         for start in range(whole, end, BLOCK):
+            if PAGE > 0:  # a block is in one page
+                origin = _origin(table, start, kv_head, kv_heads, width, PAGE)
             place = start + tl.arange(0, BLOCK)
             row = (origin + place.to(tl.int64) * stride)[:, None] + column[None, :]
             held = (place < tl.minimum(end, last))[:, None] & inside[None, :]
@@ -222,6 +239,7 @@ def _join(
 def attend(
     query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, keys: States, values: States,
     starts: Tensor, filled: Tensor, scratch: Tensor, *, scale: float, splits: int, quantized: Tensor,
+    pages: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Return attention (batch, heads, head_dim) of a token per sequence, after it is written into the cache.
 
@@ -234,6 +252,7 @@ def attend(
         scratch: float32, `arithmetic.attention.decode_scratch` elements at least.
         splits: The most parts of a sequence's keys, a power of two.
         quantized: Number of tokens of a quantized cache that are codes, (1,) in int32.
+        pages: Numbers of each sequence's pages in int32, (batch, pages), if `keys` and `values` are pages.
     """
     batch, heads, width = query.shape
     kv_heads = key.shape[1]
@@ -249,9 +268,9 @@ def attend(
         bits = keys.codes.stored.bits
     _attend[(splits, kv_heads, batch)](
         query, key, value, cos, sin, *newest, starts, filled, results, sums, scale * _LOG2_E, half,
-        *codes, quantized, *lengths,
+        *codes, quantized, *lengths, quantized if pages is None else pages, 0 if pages is None else pages.stride(0),
         GROUP=group, ROWS=max(_LEAST_ROWS, triton.next_power_of_2(group)),
-        HALF=max(_LEAST_ROWS, triton.next_power_of_2(half)), BLOCK=DECODE_BLOCK, SPLITS=splits, BITS=bits,
+        HALF=max(_LEAST_ROWS, triton.next_power_of_2(half)), BLOCK=DECODE_BLOCK, SPLITS=splits, BITS=bits, PAGE=0 if pages is None else PAGE,
         num_warps=_CODE_WARPS if bits else _WARPS,
         enable_fp_fusion=False,  # with it, one product of a rotation would be added without rounding
     )  # fmt: skip

@@ -15,6 +15,7 @@ from qwen_vram.runtime.kernels.fused_ops import kernels_on
 from qwen_vram.runtime.kv_cache.arena import KvArena
 from qwen_vram.runtime.kv_cache.quantized import QuantizedStates, quantized_states
 from qwen_vram.spec.kv_formats import KvFormatName, kv_format
+from qwen_vram.spec.pages import PAGE
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -97,6 +98,7 @@ def attend(
     scratch: Tensor,
     scale: float,
     quantized: Tensor,
+    pages: Tensor | None = None,
 ) -> Tensor:
     """Return attention of a token per sequence, (batch, heads, head_dim), after it is written into the cache.
 
@@ -106,11 +108,15 @@ def attend(
         keys, values, starts, filled: As for `decode.decode_attention`, or the memory of a quantized cache.
         scratch: `scratch_elements` elements.
         quantized: Number of tokens of a quantized cache that are codes, (1,) in int32.
+        pages: Numbers of each sequence's pages, (batch, pages) in int32, if the memory is that of a page pool.
     """
     batch, kv_heads = query.shape[0], key.shape[1]
-    length = keys.max_length if isinstance(keys, QuantizedStates) else keys.shape[0] // batch
+    if pages is not None:
+        length = pages.shape[1] * PAGE
+    else:
+        length = keys.max_length if isinstance(keys, QuantizedStates) else keys.shape[0] // batch
     splits = decode_splits(batch, kv_heads, length)
-    return _attend(query, key, value, tables, keys, values, starts, filled, scratch, scale, splits, quantized)
+    return _attend(query, key, value, tables, keys, values, starts, filled, scratch, scale, splits, quantized, pages)
 
 
 def _attend(
@@ -126,11 +132,12 @@ def _attend(
     scale: float,
     splits: int,
     quantized: Tensor,
+    pages: Tensor | None = None,
 ) -> Tensor:
     from qwen_vram.runtime.attention import decode_kernels
 
     with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
         return decode_kernels.attend(
             query, key, value, *tables, keys, values, starts, filled, scratch,
-            scale=scale, splits=splits, quantized=quantized,
+            scale=scale, splits=splits, quantized=quantized, pages=pages,
         )  # fmt: skip

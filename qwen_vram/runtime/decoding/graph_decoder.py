@@ -9,9 +9,7 @@ from __future__ import annotations
 import logging
 import types
 import weakref
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from time import perf_counter
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -21,6 +19,7 @@ import torch
 from qwen_vram.runtime.decoding.generate_loop import decode_by_steps
 from qwen_vram.runtime.decoding.graph_cache import BufferLease, GraphBuffers
 from qwen_vram.runtime.decoding.graph_step import Functions, Step
+from qwen_vram.runtime.decoding.capture_stream import give_stream, on_stream, take_stream
 from qwen_vram.runtime.decoding.layer import decode_end, decode_layer, fused_decode_end, fused_decode_layer
 from qwen_vram.runtime.kernels.fused_layers import FusedLayer
 from qwen_vram.runtime.kernels.fused_ops import missing_compiler
@@ -36,9 +35,6 @@ _LOGGER = logging.getLogger(__name__)
 # With this option torch generates kernels for products of one row, which read the matrix faster than cuBLAS does.
 # Source: torch 2.11, torch/_inductor/decomposition.py, `mm`.
 _TUNED: dict[str, str | int | bool | Callable[..., Any]] = {"coordinate_descent_tuning": True}
-
-# cuBLAS keeps a workspace for every stream until the process ends, so the streams of closed models are reused.
-_FREE_STREAMS: defaultdict[torch.device, list[torch.cuda.Stream]] = defaultdict(list)
 
 
 class Decoder:
@@ -72,7 +68,7 @@ class Decoder:
         self._holder: Callable[[], BufferLease | None] = lambda: None
         self._stream: torch.cuda.Stream | None = None
         if model.device.type == "cuda":
-            self._stream = _take_stream(model.device)
+            self._stream = take_stream(model.device)
             self._pool = torch.cuda.graph_pool_handle()
 
     @property
@@ -140,7 +136,7 @@ class Decoder:
         self._functions.clear()
         self.model = self._streamer = None
         if self._stream is not None:
-            _FREE_STREAMS[self._stream.device].append(self._stream)
+            give_stream(self._stream)
             self._stream = None
 
     def _made(self, buffers: GraphBuffers, batch_size: int) -> Step:
@@ -156,7 +152,7 @@ class Decoder:
         dynamic = self.backend is not None
         step = Step(self.model, functions, buffers, batch_size, dynamic=dynamic, streamer=self._streamer)
         try:
-            with _on(self._stream):
+            with on_stream(self._stream):
                 if self._stream is not None:
                     take_workspace(self._stream.device, of_sums=True)
                 step.rehearse()
@@ -254,11 +250,6 @@ def compiler_for(device: torch.device) -> str | None:
     return None
 
 
-def _take_stream(device: torch.device) -> torch.cuda.Stream:
-    free = _FREE_STREAMS[device]
-    return free.pop() if free else torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-
 def _copy(function: Any) -> Any:
     code = function.__code__.replace()
     return types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__)
@@ -268,16 +259,3 @@ def _compiler_errors() -> tuple[type[BaseException], ...]:
     from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
     return (TorchDynamoException, FailOnRecompileLimitHit)
-
-
-@contextmanager
-def _on(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """Run on `stream`, after earlier work of the current stream and before its later work."""
-    if stream is None:
-        yield
-        return
-    current = torch.cuda.current_stream(stream.device)
-    stream.wait_stream(current)
-    with torch.cuda.stream(stream):
-        yield
-    current.wait_stream(stream)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qwen_vram.runtime.attention import decode_step
-from qwen_vram.runtime.attention.decode import decode_attention, quantized_attention
+from qwen_vram.runtime.attention.decode import decode_attention, paged_attention, quantized_attention
 from qwen_vram.runtime.attention.decode_step import States
 from qwen_vram.runtime.kernels import fused_ops
 from qwen_vram.runtime.kv_cache.quantized import QuantizedStates
@@ -29,6 +29,7 @@ class Place(NamedTuple):
         rows, starts, filled: As for `attention.decode`, with the new token.
         scratch: Memory of the kernels of `attention.decode_step`; `None` if they do not run.
         quantized: Number of tokens of a quantized cache that are codes, (1,) in int32.
+        pages: Numbers of each sequence's pages, (batch, pages) in int32, if the memory is that of a page pool.
     """
 
     cos: Tensor
@@ -39,6 +40,7 @@ class Place(NamedTuple):
     filled: Tensor
     scratch: Tensor | None
     quantized: Tensor
+    pages: Tensor | None = None
 
 
 def decode_layer(layer: Any, hidden: Tensor, keys: Tensor, values: Tensor, place: Place) -> Tensor:
@@ -52,9 +54,7 @@ def decode_layer(layer: Any, hidden: Tensor, keys: Tensor, values: Tensor, place
         query, key = attention.q_norm(query), attention.k_norm(key)
     keys.index_copy_(0, place.slots, _rotated(key, place))
     values.index_copy_(0, place.slots, value)
-    attended = decode_attention(
-        _rotated(query, place), keys, values, place.rows, place.starts, place.filled, float(attention.scaling)
-    )
+    attended = _over(_rotated(query, place), keys, values, place, float(attention.scaling))
     hidden = hidden + attention.o_proj(attended.view(batch, -1))
     result: Tensor = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
     return result
@@ -86,7 +86,7 @@ def attend(
     if place.scratch is not None:
         tables = place.cos, place.sin
         return decode_step.attend(
-            query, key, value, tables, keys, values, *where, place.scratch, scale, place.quantized
+            query, key, value, tables, keys, values, *where, place.scratch, scale, place.quantized, place.pages
         )
     query, key = query[:, None], key[:, None]
     fused_ops.rotate(query, key, place.cos, place.sin)
@@ -96,7 +96,14 @@ def attend(
     assert not isinstance(values, QuantizedStates)
     keys.index_copy_(0, place.slots, key[:, 0])
     values.index_copy_(0, place.slots, value)
-    result: Tensor = decode_attention(query[:, 0], keys, values, place.rows, place.starts, place.filled, scale)
+    return _over(query[:, 0], keys, values, place, scale)
+
+
+def _over(query: Tensor, keys: Tensor, values: Tensor, place: Place, scale: float) -> Tensor:
+    """Return attention of rotated queries, (batch, heads, head_dim), over memory that holds the new keys and values."""
+    if place.pages is not None:
+        return paged_attention(query, keys, values, place.pages, place.filled, scale)
+    result: Tensor = decode_attention(query, keys, values, place.rows, place.starts, place.filled, scale)
     return result
 
 

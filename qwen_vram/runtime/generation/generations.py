@@ -129,6 +129,7 @@ class Generations:
         options: Mapping[str, Any],
         ended: Callable[[], object] | None = None,
         claim: Claim | None = None,
+        deadline: float | None = None,
     ) -> Job[torch.Tensor]:
         """Return a generation that has not started; its result is prompts and answers, (batch, tokens).
 
@@ -137,6 +138,7 @@ class Generations:
         Args:
             model: Returns the model, or raises the error of a closed one. It is called again when the turn comes.
             ended: Called in the job's thread after its end.
+            deadline: The value of `time.monotonic()` from which the generation is stopped.
             claim: The conversation whose turn it is: it continues from its kept cache, and keeps the cache after it.
 
         Raises:
@@ -156,7 +158,7 @@ class Generations:
         brings = asked.brings_cache()
         promised = self.limits.is_promised(asked, workload)
         request = _Request(inputs, workload, None if brings else length, promised, options, claim)
-        return Job(self.turns, partial(self._run, model, request), self.device, ended)
+        return Job(self.turns, partial(self._run, model, request), self.device, ended, deadline)
 
     @torch.inference_mode()
     def _run(self, model: Callable[[], Any], request: _Request, turn: Turn) -> torch.Tensor:
@@ -250,19 +252,30 @@ class Generations:
             # The last token is never stored, so a caller's cache may be one token shorter than the workload.
             new = max(1, cache.layers[0].max_length - workload.prompt_len)
             workload = replace(workload, max_new_tokens=new)
+        self._keep(workload, meters, lambda device: cache_bytes(cache, device), answer=output.sequences.nbytes)
+
+    def _keep(
+        self, workload: Workload, meters: list[PeakMeter], held: Callable[[torch.device], int], *, answer: int = 0
+    ) -> None:
+        """Keep measured memory.
+
+        Args:
+            held: Returns the bytes of keys and values on a device.
+            answer: Bytes of the tokens on the first device.
+        """
         measured = {device: dict(parts) for device, parts in self.measured.items()}
         for meter in meters:
-            held = cache_bytes(cache, meter.device)
-            run = {"kv_cache": held, **meter.stop()}
+            cached = held(meter.device)
+            run = {"kv_cache": cached, **meter.stop()}
             if "peak_allocated" in run:
                 beside = self._beside.nbytes(meter.device)
                 run["peak_allocated"] -= beside
                 run["peak_reserved"] -= beside
                 weights = self.measured[meter.device]["weights"]
                 # Memory that stays allocated beside the weights: workspace, rounding, buffers.
-                answer = output.sequences.nbytes if meter.device == self.device else 0
-                run["workspace"] = max(0, meter.allocated() - beside - held - answer - weights)
-                run["activations"] = run["peak_allocated"] - weights - held - run["workspace"]
+                tokens = answer if meter.device == self.device else 0
+                run["workspace"] = max(0, meter.allocated() - beside - cached - tokens - weights)
+                run["activations"] = run["peak_allocated"] - weights - cached - run["workspace"]
             measured[meter.device].update(run)
         self._last, self.measured = workload, measured  # in one assignment, because another thread may ask for a report
         self.count += 1

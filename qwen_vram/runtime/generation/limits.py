@@ -61,6 +61,23 @@ class Limits:
         same = not asked.brings_cache() and asked.profile(planned.profile) == planned.profile
         return padding and same and self.is_covered(workload)
 
+    def check_positions(self, workload: Workload) -> None:
+        """Refuse a context that exceeds the model's positions.
+
+        Raises:
+            WorkloadError: it does.
+        """
+        assert self._plan.estimate.architecture is not None
+        workload.check(self._plan.estimate.architecture)
+
+    def check_concurrent(self, workload: Workload) -> None:
+        """Refuse a request if the budget has no room for the planned number of such requests.
+
+        Raises:
+            DoesNotFitError: it has none.
+        """
+        self._check_room(replace(workload, batch_size=self._plan.workload.batch_size))
+
     def _check_room(self, workload: Workload) -> None:
         """Refuse a workload that does not fit the budget."""
         self._search(self._plan.profile, workload, session=False).run("quality")

@@ -22,9 +22,11 @@ from qwen_vram.planning.capacity.budget import VramLike
 from qwen_vram.planning.planner import Plan, plan_for
 from qwen_vram.planning.search.search import Prefer
 from qwen_vram.runtime.attention import fused as attention
+from qwen_vram.spec.concurrency import concurrent
 from qwen_vram.runtime.backends import get_backend
 from qwen_vram.runtime.backends.base import Backend, Request, StreamingBackend
 from qwen_vram.runtime.backends.bnb_notes import check_notes
+from qwen_vram.runtime.batching.batched import batcher_for
 from qwen_vram.runtime.decoding.graph_decoder import decoder_where_it_runs
 from qwen_vram.runtime.kernels.fused_layers import fuse_layers
 from qwen_vram.runtime.loaded_model import LoadedModel
@@ -68,6 +70,7 @@ def load(
     max_new_tokens: int = 512,
     batch_size: int = 1,
     padded: bool = False,
+    concurrency: int | None = None,
     adapter: AdapterChoice = None,
     device: str | None = None,
     progress: bool = True,
@@ -83,6 +86,7 @@ def load(
     Args:
         model: A checkpoint folder, a catalog name, or a hub id.
         padded: As for `plan()`. A padded batch that was not planned is also checked before it runs.
+        concurrency: As for `plan()`: calls from several threads, and those of `submit()`, then run together.
         vram: As for `plan()`; needs a GPU, and every GPU that a dict names.
         adapter: Folder or hub id of a LoRA adapter, run beside the base by PEFT; the model is then a `PeftModel`.
             `False` if the one in the model's own folder is already merged.
@@ -105,6 +109,7 @@ def load(
     devices = devices_for(device, vram)
     collect_dropped(devices)
     chosen_adapter = adapter if opened is None else opened.folder
+    batch_size, knobs = concurrent(concurrency, batch_size, knobs)
     workload = Workload(prompt_len=prompt_len, max_new_tokens=max_new_tokens, batch_size=batch_size, padded=padded)
     budget = budget_on(devices, vram, ram, reserve)
     found = resolve(model, chosen_adapter)
@@ -239,8 +244,13 @@ def _build(
         model = add_adapter(model, adapter, model.dtype)
     model.eval()
     measured = _loaded(model, backend, meters)
-    decoder = None
-    if profile.captures:
+    decoder = batcher = None
+    seconds = 0.0
+    if profile.cache == "paged":
+        with transformers_bars(progress) as bar:
+            batcher, seconds = batcher_for(model, chosen, bar)
+        after_a_failure.callback(batcher.close)
+    elif profile.captures:
         with transformers_bars(progress) as bar:
             decoder = decoder_where_it_runs(
                 model,
@@ -261,6 +271,8 @@ def _build(
         folder=checkpoint.folder,
         streamer=streamer,
         decoder=decoder,
+        batcher=batcher,
+        capture_seconds=seconds,
     )
 
 

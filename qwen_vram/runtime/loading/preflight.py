@@ -72,6 +72,12 @@ MACHINE_RULES: tuple[Rule[Here], ...] = (
     _captures("compiled"),
     _captures("captured"),
     Rule(
+        lambda here: here.profile.cache == "paged" and not here.profile.captured and here.device.type == "cuda",
+        "captured",
+        lambda here: "concurrent requests (cache='paged') on a GPU need captured=True; set it, or leave it out",
+        "this machine",
+    ),
+    Rule(
         lambda here: here.profile.streamed_layers > 0 and not isinstance(here.backend, StreamingBackend),
         "streamed_layers",
         lambda here: (

@@ -55,19 +55,20 @@ class Segments:
         self._promises.clear()
 
     @contextmanager
-    def within(self, shape: Hashable, *, promised: bool) -> Iterator[None]:
+    def within(self, shape: Hashable, *, promised: bool, always: bool = False) -> Iterator[None]:
         """Run a generation within the promise, in the thread that computes it.
 
         Args:
             shape: Two generations of equal shapes take tensors of the same sizes in the same order.
             promised: The plan covers the generation. Any other one was checked against the budget, and leaves none.
+            always: Limit torch also if the plan counts no returned segments, because tensors of many lengths follow.
         """
         self._beside.begin()
         if self._promises and shape != self._last:
             torch.cuda.empty_cache()
         self._last = None  # an interrupted generation leaves segments of any size
         limits = {device: promise.reserved + self._headroom(device) for device, promise in self._promises.items()}
-        limited = [device for device, promise in self._promises.items() if promised and promise.limited]
+        limited = [device for device, promise in self._promises.items() if promised and (promise.limited or always)]
         with _limited({device: limits[device] for device in limited}):
             yield
         self._last = shape

@@ -36,6 +36,7 @@ class Job(Generic[Result]):
         work: A function that must end soon after `Turn.stopped` is set.
         device: The device of the runner, which uses the CUDA stream of the thread that starts the job.
         ended: Called in the job's thread after the turn is over.
+        deadline: As for `Turn`.
     """
 
     def __init__(
@@ -44,8 +45,9 @@ class Job(Generic[Result]):
         work: Callable[[Turn], Result],
         device: torch.device,
         ended: Callable[[], object] | None = None,
+        deadline: float | None = None,
     ) -> None:
-        self._turns, self._turn = turns, Turn()
+        self._turns, self._turn = turns, Turn(deadline)
         self._work: Callable[[Turn], Result] | None = work
         self._ended = ended
         self._device = device

@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from threading import Condition, Thread
+from time import monotonic
 from typing import TypeVar
 
 from qwen_vram.errors import GenerationStoppedError, QwenVramError
@@ -16,11 +17,15 @@ Result = TypeVar("Result")
 # an interrupt without a signal (`_thread.interrupt_main`, Ctrl-C on Windows) wakes no thread.
 LOOK_SECONDS = 0.05
 
+OVERDUE = "was stopped by its deadline"
 CLOSED = "this model is closed; load it again"
 
 
 class Turn:
     """The place of one generation in the queue.
+
+    Args:
+        deadline: The value of `time.monotonic()` from which the generation must end.
 
     Attributes:
         stopped: The reason why the generation must end, as the words after "the generation"; empty if it may continue.
@@ -28,10 +33,22 @@ class Turn:
         thread: The thread that runs the generation, from its first step on.
     """
 
-    def __init__(self) -> None:
-        self.stopped = ""
+    def __init__(self, deadline: float | None = None) -> None:
+        self._stopped = ""
+        self._deadline = deadline
         self.done = False
         self.thread: Thread | None = None
+
+    @property
+    def stopped(self) -> str:
+        """The reason, as the class says."""
+        if not self._stopped and self._deadline is not None and monotonic() > self._deadline:
+            self._stopped = OVERDUE
+        return self._stopped
+
+    @stopped.setter
+    def stopped(self, why: str) -> None:
+        self._stopped = why
 
     def check(self, tokens: int = 0) -> None:
         """Raise `GenerationStoppedError` if the generation, with `tokens` tokens so far, was stopped."""
@@ -127,14 +144,17 @@ class Turns:
         Raises:
             QwenVramError: the caller is in that thread.
         """
-        with self._changed:
-            running = self._first()
-            inside = running is not None and running.thread is threading.current_thread()
-        if inside:
+        if self.is_inside():
             raise QwenVramError(
                 f"{what} inside a generation of the same model (in a logits processor, stopping criterion, streamer or "
                 "hook), because it would wait for itself; use stop() there, or wait until the generation has ended"
             )
+
+    def is_inside(self) -> bool:
+        """Tell if the caller is in the thread of the running generation."""
+        with self._changed:
+            running = self._first()
+            return running is not None and running.thread is threading.current_thread()
 
     def _first(self) -> Turn | None:
         """Return the turn that runs, or may run next, and remove turns that are over."""

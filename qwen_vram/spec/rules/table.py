@@ -25,11 +25,13 @@ CAPTURED: dict[str, object] = {"attention": "fused", "kv_device": "device", "hos
 COMPILED: dict[str, object] = {**CAPTURED, "kv_cache": "bf16", "streamed_layers": 0, "embeddings": "device"}
 # Knobs that work on one GPU only, and the values that turn them off.
 ONE_GPU: dict[str, object] = {"streamed_layers": 0, "captured": False, "compiled": False}
+# Knob values that batched requests over pages run with.
+PAGED: dict[str, object] = {"kv_cache": "bf16", "kv_device": "device", "streamed_layers": 0, "compiled": False}
 
 
 def for_one_gpu(knobs: Mapping[str, object]) -> bool:
     """Tell if knobs turn something on that works on one GPU only."""
-    return any(knobs.get(knob, off) != off for knob, off in ONE_GPU.items())
+    return knobs.get("cache") == "paged" or any(knobs.get(knob, off) != off for knob, off in ONE_GPU.items())
 
 
 class Model(NamedTuple):
@@ -67,6 +69,19 @@ def check_split(profile: Knobs, gpus: int) -> None:
     rule = broken(SEVERAL_GPU_RULES, split)
     if rule is not None:
         raise NotSupportedError(rule.message(split), knob=rule.knob, value=getattr(profile, rule.knob))
+
+
+def _paged(knob: str, runs: object) -> Rule[Knobs]:
+    """A rule of a knob that pages exclude."""
+    return Rule(
+        lambda profile: profile.cache == "paged" and getattr(profile, knob) != runs,
+        knob,
+        lambda profile: (
+            f"concurrent requests (cache='paged') need {knob}={runs!r}, got {knob}={getattr(profile, knob)!r}; change "
+            "one of the two"
+        ),
+        "profile",
+    )
 
 
 def _captures(knob: str, runs_with: dict[str, object]) -> tuple[Rule[Knobs], ...]:
@@ -108,6 +123,7 @@ def _captures(knob: str, runs_with: dict[str, object]) -> tuple[Rule[Knobs], ...
 
 
 PROFILE_RULES: tuple[Rule[Knobs], ...] = (
+    *(_paged(knob, runs) for knob, runs in PAGED.items()),
     Rule(
         lambda profile: profile.disk_layers > profile.streamed_layers,
         "disk_layers",
@@ -304,6 +320,14 @@ def _one_gpu(knob: str, off: object) -> Rule[Split]:
     )
 
 
-SEVERAL_GPU_RULES = tuple(_one_gpu(knob, off) for knob, off in ONE_GPU.items())
+SEVERAL_GPU_RULES = (
+    *(_one_gpu(knob, off) for knob, off in ONE_GPU.items()),
+    Rule[Split](
+        lambda split: split.profile.cache == "paged",
+        "cache",
+        lambda split: f"concurrent requests (cache='paged') over {split.gpus} GPUs cannot be loaded yet; use one GPU",
+        "several GPUs",
+    ),
+)
 
 RULES: tuple[Rule[Any], ...] = (*PROFILE_RULES, *ANYWHERE_RULES, *SEVERAL_GPU_RULES)

@@ -1,0 +1,246 @@
+"""The batcher: runs requests together, from waiting to their last token.
+
+A request waits until there are pages for its prompt and all of its new tokens. Its prompt is then fed in chunks, and
+after that each step feeds the newest token of every request. One round feeds prompts up to a chunk of tokens, and then
+runs one step, so that no running request waits for a long prompt.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from threading import Lock
+from typing import Any, Protocol
+
+import torch
+
+from qwen_vram.errors import QwenVramError
+from qwen_vram.runtime.batching.batch_step import BatchStep, Row
+from qwen_vram.runtime.batching.choice import draw
+from qwen_vram.runtime.batching.request import Request
+from qwen_vram.runtime.generation.finite import explained
+from qwen_vram.runtime.kv_cache.paged import PagedCache, PagePool
+from qwen_vram.runtime.scheduling.job import Job
+from qwen_vram.runtime.scheduling.turns import Turn, Turns
+
+# Prompt tokens of one round if the plan has no chunk size.
+_ROUND = 2048
+
+
+class Waiter(Protocol):
+    """A receiver of the ends of requests."""
+
+    def ended(self, request: Request) -> None:
+        """Note that a request ended; called in the batch's thread."""
+
+
+class Batcher:
+    """The requests of one model, which run together in one turn.
+
+    Args:
+        model: A `transformers` model, or a `PeftModel` of one.
+        most: The most requests that run at once.
+        pool: The pages.
+        chunk: The most tokens of a prompt in one forward pass.
+        captured: As for `BatchStep`.
+
+    Attributes:
+        running: Requests that run now.
+        waiting: Requests that wait for pages or for a place.
+    """
+
+    def __init__(
+        self, model: Any, *, most: int, pool: PagePool, chunk: int | None, captured: bool
+    ) -> None:
+        self.model, self.pool, self._chunk, self.most = model, pool, chunk, most
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._step = BatchStep(base, most, pool, captured=captured)
+        self._lock = Lock()
+        self._new: deque[tuple[Request, Waiter]] = deque()
+        self._waiting: deque[Request] = deque()
+        self._prefilling: deque[Request] = deque()
+        self._decoding: list[Request] = []
+        self._waiters: dict[Request, Waiter] = {}
+        self._loop: Job[None] | None = None
+
+    @property
+    def running(self) -> int:
+        """Requests that have pages."""
+        return len(self._prefilling) + len(self._decoding)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have no pages yet."""
+        return len(self._waiting) + len(self._new)
+
+    def submit(
+        self,
+        requests: Sequence[Request],
+        waiter: Waiter,
+        turns: Turns,
+        within: Callable[[Callable[[], None]], None],
+    ) -> None:
+        """Add requests, and start the turn that runs them if none runs. It does not wait.
+
+        Args:
+            within: Calls its argument with the limits and meters of a turn.
+
+        Raises:
+            QwenVramError: the model is closed, or this thread runs its generations.
+        """
+        with self._lock:
+            if self._loop is None:
+                job: Job[None] = Job(turns, partial(self._run, within), self.model.device, lambda: self._over(job))
+                job.start()
+                self._loop = job
+            self._new.extend((request, waiter) for request in requests)
+
+    def close(self) -> None:
+        """Release the steps, the pages and the model. No request runs."""
+        self._step.close()
+        self.model = self.pool = None  # type: ignore[assignment]
+
+    def _over(self, job: Job[None]) -> None:
+        """End the requests of a turn that failed, or that could not start in a closed model."""
+        with self._lock:
+            if self._loop is not job:  # it ended without requests
+                return
+            self._loop = None
+            self._take_new()
+        error: BaseException = QwenVramError("the batch of requests ended; ask again")
+        try:
+            job.check()
+        except BaseException as found:
+            error = found
+        for request in self._all():
+            self._finish(request, error)
+
+    def _run(self, within: Callable[[Callable[[], None]], None], turn: Turn) -> None:
+        """Run rounds until no request is left."""
+        within(lambda: self._rounds(turn))
+
+    @torch.inference_mode()
+    def _rounds(self, turn: Turn) -> None:
+        while self._goes_on(turn):
+            self._sweep()
+            self._admit()
+            self._prefill()
+            self._decode()
+
+    def _goes_on(self, turn: Turn) -> bool:
+        """Take the new requests, and tell if any is left. A stopped turn ends them; later ones start another turn."""
+        with self._lock:
+            self._take_new()
+            if self._waiters and not turn.stopped:
+                return True
+            self._loop = None
+        for request in self._all():
+            request.stopped = request.stopped or turn.stopped
+        self._sweep()
+        return False
+
+    def _take_new(self) -> None:
+        """Move new requests to the waiting ones, under the lock."""
+        while self._new:
+            request, waiter = self._new.popleft()
+            self._waiters[request] = waiter
+            self._waiting.append(request)
+
+    def _all(self) -> tuple[Request, ...]:
+        return (*self._waiting, *self._prefilling, *self._decoding)
+
+    def _sweep(self) -> None:
+        """End requests that were stopped, or whose deadline is over."""
+        for request in self._all():
+            error = request.must_end()
+            if error is not None:
+                self._finish(request, error)
+
+    def _admit(self) -> None:
+        """Give pages to waiting requests in their order, as long as there are enough."""
+        while self._waiting and self.running < self.most:
+            request = self._waiting[0]
+            pages = self.pool.take(request.prompt_len + request.max_new_tokens)
+            if pages is None:
+                return
+            self._waiting.popleft()
+            request.pages = pages
+            self._prefilling.append(request)
+            try:
+                request.cache = PagedCache(self.pool, pages)
+                request.begin()
+            except Exception as error:  # the caller's streamer
+                self._finish(request, error)
+
+    def _prefill(self) -> None:
+        """Feed prompts, up to a chunk of tokens in all."""
+        left = self._chunk or _ROUND
+        while self._prefilling and left > 0:
+            request = self._prefilling[0]
+            count = min(self._chunk or request.prompt_len, request.prompt_len - request.fed)
+            left -= count
+            logits = self._feed(request, count)
+            if request.fed < request.prompt_len:
+                continue
+            request.cache = None
+            self._prefilling.popleft()
+            self._decoding.append(request)
+            highest, token = logits.max(dim=-1)
+            self._advance([(request, int(token), bool((highest - highest) == 0))], logits)
+
+    def _feed(self, request: Request, count: int) -> torch.Tensor:
+        """Feed the next tokens of a prompt, and return the logits of the last one in float32, (1, vocab_size)."""
+        ids = request.tokens[None, request.fed : request.fed + count].to(self.model.device)
+        output = self.model(input_ids=ids, past_key_values=request.cache, use_cache=True, logits_to_keep=1)
+        request.fed += count
+        logits: torch.Tensor = output.logits[:, -1].float()
+        return logits
+
+    def _decode(self) -> None:
+        """Run one step of all requests whose prompts are fed."""
+        running = list(self._decoding)
+        if not running:
+            return
+        rows = [Row(one.newest, one.count, one.pages or ()) for one in running]
+        likeliest = self._step(rows)
+        self._advance([(one, *found) for one, found in zip(running, likeliest, strict=True)], self._step.logits)
+
+    def _advance(self, rows: list[tuple[Request, int, bool]], logits: torch.Tensor) -> None:
+        """Choose the next token of each request; rows of `logits` are in the order of the requests."""
+        asked = []
+        for row, (request, _, finite) in enumerate(rows):
+            if not finite:
+                self._finish(request, explained(self.model, request.tokens[None].to(self.model.device)))
+            elif not request.choice.is_plain:
+                asked.append((row, request.choice, request.tokens))
+        drawn = draw(asked, logits)
+        for row, (request, token, _) in enumerate(rows):
+            error = drawn.errors.get(row)
+            if error is not None:
+                self._finish(request, error)
+            elif not request.done:
+                self._take(request, drawn.tokens.get(row, token))
+
+    def _take(self, request: Request, token: int) -> None:
+        try:
+            if request.take(token):
+                self._finish(request)
+        except Exception as error:  # the caller's streamer or criterion
+            self._finish(request, error)
+
+    def _finish(self, request: Request, error: BaseException | None = None) -> None:
+        """End a request, give its pages back, and tell its waiter."""
+        if request.done:
+            return
+        for place in (self._waiting, self._prefilling, self._decoding):
+            if request in place:
+                place.remove(request)
+        if request.pages is not None:
+            self.pool.give_back(request.pages)
+            request.pages = None
+        request.end(error)
+        with self._lock:
+            waiter = self._waiters.pop(request, None)
+        if waiter is not None:
+            waiter.ended(request)
