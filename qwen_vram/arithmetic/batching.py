@@ -18,6 +18,16 @@ _DOUBLED = 64
 # The most requests whose sampling is computed together, so that its tensors are few.
 DRAWN_TOGETHER = 8
 
+# Prompts that one forward pass feeds together, at most, and the tokens of such a pass if the plan sets no chunk size.
+PACKED = 8
+_PACKED_TOKENS = 2048
+
+
+def packed_tokens(profile: Profile, workload: Workload) -> int:
+    """Return the most prompt tokens of a forward pass over pages: of a chunk, or of whole prompts together."""
+    most = profile.prefill_chunk_size or max(workload.prompt_len, _PACKED_TOKENS)
+    return min(most, workload.prompt_len * min(workload.batch_size, PACKED))
+
 
 def step_rows(most: int) -> tuple[int, ...]:
     """Return the batch sizes whose decode steps are captured, up to `most` requests.

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+from qwen_vram.arithmetic.batching import packed_tokens
 from qwen_vram.arithmetic.process import REPLAY_MISS, SEARCHED_TO
 from qwen_vram.arithmetic.tiling import int8_rows
 from qwen_vram.spec.architecture import Architecture
@@ -96,8 +97,9 @@ def fragment_bytes(architecture: Architecture, profile: Profile, workload: Workl
 
 def _prefill_rows(profile: Profile, workload: Workload) -> int:
     """Rows of the largest prefill step."""
-    prompts = 1 if profile.cache == "paged" else workload.batch_size
-    return prompts * min(profile.prefill_chunk_size or workload.prompt_len, workload.prompt_len)
+    if profile.cache == "paged":
+        return packed_tokens(profile, workload)
+    return workload.batch_size * min(profile.prefill_chunk_size or workload.prompt_len, workload.prompt_len)
 
 
 def outlier_bytes(architecture: Architecture, profile: Profile, workload: Workload) -> int:

@@ -151,6 +151,10 @@ class Generation(Attention):
         if self.profile.cache != "dynamic" and not self.masked(2, chunk) and len(starts) > 5:
             starts = starts[:3] + starts[-2:]
         logits: list[int] = []
+        if self.paged:
+            from qwen_vram.arithmetic.batching import packed_tokens
+
+            logits = self.step(packed_tokens(self.profile, self.workload), 0)
         for start in starts:
             following = self.step(min(chunk, prompt - start), start)
             self.give(*logits)
@@ -230,7 +234,12 @@ class Generation(Attention):
         rows = self.batch * queries
         normed = [self.norm(rows, self.architecture.hidden_size, "last norm")] if self.architecture.ends else []
         self.give(hidden, *kept)
-        return self.logits(rows if self.workload.logits == "all" else self.batch, normed)
+        kept = self.batch
+        if self.paged and not self.decoding:
+            from qwen_vram.arithmetic.batching import PACKED
+
+            kept = min(self.workload.batch_size, PACKED)
+        return self.logits(rows if self.workload.logits == "all" else kept, normed)
 
     def hidden_size(self, queries: int) -> int:
         """Bytes of a step's hidden states."""

@@ -155,6 +155,11 @@ def _steps(profile: Profile, workload: Workload) -> list[_Step]:
     chunk = min(profile.prefill_chunk_size or prompt, prompt)
     full, rest = divmod(prompt, chunk)
     steps = [_Step("prefill", chunk, full * chunk)]
+    if profile.cache == "paged":
+        from qwen_vram.arithmetic.batching import packed_tokens
+
+        together = packed_tokens(profile, workload)
+        steps.append(_Step("prefill", together, together))
     if rest:
         steps.append(_Step("prefill", rest, prompt))
     if workload.max_new_tokens > 1 and not profile.captures:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import NamedTuple
 
+from qwen_vram.arithmetic.batching import packed_tokens
 from qwen_vram.checkpoints.resolve import stored_knobs
 from qwen_vram.errors import WorkloadError
 from qwen_vram.spec.architecture import Architecture
@@ -104,7 +105,8 @@ def _is_open(
     if any(rule.knob in move.knobs and rule.when(moved) for rule in ANYWHERE_RULES):
         return False
     chunk = move.knobs.get("prefill_chunk_size")
-    return not isinstance(chunk, int) or chunk < workload.prompt_len
+    longest = packed_tokens(start, workload) if start.cache == "paged" else workload.prompt_len
+    return not isinstance(chunk, int) or chunk < longest
 
 
 def change_of(before: Profile, candidate: Profile, move: Saver | None) -> str:

@@ -54,10 +54,14 @@ def fused_attention(
 ) -> tuple[Tensor, None]:
     """Return attention of `query` (batch, heads, q, head_dim) over `key` and `value` (batch, kv_heads, c, head_dim).
 
-    Without a mask the last query sees all c keys, and each earlier query sees one key less. The result is (batch, q,
-    heads, head_dim), without attention weights.
+    Without a mask the last query sees all c keys, and each earlier query sees one key less. With `cu_seq_lens_q` and
+    `max_length_q`, as `transformers` names them, some sequences without a cache are packed one after the other. The
+    result is (batch, q, heads, head_dim), without attention weights.
     """
     queries, keys = query.shape[2], key.shape[2]
+    bounds = kwargs.get("cu_seq_lens_q")
+    if bounds is not None and attention_mask is None and queries == keys:
+        return packed_attention(query, key, value, bounds, int(kwargs["max_length_q"]), scaling), None
     if attention_mask is not None and not dropout and _takes(query, key, value, attention_mask):
         return _masked(query, key, value, attention_mask, scaling), None
     if attention_mask is not None:
@@ -75,6 +79,32 @@ def fused_attention(
     if joins(query, key, value, scaling, padded=padded):
         return joined_attention(query, key, value, scaling, padded=padded), None
     return flash_attention(query, key, value, scaling)[0], None
+
+
+def packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scaling: float | None
+) -> Tensor:
+    """Return causal attention within packed sequences, (1, q, heads, head_dim).
+
+    Args:
+        query: (1, heads, q, head_dim), as `key` and `value` with their heads.
+        bounds: The first place of each sequence, and the end of the last one, (sequences + 1,) in int32.
+        longest: Tokens of the longest sequence.
+    """
+    if query.is_cuda:
+        packed = [states[0].transpose(0, 1) for states in (query, key, value)]
+        output: Tensor = torch.ops.aten._flash_attention_forward(
+            *packed, bounds, bounds, longest, longest, 0.0, True, False, scale=scaling
+        )[0]
+        return output[None]
+    ends = bounds.tolist()
+    parts = [
+        functional.scaled_dot_product_attention(
+            *(states[:, :, start:end] for states in (query, key, value)), is_causal=True, scale=scaling, enable_gqa=True
+        )
+        for start, end in zip(ends, ends[1:])
+    ]
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
 
 
 def _takes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> bool:

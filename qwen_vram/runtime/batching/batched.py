@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import Cache
 
+from qwen_vram.arithmetic.batching import packed_tokens
 from qwen_vram.errors import NotSupportedError, WorkloadError
 from qwen_vram.planning.planner import Plan
 from qwen_vram.runtime.batching.batch_job import BatchJob
@@ -159,6 +160,7 @@ def batcher_for(model: Any, plan: Plan, progress: Callable[..., Iterable[int]]) 
     def make(turn: object) -> None:
         pool = PagePool(base, workload.batch_size, workload.context_len)
         sizes = {"most": workload.batch_size, "chunk": profile.prefill_chunk_size}
+        sizes["tokens"] = packed_tokens(profile, workload)
         made.append(Batcher(model, pool=pool, captured=profile.captured, **sizes))
 
     for _ in progress(range(1), desc="Capturing the decode steps" if profile.captured else "Allocating the pages"):

@@ -1,8 +1,8 @@
 """The batcher: runs requests together, from waiting to their last token.
 
-A request waits until there are pages for its prompt and all of its new tokens. Its prompt is then fed in chunks, and
-after that each step feeds the newest token of every request. One round feeds prompts up to a chunk of tokens, and then
-runs one step, so that no running request waits for a long prompt.
+A request waits until there are pages for its prompt and all of its new tokens. Its prompt is then fed, alone in chunks
+or together with other short ones. After that each step feeds the newest token of every request. One round has one
+forward pass of prompts and one step, so that no running request waits for a long prompt.
 """
 
 from __future__ import annotations
@@ -15,18 +15,16 @@ from typing import Any, Protocol
 
 import torch
 
+from qwen_vram.arithmetic.batching import PACKED
 from qwen_vram.errors import QwenVramError
+from qwen_vram.runtime.attention.fused import NAME
 from qwen_vram.runtime.batching.batch_step import BatchStep, Row
 from qwen_vram.runtime.batching.choice import draw
 from qwen_vram.runtime.batching.request import Request
 from qwen_vram.runtime.generation.finite import explained
-from qwen_vram.runtime.kv_cache.paged import PagedCache, PagePool
+from qwen_vram.runtime.kv_cache.paged import PagedCache, PagePool, rows_of
 from qwen_vram.runtime.scheduling.job import Job
 from qwen_vram.runtime.scheduling.turns import Turn, Turns
-
-# Prompt tokens of one round if the plan has no chunk size.
-_ROUND = 2048
-
 
 class Waiter(Protocol):
     """A receiver of the ends of requests."""
@@ -42,7 +40,8 @@ class Batcher:
         model: A `transformers` model, or a `PeftModel` of one.
         most: The most requests that run at once.
         pool: The pages.
-        chunk: The most tokens of a prompt in one forward pass.
+        chunk: The most tokens of a prompt in one forward pass; `None` is the whole prompt.
+        tokens: The most tokens of several prompts in one forward pass.
         captured: As for `BatchStep`.
 
     Attributes:
@@ -51,9 +50,10 @@ class Batcher:
     """
 
     def __init__(
-        self, model: Any, *, most: int, pool: PagePool, chunk: int | None, captured: bool
+        self, model: Any, *, most: int, pool: PagePool, chunk: int | None, tokens: int, captured: bool
     ) -> None:
-        self.model, self.pool, self._chunk, self.most = model, pool, chunk, most
+        self.model, self.pool, self._chunk, self._tokens, self.most = model, pool, chunk, tokens, most
+        self._packs = model.config._attn_implementation == NAME
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._step = BatchStep(base, most, pool, captured=captured)
         self._lock = Lock()
@@ -168,33 +168,68 @@ class Batcher:
             request.pages = pages
             self._prefilling.append(request)
             try:
-                request.cache = PagedCache(self.pool, pages)
+                request.rows = rows_of(pages, self.model.device)
                 request.begin()
             except Exception as error:  # the caller's streamer
                 self._finish(request, error)
 
     def _prefill(self) -> None:
-        """Feed prompts, up to a chunk of tokens in all."""
-        left = self._chunk or _ROUND
-        while self._prefilling and left > 0:
-            request = self._prefilling[0]
-            count = min(self._chunk or request.prompt_len, request.prompt_len - request.fed)
-            left -= count
-            logits = self._feed(request, count)
-            if request.fed < request.prompt_len:
-                continue
-            request.cache = None
-            self._prefilling.popleft()
+        """Feed one chunk of a long prompt, or some whole prompts together, up to the planned tokens of a step."""
+        if not self._prefilling:
+            return
+        first = self._prefilling[0]
+        count = min(self._chunk or first.prompt_len, first.prompt_len - first.fed)
+        if count < first.prompt_len:
+            if first.cache is None:
+                first.cache = PagedCache(self.pool, first.rows)
+            logits = self._feed(first.tokens[first.fed : first.fed + count], first.cache, {"logits_to_keep": 1})
+            fed = [first]
+            first.fed += count
+        else:
+            fed = self._together()
+            logits = self._feed_together(fed)
+        if first.fed < first.prompt_len:
+            return
+        for request in fed:
+            request.rows = request.cache = None
+            self._prefilling.remove(request)
             self._decoding.append(request)
-            highest, token = logits.max(dim=-1)
-            self._advance([(request, int(token), bool((highest - highest) == 0))], logits)
+        highest, token = logits.max(dim=-1)
+        likeliest = torch.stack([token, ((highest - highest) == 0).long()]).T.tolist()
+        self._advance([(one, *found) for one, found in zip(fed, likeliest, strict=True)], logits)
 
-    def _feed(self, request: Request, count: int) -> torch.Tensor:
-        """Feed the next tokens of a prompt, and return the logits of the last one in float32, (1, vocab_size)."""
-        ids = request.tokens[None, request.fed : request.fed + count].to(self.model.device)
-        output = self.model(input_ids=ids, past_key_values=request.cache, use_cache=True, logits_to_keep=1)
-        request.fed += count
-        logits: torch.Tensor = output.logits[:, -1].float()
+    def _together(self) -> list[Request]:
+        """Return the first prompts that one step feeds: whole ones, as far as they fit."""
+        fed: list[Request] = []
+        left = self._tokens
+        for request in self._prefilling:
+            whole = not request.fed and request.prompt_len <= (self._chunk or request.prompt_len)
+            if fed and (not whole or request.prompt_len > left or len(fed) == (PACKED if self._packs else 1)):
+                break
+            left -= request.prompt_len
+            fed.append(request)
+        return fed
+
+    def _feed_together(self, fed: Sequence[Request]) -> torch.Tensor:
+        """Feed whole prompts, and return the logits of the last token of each, (requests, vocab_size)."""
+        lengths = [request.prompt_len for request in fed]
+        for request in fed:
+            request.fed = request.prompt_len
+        rows = torch.cat([request.rows[: request.prompt_len] for request in fed if request.rows is not None])
+        cache, tokens = PagedCache(self.pool, rows), torch.cat([request.tokens for request in fed])
+        if len(fed) == 1:
+            return self._feed(tokens, cache, {"logits_to_keep": 1})
+        ends = torch.tensor([0, *lengths]).cumsum(0).to(self.model.device)
+        places = torch.cat([torch.arange(length) for length in lengths])[None].to(self.model.device)
+        bounds = {"cu_seq_lens_q": ends.int(), "cu_seq_lens_k": ends.int()}
+        most = {"max_length_q": max(lengths), "max_length_k": max(lengths)}
+        return self._feed(tokens, cache, {"position_ids": places, "logits_to_keep": ends[1:] - 1, **bounds, **most})
+
+    def _feed(self, tokens: torch.Tensor, cache: PagedCache, options: dict[str, Any]) -> torch.Tensor:
+        """Feed tokens, and return the logits that the options keep, in float32."""
+        ids = tokens[None].to(self.model.device)
+        output = self.model(input_ids=ids, past_key_values=cache, use_cache=True, **options)
+        logits: torch.Tensor = output.logits[0].float()
         return logits
 
     def _decode(self) -> None:

@@ -42,7 +42,8 @@ class Request:
         done: It ended.
         fed: Tokens of the prompt that are in the pages.
         pages: Its pages; `None` while it waits.
-        cache: The cache of its prefill.
+        rows: The row of each of its tokens in the pages, for its prefill.
+        cache: The cache of its prefill, if it is fed in chunks.
 
     Raises:
         NotSupportedError: an option that a batch of requests does not run.
@@ -96,6 +97,7 @@ class Request:
         self.done = False
         self.fed = 0
         self.pages: list[int] | None = None
+        self.rows: Tensor | None = None
         self.cache: PagedCache | None = None
 
     @property
@@ -138,7 +140,7 @@ class Request:
             except Exception as own:  # the caller's code
                 self.error = own
         self.done = True
-        self.cache = None
+        self.rows = self.cache = None
 
     def must_end(self) -> GenerationStoppedError | None:
         """Return the error of a request that was stopped or whose deadline is over; otherwise `None`."""

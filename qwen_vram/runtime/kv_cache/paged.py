@@ -69,7 +69,7 @@ def rows_of(pages: Sequence[int], device: torch.device) -> Tensor:
 
 
 class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
-    """One layer of one request's prompt, written into pages."""
+    """One layer of a prefill, written into pages."""
 
     is_croppable = False
 
@@ -112,8 +112,11 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
 
 
 class PagedCache(Cache):  # type: ignore[misc]
-    """The cache of one request's prefill, for the forward pass of a `transformers` model."""
+    """The cache of a prefill, for the forward pass of a `transformers` model.
 
-    def __init__(self, pool: PagePool, pages: Sequence[int]) -> None:
-        rows = rows_of(pages, pool.layers[0][0].device)
+    Args:
+        rows: The rows of a request's tokens in the pool, or those of several whole prompts one after the other.
+    """
+
+    def __init__(self, pool: PagePool, rows: Tensor) -> None:
         super().__init__(layers=[PagedLayer(states, rows) for states in pool.layers])
