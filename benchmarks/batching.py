@@ -39,9 +39,7 @@ def main() -> None:
     parser.add_argument("--by", nargs="*", default=list(BY), choices=BY)
     parser.add_argument("--checkpoint", type=Path, help="a folder with the model's shape, instead of a new one")
     options = parser.parse_args()
-    cells = [
-        {"model": options.model, "weights": weights, "by": by} for weights in options.weights for by in options.by
-    ]
+    cells = [{"model": options.model, "weights": weights, "by": by} for weights in options.weights for by in options.by]
     sys.exit(run_missing(options.out, cells, measure, options.model, checkpoint=options.checkpoint) > 0)
 
 

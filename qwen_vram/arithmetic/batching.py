@@ -19,8 +19,8 @@ _DOUBLED = 64
 DRAWN_TOGETHER = 8
 
 # Prompts that one forward pass feeds together, at most, and the tokens of such a pass if the plan sets no chunk size.
-PACKED = 8
-_PACKED_TOKENS = 2048
+PACKED = 16
+_PACKED_TOKENS = 4096
 
 
 def packed_tokens(profile: Profile, workload: Workload) -> int:

@@ -16,6 +16,10 @@ _TILE_ELEMENTS = 2**24
 # depends on the GPU and the matrix, and the dequantizing kernel is counted.
 # Source: bitsandbytes 0.50.2, backends/cuda/ops.py, _GEMM_4BIT_CUSTOM_FLOOR_M.
 FUSED_ROWS = 4
+# The least and the most rows that `runtime.linear.many_rows` multiplies by a matrix in 4 bits without making it in 16
+# bits, and the columns of its steps, which must divide a row. Fewer rows are faster by `few_rows`.
+MANY_ROWS = (4, 64)
+_MANY_COLUMNS = 128
 # Elements that are quantized at once: 16 MiB in float32.
 _CHUNK_ELEMENTS = 2**22
 # torch's int4 kernel reads the matrix once for every 16 rows of input; from this number of rows on it is dequantized.
@@ -36,6 +40,12 @@ def tile_rows(out_features: int, in_features: int) -> int:
 def is_tiled(shape: tuple[int, ...], rows: int) -> bool:
     """Tell if a product of `rows` rows with a 4-bit matrix of (out_features, in_features) dequantizes tile by tile."""
     return rows > FUSED_ROWS and tile_rows(*shape) < shape[0]
+
+
+def by_many_rows(rows: int, width: int) -> bool:
+    """Tell if a captured step's product of `rows` rows with a 4-bit matrix of `width` columns has a kernel."""
+    least, most = MANY_ROWS
+    return least <= rows <= most and width % _MANY_COLUMNS == 0
 
 
 def counts_tiles(storage: StorageFormat, profile: Profile, shape: tuple[int, ...], rows: int) -> bool:

@@ -20,13 +20,13 @@ from qwen_vram.checkpoints.resolve import ModelLike, Resolved
 from qwen_vram.errors import ConfigError, QwenVramError, UnknownNameError
 from qwen_vram.planning.capacity.budget import Budget
 from qwen_vram.planning.capacity.hardware import Computes, limits_of, slower_on_the_cpu, with_this_cpu
-from qwen_vram.spec.concurrency import paged_knobs
 from qwen_vram.planning.placement import Placement, Where, place_on
 from qwen_vram.planning.search.candidates import Step
 from qwen_vram.planning.search.decode_graph import not_captured, said_of
 from qwen_vram.planning.search.search import Prefer, Search
 from qwen_vram.planning.sequences import sequences_per_prompt
 from qwen_vram.spec.architecture import Architecture
+from qwen_vram.spec.concurrency import paged_knobs
 from qwen_vram.spec.profile import KNOBS, PROFILES, Profile
 from qwen_vram.spec.residency import Residency, residency
 from qwen_vram.spec.workload import Workload

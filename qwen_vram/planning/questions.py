@@ -17,13 +17,13 @@ from qwen_vram.planning.capacity.budget import Budget, VramLike
 from qwen_vram.planning.capacity.fit import fits, on_device
 from qwen_vram.planning.capacity.hardware import as_measured
 from qwen_vram.planning.capacity.refusal import shortage
-from qwen_vram.spec.concurrency import concurrent, paged_knobs
 from qwen_vram.planning.errors import DoesNotFitError
 from qwen_vram.planning.placement import Where, place, place_on, streaming
 from qwen_vram.planning.planner import Plan, plan_for
 from qwen_vram.planning.search.largest_workload import largest_workload, longest_prompt
 from qwen_vram.planning.search.search import Prefer, Search
 from qwen_vram.spec.architecture import Architecture
+from qwen_vram.spec.concurrency import concurrent, paged_knobs
 from qwen_vram.spec.profile import Profile, resolve_profile
 from qwen_vram.spec.workload import Workload
 from qwen_vram.units import parse_bytes
@@ -71,8 +71,8 @@ def plan(
             the one with the shortest predicted generation.
         batch_size: Prompts at once. The checkpoint's generation_config.json sets the number of sequences for each.
         padded: Prompts of a batch differ in length, so that attention needs a mask, and memory for it.
-        concurrency: Requests of up to `prompt_len` and `max_new_tokens` that run at once, and come and go independently.
-            Each has pages of a common KV cache. `None` is one call after the other.
+        concurrency: Requests of up to `prompt_len` and `max_new_tokens` that run at once and independently, each with
+            pages of a common KV cache. `None` is one call after the other.
         adapter: Folder or hub id of a LoRA adapter that runs beside the base; `False` if the one in the model's own
             folder is merged already.
 

@@ -25,6 +25,7 @@ Modules:
     requests/         Requests: messages, chat templates, options and sampling settings, checked.
     saving/           Quantized checkpoints written from a loaded model.
     scheduling/       Turns of callers: a fair queue, threads that compute, stopping, and clocks.
+    submissions       Submitted requests: futures, and the results of many prompts as they finish.
     tensors/          A checkpoint's tensors for torch: opened, mapped and packed.
     torch_dtypes      Table of dtypes, joined with torch's own, and torch's default dtype.
 """

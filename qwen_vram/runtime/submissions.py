@@ -6,10 +6,11 @@ import asyncio
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
+from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Lock
 from time import monotonic
-from typing import Any, NamedTuple
+from typing import Any
 
 from qwen_vram.errors import QueueFullError, WorkloadError
 from qwen_vram.runtime.generation.generations import Generations
@@ -22,7 +23,8 @@ _AHEAD = 4
 Answer = str | list[str]
 
 
-class Result(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Result:
     """The result of one of many prompts.
 
     Attributes:
@@ -128,7 +130,7 @@ class Submissions:
         finished: SimpleQueue[tuple[int, Pending]] = SimpleQueue()
         running: dict[int, Pending] = {}
         most = min(max(1, _AHEAD * ahead), self.most)
-        numbered = enumerate(prompts)
+        numbered: Iterator[tuple[int, str | Sequence[Message]]] = iter(enumerate(prompts))
         exhausted = False
         try:
             while not exhausted or running:

@@ -11,9 +11,7 @@ _ON_GPU: dict[str, object] = {"attention": "fused", "kernels": "fused", "capture
 _PAGED: dict[str, object] = {"cache": "paged"}
 
 
-def concurrent(
-    concurrency: int | None, batch_size: int, knobs: Mapping[str, object]
-) -> tuple[int, dict[str, object]]:
+def concurrent(concurrency: int | None, batch_size: int, knobs: Mapping[str, object]) -> tuple[int, dict[str, object]]:
     """Return the sequences and the knobs of a workload with `concurrency` requests at once; `None` changes nothing.
 
     Raises:

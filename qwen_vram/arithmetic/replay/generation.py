@@ -234,12 +234,15 @@ class Generation(Attention):
         rows = self.batch * queries
         normed = [self.norm(rows, self.architecture.hidden_size, "last norm")] if self.architecture.ends else []
         self.give(hidden, *kept)
-        kept = self.batch
-        if self.paged and not self.decoding:
-            from qwen_vram.arithmetic.batching import PACKED
+        return self.logits(rows if self.workload.logits == "all" else self.ends(), normed)
 
-            kept = min(self.workload.batch_size, PACKED)
-        return self.logits(rows if self.workload.logits == "all" else kept, normed)
+    def ends(self) -> int:
+        """The most sequences of a step whose last token has logits: some prompts over pages are fed together."""
+        if not self.paged or self.decoding:
+            return self.batch
+        from qwen_vram.arithmetic.batching import PACKED
+
+        return min(self.workload.batch_size, PACKED)
 
     def hidden_size(self, queries: int) -> int:
         """Bytes of a step's hidden states."""

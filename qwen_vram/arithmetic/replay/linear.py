@@ -9,7 +9,15 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from qwen_vram.arithmetic.replay.trace import Consumer
-from qwen_vram.arithmetic.tiling import FUSED_ROWS, counts_tiles, int8_rows, int8_tile_elements, tile_rows, unpacks
+from qwen_vram.arithmetic.tiling import (
+    FUSED_ROWS,
+    by_many_rows,
+    counts_tiles,
+    int8_rows,
+    int8_tile_elements,
+    tile_rows,
+    unpacks,
+)
 from qwen_vram.arithmetic.weights import format_of
 from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.formats import FORMATS, StorageFormat, blocks
@@ -74,6 +82,9 @@ class Products:
         self.head = MatrixFacts(architecture.head, FORMATS[format_of(architecture.head, profile)], lt=False)
         self.warm = False
         self.warm_lt = False
+        # The step is a decode step, and captured ones have this library's kernels.
+        self.decoding = False
+        self.has_steps = profile.captured and not profile.compiled and profile.kernels == "fused"
 
     def consume(self, consumer: Consumer) -> None:
         """Send the events to a consumer from now on."""
@@ -144,6 +155,8 @@ class Products:
         out = weight.shape[0]
         result_size = rows * out * self.element
         fused = storage.is_bnb_4bit and rows <= FUSED_ROWS
+        if self.decoding and self.has_steps and storage.is_bnb_4bit and by_many_rows(rows, weight.shape[1]):
+            return self.product_of_many_rows(weight, rows)
         if unpacks(storage, rows):
             return self.unpacked_product(weight, result_size, storage)
         if storage.is_dense or storage.is_weight_only or fused:
@@ -162,6 +175,15 @@ class Products:
         dequantized = take(weight.numel * self.element)
         result = take(result_size)
         give(*maxima, dequantized)
+        return result
+
+    def product_of_many_rows(self, weight: Weight, rows: int) -> int:
+        """Allocate the result, and x in the kernel's order, with its rows padded to a multiple of 8."""
+        result = self.take(rows * weight.shape[0] * self.element)
+        padded = -(-rows // 8) * 8 * weight.shape[1] * self.element
+        padding = [self.take(padded)] if rows % 8 else []
+        ordered = self.take(padded)
+        self.give(*padding, ordered)
         return result
 
     def unpacked_product(self, weight: Weight, result_size: int, storage: StorageFormat) -> int:

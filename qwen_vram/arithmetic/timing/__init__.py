@@ -6,7 +6,7 @@ Modules:
     attention    Times of attention and of element-by-element kernels on a GPU.
     bytes_moved  Lower bound of milliseconds per token: the bytes that must move, over their rate.
     decode       Predicted milliseconds of a decode step in the middle of the answer.
-    few_rows     Times of products of one to eight rows by this library's kernels.
+    few_rows     Times of products of few rows by this library's kernels.
     generation   Times of a generation: to the first token, per later token, and in total.
     host         Times of steps on the CPU: bytes over the rate of products, and Python's own time.
     launches     Times of launching kernels from Python, one by one or as a CUDA graph.

@@ -1,7 +1,8 @@
-"""Times of products of one to eight rows by this library's kernels."""
+"""Times of products of few rows by this library's kernels."""
 
 from __future__ import annotations
 
+from qwen_vram.arithmetic.tiling import MANY_ROWS
 from qwen_vram.arithmetic.timing.linear import Kernel, Matrices, product_seconds
 from qwen_vram.spec.formats import FORMATS
 from qwen_vram.spec.machine import Machine
@@ -24,6 +25,17 @@ _FP8 = {1: Kernel(5.4e-6, _MEMORY), 4: Kernel(6.3e-6, 2.50e12), MOST_ROWS: Kerne
 # int4 of 2026-12-01; its products of one row are by the division of the fastest one.
 _INT4 = {1: Kernel(7.2e-6, 3.48e12), 4: Kernel(8.4e-6, 3.24e12), MOST_ROWS: Kernel(9.2e-6, 2.60e12)}
 _DENSE = {1: Kernel(4.2e-6, _MEMORY)}
+# Matrices in 4 bits with more rows, of one launch each, with that of x in the kernel's order. By rows, from two
+# equations: gate_proj and k_proj of Qwen2.5-7B.
+# measured: NVIDIA H200, torch 2.11.0+cu130, Triton 3.6.0, 2026-12-01; gate_proj takes 30 us for 4 to 16 rows, 50 for 32
+# and 61 for 64; k_proj takes 8, 10, 13 and 18.
+_MANY = {
+    MANY_ROWS[0]: Kernel(8.4e-6, 1.58e12),
+    8: Kernel(8.4e-6, 1.58e12),
+    16: Kernel(10.6e-6, 1.72e12),
+    32: Kernel(13.4e-6, 0.95e12),
+    MANY_ROWS[1]: Kernel(18.9e-6, 0.82e12),
+}
 _TIMES = {
     **{name: _NF4 for name, row in FORMATS.items() if row.is_bnb_4bit},
     **{name: _DENSE for name, row in FORMATS.items() if row.is_dense},
@@ -39,9 +51,9 @@ def by_few_rows(profile: Profile, name: str, rows: int) -> bool:
     Captured steps with fused kernels use them for all products. Other steps use them for formats with an own module.
     For int4 those use torch's kernel, which Python launches in less time.
     """
-    if profile.compiled or rows > MOST_ROWS:
-        return False
     storage, fused = FORMATS[name], profile.captured and profile.kernels == "fused"
+    if profile.compiled or rows > (MANY_ROWS[1] if fused and storage.is_bnb_4bit else MOST_ROWS):
+        return False
     if storage.is_dense:
         return fused and rows == 1
     return storage.few_rows and (storage.is_dequantized or fused or (profile.tiles and not storage.is_tinygemm))
@@ -51,9 +63,10 @@ def step_seconds(profile: Profile, name: str, of: Matrices, rows: int, machine: 
     """Seconds of products of few rows with matrices in the storage format `name`, of a layer or of the head."""
     if not by_few_rows(profile, name, rows):
         return product_seconds(of, rows, machine, compiled=profile.compiled)
-    joined = profile.captured and profile.kernels == "fused" and of.number > 1
-    launches = _LAYER_LAUNCHES if joined else of.number
-    kernels = _TIMES[name]
+    fused = profile.captured and profile.kernels == "fused"
+    many = fused and FORMATS[name].is_bnb_4bit and rows >= MANY_ROWS[0]
+    launches = _LAYER_LAUNCHES if fused and of.number > 1 and not many else of.number
+    kernels = _MANY if many else _TIMES[name]
     below = max(known for known in kernels if known <= rows)
     above = min(known for known in kernels if known >= rows)
     least, most = (_seconds(kernels[known], launches, of.nbytes, machine) for known in (below, above))

@@ -74,9 +74,7 @@ def _plain(query: Tensor, keys: Tensor, values: Tensor, starts: Tensor, filled: 
     return output[:, :, 0].contiguous()
 
 
-def paged_attention(
-    query: Tensor, keys: Tensor, values: Tensor, pages: Tensor, filled: Tensor, scale: float
-) -> Tensor:
+def paged_attention(query: Tensor, keys: Tensor, values: Tensor, pages: Tensor, filled: Tensor, scale: float) -> Tensor:
     """Return the attention of `decode_step` over pages by torch's operators, where no kernel runs.
 
     It gathers the pages of each sequence.

@@ -270,7 +270,8 @@ def attend(
         query, key, value, cos, sin, *newest, starts, filled, results, sums, scale * _LOG2_E, half,
         *codes, quantized, *lengths, quantized if pages is None else pages, 0 if pages is None else pages.stride(0),
         GROUP=group, ROWS=max(_LEAST_ROWS, triton.next_power_of_2(group)),
-        HALF=max(_LEAST_ROWS, triton.next_power_of_2(half)), BLOCK=DECODE_BLOCK, SPLITS=splits, BITS=bits, PAGE=0 if pages is None else PAGE,
+        HALF=max(_LEAST_ROWS, triton.next_power_of_2(half)), BLOCK=DECODE_BLOCK, SPLITS=splits, BITS=bits,
+        PAGE=0 if pages is None else PAGE,
         num_warps=_CODE_WARPS if bits else _WARPS,
         enable_fp_fusion=False,  # with it, one product of a rotation would be added without rounding
     )  # fmt: skip

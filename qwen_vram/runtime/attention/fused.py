@@ -15,6 +15,7 @@ cudnn/MHA.cpp (MHAGraphCache).
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -98,12 +99,12 @@ def packed_attention(
         )[0]
         return output[None]
     ends = bounds.tolist()
-    parts = [
-        functional.scaled_dot_product_attention(
-            *(states[:, :, start:end] for states in (query, key, value)), is_causal=True, scale=scaling, enable_gqa=True
+    parts = []
+    for start, end in pairwise(ends):
+        one, keys, values = (states[:, :, start:end] for states in (query, key, value))
+        parts.append(
+            functional.scaled_dot_product_attention(one, keys, values, is_causal=True, scale=scaling, enable_gqa=True)
         )
-        for start, end in zip(ends, ends[1:])
-    ]
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from threading import Event, Lock
-from typing import Any
 
 import torch
 from torch import Tensor

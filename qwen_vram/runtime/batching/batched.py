@@ -159,9 +159,16 @@ def batcher_for(model: Any, plan: Plan, progress: Callable[..., Iterable[int]]) 
 
     def make(turn: object) -> None:
         pool = PagePool(base, workload.batch_size, workload.context_len)
-        sizes = {"most": workload.batch_size, "chunk": profile.prefill_chunk_size}
-        sizes["tokens"] = packed_tokens(profile, workload)
-        made.append(Batcher(model, pool=pool, captured=profile.captured, **sizes))
+        made.append(
+            Batcher(
+                model,
+                most=workload.batch_size,
+                pool=pool,
+                chunk=profile.prefill_chunk_size,
+                tokens=packed_tokens(profile, workload),
+                captured=profile.captured,
+            )
+        )
 
     for _ in progress(range(1), desc="Capturing the decode steps" if profile.captured else "Allocating the pages"):
         # In the thread of generations, with its cuBLAS handle and workspaces.

@@ -26,6 +26,7 @@ from qwen_vram.runtime.kv_cache.paged import PagedCache, PagePool, rows_of
 from qwen_vram.runtime.scheduling.job import Job
 from qwen_vram.runtime.scheduling.turns import Turn, Turns
 
+
 class Waiter(Protocol):
     """A receiver of the ends of requests."""
 
@@ -181,6 +182,7 @@ class Batcher:
         count = min(self._chunk or first.prompt_len, first.prompt_len - first.fed)
         if count < first.prompt_len:
             if first.cache is None:
+                assert first.rows is not None
                 first.cache = PagedCache(self.pool, first.rows)
             logits = self._feed(first.tokens[first.fed : first.fed + count], first.cache, {"logits_to_keep": 1})
             fed = [first]

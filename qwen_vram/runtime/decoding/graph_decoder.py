@@ -16,10 +16,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from qwen_vram.runtime.decoding.capture_stream import give_stream, on_stream, take_stream
 from qwen_vram.runtime.decoding.generate_loop import decode_by_steps
 from qwen_vram.runtime.decoding.graph_cache import BufferLease, GraphBuffers
 from qwen_vram.runtime.decoding.graph_step import Functions, Step
-from qwen_vram.runtime.decoding.capture_stream import give_stream, on_stream, take_stream
 from qwen_vram.runtime.decoding.layer import decode_end, decode_layer, fused_decode_end, fused_decode_layer
 from qwen_vram.runtime.kernels.fused_layers import FusedLayer
 from qwen_vram.runtime.kernels.fused_ops import missing_compiler

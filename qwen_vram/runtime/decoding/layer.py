@@ -17,7 +17,7 @@ from qwen_vram.runtime.attention.decode import decode_attention, paged_attention
 from qwen_vram.runtime.attention.decode_step import States
 from qwen_vram.runtime.kernels import fused_ops
 from qwen_vram.runtime.kv_cache.quantized import QuantizedStates
-from qwen_vram.runtime.linear import few_rows
+from qwen_vram.runtime.linear.step_products import add_mlp, add_product, products
 
 
 class Place(NamedTuple):
@@ -64,18 +64,18 @@ def fused_decode_layer(layer: Any, hidden: Tensor, keys: States, values: States,
     """Return the result of `decode_layer` by this library's kernels, for `kernels="fused"` without compilation."""
     attention, batch = layer.self_attn, hidden.shape[0]
     normed = layer.input_layernorm(hidden)
-    query, key, value = _products((attention.q_proj, attention.k_proj, attention.v_proj), normed)
+    query, key, value = products((attention.q_proj, attention.k_proj, attention.v_proj), normed)
     query, key, value = (heads.view(batch, -1, attention.head_dim) for heads in (query, key, value))
     if hasattr(attention, "q_norm"):
         query, key = attention.q_norm(query), attention.k_norm(key)
     attended = attend(query, key, value, keys, values, place, float(attention.scaling))
-    hidden = _sum(attention.o_proj, attended.view(batch, -1), hidden)
-    return _mlp(layer.mlp, layer.post_attention_layernorm(hidden), hidden)
+    hidden = add_product(attention.o_proj, attended.view(batch, -1), hidden)
+    return add_mlp(layer.mlp, layer.post_attention_layernorm(hidden), hidden)
 
 
 def fused_decode_end(model: Any, hidden: Tensor) -> Tensor:
-    """Return the result of `decode_end`, with this library's product of few rows."""
-    return _products((model.lm_head,), model.model.norm(hidden))[0].float()
+    """Return the result of `decode_end`, by this library's products."""
+    return products((model.lm_head,), model.model.norm(hidden))[0].float()
 
 
 def attend(
@@ -105,29 +105,6 @@ def _over(query: Tensor, keys: Tensor, values: Tensor, place: Place, scale: floa
         return paged_attention(query, keys, values, place.pages, place.filled, scale)
     result: Tensor = decode_attention(query, keys, values, place.rows, place.starts, place.filled, scale)
     return result
-
-
-def _products(linears: tuple[nn.Module, ...], rows: Tensor) -> tuple[Tensor, ...]:
-    """Return the products of some matrices with the same rows, in one launch if possible."""
-    return few_rows.multiply_each(linears, rows) or tuple(linear(rows) for linear in linears)
-
-
-def _sum(linear: nn.Module, rows: Tensor, hidden: Tensor) -> Tensor:
-    """Return `hidden` plus a product, in one launch if possible."""
-    result = few_rows.multiply(linear, rows, hidden)
-    if result is not None:
-        return result
-    product: Tensor = linear(rows)
-    return product.add_(hidden)
-
-
-def _mlp(mlp: Any, rows: Tensor, hidden: Tensor) -> Tensor:
-    """Return `hidden` plus SwiGLU and the down projection, or plus the module's own result if no kernel applies."""
-    inner = few_rows.swiglu(mlp.gate_proj, mlp.up_proj, rows)
-    if inner is not None:
-        return _sum(mlp.down_proj, inner, hidden)
-    result: Tensor = mlp(rows)
-    return result.add_(hidden)
 
 
 def decode_end(model: Any, hidden: Tensor) -> Tensor:

@@ -54,8 +54,7 @@ class PagePool:
         count = pages_of(tokens)
         if count > len(self._free):
             return None
-        taken = [self._free.pop() for _ in range(count)]
-        return taken
+        return [self._free.pop() for _ in range(count)]
 
     def give_back(self, pages: Sequence[int]) -> None:
         """Take pages back."""

@@ -38,7 +38,7 @@ _SHORT = 8_192  # rows: up to this number there are few programs
 _BROKEN: set[str] = set()
 
 
-class _Codes(NamedTuple):
+class Codes(NamedTuple):
     """The tensors of a matrix that a kernel reads, and its storage format."""
 
     storage: str
@@ -113,9 +113,9 @@ def _read(
     fits = x.dim() == 2 and 0 < len(x) <= MOST_ROWS and x.dtype in (torch.bfloat16, torch.float16)
     if not (fits and x.is_contiguous() and _aligned(x)) or (torch.is_grad_enabled() and x.requires_grad):
         return None
-    codes: list[_Codes] = []
+    codes: list[Codes] = []
     for linear in linears:
-        one = _codes(linear, x)
+        one = codes_of(linear, x)
         if one is None or (codes and one[:2] != codes[0][:2]) or (linear.bias is None) != (linears[0].bias is None):
             return None
         codes.append(one)
@@ -129,7 +129,7 @@ def _read(
     return kernels, tuple(matrices), codes[0].storage
 
 
-def _codes(linear: Any, x: Tensor) -> _Codes | None:
+def codes_of(linear: Any, x: Tensor) -> Codes | None:
     """Return the tensors of a layer's matrix, if the kernels support it and its call does nothing else."""
     if not isinstance(linear, nn.Linear) or linear._forward_hooks or linear._forward_pre_hooks:
         return None
@@ -139,7 +139,7 @@ def _codes(linear: Any, x: Tensor) -> _Codes | None:
     if type(linear) is nn.Linear:
         if len(x) > _MOST_DENSE_ROWS or weight.dtype != x.dtype or x.shape[1] != weight.shape[1] or x.shape[1] % 8:
             return None
-        return _Codes(_DENSE, False, weight.view(-1).view(torch.int32), (weight,))
+        return Codes(_DENSE, False, weight.view(-1).view(torch.int32), (weight,))
     storage = getattr(linear, "format", None)
     if storage is not None and FORMATS[storage].few_rows:
         if x.shape[1] != linear.in_features or x.shape[1] % 16:
@@ -147,7 +147,7 @@ def _codes(linear: Any, x: Tensor) -> _Codes | None:
         levels: Any = getattr(linear, str(linear.scales))
         if _is_int4(storage):
             levels = levels.view(-1).view(torch.int32)
-        return _Codes(str(storage), False, weight.view(-1).view(torch.int32), (levels,))
+        return Codes(str(storage), False, weight.view(-1).view(torch.int32), (levels,))
     state = getattr(weight, "quant_state", None)
     if (
         state is None
@@ -165,7 +165,7 @@ def _codes(linear: Any, x: Tensor) -> _Codes | None:
         if state.state2.blocksize != NESTED_BLOCK:
             return None
         scales = (*scales, state.state2.code, state.state2.absmax, state.offset)
-    return _Codes(state.quant_type, state.nested, weight.view(-1).view(torch.int32), scales)
+    return Codes(state.quant_type, state.nested, weight.view(-1).view(torch.int32), scales)
 
 
 @lru_cache(maxsize=16)

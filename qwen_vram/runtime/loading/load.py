@@ -22,7 +22,6 @@ from qwen_vram.planning.capacity.budget import VramLike
 from qwen_vram.planning.planner import Plan, plan_for
 from qwen_vram.planning.search.search import Prefer
 from qwen_vram.runtime.attention import fused as attention
-from qwen_vram.spec.concurrency import concurrent
 from qwen_vram.runtime.backends import get_backend
 from qwen_vram.runtime.backends.base import Backend, Request, StreamingBackend
 from qwen_vram.runtime.backends.bnb_notes import check_notes
@@ -54,6 +53,7 @@ from qwen_vram.runtime.tensors.checkpoint import (
 from qwen_vram.runtime.tensors.gc_scope import collect_dropped, garbage_of_this_load
 from qwen_vram.runtime.tensors.packed_layout import HostMemory
 from qwen_vram.runtime.torch_dtypes import float32_by_default
+from qwen_vram.spec.concurrency import concurrent
 from qwen_vram.spec.profile import Profile
 from qwen_vram.spec.workload import Workload
 
