@@ -14,12 +14,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qwen_vram.arithmetic.attention import decode_scratch, decode_splits
 from qwen_vram.arithmetic.decode_graph import step_sizes
 from qwen_vram.runtime.attention import decode_step
-from qwen_vram.runtime.attention.decode import quantized_attention
+from qwen_vram.runtime.attention.decode import paged_attention, quantized_attention
 from qwen_vram.runtime.kernels.fused_layers import fuse_layers
 from qwen_vram.runtime.kv_cache.arena import KvArena
 from qwen_vram.runtime.kv_cache.quantized import quantized_states
 from qwen_vram.spec.catalog import catalog_row, row_architecture
 from qwen_vram.spec.kv_formats import kv_format
+from qwen_vram.spec.pages import PAGE
 from qwen_vram.spec.profile import Profile
 from qwen_vram.spec.workload import Workload
 
@@ -93,6 +94,51 @@ def test_attention_and_what_is_put_into_the_cache(shape, device, monkeypatch):
     expected = exact(rotated(query, cos, sin), keys, values, starts, counts)
     assert (found.double() - expected).abs().max() <= torch.finfo(dtype).eps * expected.abs().max()
     assert scratch[-1].isnan()
+
+
+# Heads, heads of the cache, their size, pages of a sequence, and by sequence its tokens with the new one.
+PAGED = [(8, 2, 32, 4, [1, 70, 200]), (28, 4, 128, 3, [64, 65, 192]), (4, 4, 16, 9, [560])]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", PAGED)
+@torch.inference_mode()
+def test_attention_over_pages_and_what_is_put_into_them(shape, device, monkeypatch):
+    heads, kv_heads, head_dim, count, filled = shape
+    if device == "cpu":
+        monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: nullcontext())
+    torch.manual_seed(0)
+    batch, dtype = len(filled), torch.float16 if device == "cpu" else torch.bfloat16
+    order = 1 + torch.randperm(batch * count).view(batch, count)
+    table = torch.zeros(batch, 2 + count, dtype=torch.int32)
+    table[:, 2:] = order
+    table = table.to(device)
+    pages, counts = table[:, 2:], torch.tensor(filled, dtype=torch.int32, device=device)
+    made = [torch.randn(batch, one, head_dim).to(dtype).to(device) for one in (heads, kv_heads, kv_heads)]
+    query, key, value = made
+    keys, values = (torch.randn((1 + batch * count) * PAGE, kv_heads, head_dim).to(dtype).to(device) for _ in range(2))
+    angles = torch.rand(batch, 1, head_dim // 2).repeat(1, 1, 2)
+    cos, sin = angles.cos().to(dtype).to(device), angles.sin().to(dtype).to(device)
+    expected_keys, expected_values = keys.clone(), values.clone()
+    last = counts.long() - 1
+    places = pages.gather(1, (last // PAGE)[:, None])[:, 0].long() * PAGE + last % PAGE
+    expected_keys[places], expected_values[places] = rotated(key, cos, sin), value
+    scratch = torch.full((decode_scratch(batch, heads, kv_heads, head_dim, count * PAGE) + 1,), torch.nan).to(device)
+    unused = torch.zeros(batch, dtype=torch.int32, device=device)
+    found = decode_step.attend(
+        query, key, value, (cos, sin), keys, values, unused, counts, scratch, head_dim**-0.5, unused, pages
+    )
+    assert torch.equal(keys, expected_keys)
+    assert torch.equal(values, expected_values)
+    rows = (pages[:, :, None].long() * PAGE + torch.arange(PAGE, device=device)).flatten()
+    starts = torch.arange(batch) * count * PAGE
+    expected = exact(rotated(query, cos, sin), keys[rows], values[rows], starts, counts)
+    assert (found.double() - expected).abs().max() <= torch.finfo(dtype).eps * expected.abs().max()
+    assert scratch[-1].isnan()
+    plain = paged_attention(
+        rotated(query, cos, sin).float(), keys.float(), values.float(), pages, counts, head_dim**-0.5
+    )
+    assert (plain.double() - expected).abs().max() <= 1e-2 * expected.abs().max()
 
 
 # Heads, heads of the cache, their size, the memory's length, the place of the new token, and by sequence its padding.
