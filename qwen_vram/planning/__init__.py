@@ -12,4 +12,5 @@ Modules:
     search/           Candidate profiles, least lossy first, and the search for the one to load.
     sequences         Number of sequences per prompt, by a checkpoint's generation_config.json.
     support           Refusals of profiles that are counted but that no machine can load.
+    vllm/             A plan as the arguments of `vllm serve`, by arithmetic alone: vLLM is never imported.
 """

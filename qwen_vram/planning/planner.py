@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from qwen_vram.arithmetic.device_estimate import estimate
 from qwen_vram.arithmetic.estimate import Estimate
@@ -31,6 +31,9 @@ from qwen_vram.spec.profile import KNOBS, PROFILES, Profile
 from qwen_vram.spec.residency import Residency, residency
 from qwen_vram.spec.workload import Workload
 from qwen_vram.units import format_bytes, format_gib
+
+if TYPE_CHECKING:
+    from qwen_vram.planning.vllm.arguments import VllmArguments, VllmCommand
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +135,73 @@ class Plan:
             f"max_new_tokens={work.max_new_tokens}, batch_size={work.batch_size // self.sequences}"
             f"{padded}{adapter}{knobs})"
         )
+
+    @property
+    def served_at_once(self) -> int:
+        """The number of sequences that a server of this plan runs at once."""
+        return self.workload.batch_size
+
+    def to_vllm(
+        self,
+        *,
+        checkpoint: str | Path | None = None,
+        kv_cache_dtype: str | None = None,
+        tensor_parallel: int | None = None,
+        pipeline_parallel: int | None = None,
+        nodes: int = 1,
+        node_rank: int = 0,
+        master_addr: str | None = None,
+        executor: Literal["mp", "ray"] | None = None,
+        host: str = "127.0.0.1",
+        port: int = 8000,
+        served_model_name: str | None = None,
+    ) -> VllmArguments:
+        """Return the arguments of `vllm serve` that run this plan, with notes on what is different there.
+
+        vLLM is not imported, and need not be installed. The budget's rest after vLLM's own weights, activations and
+        graphs is for keys and values; on a CPU, it is what the planned sequences need.
+
+        Args:
+            checkpoint: A checkpoint of the same model in a format of vLLM (GPTQ, AWQ, compressed-tensors, fp8), in
+                place of the plan's. Without it, a quantized plan of a 16-bit checkpoint runs in vLLM's online fp8.
+            kv_cache_dtype: A format of vLLM's cache in place of the one that the plan maps to.
+            tensor_parallel, pipeline_parallel: Workers that share each layer, and groups of layers. `None`: each layer
+                is shared by the GPUs of a node if its heads divide, and nodes have consecutive layers.
+            nodes: Machines, each with the GPUs of the plan.
+            node_rank, master_addr: The number of this machine, and the address of the first one.
+            executor: `"mp"` or `"ray"`.
+            host, port, served_model_name: The server's address, and the model's name in requests.
+
+        Raises:
+            NotSupportedError: the plan has a saver, a format or an adapter that vLLM does not have.
+            DoesNotFitError: the budget does not hold vLLM's own memory with the planned sequences.
+            WorkloadError: a number of workers or nodes that the model or the plan does not allow, or a checkpoint of
+                another model.
+            UnknownNameError, ConfigError, CheckpointError, HubError: a wrong name, or a checkpoint that cannot be read.
+        """
+        from qwen_vram.planning.vllm.arguments import Address, Nodes, vllm_arguments  # few plans are for vLLM
+
+        return vllm_arguments(
+            self.estimate,
+            self.budget,
+            self.model,
+            self.served_at_once,
+            nodes=Nodes(tensor_parallel, pipeline_parallel, nodes, node_rank, master_addr, executor),
+            address=Address(host, port, served_model_name),
+            checkpoint=checkpoint,
+            kv_cache_dtype=kv_cache_dtype,
+        )
+
+    def vllm_command(self, **options: Any) -> VllmCommand:
+        """Return the command of `to_vllm` as a list of strings; `str()` of it is one line, quoted for a shell.
+
+        Args:
+            **options: As for `to_vllm`.
+
+        Raises:
+            NotSupportedError, DoesNotFitError, WorkloadError, UnknownNameError: as for `to_vllm`.
+        """
+        return self.to_vllm(**options).command()
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data for `json.dumps` and for `from_dict`; sizes in bytes."""
