@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from qwen_vram.dtypes import BY_NAME, FP32
+from qwen_vram.dtypes import BF16, BY_NAME, FP32
 from qwen_vram.errors import NotSupportedError, UnknownNameError, WorkloadError
 from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.formats import FORMATS, FormatName
@@ -191,7 +191,7 @@ def served_cache(architecture: Architecture, profile: Profile, dtype: str | None
 
 def vllm_dtype(profile: Profile, *, old_gpu: bool) -> str:
     """Return the value of `--dtype`; an old GPU has no bf16, and the plan's fp16 takes its place."""
-    return "float16" if old_gpu and profile.dtype == "bf16" else BY_NAME[profile.dtype].torch
+    return "float16" if old_gpu and profile.dtype == BF16.name else BY_NAME[profile.dtype].torch
 
 
 def _online(architecture: Architecture, profile: Profile, notes: tuple[str, ...]) -> ServedWeights:
