@@ -26,6 +26,7 @@ from qwen_vram.cli.options import (
     parsed_knobs,
 )
 from qwen_vram.cli.show import show_estimate, show_steps
+from qwen_vram.cli.vllm import PipelineParallel, TensorParallel, VllmCheckpoint
 from qwen_vram.units import format_gib
 
 
@@ -72,9 +73,28 @@ def plan(
     padded: Padded = False,
     adapter: Adapter = None,
     knobs: Knobs = None,
+    vllm: Annotated[bool, typer.Option("--vllm", help="Print the command of vLLM for the plan, with notes.")] = False,
+    vllm_checkpoint: VllmCheckpoint = None,
+    tensor_parallel: TensorParallel = None,
+    pipeline_parallel: PipelineParallel = None,
+    nodes: Annotated[int, typer.Option(help="With --vllm: machines, each with the plan's GPUs.")] = 1,
+    node_rank: Annotated[int, typer.Option(help="With --vllm: the number of this machine.")] = 0,
+    master_addr: Annotated[str | None, typer.Option(help="With --vllm: the address of the first machine.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Find the least lossy profile that runs a model within a budget."""
+    options: dict[str, Any] = {
+        "checkpoint": vllm_checkpoint,
+        "tensor_parallel": tensor_parallel,
+        "pipeline_parallel": pipeline_parallel,
+        "nodes": nodes,
+        "node_rank": node_rank,
+        "master_addr": master_addr,
+    }
+    others = [name for name, value in options.items() if value not in (None, 0) and (name, value) != ("nodes", 1)]
+    if others and not vllm:
+        name = "--vllm-checkpoint" if others[0] == "checkpoint" else f"--{others[0].replace('_', '-')}"
+        raise qv.WorkloadError(f"{name} is for vLLM alone; add --vllm, or leave it out", name=others[0], got=False)
     with errors.status("planning"):  # seconds, or minutes if every chunk has its own mask
         result = qv.plan(
             model,
@@ -90,6 +110,7 @@ def plan(
             adapter=adapter,
             **parsed_knobs(knobs),
         )
+        served = result.to_vllm(**options) if vllm else None
         budget: dict[str, Any] = {"vram": result.budget.given, "ram": result.budget.ram}
         asked = {**parsed_knobs(knobs), "profile": profile, "max_new_tokens": max_new_tokens, "padded": padded}
         asked["adapter"] = adapter
@@ -99,7 +120,8 @@ def plan(
             "min_vram": qv.min_vram(model, **asked, prompt_len=prompt_len, batch_size=batch_size),
         }
     if as_json:
-        print(json.dumps({**result.to_dict(), "limits": limits}))
+        more = {} if served is None else {"vllm": served.to_dict()}
+        print(json.dumps({**result.to_dict(), "limits": limits, **more}))
         return
     show_steps(result)
     show_estimate(result.estimate)
@@ -110,3 +132,5 @@ def plan(
         f"smallest card for this workload, if the host holds the rest: {format_gib(limits['min_vram'])}"
     )
     print(result.call)
+    if served is not None:
+        print(f"\nin vLLM:\n{served}")

@@ -12,7 +12,6 @@ import qwen_vram as qv
 from qwen_vram.cli.options import (
     Adapter,
     Knobs,
-    Model,
     NewTokens,
     Prefer,
     PromptLen,
@@ -23,13 +22,22 @@ from qwen_vram.cli.options import (
     parsed_knobs,
 )
 from qwen_vram.cli.show import show_estimate, show_steps
+from qwen_vram.cli.vllm import (
+    PipelineParallel,
+    TensorParallel,
+    VllmCheckpoint,
+    VllmPath,
+    check_engine,
+    serve_with_vllm,
+    set_up_vllm,
+)
 from qwen_vram.units import parse_bytes
 
 _KEY = "QWEN_VRAM_API_KEY"
 
 
 def serve(
-    model: Model,
+    model: Annotated[str | None, typer.Argument(help="Catalog name, checkpoint folder or hub id.")] = None,
     vram: Vram = None,
     ram: Ram = None,
     reserve: Reserve = None,
@@ -56,8 +64,30 @@ def serve(
     allowed_host: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Name in the Host header; default: those of this machine.")
     ] = None,
+    engine: Annotated[str, typer.Option(help="own, one request at a time, or vllm, many at once.")] = "own",
+    vllm: VllmPath = None,
+    vllm_checkpoint: VllmCheckpoint = None,
+    batch_size: Annotated[int, typer.Option(help="With --engine vllm: sequences at once.")] = 1,
+    tensor_parallel: TensorParallel = None,
+    pipeline_parallel: PipelineParallel = None,
+    setup_vllm: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Make an environment with vLLM in a new folder, and leave.")
+    ] = None,
 ) -> None:
-    """Serve a model to OpenAI's clients, one request at a time, until SIGTERM or Ctrl-C."""
+    """Serve a model to OpenAI's clients, until SIGTERM or Ctrl-C."""
+    if setup_vllm is not None:
+        set_up_vllm(setup_vllm)
+        return
+    if model is None:
+        raise qv.WorkloadError("serve needs a model: a catalog name, a folder or a hub id", name="model", got=None)
+    given = {
+        "--vllm": vllm,
+        "--vllm-checkpoint": vllm_checkpoint,
+        "--batch-size": None if batch_size == 1 else batch_size,
+        "--tensor-parallel": tensor_parallel,
+        "--pipeline-parallel": pipeline_parallel,
+    }
+    check_engine(engine, given)
     from qwen_vram.serving.web.server import check_installed
     from qwen_vram.serving.web.server import serve as run_server
     from qwen_vram.serving.web.settings import Settings
@@ -88,8 +118,20 @@ def serve(
         "adapter": adapter,
         **parsed_knobs(knobs),
     }
+    if engine == "vllm":
+        arguments["batch_size"] = batch_size
     plan = qv.plan(model, **arguments)  # type: ignore[arg-type]
     show_steps(plan)
+    if engine == "vllm":
+        serve_with_vllm(
+            plan,
+            settings,
+            program=vllm,
+            checkpoint=vllm_checkpoint,
+            tensor_parallel=tensor_parallel,
+            pipeline_parallel=pipeline_parallel,
+        )
+        return
     show_estimate(plan.estimate)
     hidden = {model, str(folder.absolute()), str(folder.resolve()), os.path.expanduser("~")}
     run_server(

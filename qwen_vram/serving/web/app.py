@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -35,7 +35,6 @@ def make_app(
         started: Called in the event loop before the first request.
     """
     from fastapi import FastAPI, Request, Response
-    from fastapi.middleware.cors import CORSMiddleware
     from fastapi.responses import JSONResponse, PlainTextResponse
     from starlette.exceptions import HTTPException
     from starlette.routing import Route
@@ -90,6 +89,19 @@ def make_app(
         )
         app.router.routes.append(Route(path, endpoint, methods=["POST"]))
 
+    return behind_gates(app, settings, PATHS, metrics, write)
+
+
+def behind_gates(
+    app: App, settings: Settings, paths: Collection[str], metrics: Metrics, write: Callable[[str], None]
+) -> App:
+    """Return an application behind the gates of `settings`, with a log of its requests.
+
+    Args:
+        paths: Paths that the log names.
+    """
+    from fastapi.middleware.cors import CORSMiddleware
+
     outer: Any = BodyGate(app, most=settings.max_body, seconds=settings.body_seconds)
     outer = KeyGate(outer, settings.api_key)
     if settings.origins:
@@ -101,4 +113,4 @@ def make_app(
     if not names and is_loopback(settings.host):
         names = (*LOCAL_NAMES, settings.host)
     outer = HostGate(outer, names)
-    return AccessLog(outer, PATHS, write, metrics.request)
+    return AccessLog(outer, paths, write, metrics.request)

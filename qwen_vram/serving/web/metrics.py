@@ -55,14 +55,13 @@ class Metrics:
         """Return all metrics in Prometheus' text format."""
         return "\n".join(self._lines(engine)) + "\n"
 
-    def _lines(self, engine: Engine) -> Iterator[str]:
+    def request_lines(self) -> Iterator[str]:
+        """Yield the lines of the requests that are over: their number, and a histogram of their times."""
         with self._lock:
-            requests, tokens = dict(self._requests), dict(self._tokens)
+            requests = dict(self._requests)
             classes, seconds, count = dict(self._classes), self._seconds, self._count
         rows = [({"path": path, "status": str(status)}, n) for (path, status), n in sorted(requests.items())]
-        yield from _metric("requests_total", "counter", "Requests by path and status.", rows)
-        rows = [({"kind": kind}, tokens.get(kind, 0)) for kind in ("prompt", "generated")]
-        yield from _metric("tokens_total", "counter", "Tokens of requests that ran.", rows)
+        yield from metric_lines("requests_total", "counter", "Requests by path and status.", rows)
         name = "request_seconds"
         yield from _head(name, "histogram", "Times of requests to /v1/, from their first byte to their last.")
         for bound in _BOUNDS:
@@ -70,22 +69,27 @@ class Metrics:
         yield _line(f"{name}_bucket", {"le": "+Inf"}, count)
         yield _line(f"{name}_sum", {}, seconds)
         yield _line(f"{name}_count", {}, count)
-        yield from _metric("requests_waiting", "gauge", "Requests in the queue.", [({}, len(engine.queue))])
-        yield from _metric(
+
+    def _lines(self, engine: Engine) -> Iterator[str]:
+        yield from self.request_lines()
+        with self._lock:
+            tokens = dict(self._tokens)
+        rows = [({"kind": kind}, tokens.get(kind, 0)) for kind in ("prompt", "generated")]
+        yield from metric_lines("tokens_total", "counter", "Tokens of requests that ran.", rows)
+        yield from metric_lines("requests_waiting", "gauge", "Requests in the queue.", [({}, len(engine.queue))])
+        yield from metric_lines(
             "requests_waiting_limit", "gauge", "The most requests in the queue.", [({}, engine.queue.most)]
         )
-        yield from _metric("requests_running", "gauge", "Requests that run now.", [({}, engine.running())])
-        now, _ = engine.state()
-        rows = [({"state": state}, int(state == now)) for state in _STATES]
-        yield from _metric("state", "gauge", "1 for the state of the server.", rows)
-        yield from _metric(
+        yield from metric_lines("requests_running", "gauge", "Requests that run now.", [({}, engine.running())])
+        yield from state_lines(engine.state()[0])
+        yield from metric_lines(
             "process_resident_bytes",
             "gauge",
             "Resident set of the server's process.",
             [({}, psutil.Process(os.getpid()).memory_info().rss)],
         )
         memory = list(_memory(engine.report()))
-        yield from _metric("memory_bytes", "gauge", "Memory by part, of the last generation or the load.", memory)
+        yield from metric_lines("memory_bytes", "gauge", "Memory by part, of the last generation or the load.", memory)
 
 
 def _memory(report: Mapping[str, Any], device: str = "") -> Iterator[tuple[Labels, int]]:
@@ -101,7 +105,14 @@ def _memory(report: Mapping[str, Any], device: str = "") -> Iterator[tuple[Label
         yield from _memory(one, str(number))
 
 
-def _metric(name: str, kind: str, words: str, rows: Iterable[tuple[Labels, float]]) -> Iterator[str]:
+def state_lines(now: str) -> Iterator[str]:
+    """Yield the lines of a server's state, as `/health` states it."""
+    rows = [({"state": state}, int(state == now)) for state in _STATES]
+    yield from metric_lines("state", "gauge", "1 for the state of the server.", rows)
+
+
+def metric_lines(name: str, kind: str, words: str, rows: Iterable[tuple[Labels, float]]) -> Iterator[str]:
+    """Yield the lines of a metric: what it is, and a value for each set of labels."""
     yield from _head(name, kind, words)
     for labels, value in rows:
         yield _line(name, labels, value)

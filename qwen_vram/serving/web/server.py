@@ -11,15 +11,20 @@ import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from threading import Timer
+from typing import TYPE_CHECKING
 
 import qwen_vram as qv
 from qwen_vram.serving.engine.engine import OneByOne
 from qwen_vram.serving.web.access_log import write_line
 from qwen_vram.serving.web.app import make_app
+from qwen_vram.serving.web.asgi import App
 from qwen_vram.serving.web.gates import is_loopback
 from qwen_vram.serving.web.metrics import Metrics
 from qwen_vram.serving.web.settings import Settings
 from qwen_vram.serving.wire.refusals import Refusals
+
+if TYPE_CHECKING:
+    import uvicorn
 
 INSTALL = 'pip install "qwen-vram[serve]"'
 # Seconds between the end of the grace time and the end of open connections: a step of the model, and its last events.
@@ -30,13 +35,16 @@ _LOADING_SECONDS = 1.0
 _CONNECTIONS = 900
 
 
-def check_installed() -> None:
+def check_installed(*more: str) -> None:
     """Refuse to go on without the libraries of the extra `serve`.
 
+    Args:
+        *more: Names of modules that are needed beside those of every server.
+
     Raises:
-        BackendUnavailableError: fastapi or uvicorn is not installed.
+        BackendUnavailableError: fastapi, uvicorn or another module is not installed.
     """
-    for name in ("fastapi", "uvicorn"):
+    for name in ("fastapi", "uvicorn", *more):
         try:
             __import__(name)
         except ImportError as error:
@@ -60,6 +68,42 @@ def listening_socket(host: str, port: int) -> socket.socket:
         ) from error
 
 
+def uvicorn_server(app: App, settings: Settings) -> uvicorn.Server:
+    """Return the HTTP server of an application, which writes warnings and errors to the log."""
+    import uvicorn
+
+    logging.getLogger("uvicorn").addHandler(_LogLines())
+    config = uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        lifespan="on",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=_CONNECTIONS,
+        timeout_graceful_shutdown=max(1, int(settings.grace + _LAST_SECONDS)),
+    )
+    return uvicorn.Server(config)
+
+
+def on_signals(stop: Callable[[], None]) -> None:
+    """Call `stop` on SIGTERM and Ctrl-C, from the running event loop."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with suppress(NotImplementedError, RuntimeError, ValueError):  # Windows, or not the main thread
+            loop.add_signal_handler(number, stop)
+
+
+def address_of(bound: socket.socket, settings: Settings) -> str:
+    """Return the address of a socket, and warn of one that other machines can use without a key."""
+    host, port = bound.getsockname()[:2]
+    if settings.api_key is None and not is_loopback(settings.host):
+        write_line("warning: other machines can use this server without a key; set QWEN_VRAM_API_KEY")
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
 def serve(
     load: Callable[[], qv.LoadedModel],
     settings: Settings,
@@ -80,10 +124,7 @@ def serve(
         QwenVramError: the model cannot be loaded.
     """
     check_installed()
-    import uvicorn
-
     bound = listening_socket(settings.host, settings.port)
-    logging.getLogger("uvicorn").addHandler(_LogLines())
     metrics, refusals = Metrics(), Refusals(hidden, settings.name)
     server: uvicorn.Server | None = None
 
@@ -113,30 +154,11 @@ def serve(
         server.should_exit = True
 
     def started() -> None:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            with suppress(NotImplementedError, RuntimeError, ValueError):  # Windows, or not the main thread
-                loop.add_signal_handler(number, stop)
-        host, port = bound.getsockname()[:2]
-        if settings.api_key is None and not is_loopback(settings.host):
-            write_line("warning: other machines can use this server without a key; set QWEN_VRAM_API_KEY")
-        listening(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+        on_signals(stop)
+        listening(address_of(bound, settings))
         engine.start()
 
-    app = make_app(engine, settings, metrics, write_line, started)
-    config = uvicorn.Config(
-        app,
-        http="h11",
-        ws="none",
-        lifespan="on",
-        access_log=False,
-        log_config=None,
-        server_header=False,
-        proxy_headers=False,
-        limit_concurrency=_CONNECTIONS,
-        timeout_graceful_shutdown=max(1, int(settings.grace + _LAST_SECONDS)),
-    )
-    server = uvicorn.Server(config)
+    server = uvicorn_server(make_app(engine, settings, metrics, write_line, started), settings)
     try:
         server.run(sockets=[bound])
     finally:
