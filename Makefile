@@ -7,7 +7,7 @@ TESTS_WITHOUT_TORCH := tests/spec tests/arithmetic tests/checkpoints tests/plann
 # With bytecode files, pytest need not rewrite each test's assertions in each of its processes.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-no-torch test-all mutations gpu-test bench clean
+.PHONY: demo test test-no-torch test-all test-vllm mutations gpu-test bench clean
 
 demo: .venv/runtime
 	$(BIN)/qwen-vram demo
@@ -19,7 +19,7 @@ test: .venv/dev
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -p tests.helpers.no_torch -m "no_torch and not full" \
 		$(WORKERS) $(TESTS_WITHOUT_TORCH)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not full and not no_torch" $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not full and not no_torch and not vllm" $(WORKERS)
 
 # The part that needs no torch, on a machine that has none. `make test` runs it with torch blocked.
 test-no-torch: .venv/no-torch/done
@@ -27,7 +27,11 @@ test-no-torch: .venv/no-torch/done
 
 # Whole products, all random seeds, more repetitions: an hour.
 test-all: .venv/dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not vllm" $(WORKERS)
+
+# A real vLLM, in an environment of its own: VLLM_TIME.
+test-vllm: .venv/dev .venv/vllm/bin/vllm
+	$(BIN)/python -m pytest -m vllm tests/vllm
 
 # Faults put into copies of the code, one in each mechanism: the tests must find each. `--all` runs the whole suite.
 mutations: .venv/dev
@@ -61,6 +65,9 @@ bench: .venv/dev
 		huggingface_hub nvidia-ml-py psutil typer rich pytest
 	$(@D)/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
+
+.venv/vllm/bin/vllm: | .venv/dev
+	$(BIN)/qwen-vram serve --setup-vllm .venv/vllm
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache
