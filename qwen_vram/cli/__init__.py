@@ -15,6 +15,7 @@ Modules:
     plans     `qwen-vram estimate` and `plan`: predictions, without loading a model.
     serve     `qwen-vram serve`: a server that speaks the protocol of OpenAI.
     show      Tables of estimates and plans for the terminal.
+    vllm      Options about vLLM of `qwen-vram plan` and `serve`, and the server in front of it.
     write     `qwen-vram merge` and `quantize`: the commands that write checkpoints.
 """
 

@@ -1,4 +1,4 @@
-"""Options about vLLM, which `qwen-vram plan` and `serve` share, and the server in front of it."""
+"""Options about vLLM of `qwen-vram plan` and `serve`, and the server in front of it."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 Modules:
     engine/  The engine: a bounded queue of requests, and a thread that runs them on a loaded model.
+    vllm/    vLLM as the engine of a server: a process of its own behind the same gates.
     web/     The web server: routes, streams, access control, limits, metrics and lifecycle.
     wire/    The wire format: requests as checked data, and answers and errors as JSON objects.
 """

@@ -8,6 +8,8 @@ import shutil
 import pytest
 
 import qwen_vram as qv
+from qwen_vram.planning.capacity.available_memory import DeviceMemory
+from qwen_vram.planning.vllm import arguments
 from qwen_vram.planning.vllm.formats import CACHE_DTYPES, STORED
 from qwen_vram.planning.vllm.memory import GRAPH_BYTES, GRAPH_POOL, MARGIN, Limits, graphs_of
 from qwen_vram.planning.vllm.workers import layers_of
@@ -25,7 +27,8 @@ def plan(vram="40GiB", model=SEVEN, **options):
 def test_a_plan_in_16_bits_is_the_whole_command():
     chosen = plan("24GiB", prompt_len=4000, max_new_tokens=96, batch_size=4, prefill_chunk_size=1024)
     served = chosen.to_vllm(host="0.0.0.0", port=9000, served_model_name="seven")
-    assert dict(served.arguments) == {
+    # The last one is there on a machine with a GPU.
+    assert {name: value for name, value in served.arguments.items() if name != "gpu-memory-utilization"} == {
         "dtype": "bfloat16",
         "kv-cache-memory-bytes": served.memory.kv_cache,
         "max-model-len": 4096,
@@ -221,6 +224,14 @@ def test_gpus_that_are_not_the_first_are_named():
     assert plan({0: "20GiB"}).to_vllm().environment == {}
 
 
+def test_a_gpu_of_this_machine_gives_the_fraction_that_must_be_free(monkeypatch):
+    cards = [DeviceMemory("a", 24 * 2**30, 2**30, 0, (8, 6)), DeviceMemory("b", 40 * 2**30, 2**30, 0, (8, 0))]
+    monkeypatch.setattr(arguments, "visible_gpus", lambda: cards)
+    assert plan({0: "21GiB", 1: "30GiB"}).to_vllm().arguments["gpu-memory-utilization"] == 0.75
+    assert plan("18GiB").to_vllm().arguments["gpu-memory-utilization"] == 0.75
+    assert "gpu-memory-utilization" not in plan({2: "18GiB"}).to_vllm().arguments
+
+
 def test_several_nodes():
     first, second = (
         plan({0: "20GiB", 1: "20GiB"}).to_vllm(nodes=2, node_rank=rank, master_addr="10.0.0.1") for rank in (0, 1)
@@ -282,7 +293,7 @@ def test_on_a_cpu_the_cache_is_what_the_sequences_need(demo):
         qv.NotSupportedError, match="kv_cache='int4' is 'int4_per_token_head' in vLLM, which has no kernel"
     ):
         qv.plan(demo, vram={}, ram="4GiB", kv_cache="int4").to_vllm()
-    with pytest.raises(qv.DoesNotFitError, match="needs 2.0. GiB on a worker in vLLM"):
+    with pytest.raises(qv.DoesNotFitError, match="needs 2.6. GiB on a worker in vLLM"):
         qv.plan(demo, vram={}, ram="1GiB").to_vllm()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import qwen_vram as qv
+from qwen_vram.planning.capacity.available_memory import DeviceMemory
 from qwen_vram.planning.vllm.arguments import VllmArguments
 
 pytestmark = pytest.mark.vllm
@@ -60,7 +61,10 @@ def served_plans(demo: Path, export: Path) -> dict[str, VllmArguments]:
     }
 
 
-def test_every_argument_reaches_the_engine(demo, gptq_demo, vllm_environment):
+def test_every_argument_reaches_the_engine(demo, gptq_demo, vllm_environment, monkeypatch):
+    # On a machine with GPUs, plans write one option more.
+    gpus = [DeviceMemory("a card", 24 * 2**30, 24 * 2**30, 0, (8, 6))] * 2
+    monkeypatch.setattr("qwen_vram.planning.vllm.arguments.visible_gpus", lambda: gpus)
     plans = served_plans(demo, gptq_demo)
     written = {name for one in plans.values() for name in one.arguments}
     results = parse(vllm_environment, [one.command()[1:] for one in plans.values()])
@@ -85,6 +89,7 @@ def test_every_argument_reaches_the_engine(demo, gptq_demo, vllm_environment):
         "max-num-batched-tokens",
         "kv-cache-dtype",
         "quantization",
+        "gpu-memory-utilization",
         "enforce-eager",
         "tensor-parallel-size",
         "pipeline-parallel-size",

@@ -12,6 +12,7 @@ from qwen_vram.arithmetic.estimate import Estimate
 from qwen_vram.checkpoints.files.place import place_of
 from qwen_vram.checkpoints.resolve import resolve_model
 from qwen_vram.errors import UnknownNameError, WorkloadError
+from qwen_vram.planning.capacity.available_memory import visible_gpus
 from qwen_vram.planning.capacity.budget import Budget
 from qwen_vram.planning.capacity.hardware import is_old
 from qwen_vram.planning.errors import DoesNotFitError
@@ -22,6 +23,7 @@ from qwen_vram.planning.vllm.workers import Workers, weight_bytes, workers_of
 from qwen_vram.units import format_gib
 
 Executor = Literal["mp", "ray"]
+Value = str | int | float | bool
 _EXECUTORS = ("mp", "ray")
 # The most tokens of a step for a plan without chunks: vLLM's own value for a server on an H100.
 # Source: vLLM 0.33.0, vllm/engine/arg_utils.py:2989.
@@ -50,7 +52,7 @@ class VllmArguments:
     """
 
     model: str
-    arguments: Mapping[str, str | int | bool]
+    arguments: Mapping[str, Value]
     environment: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     memory: VllmMemory
@@ -157,7 +159,7 @@ def vllm_arguments(
         memory = memory_of(served, cache, workers, limits, worker._replace(graphs=False))
     if memory.kv_cache < needed:
         _refuse(estimate, memory, needed, sequences, served.notes)
-    options: dict[str, str | int | bool] = {
+    options: dict[str, Value] = {
         "dtype": vllm_dtype(profile, old_gpu=is_old(budget)),
         "kv-cache-memory-bytes": memory.kv_cache,
         "max-model-len": limits.model_len,
@@ -165,6 +167,8 @@ def vllm_arguments(
         "max-num-batched-tokens": limits.step_tokens,
         "kv-cache-dtype": cache.dtype,
     }
+    if not on_cpu and (fraction := _utilization(budget)) is not None:
+        options["gpu-memory-utilization"] = fraction
     if served.quantization is not None:
         options["quantization"] = served.quantization
     if not memory.graphs:
@@ -242,12 +246,12 @@ def _check_nodes(nodes: Nodes) -> None:
         )
 
 
-def _parallel(workers: Workers, nodes: Nodes) -> dict[str, str | int | bool]:
+def _parallel(workers: Workers, nodes: Nodes) -> dict[str, Value]:
     """Return the options of several workers and several machines.
 
     Source: vLLM 0.33.0, vllm/config/parallel.py:290 to 328, vllm/entrypoints/cli/serve.py, run_headless.
     """
-    options: dict[str, str | int | bool] = {
+    options: dict[str, Value] = {
         "tensor-parallel-size": workers.tensor,
         "pipeline-parallel-size": workers.pipeline,
     }
@@ -265,6 +269,20 @@ def _of_nodes(workers: Workers, *, on_cpu: bool) -> tuple[str, ...]:
     if workers.tensor * workers.pipeline == 1 or on_cpu:
         return ()
     return ("buffers of NCCL between GPUs are not counted: keep a reserve on each GPU",)
+
+
+def _utilization(budget: Budget) -> float | None:
+    """Return the budget's fraction of the GPU with the least; `None` if the plan is for GPUs that are not here.
+
+    vLLM takes nothing by it beside `--kv-cache-memory-bytes`. But it refuses to start if this fraction of the GPU is
+    not free, and its default is 0.92. Source: vLLM 0.33.0, vllm/v1/worker/utils.py:716, request_memory.
+    """
+    gpus = visible_gpus()
+    sizes = budget.devices or {0: budget.vram or 0}
+    if any(number >= len(gpus) for number in sizes):
+        return None
+    fraction = min(size / gpus[number].total for number, size in sizes.items())
+    return max(0.01, min(1.0, int(fraction * 1000) / 1000))
 
 
 def _visible(budget: Budget) -> dict[str, str]:

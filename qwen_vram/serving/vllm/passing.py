@@ -1,4 +1,4 @@
-"""Requests that are passed through to vLLM, whole or as a stream, and its health and metrics."""
+"""Requests that are passed through to vLLM, whole or as a stream."""
 
 from __future__ import annotations
 
