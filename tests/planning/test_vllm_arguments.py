@@ -293,7 +293,7 @@ def test_on_a_cpu_the_cache_is_what_the_sequences_need(demo):
         qv.NotSupportedError, match="kv_cache='int4' is 'int4_per_token_head' in vLLM, which has no kernel"
     ):
         qv.plan(demo, vram={}, ram="4GiB", kv_cache="int4").to_vllm()
-    with pytest.raises(qv.DoesNotFitError, match="needs 2.6. GiB on a worker in vLLM"):
+    with pytest.raises(qv.DoesNotFitError, match="needs 2.58 GiB on a worker in vLLM"):
         qv.plan(demo, vram={}, ram="1GiB").to_vllm()
 
 

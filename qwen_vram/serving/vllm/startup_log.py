@@ -30,8 +30,8 @@ class Reported(NamedTuple):
         tokens: Tokens of the KV cache.
         model_len: Tokens of a sequence, to which `concurrency` refers.
         concurrency: Sequences of that length that the cache holds.
-        sizes: Bytes by part, from texts with two decimals of a GiB; of the worker with the fewest for the cache, and
-            of the one with the most for other parts.
+        sizes: Bytes by part, from texts with two decimals of a GiB. Of several workers, the smallest cache counts, and
+            the largest of each other part.
     """
 
     tokens: int | None = None
