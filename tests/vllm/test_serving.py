@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import signal
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -106,6 +108,10 @@ def test_keys_paths_and_errors(vllm):
     status, error = vllm.post("/v1/chat/completions", {**body, "max_tokens": 5000}, **key)
     assert status == 400
     assert "secret" not in vllm.err
+    # vLLM's own port asks for another key.
+    own = int(re.search(r"--port (\d+)", vllm.out)[1])
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(f"http://127.0.0.1:{own}/v1/models", timeout=10)
 
 
 def test_several_requests_run_at_once(client):

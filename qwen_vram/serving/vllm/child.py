@@ -63,7 +63,7 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **environment},
+                env={**_outside(os.environ), **environment},
                 start_new_session=True,
                 preexec_fn=with_this_process,
                 text=True,
@@ -118,6 +118,11 @@ class Child:
                 if text:
                     self._last.append(text)
                     self._line(text)
+
+
+def _outside(variables: Mapping[str, str]) -> dict[str, str]:
+    """Return variables without those that would show vLLM's Python the packages of this one."""
+    return {name: value for name, value in variables.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
 
 
 def _end_group(group: int, seconds: float, reap: Callable[[], object] = lambda: None) -> None:

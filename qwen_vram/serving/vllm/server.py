@@ -52,6 +52,7 @@ class Front:
         self._arguments, self._child = arguments, child
         self.upstream, self.progress = upstream, progress
         self.metrics = Metrics()
+        self._was_ready = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer `/health` and `/metrics`, and pass all other requests through."""
@@ -89,15 +90,15 @@ class Front:
         memory = self._arguments.memory
         while self._child.returncode() is None:
             if self.progress.state.name == "loading" and await self.upstream.is_healthy():
+                self._was_ready = True
                 self.progress.change("ready", "")
                 write_line(compared(self.progress.reported, memory.tokens, memory.concurrency))
             await asyncio.sleep(_PAUSE)
         if self.progress.state.name == "stopping":
             return
-        loading = self.progress.state.name == "loading"
         self.progress.change("failed", "vLLM ended")
         write_line(f"error: {str(self._child.ended()).splitlines()[0]}")
-        if loading:
+        if not self._was_ready:
             ended()
 
 

@@ -59,14 +59,18 @@ def test_the_end_is_that_of_the_whole_group(code, seconds):
     until(lambda: gone(below), 3)
 
 
-def test_lines_and_variables_of_a_program_that_ends():
+def test_lines_and_variables_of_a_program_that_ends(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/packages")
     lines: list[str] = []
-    child = start("import os, sys; print('a', os.environ['VLLM_X']); sys.stderr.write('b\\n'); sys.exit(3)", lines)
+    child = start(
+        "import os, sys; print('a', os.environ['VLLM_X'], '/packages' in sys.path); sys.stderr.write('b'); sys.exit(3)",
+        lines,
+    )
     until(lambda: child.returncode() is not None)
     error = child.ended()
     assert isinstance(error, VllmEndedError)
     assert error.returncode == 3
-    assert sorted(error.log.splitlines()) == ["a 1", "b"] == sorted(lines)
+    assert sorted(error.log.splitlines()) == ["a 1 False", "b"] == sorted(lines)
     assert str(error).startswith("vLLM ended with status 3; the end of its log:\n")
     child.stop(1)
 
