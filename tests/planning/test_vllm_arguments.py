@@ -1,6 +1,7 @@
 """Plans as arguments of `vllm serve`: the mapping of profiles and formats, refusals, bytes and quoting."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -286,7 +287,9 @@ def test_on_a_cpu_the_cache_is_what_the_sequences_need(demo):
     assert served.arguments["kv-cache-memory-bytes"] == (4 * 8 + 1) * 128 * 2560
     assert served.arguments["enforce-eager"] is True
     assert served.model == str(demo.absolute())
+    assert served.environment == {}
     two = qv.plan(demo, vram={}, ram="8GiB", batch_size=4).to_vllm(tensor_parallel=2)
+    assert bool(two.environment) == (os.cpu_count() <= 2)
     assert two.memory.budget == 4 * 2**30
     assert two.memory.token == 1280
     with pytest.raises(

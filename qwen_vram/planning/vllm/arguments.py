@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -180,7 +181,7 @@ def vllm_arguments(
     return VllmArguments(
         model=_opened(str(model) if checkpoint is None else str(checkpoint), estimate.model, own=checkpoint is None),
         arguments=options,
-        environment=_visible(budget),
+        environment=_unbound(workers) if on_cpu else _visible(budget),
         notes=notes,
         memory=memory,
         workers=workers,
@@ -291,6 +292,17 @@ def _visible(budget: Budget) -> dict[str, str]:
     if numbers == list(range(len(numbers))):
         return {}
     return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, numbers))}
+
+
+def _unbound(workers: Workers) -> dict[str, str]:
+    """Return the variable without which vLLM gives a worker no core, if this machine has no core more than workers.
+
+    vLLM binds workers to cores, and keeps one of all cores for the server.
+    Source: vLLM 0.32.0, vllm/utils/ompmultiprocessing.py:46 and 282.
+    """
+    if workers.on_a_node == 1 or (os.cpu_count() or 1) > workers.on_a_node:
+        return {}
+    return {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
 def _opened(model: str, label: str, *, own: bool) -> str:
