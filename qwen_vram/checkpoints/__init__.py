@@ -5,7 +5,7 @@ All that opens files or asks the hub is here. The modules do not import torch.
 Modules:
     adapters/      Reading of LoRA adapters: folder, settings, tensors, and changes to the base.
     checkpoint     The reader of checkpoint folders: config.json, weights, names and shapes, read once.
-    cpu_info       The CPU of this machine, as Linux describes it in /proc/cpuinfo.
+    cpu_info       The CPU of this machine, as Linux describes it in /proc and /sys.
     files/         Files of a checkpoint folder: names, JSON and safetensors headers, with clear errors.
     hub/           Checkpoints on the hub, and errors of the hub as errors of this library.
     machine_file   The file of measured machines in the user's cache folder.

@@ -1,7 +1,6 @@
 """Plans as arguments of `vllm serve`: the mapping of profiles and formats, refusals, bytes and quoting."""
 
 import json
-import os
 import re
 import shlex
 import shutil
@@ -282,14 +281,22 @@ def test_the_number_of_graphs(sequences, step, graphs):
     assert graphs_of(Limits(1024, sequences, step)) == graphs
 
 
-def test_on_a_cpu_the_cache_is_what_the_sequences_need(demo):
+def test_on_a_cpu_the_cache_is_what_the_sequences_need(demo, monkeypatch):
     served = qv.plan(demo, vram={}, ram="4GiB", batch_size=4).to_vllm()
     assert served.arguments["kv-cache-memory-bytes"] == (4 * 8 + 1) * 128 * 2560
     assert served.arguments["enforce-eager"] is True
     assert served.model == str(demo.absolute())
     assert served.environment == {}
     two = qv.plan(demo, vram={}, ram="8GiB", batch_size=4).to_vllm(tensor_parallel=2)
-    assert bool(two.environment) == (os.cpu_count() <= 2)
+    # vLLM binds each worker to a NUMA node of its own.
+    monkeypatch.setattr(arguments, "numa_nodes", lambda: 1)
+    assert qv.plan(demo, vram={}, ram="8GiB").to_vllm(tensor_parallel=2).environment == {
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind"
+    }
+    monkeypatch.setattr(arguments, "numa_nodes", lambda: 2)
+    assert qv.plan(demo, vram={}, ram="8GiB").to_vllm(tensor_parallel=2).environment == {}
+    # A pipeline needs vLLM's warm-up.
+    assert "enforce-eager" not in qv.plan(demo, vram={}, ram="8GiB").to_vllm(pipeline_parallel=2).arguments
     assert two.memory.budget == 4 * 2**30
     assert two.memory.token == 1280
     with pytest.raises(

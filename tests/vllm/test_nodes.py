@@ -1,4 +1,4 @@
-"""Two nodes of vLLM on one machine: each runs the command of its rank, and they share the layers."""
+"""Two nodes of vLLM on one machine: each runs the command of its rank, and they share every layer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_two_nodes_answer_as_one(demo: Path, vllm_environment: Path, vllm_on_cpu
         pytest.skip("two nodes on one machine need a GPU each")
     plan = qv.plan(demo, vram={}, ram="4GiB")
     port = free_port()
-    options = {"nodes": 2, "master_addr": "127.0.0.1", "pipeline_parallel": 2, "port": port}
+    options = {"nodes": 2, "master_addr": "127.0.0.1", "tensor_parallel": 2, "port": port}
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | VARIABLES
     nodes, logs = [], []
     try:
@@ -53,8 +53,8 @@ def test_two_nodes_answer_as_one(demo: Path, vllm_environment: Path, vllm_on_cpu
         with urllib.request.urlopen(request, timeout=200) as answer:
             text = json.load(answer)["choices"][0]["message"]["content"]
         assert text == "96 * 9 = 90 * 9 + 6 * 9 = 810 + 54 = 864"
-        assert "Worker_PP0" in logs[0].read_text()
-        assert "Worker_PP1" in logs[1].read_text()
+        assert "Worker_TP0" in logs[0].read_text()
+        assert "Worker_TP1" in logs[1].read_text()
         tokens = plan.to_vllm(**options).memory.tokens
         assert f"KV cache size: {tokens:,} tokens" in logs[0].read_text()
     finally:

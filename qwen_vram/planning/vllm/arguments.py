@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from qwen_vram.arithmetic.estimate import Estimate
+from qwen_vram.checkpoints.cpu_info import numa_nodes
 from qwen_vram.checkpoints.files.place import place_of
 from qwen_vram.checkpoints.resolve import resolve_model
 from qwen_vram.errors import UnknownNameError, WorkloadError
@@ -172,7 +172,9 @@ def vllm_arguments(
         options["gpu-memory-utilization"] = fraction
     if served.quantization is not None:
         options["quantization"] = served.quantization
-    if not memory.graphs:
+    # On a CPU, a pipeline waits for tensors that only the warm-up makes, and this option skips the warm-up.
+    # Source: vLLM 0.32.0, vllm/v1/worker/cpu_worker.py, _should_warm_up_model, and gpu_model_runner.py:3174.
+    if not memory.graphs and not (on_cpu and workers.pipeline > 1):
         options["enforce-eager"] = True
     options |= _parallel(workers, nodes)
     options |= {"host": address.host, "port": address.port}
@@ -295,12 +297,11 @@ def _visible(budget: Budget) -> dict[str, str]:
 
 
 def _unbound(workers: Workers) -> dict[str, str]:
-    """Return the variable without which vLLM gives a worker no core, if this machine has no core more than workers.
+    """Return the variable without which vLLM refuses more workers than this machine has NUMA nodes.
 
-    vLLM binds workers to cores, and keeps one of all cores for the server.
-    Source: vLLM 0.32.0, vllm/utils/ompmultiprocessing.py:46 and 282.
+    vLLM binds each worker to a node of its own. Source: vLLM 0.32.0, vllm/utils/ompmultiprocessing.py:216.
     """
-    if workers.on_a_node == 1 or (os.cpu_count() or 1) > workers.on_a_node:
+    if workers.on_a_node <= numa_nodes():
         return {}
     return {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
