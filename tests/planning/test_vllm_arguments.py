@@ -329,3 +329,9 @@ def test_every_format_of_checkpoints_is_named():
     """Each format is one that vLLM reads, or one that this library makes while it loads, or refused."""
     read = {name for name, row in FORMATS.items() if not row.is_quantized_on_load and not row.is_dense}
     assert read == set(STORED)
+
+
+def test_requests_at_once_are_sequences_of_vllm():
+    served = plan("24GiB", concurrency=8).to_vllm()
+    assert served.arguments["max-num-seqs"] == 8
+    assert served.memory.concurrency >= 8
