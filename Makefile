@@ -29,7 +29,7 @@ test-no-torch: .venv/no-torch/done
 test-all: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not vllm" $(WORKERS)
 
-# A real vLLM, in an environment of its own: VLLM_TIME.
+# A real vLLM, in an environment of its own of 3.4 GB.
 test-vllm: .venv/dev .venv/vllm/bin/vllm
 	$(BIN)/python -m pytest -m vllm tests/vllm
 

@@ -1,9 +1,9 @@
 """vLLM as the engine of a server: a process of its own behind the same gates.
 
 Modules:
-    child        The process of vLLM: started in a group of its own, read, and stopped with all that it started.
+    child        The process of vLLM, in a group of its own: start, output and end.
     environment  The environment of vLLM: found, or made with pip in a folder of its own.
-    metrics      Metrics of a server in front of vLLM: its own, the plan beside the log, and those of vLLM.
+    metrics      Metrics of a server in front of vLLM: its own, the plan's, and those of vLLM.
     passing      Requests that are passed through to vLLM, whole or as a stream.
     server       Server that starts vLLM, passes requests through to it, and ends it.
     startup_log  Reader of vLLM's start-up log: the bytes and tokens that it states.

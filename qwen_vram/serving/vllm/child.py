@@ -1,4 +1,4 @@
-"""The process of vLLM: started in a group of its own, read, and stopped with all that it started."""
+"""The process of vLLM, in a group of its own: start, output and end."""
 
 from __future__ import annotations
 

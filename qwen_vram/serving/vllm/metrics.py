@@ -1,4 +1,4 @@
-"""Metrics of a server in front of vLLM: its own, the plan beside the log, and those of vLLM."""
+"""Metrics of a server in front of vLLM: its own, the plan's, and those of vLLM."""
 
 from __future__ import annotations
 
