@@ -7,17 +7,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from qwen_vram.checkpoints.files.place import place_of
 from qwen_vram.errors import NotSupportedError, WorkloadError
-from qwen_vram.fleet.engines import ENGINES, Engine
-from qwen_vram.spec.formats import FORMATS
+from qwen_vram.fleet.card_memory import served
+from qwen_vram.fleet.engines import ENGINES, Engine, profile_of
+from qwen_vram.planning.vllm.formats import vllm_dtype
 from qwen_vram.spec.gpus import find_gpu
 
 if TYPE_CHECKING:
     from qwen_vram.fleet.result import FleetOption, FleetPlan
 
 PORT = 8000
-_DTYPES = {True: "bfloat16", False: "float16"}
-# Format -> vLLM's own quantization while it loads a 16-bit checkpoint. Source: vLLM 0.33.0, config/quantization.py.
-_VLLM_ONLINE = {"fp8": "fp8_per_channel"}
 # Format -> `--quantization` of `transformers serve`. Source: transformers 5.23.0, cli/serve.py.
 _TRANSFORMERS_ONLINE = {"nf4": "bnb-4bit", "int8": "bnb-8bit"}
 
@@ -102,27 +100,29 @@ def server_arguments(plan: FleetPlan, option: FleetOption, model: str, *, host: 
 
 
 def _vllm(plan: FleetPlan, option: FleetOption) -> dict[str, str | int | bool]:
-    longest = sum(plan.question.longest)
+    architecture = plan.question.architecture
+    profile = profile_of(plan.engine, option.weights, architecture, option.limits.step_tokens)
+    weights = served(architecture, profile)
     options: dict[str, str | int | bool] = {
         "served-model-name": plan.label,
-        "dtype": _dtype(option),
-        "max-model-len": longest,
+        "dtype": _dtype(plan, option),
+        "max-model-len": sum(plan.question.longest),
         "max-num-seqs": option.limits.sequences,
         "max-num-batched-tokens": option.limits.step_tokens,
         "kv-cache-memory-bytes": option.memory.kv_cache,
         "tensor-parallel-size": option.tensor_parallel,
     }
-    if option.weights in _VLLM_ONLINE:
-        options["quantization"] = _VLLM_ONLINE[option.weights]
+    if weights.quantization is not None:
+        options["quantization"] = weights.quantization
     return options
 
 
 def _transformers(plan: FleetPlan, option: FleetOption) -> dict[str, str | int | bool]:
     options: dict[str, str | int | bool] = {
         "continuous-batching": True,
-        "dtype": _dtype(option),
+        "dtype": _dtype(plan, option),
         "cb-block-size": option.limits.block_tokens,
-        "cb-num-blocks": option.limits.blocks,
+        "cb-num-blocks": option.limits.blocks + plan.engine.spare_blocks,
         "cb-max-batch-tokens": option.limits.step_tokens,
     }
     if option.weights in _TRANSFORMERS_ONLINE:
@@ -130,14 +130,10 @@ def _transformers(plan: FleetPlan, option: FleetOption) -> dict[str, str | int |
     return options
 
 
-def _dtype(option: FleetOption) -> str:
-    """Return torch's name of the dtype of activations."""
-    storage = FORMATS[option.weights]
-    half = storage.is_16_bit and storage.name not in _BF16
-    return _DTYPES[find_gpu(option.gpu).has_bf16 and not half]
-
-
-_BF16 = frozenset({"bf16"})
+def _dtype(plan: FleetPlan, option: FleetOption) -> str:
+    """Return torch's name of the dtype of activations; a card without bf16 has fp16."""
+    profile = profile_of(plan.engine, option.weights, plan.question.architecture, option.limits.step_tokens)
+    return vllm_dtype(profile, old_gpu=not find_gpu(option.gpu).has_bf16)
 
 
 def check_vllm(engine: Engine) -> None:

@@ -24,6 +24,7 @@ class Engine(NamedTuple):
         exports: Formats that it runs if the checkpoint is exported to them first.
         stored: Formats of published checkpoints that it runs as they are stored.
         block_tokens: Tokens of a block of its KV cache.
+        spare_blocks: Blocks that the engine keeps for itself.
         utilization: The share of a card's memory that it takes.
         sequences: The most sequences at once, if the cache holds them.
         step_tokens: The most tokens of a step.
@@ -37,6 +38,7 @@ class Engine(NamedTuple):
     exports: tuple[FormatName, ...]
     stored: tuple[FormatName, ...]
     block_tokens: int
+    spare_blocks: int
     utilization: float
     sequences: int
     step_tokens: int
@@ -45,15 +47,16 @@ class Engine(NamedTuple):
     knobs: dict[str, object]
 
 
-# vLLM 0.33.0: formats from vllm/config/quantization.py (fp8_per_channel) and the list of its quantization methods;
-# blocks of 16 tokens from vllm/config/cache.py; 0.92, 256 sequences (GPUs below 70 GiB, which is used for all) and
-# 2,048 tokens from vllm/engine/arg_utils.py. Its steps are compiled and captured.
+# vLLM 0.33.0. Formats: vllm/config/quantization.py (fp8_per_channel), and the list of its quantization methods. Blocks
+# of 16 tokens: vllm/config/cache.py. A share of 0.92, 256 sequences and 2,048 tokens: vllm/engine/arg_utils.py, for GPUs
+# below 70 GiB, and used here for all. Its steps are compiled and captured. One block stays empty.
 _VLLM = Engine(
     name="vllm",
     formats=("bf16", "fp16", "fp8"),
     exports=("gptq-int8", "gptq-int4"),
     stored=("gptq", "awq", "fp8-block", "compressed-tensors"),
     block_tokens=16,
+    spare_blocks=1,
     utilization=0.92,
     sequences=256,
     step_tokens=2048,
@@ -61,15 +64,16 @@ _VLLM = Engine(
     fused=True,
     knobs={"attention": "fused", "kernels": "fused", "cache": "preallocated", "compiled": True},
 )
-# transformers 5.24: `--quantization` from cli/serve.py; pages of 256 tokens, 0.9 and 1,024 sequences from
-# generation/configuration_utils.py and generation/continuous_batching/cache.py. Its 8,192 tokens of a step are 2,048
-# here, because its count of the memory of a step leaves out the MLP. Python launches the kernels of its steps.
+# transformers 5.24. `--quantization`: cli/serve.py. Pages of 256 tokens, a share of 0.9, 1,024 sequences and two spare
+# pages: generation/configuration_utils.py and generation/continuous_batching/cache.py. Its 8,192 tokens of a step are
+# 2,048 here, because its count of the memory of a step leaves out the MLP. Python launches the kernels of its steps.
 _TRANSFORMERS = Engine(
     name="transformers",
     formats=("bf16", "fp16", "int8", "nf4"),
     exports=(),
     stored=("gptq", "awq"),
     block_tokens=256,
+    spare_blocks=2,
     utilization=0.9,
     sequences=1024,
     step_tokens=2048,
@@ -128,15 +132,18 @@ def runs_on(engine: Engine, weights: str, gpu: Gpu, architecture: Architecture) 
     """Tell if a card is to be compared with a format of weights.
 
     In 16 bits it is the checkpoint's own dtype; a card without bf16 takes fp16 for it. Quantized kernels of vLLM need
-    Ampere or newer.
+    Ampere or newer. Its fp8 at load needs products in fp8.
     """
     storage = FORMATS[weights]
     if storage.is_16_bit:
         own = architecture.dtype if FORMATS[architecture.dtype].is_16_bit else "bf16"
         return weights == (own if gpu.has_bf16 else "fp16")
-    if storage.is_dense:
+    if storage.is_dense or not engine.fused:
         return True
-    return gpu.capability >= _AMPERE or not engine.fused
+    if storage.multiplies_fp8 and architecture.stored_format is None:
+        # Source: vLLM 0.32.0, model_executor/layers/quantization/online/fp8.py:431 ("Requires SM89+").
+        return gpu.fp8_flops > 0
+    return gpu.capability >= _AMPERE
 
 
 def profile_of(engine: Engine, weights: str, architecture: Architecture, step_tokens: int) -> Profile:

@@ -1,4 +1,4 @@
-"""The error for a wish that no fleet meets."""
+"""The error for a wish that no fleet fulfils."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class WishNotMetError(QwenVramError):
 
     Attributes:
         wish: What was asked for.
-        nearest: The nearest wish that a fleet of these GPUs meets.
+        nearest: The nearest wish that a fleet of these GPUs fulfils.
         gpu, weights, tensor_parallel, replicas: That fleet; `replicas` is 0 if it is any number, with no load.
     """
 

@@ -117,7 +117,7 @@ def kubernetes(plan: FleetPlan, option: FleetOption, *, image: str | None, name:
         "spec": {
             "replicas": option.replicas,
             "selector": {"matchLabels": dict(labels)},
-            # An update replaces a server at its own GPUs: there are none to spare.
+            # An update replaces a server on its own GPUs, because no others are free.
             "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1}},
             "template": {
                 "metadata": {"labels": dict(labels)},
@@ -176,7 +176,7 @@ def _name(plan: FleetPlan, name: str | None) -> str:
     """Return a name that Compose and Kubernetes allow (RFC 1123).
 
     Raises:
-        WorkloadError: the caller's name is none.
+        WorkloadError: the caller's name is not such a name.
     """
     if name is None:
         plain = re.sub(r"[^a-z0-9]+", "-", plan.label.rpartition("/")[2].lower()).strip("-")[:50].strip("-")

@@ -18,7 +18,7 @@ class Options:
     Attributes:
         notes: A line for each card and format that is left out.
         small: For each of these that does not fit, the largest replica.
-        failed: For each of these that does not meet the wish, the nearest replica.
+        failed: For each of these that does not fulfil the wish, the nearest replica.
     """
 
     def __init__(self, question: Question, cards: Sequence[Card], formats: Sequence[str], sizes: Sequence[int]) -> None:
@@ -28,7 +28,7 @@ class Options:
         self.failed: list[Failed] = []
 
     def all(self) -> Iterator[FleetOption]:
-        """Yield the best division of each card and format that meets the wish."""
+        """Yield the best division of each card and format that fulfils the wish."""
         engine, architecture = self.question.engine, self.question.architecture
         for card in self.cards:
             formats = [name for name in self.formats if runs_on(engine, name, card.gpu, architecture)]

@@ -62,7 +62,7 @@ def plan_fleet(
 
     Raises:
         DoesNotFitError: the model fits on none of the GPUs, with the bytes of the nearest.
-        WishNotMetError: no number of replicas meets the wish, with the nearest that can be met.
+        WishNotMetError: no number of replicas fulfils the wish, with the nearest that can be fulfilled.
         UnknownNameError: a GPU, engine or format that is not known.
         WorkloadError: a number out of range, or a division that does not divide the heads.
         ConfigError, CheckpointError, HubError, NotSupportedError: the model cannot be counted, or the engine does not

@@ -26,7 +26,7 @@ class Card(NamedTuple):
 
 
 class Question(NamedTuple):
-    """What the search needs to know.
+    """The facts that the search needs.
 
     Attributes:
         users: Users whose requests are in the fleet at once, if they get exactly what they wish.
@@ -109,7 +109,7 @@ def positive(name: str, value: object) -> float:
     """Return a positive finite number.
 
     Raises:
-        WorkloadError: it is none.
+        WorkloadError: it is not positive.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value) or value <= 0:
         raise WorkloadError(f"{name} must be a positive number, got {value!r}", name=name, got=value)

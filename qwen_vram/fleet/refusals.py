@@ -17,7 +17,7 @@ from qwen_vram.units import format_gib
 
 
 class Failed(NamedTuple):
-    """A replica whose wish no number of copies meets, with what was found."""
+    """A replica of which no number fulfils the wish, with what was found."""
 
     replica: Replica
     found: Found
@@ -65,7 +65,7 @@ def not_run(gpu: Gpu, formats: Sequence[str]) -> str:
 
 
 def not_met(question: Question, nearest: Failed) -> WishNotMetError:
-    """Return the error for a wish that no fleet meets."""
+    """Return the error for a wish that no fleet fulfils."""
     assert nearest.found.nearest is not None
     return WishNotMetError(
         f"no fleet of these GPUs gives {question.wish.share:.0%} of the requests of {question.label} "

@@ -6,57 +6,24 @@ from typing import NamedTuple
 
 from qwen_vram.arithmetic.device_estimate import estimate
 from qwen_vram.arithmetic.estimate import Estimate
-from qwen_vram.arithmetic.kv_cache import all_kv_bytes
 from qwen_vram.arithmetic.tensor_parallel import shard
 from qwen_vram.arithmetic.timing.batched_step import Connection, StepTimes
+from qwen_vram.fleet.card_memory import CardMemory, Fixed, fixed_of_transformers, fixed_of_vllm
 from qwen_vram.fleet.engines import Engine, profile_of
 from qwen_vram.fleet.simulate import Limits
+from qwen_vram.planning.vllm.memory import Limits as ServedLimits
 from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.formats import FORMATS
 from qwen_vram.spec.gpus import Gpu, Link, machine_of
 from qwen_vram.spec.workload import Workload
 
-# CUDA graphs of vLLM. Logs of models of 7B and more show 0.31 to 0.96 GiB; the largest is counted.
-# Source: "Graph capturing finished in N secs, took X GiB", vllm/v1/worker/gpu_model_runner.py.
-_GRAPHS = 2**30
-# NCCL's buffers of a replica with several GPUs. Two H100 had 3.58 GiB outside of torch, and one 1.79; two RTX 4090 had
-# 0.25 GiB. Source: https://github.com/vllm-project/vllm/pull/10511, https://github.com/vllm-project/vllm/issues/13061.
-_NCCL: dict[Link, int] = {"NVLink": 1_922_000_000, "PCIe": 268_000_000}
 # The share of a link's rate that sums of all GPUs use, and the seconds of a sum of few bytes. 8 GPUs with NVLink added
-# up large buffers at 360 of 450 GB/s without multicast; two added up 64 KiB in 6 us. Eight with PCIe had 28 of 63 GB/s,
-# and 46 us for 8 KiB. Source: https://github.com/NVIDIA/nccl/issues/1259 (6 us), /1639 (28 GB/s), and
-# https://github.com/vllm-project/vllm/issues/50576 (46 us); 360 GB/s is the peak that NVIDIA's guide states.
+# up large buffers at 360 of 450 GB/s without multicast, and two added up 64 KiB in 6 us. Eight RTX 5090 with PCIe had
+# 28 of 63 GB/s, and eight A800 took 46 us for 8 KiB.
+# Source: https://github.com/NVIDIA/nccl/issues/1259 (6 us) and /1639 (28 GB/s),
+# https://github.com/vllm-project/vllm/issues/50576 (46 us); the 360 GB/s are not from a source that was read.
 _LINK_SHARE: dict[Link, float] = {"NVLink": 0.8, "PCIe": 0.45}
 _SUM_START: dict[Link, float] = {"NVLink": 8e-6, "PCIe": 30e-6}
-
-
-class CardMemory(NamedTuple):
-    """Bytes of one card by part; they sum to `total`.
-
-    Attributes:
-        weights: The card's part of the weights.
-        kv_cache: Whole blocks of keys and values.
-        activations: Tensors of a step, and cuBLAS's workspace.
-        graphs: Captured steps.
-        context: The CUDA context and loaded kernels.
-        communication: Buffers for sums over several GPUs.
-        free: What the engine leaves free, and the rest of a block.
-        total: The memory of the card that CUDA shows.
-    """
-
-    weights: int
-    kv_cache: int
-    activations: int
-    graphs: int
-    context: int
-    communication: int
-    free: int
-    total: int
-
-    @property
-    def fixed(self) -> int:
-        """The bytes that do not depend on the number of blocks."""
-        return self.weights + self.activations + self.graphs + self.context + self.communication
 
 
 class Replica(NamedTuple):
@@ -123,23 +90,21 @@ def make_replica(
     profile = profile_of(engine, weights, architecture, step_tokens)
     step = Workload(prompt_len=min(step_tokens, part.max_position_embeddings - 1), max_new_tokens=1)
     known = estimate(label, part, profile, step, machine=machine_of(gpu))
-    fixed = {
-        "weights": known.weights,
-        "activations": known.tensors + known.workspace + _logits(part, size, sequences),
-        "graphs": _GRAPHS if profile.captures else 0,
-        "context": known.machine.cuda_context,
-        "communication": _NCCL[gpu.link] if size > 1 else 0,
-    }
-    block = all_kv_bytes(part, profile, tokens=engine.block_tokens, batch_size=1)
     budget = int(engine.utilization * gpu.memory)
-    left = budget - sum(fixed.values())
-    blocks = max(0, left // block)
-    limits = Limits(blocks, engine.block_tokens, sequences, step_tokens)
+
+    def counted(at_once: int) -> tuple[Fixed, Limits]:
+        if engine.fused:
+            served = ServedLimits(sum(longest), at_once, step_tokens)
+            fixed = fixed_of_vllm(architecture, profile, gpu, size, known, served)
+        else:
+            fixed = fixed_of_transformers(engine, known, at_once)
+        blocks = max(0, (budget - fixed.total) // fixed.block - engine.spare_blocks)
+        held = max(1, int(blocks * engine.block_tokens // mean_tokens))
+        return fixed, Limits(blocks, engine.block_tokens, min(at_once, held), step_tokens)
+
+    # Fewer sequences leave memory of their logits for more blocks.
+    fixed, limits = counted(counted(sequences)[1].sequences)
     longest_blocks = limits.blocks_of(sum(longest))
-    needed = sum(fixed.values()) + longest_blocks * block
-    held = max(1, int(blocks * engine.block_tokens // mean_tokens))
-    cache = blocks * block
-    memory = CardMemory(**fixed, kv_cache=cache, free=gpu.memory - sum(fixed.values()) - cache, total=gpu.memory)
     times = StepTimes(
         part,
         profile,
@@ -148,10 +113,6 @@ def make_replica(
         fused=engine.fused,
         slowdown=slowdown,
     )
-    limits = limits._replace(sequences=min(sequences, held))
+    memory = fixed.card(gpu, limits.blocks + engine.spare_blocks if limits.blocks else 0)
+    needed = fixed.total + (longest_blocks + engine.spare_blocks) * fixed.block
     return Replica(gpu, weights, size, memory, limits, times, needed, budget, longest_blocks, known)
-
-
-def _logits(part: Architecture, size: int, sequences: int) -> int:
-    """Bytes of a step's logits in float32, which every card of a replica has for the whole vocabulary."""
-    return 4 * part.vocab_size * size * sequences

@@ -1,13 +1,14 @@
-"""The result: the fleets that meet the wish, the best first, as text, data and files."""
+"""The result: the fleets that fulfil the wish, the best first, as text, data and files."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from qwen_vram.fleet.card_memory import CardMemory
 from qwen_vram.fleet.engines import Engine
 from qwen_vram.fleet.question import Question
-from qwen_vram.fleet.replica import CardMemory, Replica
+from qwen_vram.fleet.replica import Replica
 from qwen_vram.fleet.service import Service
 from qwen_vram.fleet.simulate import Limits
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class FleetOption:
-    """A fleet that meets the wish.
+    """A fleet that fulfils the wish.
 
     Attributes:
         gpu: The name of the card.
@@ -90,7 +91,7 @@ class FleetPlan:
         engine: The engine of every server.
         question: The users, their lengths and their wish.
         gpus_per_node: GPUs of one machine.
-        options: The best division of each card and format that meets the wish: by price if prices are given, then by
+        options: The best division of each card and format that fulfils the wish: by price if prices are given, then by
             the number of GPUs.
         notes: What was left out, and why.
     """

@@ -1,4 +1,4 @@
-"""The search: for each card and format, the fewest GPUs whose simulation meets the wish."""
+"""The search: for each card and format, the fewest GPUs whose simulation fulfils the wish."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qwen_vram.fleet.traffic import Request, given, poisson
 
 # Requests that one simulation measures, and replicas that share them. Replicas with random arrivals are independent.
 _MEASURED, _SIMULATED = 1000, 4
-# Requests that are simulated alone, to see if any number of replicas meets the wish.
+# Requests that are simulated alone, to see if any number of replicas fulfils the wish.
 _ALONE = 200
 # The first number of replicas that is simulated, as a share of the one for the mean load.
 _START = 0.7
@@ -25,13 +25,13 @@ _MOST_FOR_A_USER = 4
 
 
 class Found(NamedTuple):
-    """The fewest replicas that meet the wish, with their service; or none, and the nearest wish that they meet.
+    """The fewest replicas that fulfil the wish, with their service; otherwise the nearest wish that they fulfil.
 
     Attributes:
-        replicas: The number of replicas; 0 if no number meets the wish.
-        service: Their service; that of the most replicas if none meets it.
-        nearest: The nearest wish that `tried` replicas meet; `None` if the wish is met.
-        tried: The most replicas that were simulated if the wish is not met; 0 is no load.
+        replicas: The number of replicas; 0 if no number fulfils the wish.
+        service: Their service; that of the most replicas if no number fulfils it.
+        nearest: The nearest wish that `tried` replicas fulfil; `None` if the wish itself is fulfilled.
+        tried: The most replicas that were simulated if the wish is not fulfilled; 0 is no load.
     """
 
     replicas: int
@@ -41,7 +41,7 @@ class Found(NamedTuple):
 
 
 def fewest_replicas(question: Question, replica: Replica, most: int | None, enough: int | None = None) -> Found | None:
-    """Return the fewest replicas, up to `most`, that meet the wish.
+    """Return the fewest replicas, up to `most`, that fulfil the wish.
 
     Args:
         most: The most replicas that the caller has; `None` is any number.

@@ -1,4 +1,4 @@
-"""The service of a fleet: what users wish, and what a simulation measures."""
+"""The service of a fleet: the wish of the users, and what a simulation measures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PERCENTILES = (50, 90, 99)
 
 
 class Wish(NamedTuple):
-    """What a request's user wishes.
+    """The wish of a request's user.
 
     Attributes:
         tokens_per_second: The least rate of tokens after the first one.
@@ -92,7 +92,7 @@ def measure(runs: Sequence[Run], wish: Wish, replicas: int, *, skip: int = 0) ->
 
 
 def nearest_wish(runs: Sequence[Run], wish: Wish, *, skip: int = 0) -> Wish:
-    """Return the nearest wish that these runs meet, for the same share of requests.
+    """Return the nearest wish that these runs fulfil, for the same share of requests.
 
     The time to the first token is relaxed as little as its own percentile allows, and the rate likewise.
     """

@@ -24,13 +24,13 @@ _PARTS = {
 }
 
 # Columns with texts, the spaces between columns, and the columns that a narrow table leaves out, in this order.
-_LEFT, _GAP, _DROPPED = {"GPU", "weights"}, 2, ("total", "TTFT p50", "seqs")
+_LEFT, _GAP, _DROPPED = {"GPU", "weights"}, 2, ("TTFT p50", "total", "seqs")
 
 
 def columns(options: Sequence[FleetOption]) -> tuple[list[str], list[list[str]]]:
     """Return the names of the columns, and the cells of each option."""
     priced = any(option.price_per_hour is not None for option in options)
-    names = ["GPUs", "GPU", "weights", "replicas", "seqs", "tok/s p10", "total", "TTFT p50", "p99", "met"]
+    names = ["GPUs", "GPU", "weights", "replicas", "seqs", "tok/s p10", "total", "TTFT p50", "TTFT p99", "met"]
     rows = []
     for option in options:
         service = option.service

@@ -81,9 +81,9 @@ GPUS: dict[str, Gpu] = {
         # its 12.74 TFLOP/s in float32, in the ratio of the 3090 (71 to 35.58).
         _card("RTX 3060 12GB", 12 * _GEFORCE_SHARE, 360, 25.4, 0, _PCIE4, (8, 6)),
         _card("RTX 3090", 23.58, 936, 71, 0, _PCIE4, (8, 6)),
-        # Source of 40xx: https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf, table
-        # of the 4090 and 4080; https://www.nvidia.com/en-us/geforce/graphics-cards/40-series/ for the 4060 Ti and 4070,
-        # whose products are from float32 (22.06 and 29.15), in the ratio of the 4090 (165.2 and 330.3 to 82.58).
+        # Source of 40xx: https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf (4090
+        # and 4080), and https://www.nvidia.com/en-us/geforce/graphics-cards/40-series/ (4060 Ti and 4070). The products
+        # of these two are from float32 (22.06 and 29.15), in the ratio of the 4090 (165.2 and 330.3 to 82.58).
         _card("RTX 4060 Ti 16GB", 16 * _GEFORCE_SHARE, 288, 44.1, 88.2, _PCIE4 // 2, (8, 9)),
         _card("RTX 4070", 12 * _GEFORCE_SHARE, 504, 58.3, 116.6, _PCIE4, (8, 9)),
         _card("RTX 4080", 16 * _GEFORCE_SHARE, 716.8, 97.5, 194.9, _PCIE4, (8, 9)),
@@ -114,7 +114,7 @@ GPUS: dict[str, Gpu] = {
         # halved). 79.22 GiB in vLLM: https://github.com/vllm-project/vllm/pull/10511.
         _card("H100-PCIe", 79.22, 2000, 756.5, 1513, _PCIE5, (9, 0)),
         _card("H100-SXM", 79.22, 3350, 989.5, 1979, _PCIE5, (9, 0), nvlink=900),
-        # Source: https://www.nvidia.com/en-us/data-center/h200/. CUDA shows about 139 GiB of its 141 GB (units of 2^30).
+        # Source: https://www.nvidia.com/en-us/data-center/h200/. CUDA shows about 139 GiB.
         _card("H200", 139, 4800, 989.5, 1979, _PCIE5, (9, 0), nvlink=900),
         # Source: https://www.nvidia.com/en-us/data-center/dgx-b200/, an eighth of its 1,440 GB, 64 TB/s, and 72 PFLOP/s
         # of fp8 with sparsity. The 180 GB are counted as decimal, which is less than CUDA shows.
