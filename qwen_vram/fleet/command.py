@@ -1,4 +1,4 @@
-"""The command of each server of a fleet. The options of an engine are in one function."""
+"""The command of each server of a fleet, with the options of its engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engines that a fleet can run: their formats, their limits, and the kernels whose times are predicted."""
+"""Engines that a fleet can run: formats, limits, and the kernels whose times are predicted."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class Engine(NamedTuple):
 
 
 # vLLM 0.33.0. Formats: vllm/config/quantization.py (fp8_per_channel), and the list of its quantization methods. Blocks
-# of 16 tokens: vllm/config/cache.py. A share of 0.92, 256 sequences and 2,048 tokens: vllm/engine/arg_utils.py, for GPUs
-# below 70 GiB, and used here for all. Its steps are compiled and captured. One block stays empty.
+# of 16 tokens: vllm/config/cache.py. A share of 0.92, 256 sequences and 2,048 tokens: vllm/engine/arg_utils.py, for
+# GPUs below 70 GiB, and used here for all. Its steps are compiled and captured. One block stays empty.
 _VLLM = Engine(
     name="vllm",
     formats=("bf16", "fp16", "fp8"),

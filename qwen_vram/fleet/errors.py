@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qwen_vram.errors import QwenVramError
-from qwen_vram.fleet.service import Wish
+from qwen_vram.fleet.simulation.service import Wish
 
 
 class WishNotMetError(QwenVramError):

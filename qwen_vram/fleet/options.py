@@ -1,4 +1,4 @@
-"""The options of a fleet: the best division of each card and format, and the reasons for what is left out."""
+"""Options of a fleet: the best division of each card and format, and what is left out."""
 
 from __future__ import annotations
 

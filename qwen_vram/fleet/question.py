@@ -1,4 +1,4 @@
-"""The question that a fleet plan answers, checked: the model, its users, their lengths, and their wish."""
+"""The question of a fleet plan, checked: model, users, lengths, and the users' wish."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from qwen_vram.errors import NotSupportedError, WorkloadError
 from qwen_vram.fleet.engines import Engine
-from qwen_vram.fleet.lengths import Distribution
-from qwen_vram.fleet.service import Wish
-from qwen_vram.fleet.traffic import check_arrivals
+from qwen_vram.fleet.simulation.lengths import Distribution
+from qwen_vram.fleet.simulation.service import Wish
+from qwen_vram.fleet.simulation.traffic import check_arrivals
 from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.gpus import Gpu, find_gpu
 

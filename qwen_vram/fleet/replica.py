@@ -10,7 +10,7 @@ from qwen_vram.arithmetic.tensor_parallel import shard
 from qwen_vram.arithmetic.timing.batched_step import Connection, StepTimes
 from qwen_vram.fleet.card_memory import CardMemory, Fixed, fixed_of_transformers, fixed_of_vllm
 from qwen_vram.fleet.engines import Engine, profile_of
-from qwen_vram.fleet.simulate import Limits
+from qwen_vram.fleet.simulation.simulate import Limits
 from qwen_vram.planning.vllm.memory import Limits as ServedLimits
 from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.formats import FORMATS

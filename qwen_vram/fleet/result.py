@@ -9,8 +9,8 @@ from qwen_vram.fleet.card_memory import CardMemory
 from qwen_vram.fleet.engines import Engine
 from qwen_vram.fleet.question import Question
 from qwen_vram.fleet.replica import Replica
-from qwen_vram.fleet.service import Service
-from qwen_vram.fleet.simulate import Limits
+from qwen_vram.fleet.simulation.service import Service
+from qwen_vram.fleet.simulation.simulate import Limits
 
 if TYPE_CHECKING:
     from qwen_vram.fleet.command import ServerCommand

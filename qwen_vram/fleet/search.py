@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 from qwen_vram.fleet.question import Question
 from qwen_vram.fleet.replica import Replica
-from qwen_vram.fleet.service import Service, Wish, measure, nearest_wish
-from qwen_vram.fleet.simulate import Run, largest_below, simulate
-from qwen_vram.fleet.traffic import Request, given, poisson
+from qwen_vram.fleet.simulation.service import Service, Wish, measure, nearest_wish
+from qwen_vram.fleet.simulation.simulate import Run, largest_below, simulate
+from qwen_vram.fleet.simulation.traffic import Request, given, poisson
 
 # Requests that one simulation measures, and replicas that share them. Replicas with random arrivals are independent.
 _MEASURED, _SIMULATED = 1000, 4

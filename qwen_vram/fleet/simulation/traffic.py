@@ -8,7 +8,7 @@ from random import Random
 from typing import NamedTuple
 
 from qwen_vram.errors import WorkloadError
-from qwen_vram.fleet.lengths import Distribution
+from qwen_vram.fleet.simulation.lengths import Distribution
 
 
 class Request(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from qwen_vram.fleet.simulate import Run, Served
+from qwen_vram.fleet.simulation.simulate import Run, Served
 
 PERCENTILES = (50, 90, 99)
 

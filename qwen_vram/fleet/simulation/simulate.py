@@ -12,7 +12,7 @@ from heapq import heappop, heappush
 from math import ceil, sqrt
 from typing import NamedTuple, Protocol
 
-from qwen_vram.fleet.traffic import Request
+from qwen_vram.fleet.simulation.traffic import Request
 
 
 class Steps(Protocol):
