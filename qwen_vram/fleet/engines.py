@@ -1,4 +1,4 @@
-"""Engines that a fleet can run: formats, limits, and the kernels whose times are predicted."""
+"""Engines that a fleet can run: their formats, limits and kernels."""
 
 from __future__ import annotations
 

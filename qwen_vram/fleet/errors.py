@@ -11,12 +11,22 @@ class WishNotMetError(QwenVramError):
 
     Attributes:
         wish: What was asked for.
-        nearest: The nearest wish that a fleet of these GPUs fulfils.
+        nearest: The nearest wish that a fleet of these GPUs fulfils for all users.
+        users: The most users for whom that fleet fulfils the wish itself; 0 if there are none.
         gpu, weights, tensor_parallel, replicas: That fleet; `replicas` is 0 if it is any number, with no load.
     """
 
     def __init__(
-        self, message: str, *, wish: Wish, nearest: Wish, gpu: str, weights: str, tensor_parallel: int, replicas: int
+        self,
+        message: str,
+        *,
+        wish: Wish,
+        nearest: Wish,
+        gpu: str,
+        weights: str,
+        tensor_parallel: int,
+        replicas: int,
+        users: int,
     ) -> None:
         super().__init__(message)
         self.wish = wish
@@ -25,3 +35,4 @@ class WishNotMetError(QwenVramError):
         self.weights = weights
         self.tensor_parallel = tensor_parallel
         self.replicas = replicas
+        self.users = users

@@ -1,4 +1,4 @@
-"""Files that start a fleet: a Docker Compose file, and a Kubernetes Deployment and Service.
+"""Files that start a fleet: for Docker Compose, and for Kubernetes.
 
 They hold no secret: a token of the hub is taken from the environment, or from a Kubernetes secret.
 """

@@ -1,4 +1,4 @@
-"""Refusals of a fleet plan in words: what does not fit, what is too slow, and the nearest that works."""
+"""Refusals of a fleet plan in words, with the nearest plan that works."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Failed(NamedTuple):
     found: Found
 
 
-def closeness(failed: Failed) -> tuple[float, float]:
-    """Return how near a replica is to the wish: its rate, then the negative of its time to the first token."""
+def closeness(failed: Failed) -> tuple[int, float, float]:
+    """Return how near a replica is to the wish: by its users, its rate, and its time to the first token."""
     nearest = failed.found.nearest
     assert nearest is not None
-    return nearest.tokens_per_second, -nearest.first_token_seconds
+    return failed.found.users, nearest.tokens_per_second, -nearest.first_token_seconds
 
 
 def cards_text(replica: Replica, replicas: int) -> str:
@@ -44,11 +44,14 @@ def wish_text(wish: Wish) -> str:
 
 
 def nearest_text(failed: Failed) -> str:
-    """Return the nearest wish of a replica in words."""
-    assert failed.found.nearest is not None
-    tried = failed.found.tried
-    who = cards_text(failed.replica, tried) if tried else f"{cards_text(failed.replica, 1)} with no other request"
-    return f"{who} gives {failed.found.nearest.share:.0%} of the requests {wish_text(failed.found.nearest)}"
+    """Return the most users of a replica in words, or the nearest wish that it fulfils."""
+    found = failed.found
+    assert found.nearest is not None
+    if found.users:
+        return f"{cards_text(failed.replica, found.tried)} fulfil it for {found.users:,} users"
+    alone = "" if found.tried else " with no other request"
+    who = f"{cards_text(failed.replica, max(1, found.tried))}{alone}"
+    return f"{who} give {found.nearest.share:.0%} of the requests {wish_text(found.nearest)}"
 
 
 def shortage(replica: Replica) -> str:
@@ -77,6 +80,7 @@ def not_met(question: Question, nearest: Failed) -> WishNotMetError:
         weights=nearest.replica.weights,
         tensor_parallel=nearest.replica.size,
         replicas=nearest.found.tried,
+        users=nearest.found.users,
     )
 
 

@@ -1,4 +1,4 @@
-"""One replica of a fleet: its GPUs, the memory of each by part, and the times of its steps."""
+"""One replica of a fleet: its GPUs, their memory, and the times of its steps."""
 
 from __future__ import annotations
 

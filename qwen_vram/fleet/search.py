@@ -32,12 +32,14 @@ class Found(NamedTuple):
         service: Their service; that of the most replicas if no number fulfils it.
         nearest: The nearest wish that `tried` replicas fulfil; `None` if the wish itself is fulfilled.
         tried: The most replicas that were simulated if the wish is not fulfilled; 0 is no load.
+        users: The most users for whom these replicas fulfil the wish itself; 0 for given arrivals.
     """
 
     replicas: int
     service: Service
     nearest: Wish | None = None
     tried: int = 0
+    users: int = 0
 
 
 def fewest_replicas(question: Question, replica: Replica, most: int | None, enough: int | None = None) -> Found | None:
@@ -53,6 +55,9 @@ def fewest_replicas(question: Question, replica: Replica, most: int | None, enou
     alone = _without_load(question, replica)
     if alone.service.share < question.wish.share:
         return alone
+    least = max(1, int(_START * mean_replicas(question, replica)))
+    if enough is not None and least >= enough:
+        return None
     known: dict[int, Found] = {}
 
     def tried(replicas: int) -> Found:
@@ -60,19 +65,31 @@ def fewest_replicas(question: Question, replica: Replica, most: int | None, enou
             known[replicas] = _simulated(question, replica, replicas)
         return known[replicas]
 
-    def meets(replicas: int) -> bool:
+    def fulfils(replicas: int) -> bool:
         return tried(replicas).nearest is None
 
     limit = min(_MOST_FOR_A_USER * question.users, most or 2**62)
-    low, high = 0, min(limit, max(1, int(_START * mean_replicas(question, replica))))
-    while not meets(high):
+    low, high = 0, min(limit, least)
+    while not fulfils(high):
         if high == limit:
-            return known[high]
+            return known[high]._replace(users=_most_users(question, replica, high))
         if enough is not None and high >= enough:
             return None
         low, high = high, min(limit, high + max(1, high // 3))
-    fewest = high - largest_below(high - low - 1, lambda fewer: meets(high - fewer))
+    fewest = high - largest_below(high - low - 1, lambda fewer: fulfils(high - fewer))
     return tried(fewest)
+
+
+def _most_users(question: Question, replica: Replica, replicas: int) -> int:
+    """Return the most users for whom a number of replicas fulfils the wish."""
+    if question.arrivals is not None:
+        return 0
+
+    def fulfils(users: int) -> bool:
+        fewer = question._replace(users=users, rate=question.rate * users / question.users)
+        return _simulated(fewer, replica, replicas).nearest is None
+
+    return largest_below(question.users - 1, fulfils)
 
 
 def mean_replicas(question: Question, replica: Replica) -> float:

@@ -10,7 +10,7 @@ Modules:
     families/     Families of decoders: one module for each `model_type` of config.json.
     family        Description of a family: the common properties of one `model_type`'s models.
     formats       Storage formats: the bytes of a weight as sums that are checked by eye.
-    gpus          Table of NVIDIA's cards: memory, rates and links, to plan for a card that is not in this machine.
+    gpus          Table of NVIDIA's cards: memory, rates and links, for cards that are not here.
     kv_formats    Table of KV cache formats: the bytes of keys and values.
     layers        Description of a decoder layer: its weights, its attention, and its sizes.
     machine       A machine: memory of GPU and driver, and rates; defaults until they are measured.

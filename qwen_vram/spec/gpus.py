@@ -1,4 +1,4 @@
-"""Table of NVIDIA's cards: memory, rates and links, to plan for a card that is not in this machine.
+"""Table of NVIDIA's cards: memory, rates and links, for cards that are not here.
 
 A row has the figures of the datasheet: decimal units, dense products, and products of 16 bits that add up in float32.
 `machine_of` makes the machine whose measured rates the times of this library need.

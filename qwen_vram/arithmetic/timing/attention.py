@@ -109,7 +109,7 @@ def chunk_attention_seconds(
 
     The sum over the chunks of a prompt is `prefill_attention_seconds` of fused attention that is not joined from parts.
     """
-    width = sum(layer.attention.width for layer in architecture.layers)
+    width = sum(count * layer.attention.width for layer, count in architecture.kinds)
     newest = 2 * width * tokens * tokens  # causal
     older = 4 * width * tokens * past
     return (newest / _CAUSAL + older / _FLASH) / machine.matmul_rate

@@ -1,4 +1,4 @@
-"""Requests of a fleet, their run on simulated replicas, and the service that their users get.
+"""Requests of a fleet, simulated replicas, and the service that users get.
 
 Modules:
     lengths   Lengths of prompts and answers: a number, a range, or samples of a real log.
