@@ -33,9 +33,10 @@ if TYPE_CHECKING:
         WorkloadError,
     )
     from qwen_vram.estimator import estimate_vram
+    from qwen_vram.fleet.data import FleetOption
     from qwen_vram.fleet.errors import WishNotMetError
     from qwen_vram.fleet.plan import plan_fleet
-    from qwen_vram.fleet.result import FleetOption, FleetPlan
+    from qwen_vram.fleet.result import FleetPlan
     from qwen_vram.lora.merge import merge_lora_then_quantize
     from qwen_vram.lora.report import MergeReport
     from qwen_vram.monitor.log import read_log
@@ -88,9 +89,10 @@ _MODULES = {
     "diagnosis.doctor": ("doctor",),
     "diagnosis.finding": ("Finding",),
     "diagnosis.report": ("Diagnosis",),
+    "fleet.data": ("FleetOption",),
     "fleet.errors": ("WishNotMetError",),
     "fleet.plan": ("plan_fleet",),
-    "fleet.result": ("FleetOption", "FleetPlan"),
+    "fleet.result": ("FleetPlan",),
     "lora.merge": ("merge_lora_then_quantize",),
     "lora.report": ("MergeReport",),
     "monitor.log": ("read_log",),

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import shlex
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from qwen_vram.checkpoints.files.place import place_of
 from qwen_vram.errors import NotSupportedError, WorkloadError
 from qwen_vram.fleet.card_memory import served
+from qwen_vram.fleet.data import Fleet, FleetOption
 from qwen_vram.fleet.engines import ENGINES, Engine, profile_of
 from qwen_vram.planning.vllm.formats import vllm_dtype
 from qwen_vram.spec.gpus import find_gpu
-
-if TYPE_CHECKING:
-    from qwen_vram.fleet.result import FleetOption, FleetPlan
 
 PORT = 8000
 # Format -> `--quantization` of `transformers serve`. Source: transformers 5.23.0, cli/serve.py.
@@ -48,7 +46,7 @@ class ServerCommand(NamedTuple):
         return f"{variables} {shlex.join(self.arguments)}"
 
 
-def commands(plan: FleetPlan, option: FleetOption) -> list[ServerCommand]:
+def commands(plan: Fleet, option: FleetOption) -> list[ServerCommand]:
     """Return the command of each server. Servers fill one machine after the other.
 
     Raises:
@@ -65,7 +63,7 @@ def commands(plan: FleetPlan, option: FleetOption) -> list[ServerCommand]:
     return servers
 
 
-def opened(plan: FleetPlan) -> str:
+def opened(plan: Fleet) -> str:
     """Return the name of the model that a server opens: an absolute folder, or a hub id.
 
     Raises:
@@ -81,7 +79,7 @@ def opened(plan: FleetPlan) -> str:
     return str(place.folder.absolute()) if place.folder is not None else plan.label
 
 
-def server_arguments(plan: FleetPlan, option: FleetOption, model: str, *, host: str, port: int) -> list[str]:
+def server_arguments(plan: Fleet, option: FleetOption, model: str, *, host: str, port: int) -> list[str]:
     """Return the command of one server: the only place that knows the options of the engines."""
     if option.weights in plan.engine.exports:
         raise NotSupportedError(
@@ -99,7 +97,7 @@ def server_arguments(plan: FleetPlan, option: FleetOption, model: str, *, host: 
     return words
 
 
-def _vllm(plan: FleetPlan, option: FleetOption) -> dict[str, str | int | bool]:
+def _vllm(plan: Fleet, option: FleetOption) -> dict[str, str | int | bool]:
     architecture = plan.question.architecture
     profile = profile_of(plan.engine, option.weights, architecture, option.limits.step_tokens)
     weights = served(architecture, profile)
@@ -117,7 +115,7 @@ def _vllm(plan: FleetPlan, option: FleetOption) -> dict[str, str | int | bool]:
     return options
 
 
-def _transformers(plan: FleetPlan, option: FleetOption) -> dict[str, str | int | bool]:
+def _transformers(plan: Fleet, option: FleetOption) -> dict[str, str | int | bool]:
     options: dict[str, str | int | bool] = {
         "continuous-batching": True,
         "dtype": _dtype(plan, option),
@@ -130,7 +128,7 @@ def _transformers(plan: FleetPlan, option: FleetOption) -> dict[str, str | int |
     return options
 
 
-def _dtype(plan: FleetPlan, option: FleetOption) -> str:
+def _dtype(plan: Fleet, option: FleetOption) -> str:
     """Return torch's name of the dtype of activations; a card without bf16 has fp16."""
     profile = profile_of(plan.engine, option.weights, plan.question.architecture, option.limits.step_tokens)
     return vllm_dtype(profile, old_gpu=not find_gpu(option.gpu).has_bf16)
@@ -150,7 +148,7 @@ def check_vllm(engine: Engine) -> None:
         )
 
 
-def check_node(plan: FleetPlan, option: FleetOption, node: int) -> list[ServerCommand]:
+def check_node(plan: Fleet, option: FleetOption, node: int) -> list[ServerCommand]:
     """Return the servers of one machine.
 
     Raises:

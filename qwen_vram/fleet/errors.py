@@ -12,7 +12,7 @@ class WishNotMetError(QwenVramError):
     Attributes:
         wish: What was asked for.
         nearest: The nearest wish that a fleet of these GPUs fulfils for all users.
-        users: The most users for whom that fleet fulfils the wish itself; 0 if there are none.
+        users: The most users for whom that fleet fulfils the wish itself; 0 for no users.
         gpu, weights, tensor_parallel, replicas: That fleet; `replicas` is 0 if it is any number, with no load.
     """
 

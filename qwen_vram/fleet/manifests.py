@@ -6,14 +6,12 @@ They hold no secret: a token of the hub is taken from the environment, or from a
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qwen_vram.checkpoints.files.place import place_of
 from qwen_vram.errors import BackendUnavailableError, WorkloadError
 from qwen_vram.fleet.command import PORT, check_node, opened, server_arguments
-
-if TYPE_CHECKING:
-    from qwen_vram.fleet.result import FleetOption, FleetPlan
+from qwen_vram.fleet.data import Fleet, FleetOption
 
 # The image of vLLM's release whose options this library knows. No image of transformers is published with a server.
 _IMAGES = {"vllm": "vllm/vllm-openai:v0.33.0"}
@@ -26,7 +24,7 @@ _HEALTH = f"http://localhost:{PORT}/health"
 _SECRET, _TOKEN = "hf-token", "HF_TOKEN"
 
 
-def compose(plan: FleetPlan, option: FleetOption, *, node: int, image: str | None) -> str:
+def compose(plan: Fleet, option: FleetOption, *, node: int, image: str | None) -> str:
     """Return a Compose file for the servers of one machine; `FleetPlan.compose` describes the arguments and errors."""
     servers = check_node(plan, option, node)
     mount, inside = _mounted(plan)
@@ -80,7 +78,7 @@ def compose(plan: FleetPlan, option: FleetOption, *, node: int, image: str | Non
     return _yaml([file])
 
 
-def kubernetes(plan: FleetPlan, option: FleetOption, *, image: str | None, name: str | None) -> str:
+def kubernetes(plan: Fleet, option: FleetOption, *, image: str | None, name: str | None) -> str:
     """Return a Deployment and a Service; `FleetPlan.kubernetes` describes the arguments and errors."""
     name = _name(plan, name)
     labels = {"app.kubernetes.io/name": name}
@@ -144,7 +142,7 @@ def kubernetes(plan: FleetPlan, option: FleetOption, *, image: str | None, name:
     return _yaml([deployment, service])
 
 
-def _mounted(plan: FleetPlan) -> tuple[str, str]:
+def _mounted(plan: Fleet) -> tuple[str, str]:
     """Return the volume of the model, and the name that a server in a container opens."""
     model = opened(plan)
     if model.startswith("/"):
@@ -152,7 +150,7 @@ def _mounted(plan: FleetPlan) -> tuple[str, str]:
     return f"models:{_CACHE}", model
 
 
-def _image(plan: FleetPlan, image: str | None) -> str:
+def _image(plan: Fleet, image: str | None) -> str:
     """Return the image, which must have a tag or a digest.
 
     Raises:
@@ -172,7 +170,7 @@ def _image(plan: FleetPlan, image: str | None) -> str:
     return chosen
 
 
-def _name(plan: FleetPlan, name: str | None) -> str:
+def _name(plan: Fleet, name: str | None) -> str:
     """Return a name that Compose and Kubernetes allow (RFC 1123).
 
     Raises:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from qwen_vram.fleet.data import FleetOption
 from qwen_vram.fleet.engines import runs_on
 from qwen_vram.fleet.question import Card, Question
 from qwen_vram.fleet.refusals import Failed, closeness, does_not_fit, nearest_text, not_met, not_run, shortage
 from qwen_vram.fleet.replica import Replica, make_replica
-from qwen_vram.fleet.result import FleetOption
 from qwen_vram.fleet.search import fewest_replicas, mean_replicas
 
 

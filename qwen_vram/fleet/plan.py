@@ -7,10 +7,11 @@ from pathlib import Path
 
 from qwen_vram.arithmetic.tensor_parallel import shard, sizes_of
 from qwen_vram.checkpoints.resolve import ModelLike, resolve_model
+from qwen_vram.fleet.data import FleetOption
 from qwen_vram.fleet.engines import EngineName, engine_called, formats_of
 from qwen_vram.fleet.options import Options
 from qwen_vram.fleet.question import GpusLike, Question, cards_of, positive, rate_of, sizes_asked, undivided, wish_of
-from qwen_vram.fleet.result import FleetOption, FleetPlan
+from qwen_vram.fleet.result import FleetPlan
 from qwen_vram.fleet.simulation.lengths import Lengths, distribution
 from qwen_vram.spec.workload import Workload
 

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from textwrap import wrap
-from typing import TYPE_CHECKING
 
+from qwen_vram.fleet.data import Fleet, FleetOption
 from qwen_vram.units import format_bytes
-
-if TYPE_CHECKING:
-    from qwen_vram.fleet.result import FleetOption, FleetPlan
 
 WIDTH = 80
 _PARTS = {
@@ -60,7 +57,7 @@ def memory_rows(option: FleetOption) -> list[tuple[str, int]]:
     return [(label, parts[name]) for name, label in _PARTS.items() if parts[name]]
 
 
-def headline(plan: FleetPlan) -> list[str]:
+def headline(plan: Fleet) -> list[str]:
     """Return what was asked for, in lines."""
     asked = plan.question
     arriving = f"{asked.rate:.2f} requests/s" if asked.arrivals is None else f"{len(asked.arrivals):,} given arrivals"
@@ -96,7 +93,7 @@ def _without(cells: list[str], place: int) -> list[str]:
     return cells[:place] + cells[place + 1 :]
 
 
-def text(plan: FleetPlan) -> str:
+def text(plan: Fleet) -> str:
     """Return the plan as text."""
     lines = [part for line in headline(plan) for part in wrap(line, WIDTH)]
     lines += table(plan.options)
