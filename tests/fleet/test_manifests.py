@@ -14,6 +14,7 @@ from tests.fleet.fleets import SEVEN, fleet
 
 # The schema of the Compose specification, as the package check-jsonschema has it (Apache-2.0).
 COMPOSE = json.loads((files("check_jsonschema") / "builtin_schemas" / "vendor" / "compose-spec.json").read_text())
+SCHEMA = jsonschema.validators.validator_for(COMPOSE)(COMPOSE)
 KUBERNETES = "1.30"
 SECRETS = re.compile(r"hf_[A-Za-z]{8}|password|api[-_]?key", re.I)
 
@@ -40,7 +41,7 @@ def of_kubernetes(text):
 def test_a_compose_file_starts_the_servers_of_one_machine(several, node):
     text = several.compose(node=node)
     file = yaml.safe_load(text)
-    jsonschema.Draft202012Validator(COMPOSE).validate(file)
+    SCHEMA.validate(file)
     servers = {name: one for name, one in file["services"].items() if name != "balancer"}
     assert list(servers) == [f"server-{2 * node}", f"server-{2 * node + 1}"]
     devices = [one["deploy"]["resources"]["reservations"]["devices"][0] for one in servers.values()]
@@ -62,7 +63,7 @@ def test_a_compose_file_starts_the_servers_of_one_machine(several, node):
 
 def test_a_single_server_is_published_without_a_balancer(alone):
     file = yaml.safe_load(alone.compose(image="registry.local:5000/vllm@sha256:" + 64 * "0"))
-    jsonschema.Draft202012Validator(COMPOSE).validate(file)
+    SCHEMA.validate(file)
     assert list(file["services"]) == ["server-0"]
     assert file["services"]["server-0"]["ports"] == ["127.0.0.1:8000:8000"]
     assert "configs" not in file
@@ -90,7 +91,7 @@ def test_the_schemas_would_notice(several):
     file = yaml.safe_load(several.compose())
     file["services"]["server-0"]["helthcheck"] = {}
     with pytest.raises(jsonschema.ValidationError, match="helthcheck"):
-        jsonschema.Draft202012Validator(COMPOSE).validate(file)
+        SCHEMA.validate(file)
     deployment, _ = yaml.safe_load_all(several.kubernetes())
     deployment["spec"]["template"]["spec"]["containers"][0]["ports"][0]["containerPort"] = "8000"
     with pytest.raises(kubernetes_validate.ValidationError):
@@ -100,7 +101,7 @@ def test_the_schemas_would_notice(several):
 def test_a_folder_is_mounted(demo):
     plan = fleet("L4", model=demo, prompt_len=100, max_new_tokens=50)
     file = yaml.safe_load(plan.compose())
-    jsonschema.Draft202012Validator(COMPOSE).validate(file)
+    SCHEMA.validate(file)
     server = file["services"]["server-0"]
     assert server["volumes"] == [f"{demo}:/model:ro"]
     assert server["command"][0] == "/model"
