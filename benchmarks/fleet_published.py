@@ -34,7 +34,8 @@ _TENSTORRENT = "github.com/tenstorrent/tt-inference-server/issues"
 _MART = "databasemart.com/blog/vllm-gpu-benchmark-rtx4090"
 TOKENS, STEP, FIRST = "tokens/s, prompts too", "ms a token", "ms to the first"
 # GPUStack's rows are vLLM 0.11.0 "without any optimizations"; requests wait from the start. Their number is not stated
-# on the page's part that was read, and 500 (100 of 32,000 tokens) are simulated.
+# on the page's part that was read, and 500 (100 of 32,000 tokens) are simulated. The model of databasemart is
+# DeepSeek-R1-Distill-Qwen-7B, whose shapes are those of Qwen2.5-7B. Tenstorrent's rows are of GPUs, for comparison.
 ROWS = (
     Published(f"{_STACK}/a100", "Qwen3-14B", "A100-80GB", 1, 500, 2000, 100, TOKENS, 5967.13),
     Published(f"{_STACK}/a100", "Qwen3-14B", "A100-80GB", 1, 500, 4000, 200, TOKENS, 5153.42),

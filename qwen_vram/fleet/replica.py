@@ -10,7 +10,7 @@ from qwen_vram.arithmetic.tensor_parallel import shard
 from qwen_vram.arithmetic.timing.batched_step import Connection, StepTimes
 from qwen_vram.fleet.card_memory import CardMemory, Fixed, fixed_of_transformers, fixed_of_vllm
 from qwen_vram.fleet.engines import Engine, profile_of
-from qwen_vram.fleet.simulation.simulate import Limits
+from qwen_vram.fleet.simulation.simulate import Limits, largest_below
 from qwen_vram.planning.vllm.memory import Limits as ServedLimits
 from qwen_vram.spec.architecture import Architecture
 from qwen_vram.spec.formats import FORMATS
@@ -99,11 +99,13 @@ def make_replica(
         else:
             fixed = fixed_of_transformers(engine, known, at_once)
         blocks = max(0, (budget - fixed.total) // fixed.block - engine.spare_blocks)
-        held = max(1, int(blocks * engine.block_tokens // mean_tokens))
-        return fixed, Limits(blocks, engine.block_tokens, min(at_once, held), step_tokens)
+        return fixed, Limits(blocks, engine.block_tokens, at_once, step_tokens)
+
+    def holds(at_once: int) -> bool:
+        return counted(at_once)[1].blocks * engine.block_tokens >= at_once * mean_tokens
 
     # Fewer sequences leave memory of their logits for more blocks.
-    fixed, limits = counted(counted(sequences)[1].sequences)
+    fixed, limits = counted(max(1, largest_below(sequences, holds)))
     longest_blocks = limits.blocks_of(sum(longest))
     times = StepTimes(
         part,

@@ -9,6 +9,7 @@ import pytest
 import qwen_vram as qv
 from qwen_vram.fleet.engines import ENGINES
 from qwen_vram.fleet.search import fewest_replicas
+from qwen_vram.planning.vllm.memory import MARGIN
 from qwen_vram.spec.gpus import GPUS
 from tests.fleet.fleets import SEVEN, fleet, replica
 
@@ -48,6 +49,19 @@ def test_one_replica_less_does_not_fulfil_the_wish():
     assert fewer.replicas == 0
     assert fewer.tried == replicas - 1
     assert fewer.service.share < 0.95
+
+
+@pytest.mark.parametrize(
+    ("gpu", "weights"), [("RTX 4090", "bf16"), ("L4", "bf16"), ("RTX 4070", "fp8"), ("H200", "bf16")]
+)
+def test_a_replica_runs_as_many_sequences_as_its_cache_holds(gpu, weights):
+    """Of the mean length: sequences take memory for their logits, which the cache then lacks."""
+    one = replica(gpu, weights=weights, longest=(900, 124))
+    assert one.limits.sequences == 256 or one.limits.sequences == one.limits.blocks * 16 // 1024
+    assert one.memory.kv_cache // (one.limits.blocks + 1) == 16 * 57_344
+    assert one.needed <= one.budget == int(0.92 * one.gpu.memory)
+    left = one.budget - one.memory.kv_cache - one.memory.fixed
+    assert MARGIN <= left < MARGIN + 16 * 57_344
 
 
 def test_prices_decide_if_they_are_given():
