@@ -11,8 +11,8 @@ from qwen_vram.fleet.engines import ENGINES
 from qwen_vram.fleet.replica import Replica, make_replica
 from qwen_vram.fleet.simulation.simulate import simulate
 from qwen_vram.fleet.simulation.traffic import Request
+from qwen_vram.spec.cards.find import find_gpu
 from qwen_vram.spec.catalog import find
-from qwen_vram.spec.gpus import find_gpu
 
 
 class Published(NamedTuple):

@@ -11,7 +11,7 @@ from qwen_vram.planning.vllm.formats import STORED, ServedWeights, served_cache,
 from qwen_vram.planning.vllm.memory import Limits, Worker, memory_of
 from qwen_vram.planning.vllm.workers import Workers
 from qwen_vram.spec.architecture import Architecture
-from qwen_vram.spec.gpus import Gpu, Link
+from qwen_vram.spec.cards.rows import Gpu, Link
 from qwen_vram.spec.profile import Profile
 
 # NCCL's buffers of a replica with several GPUs. Two H100 had 3.58 GiB outside of torch, and one had 1.79. Two RTX 4090

@@ -11,7 +11,7 @@ from qwen_vram.fleet.card_memory import served
 from qwen_vram.fleet.data import Fleet, FleetOption
 from qwen_vram.fleet.engines import ENGINES, Engine, profile_of
 from qwen_vram.planning.vllm.formats import vllm_dtype
-from qwen_vram.spec.gpus import find_gpu
+from qwen_vram.spec.cards.find import find_gpu
 
 PORT = 8000
 # Format -> `--quantization` of `transformers serve`. Source: transformers 5.23.0, cli/serve.py.

@@ -7,8 +7,8 @@ from typing import Literal, NamedTuple
 from qwen_vram.checkpoints.resolve import stored_knobs
 from qwen_vram.errors import ConfigError, NotSupportedError, UnknownNameError
 from qwen_vram.spec.architecture import Architecture
+from qwen_vram.spec.cards.rows import Gpu
 from qwen_vram.spec.formats import FORMATS, FormatName
-from qwen_vram.spec.gpus import Gpu
 from qwen_vram.spec.profile import Profile
 
 EngineName = Literal["vllm", "transformers"]

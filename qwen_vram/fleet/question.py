@@ -12,7 +12,8 @@ from qwen_vram.fleet.simulation.lengths import Distribution
 from qwen_vram.fleet.simulation.service import Wish
 from qwen_vram.fleet.simulation.traffic import check_arrivals
 from qwen_vram.spec.architecture import Architecture
-from qwen_vram.spec.gpus import Gpu, find_gpu
+from qwen_vram.spec.cards.find import find_gpu
+from qwen_vram.spec.cards.rows import Gpu
 
 GpusLike = str | Sequence[str] | Mapping[str, int]
 

@@ -12,7 +12,7 @@ from qwen_vram.fleet.replica import Replica
 from qwen_vram.fleet.search import Found
 from qwen_vram.fleet.simulation.service import Wish
 from qwen_vram.planning.errors import DoesNotFitError
-from qwen_vram.spec.gpus import Gpu
+from qwen_vram.spec.cards.rows import Gpu
 from qwen_vram.units import format_gib
 
 

@@ -13,8 +13,9 @@ from qwen_vram.fleet.engines import Engine, profile_of
 from qwen_vram.fleet.simulation.simulate import Limits, largest_below
 from qwen_vram.planning.vllm.memory import Limits as ServedLimits
 from qwen_vram.spec.architecture import Architecture
+from qwen_vram.spec.cards.find import machine_of
+from qwen_vram.spec.cards.rows import Gpu, Link
 from qwen_vram.spec.formats import FORMATS
-from qwen_vram.spec.gpus import Gpu, Link, machine_of
 from qwen_vram.spec.workload import Workload
 
 # The share of a link's rate that sums of all GPUs use, and the seconds of a sum of few bytes. 8 GPUs with NVLink added

@@ -7,8 +7,8 @@ import pytest
 
 from qwen_vram.arithmetic.timing.attention import chunk_attention_seconds, prefill_attention_seconds
 from qwen_vram.arithmetic.timing.batched_step import Connection, StepTimes
+from qwen_vram.spec.cards.find import find_gpu, machine_of
 from qwen_vram.spec.catalog import find
-from qwen_vram.spec.gpus import find_gpu, machine_of
 from qwen_vram.spec.profile import Profile
 from qwen_vram.spec.workload import Workload
 from tests.fleet.fleets import replica

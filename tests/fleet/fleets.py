@@ -5,8 +5,8 @@ from functools import cache
 from qwen_vram.fleet.engines import ENGINES
 from qwen_vram.fleet.plan import plan_fleet
 from qwen_vram.fleet.replica import make_replica
+from qwen_vram.spec.cards.find import find_gpu
 from qwen_vram.spec.catalog import find
-from qwen_vram.spec.gpus import find_gpu
 
 SEVEN = "Qwen2.5-7B-Instruct"
 

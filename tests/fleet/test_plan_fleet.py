@@ -10,7 +10,7 @@ import qwen_vram as qv
 from qwen_vram.fleet.engines import ENGINES
 from qwen_vram.fleet.search import fewest_replicas
 from qwen_vram.planning.vllm.memory import MARGIN
-from qwen_vram.spec.gpus import GPUS
+from qwen_vram.spec.cards.rows import GPUS
 from tests.fleet.fleets import SEVEN, fleet, replica
 
 CONFIG = {

@@ -3,7 +3,8 @@
 import pytest
 
 import qwen_vram as qv
-from qwen_vram.spec.gpus import GPUS, find_gpu, machine_of
+from qwen_vram.spec.cards.find import find_gpu, machine_of
+from qwen_vram.spec.cards.rows import GPUS
 from qwen_vram.spec.machine import DEVICE_BANDWIDTH, MATMUL_RATE
 
 ASKED = (
