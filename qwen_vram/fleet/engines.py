@@ -137,7 +137,8 @@ def runs_on(engine: Engine, weights: str, gpu: Gpu, architecture: Architecture) 
     storage = FORMATS[weights]
     if storage.is_16_bit:
         own = architecture.dtype if FORMATS[architecture.dtype].is_16_bit else "bf16"
-        return weights == (own if gpu.has_bf16 else "fp16")
+        on_the_card = own if gpu.has_bf16 else "fp16"
+        return weights == on_the_card
     if storage.is_dense or not engine.fused:
         return True
     if storage.multiplies_fp8 and architecture.stored_format is None:
