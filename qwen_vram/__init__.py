@@ -33,6 +33,10 @@ if TYPE_CHECKING:
         WorkloadError,
     )
     from qwen_vram.estimator import estimate_vram
+    from qwen_vram.fleet.data import FleetOption
+    from qwen_vram.fleet.errors import WishNotMetError
+    from qwen_vram.fleet.plan import plan_fleet
+    from qwen_vram.fleet.result import FleetPlan
     from qwen_vram.lora.merge import merge_lora_then_quantize
     from qwen_vram.lora.report import MergeReport
     from qwen_vram.monitor.log import read_log
@@ -85,6 +89,10 @@ _MODULES = {
     "diagnosis.doctor": ("doctor",),
     "diagnosis.finding": ("Finding",),
     "diagnosis.report": ("Diagnosis",),
+    "fleet.data": ("FleetOption",),
+    "fleet.errors": ("WishNotMetError",),
+    "fleet.plan": ("plan_fleet",),
+    "fleet.result": ("FleetPlan",),
     "lora.merge": ("merge_lora_then_quantize",),
     "lora.report": ("MergeReport",),
     "monitor.log": ("read_log",),
@@ -124,6 +132,8 @@ __all__ = [
     "DoesNotFitError",
     "Estimate",
     "Finding",
+    "FleetOption",
+    "FleetPlan",
     "GenerationStoppedError",
     "HubError",
     "LoadedModel",
@@ -140,6 +150,7 @@ __all__ = [
     "QwenVramError",
     "UnitError",
     "UnknownNameError",
+    "WishNotMetError",
     "Workload",
     "WorkloadError",
     "bench",
@@ -154,6 +165,7 @@ __all__ = [
     "min_vram",
     "offload_map",
     "plan",
+    "plan_fleet",
     "plot_log",
     "quantize_gptq",
     "read_benchmark",

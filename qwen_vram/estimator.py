@@ -9,7 +9,7 @@ from qwen_vram.arithmetic.estimate import Estimate
 from qwen_vram.checkpoints.machine_file import current
 from qwen_vram.checkpoints.resolve import ModelLike, resolve_model, stored_knobs
 from qwen_vram.errors import WorkloadError
-from qwen_vram.spec.concurrency import concurrent, paged_knobs
+from qwen_vram.spec.batching.concurrency import concurrent, paged_knobs
 from qwen_vram.spec.formats import FORMATS
 from qwen_vram.spec.profile import Profile, resolve_profile
 from qwen_vram.spec.workload import Logits, Workload

@@ -17,6 +17,7 @@ Modules:
     render           Rendering of an estimate as text, HTML and a picture.
     replay/          Simulation of torch's caching allocator over the allocations of a load and a generation.
     session          Memory of a session: generations within the planned lengths, in any order.
+    tensor_parallel  Division of every layer over several GPUs, as tensor parallelism divides it.
     tiling           Tiles: the rows of a matrix that are quantized or dequantized at once.
     timing/          Predicted times of prefill and decode steps.
     weights          Bytes of the weights in their storage formats, and of their part on the device.

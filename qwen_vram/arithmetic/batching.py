@@ -5,7 +5,7 @@ from __future__ import annotations
 from qwen_vram.arithmetic.attention import decode_scratch
 from qwen_vram.arithmetic.replay.linear import CUBLAS_WORKSPACE
 from qwen_vram.spec.architecture import Architecture
-from qwen_vram.spec.pages import PAGE, pages_of
+from qwen_vram.spec.batching.pages import PAGE, pages_of
 from qwen_vram.spec.profile import Profile
 from qwen_vram.spec.residency import residency
 from qwen_vram.spec.workload import Workload

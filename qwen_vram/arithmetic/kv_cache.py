@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from qwen_vram.spec.architecture import Architecture
+from qwen_vram.spec.batching.pages import pool_tokens
 from qwen_vram.spec.layers import LayerSpec
-from qwen_vram.spec.pages import pool_tokens
 from qwen_vram.spec.profile import Profile
 
 # Layers of a host cache that are on the device: the one that computes, and the one that is copied.

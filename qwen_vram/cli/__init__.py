@@ -1,7 +1,7 @@
 """The command line `qwen-vram` and its commands.
 
-They are `estimate`, `plan`, `chat`, `serve`, `merge`, `quantize`, `calibrate`, `doctor`, `bench`, `check`, `monitor`,
-`run` and `demo`.
+They are `estimate`, `plan`, `fleet`, `chat`, `serve`, `merge`, `quantize`, `calibrate`, `doctor`, `bench`, `check`,
+`monitor`, `run` and `demo`.
 
 Modules:
     bench     `qwen-vram bench`: configurations of a model, predicted beside measured.
@@ -9,6 +9,7 @@ Modules:
     check     `qwen-vram check`: distance from the 16-bit model, and questions with known answers.
     consoles  Consoles of the commands: results on standard output, errors on standard error.
     doctor    `qwen-vram doctor`: find what costs memory or time on this machine and in a checkpoint.
+    fleet     `qwen-vram fleet`: which GPUs, and how many, serve a number of users.
     machine   `qwen-vram calibrate` and `demo`: measure this machine, and show the bundled model.
     monitor   `qwen-vram monitor` and `run`: watch GPU memory, alone or beside a program.
     options   Options that several commands share, and the parsing of their values.
@@ -33,6 +34,7 @@ from qwen_vram.cli.chat import chat
 from qwen_vram.cli.check import check
 from qwen_vram.cli.consoles import errors
 from qwen_vram.cli.doctor import doctor
+from qwen_vram.cli.fleet import fleet
 from qwen_vram.cli.machine import calibrate, demo
 from qwen_vram.cli.monitor import monitor, run
 from qwen_vram.cli.plans import estimate, plan
@@ -64,7 +66,7 @@ def _options(
     """Options before a command."""
 
 
-for command in (estimate, plan, chat, serve, merge, quantize, calibrate, doctor, bench, check, monitor, demo):
+for command in (estimate, plan, fleet, chat, serve, merge, quantize, calibrate, doctor, bench, check, monitor, demo):
     app.command()(command)
 app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(run)
 

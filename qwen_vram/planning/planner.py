@@ -26,7 +26,7 @@ from qwen_vram.planning.search.decode_graph import not_captured, said_of
 from qwen_vram.planning.search.search import Prefer, Search
 from qwen_vram.planning.sequences import sequences_per_prompt
 from qwen_vram.spec.architecture import Architecture
-from qwen_vram.spec.concurrency import paged_knobs
+from qwen_vram.spec.batching.concurrency import paged_knobs
 from qwen_vram.spec.profile import KNOBS, PROFILES, Profile
 from qwen_vram.spec.residency import Residency, residency
 from qwen_vram.spec.workload import Workload

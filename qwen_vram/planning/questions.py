@@ -23,7 +23,7 @@ from qwen_vram.planning.planner import Plan, plan_for
 from qwen_vram.planning.search.largest_workload import largest_workload, longest_prompt
 from qwen_vram.planning.search.search import Prefer, Search
 from qwen_vram.spec.architecture import Architecture
-from qwen_vram.spec.concurrency import concurrent, paged_knobs
+from qwen_vram.spec.batching.concurrency import concurrent, paged_knobs
 from qwen_vram.spec.profile import Profile, resolve_profile
 from qwen_vram.spec.workload import Workload
 from qwen_vram.units import parse_bytes

@@ -4,9 +4,10 @@ The modules open no file and do not import torch.
 
 Modules:
     architecture  The shape of a decoder, and the list of every weight.
+    batching/     Batched requests: the pages of their KV cache, and the knobs of their plans.
+    cards/        Cards to plan for: their figures, and the rates that times are computed with.
     catalog       The catalog: published dense Qwen2.5 and Qwen3 checkpoints, found by name.
     catalog_rows  Rows of the catalog: checkpoints with the numbers of their config.json.
-    concurrency   `concurrency=N`: the knobs and the batch of a plan whose requests run together.
     config/       Values of a config.json, with the defaults and the types of `transformers`.
     families/     Families of decoders: one module for each `model_type` of config.json.
     family        Description of a family: the common properties of one `model_type`'s models.
@@ -14,7 +15,6 @@ Modules:
     kv_formats    Table of KV cache formats: the bytes of keys and values.
     layers        Description of a decoder layer: its weights, its attention, and its sizes.
     machine       A machine: memory of GPU and driver, and rates; defaults until they are measured.
-    pages         Pages of a paged KV cache, which the requests of a batch share.
     prequantized  Bytes of a prequantized checkpoint's tensors, by part.
     profile       The profile: a frozen object of all knobs, shared by estimator and loader.
     quantization  `quantization_config` of config.json: method, format, and modules left out.

@@ -134,6 +134,11 @@ class StorageFormat(NamedTuple):
         return self.name == "fp8"
 
     @property
+    def multiplies_fp8(self) -> bool:
+        """Tell if servers multiply by it in 8-bit floating point, on cards that can."""
+        return self.name in ("fp8", "fp8-block")
+
+    @property
     def streams(self) -> bool:
         """Tell if layers in it can stay off the device: their backend defines how they are moved."""
         return self.is_dense or self.is_bnb

@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[2] / "qwen_vram"
 MAP = ROOT.parent / "docs" / "architecture.md"
 # Floors from the ground up: imports go down.
 FLOORS = (
-    "errors", "units", "dtypes", "spec", "arithmetic", "checkpoints", "estimator", "planning", "monitor", "runtime",
-    "lora", "demo", "diagnosis", "benchmark", "quality", "__init__", "serving", "tools", "cli", "__main__",
+    "errors", "units", "dtypes", "spec", "arithmetic", "checkpoints", "estimator", "planning", "fleet", "monitor",
+    "runtime", "lora", "demo", "diagnosis", "benchmark", "quality", "__init__", "serving", "tools", "cli", "__main__",
 )  # fmt: skip
 _BEGIN, _END = "<!-- modules: written by python -m tests.hygiene.layout -->", "<!-- end of modules -->"
 WIDTH = 120

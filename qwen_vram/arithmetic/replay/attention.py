@@ -11,9 +11,9 @@ from qwen_vram.arithmetic.kv_cache import HOST_CACHE_LAYERS, all_kv_bytes, large
 from qwen_vram.arithmetic.replay.linear import Products
 from qwen_vram.arithmetic.replay.trace import Consumer
 from qwen_vram.spec.architecture import Architecture
+from qwen_vram.spec.batching.pages import PAGE, pages_of, pool_tokens
 from qwen_vram.spec.layers import Attention as AttentionSpec
 from qwen_vram.spec.layers import LayerSpec
-from qwen_vram.spec.pages import PAGE, pages_of, pool_tokens
 from qwen_vram.spec.profile import Profile
 from qwen_vram.spec.workload import Workload
 

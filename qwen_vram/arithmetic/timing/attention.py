@@ -102,6 +102,19 @@ def prefill_attention_seconds(
     return seconds + past / chunk * _CHUNK if joined else seconds
 
 
+def chunk_attention_seconds(
+    architecture: Architecture, profile: Profile, machine: Machine, *, tokens: int, past: int
+) -> float:
+    """Seconds of attention of one chunk of `tokens` tokens after `past` tokens of its sequence, in all layers.
+
+    The sum over the chunks of a prompt is `prefill_attention_seconds` of fused attention that is not joined from parts.
+    """
+    width = sum(count * layer.attention.width for layer, count in architecture.kinds)
+    newest = 2 * width * tokens * tokens  # causal
+    older = 4 * width * tokens * past
+    return (newest / _CAUSAL + older / _FLASH) / machine.matmul_rate
+
+
 def prefill_elementwise_seconds(
     architecture: Architecture, profile: Profile, workload: Workload, machine: Machine
 ) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qwen_vram.runtime.kv_cache.quantized import QuantizedStates
-from qwen_vram.spec.pages import PAGE
+from qwen_vram.spec.batching.pages import PAGE
 
 
 @torch.library.custom_op(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qwen_vram.arithmetic.attention import DECODE_BLOCK
 from qwen_vram.runtime.kv_cache.quantized import QuantizedStates
-from qwen_vram.spec.pages import PAGE
+from qwen_vram.spec.batching.pages import PAGE
 
 States = Tensor | QuantizedStates
 _LOG2_E = 1.4426950408889634

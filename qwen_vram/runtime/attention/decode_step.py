@@ -14,8 +14,8 @@ from qwen_vram.runtime.kernels.fused_layers import FusedLayer
 from qwen_vram.runtime.kernels.fused_ops import kernels_on
 from qwen_vram.runtime.kv_cache.arena import KvArena
 from qwen_vram.runtime.kv_cache.quantized import QuantizedStates, quantized_states
+from qwen_vram.spec.batching.pages import PAGE
 from qwen_vram.spec.kv_formats import KvFormatName, kv_format
-from qwen_vram.spec.pages import PAGE
 
 _LOGGER = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from qwen_vram.runtime.kernels.fused_layers import FusedLayer
 from qwen_vram.runtime.kv_cache.paged import PagePool
 from qwen_vram.runtime.memory.workspaces import take_workspace
 from qwen_vram.runtime.offload.host_embedding import HostEmbedding
-from qwen_vram.spec.pages import PAGE, pages_of
+from qwen_vram.spec.batching.pages import PAGE, pages_of
 
 # Columns of the state before the page numbers.
 _TOKEN, _FILLED, _PAGES = 0, 1, 2

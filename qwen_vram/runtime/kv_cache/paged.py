@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from qwen_vram.spec.pages import PAGE, pages_of, pool_pages
+from qwen_vram.spec.batching.pages import PAGE, pages_of, pool_pages
 
 States = tuple[Tensor, Tensor]
 

@@ -53,7 +53,7 @@ from qwen_vram.runtime.tensors.checkpoint import (
 from qwen_vram.runtime.tensors.gc_scope import collect_dropped, garbage_of_this_load
 from qwen_vram.runtime.tensors.packed_layout import HostMemory
 from qwen_vram.runtime.torch_dtypes import float32_by_default
-from qwen_vram.spec.concurrency import concurrent
+from qwen_vram.spec.batching.concurrency import concurrent
 from qwen_vram.spec.profile import Profile
 from qwen_vram.spec.workload import Workload
 

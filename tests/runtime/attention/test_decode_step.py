@@ -18,9 +18,9 @@ from qwen_vram.runtime.attention.decode import paged_attention, quantized_attent
 from qwen_vram.runtime.kernels.fused_layers import fuse_layers
 from qwen_vram.runtime.kv_cache.arena import KvArena
 from qwen_vram.runtime.kv_cache.quantized import quantized_states
+from qwen_vram.spec.batching.pages import PAGE
 from qwen_vram.spec.catalog import catalog_row, row_architecture
 from qwen_vram.spec.kv_formats import kv_format
-from qwen_vram.spec.pages import PAGE
 from qwen_vram.spec.profile import Profile
 from qwen_vram.spec.workload import Workload
 
