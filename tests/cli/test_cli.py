@@ -104,7 +104,7 @@ def test_plan_prints_several_gpus_and_a_reserve():
 
 
 def test_a_refusal_over_several_gpus_has_every_devices_bytes():
-    data = json.loads(qwen_vram("plan", "Qwen2.5-32B", "--vram", "0=8GiB,1=4GiB", "--ram", "64GiB", "--json").stdout)
+    data = json.loads(qwen_vram("plan", "Qwen2.5-72B", "--vram", "0=8GiB,1=4GiB", "--ram", "64GiB", "--json").stdout)
     assert data["error"] == "DoesNotFitError"
     assert [data["devices"][device][1] for device in ("0", "1")] == [8 * 2**30, 4 * 2**30]
     assert data["devices"]["0"][0] > 8 * 2**30
