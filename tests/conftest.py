@@ -111,7 +111,7 @@ def calibration() -> list[str]:
     from qwen_vram.demo.tasks import CATEGORIES, examples
 
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
-    found = [one for name in CATEGORIES for one in examples(name, "train", seed=1, count=12) if len(one.prompt) < 600]
+    found = [one for name in CATEGORIES for one in examples(name, "train", seed=1, count=6) if len(one.prompt) < 600]
     chats = [[{"role": "user", "content": one.prompt}, {"role": "assistant", "content": one.answer}] for one in found]
     texts = [str(tokenizer.apply_chat_template(chat, tokenize=False)) for chat in chats]
     # GPTQModel runs every layer five times on each sample: six long ones take less time than fifty.

@@ -87,7 +87,7 @@ class Replayed(NamedTuple):
     reserved: int
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=2048)
 def replay(architecture: Architecture, profile: Profile, workload: Workload) -> Replayed:
     """Replay the load and one run of the workload in a fresh process, as requests to torch's allocator (about 20 ms).
 
@@ -100,7 +100,7 @@ def replay(architecture: Architecture, profile: Profile, workload: Workload) -> 
     return Replayed(allocator.peak, allocator.reserved + pool_bytes(architecture, profile, workload))
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=2048)
 def least_reserved(architecture: Architecture, profile: Profile, workload: Workload, unlimited: int) -> int:
     """The least bytes that torch must be able to reserve: at most `unlimited`, with which it never returns a segment.
 
@@ -137,7 +137,7 @@ def _bounds(
         low, high = (low, middle) if _runs_within(architecture, profile, workload, middle) else (middle, high)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=4096)
 def _runs_within(architecture: Architecture, profile: Profile, workload: Workload, limit: int) -> bool:
     """Tell if loading and a first run succeed if torch can reserve `limit` bytes."""
     try:

@@ -95,7 +95,7 @@ def test_an_estimate_fetches_the_config_and_nothing_else(hub, tmp_path, demo):
 
 @pytest.mark.torch
 def test_a_model_is_downloaded_without_pickles_and_code_and_loads_again_without_the_hub(hub, tmp_path):
-    assert run(LOAD, "someone/demo", hub.endpoint, tmp_path / "cache") == "12 + 30 = 42"
+    assert run_all([(LOAD, "someone/demo")], hub.endpoint, tmp_path / "cache") == ["12 + 30 = 42"]
     fetched = {name for command, name, _ in hub.served if command == "GET"}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= fetched
     assert not fetched & {"pytorch_model.bin", "modeling.py"}

@@ -60,8 +60,7 @@ def test_quantize_looks_at_its_output_before_it_loads(tmp_path):
         (tmp_path / "full", ["--overwrite"], "has no config.json"),
         (tmp_path / "new", ["--max-shard-size", "4"], "max_shard_size"),
     ):
-        # One in a process of its own, as a shell starts it.
-        refused = qwen_vram("quantize", missing, out, *options) if options else run("quantize", missing, str(out))
+        refused = qwen_vram("quantize", missing, out, *options)
         assert refused.returncode == 2
         assert message in " ".join(refused.stderr.split())
 
@@ -140,7 +139,7 @@ def test_a_knob_without_a_value_is_refused():
 
 
 def test_chat_answers_one_message(demo):
-    result = run("chat", str(demo), "-m", "What is 12 + 30?")
+    result = qwen_vram("chat", demo, "-m", "What is 12 + 30?")
     assert result.returncode == 0
     assert "42" in result.stdout
 

@@ -12,7 +12,7 @@ import torch
 from qwen_vram.demo import ADAPTER
 from qwen_vram.demo.tasks import CATEGORIES, SKILL, Example, examples
 
-COUNT = 40
+COUNT = 20
 
 
 @pytest.fixture(scope="module")

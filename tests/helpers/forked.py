@@ -1,4 +1,4 @@
-"""Python code in a process of its own, forked from one that has imported torch and transformers, and no more."""
+"""Python code in a process of its own, forked from one that has imported torch and transformers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from subprocess import CompletedProcess, TimeoutExpired
 from tempfile import TemporaryDirectory
 
-_PRELOADED = ["qwen_vram.cli", "qwen_vram.runtime.loading.load", "transformers.models.qwen2.modeling_qwen2"]
+from tests.helpers.command import PRELOADED
 
 
 class Forked:
@@ -21,7 +21,7 @@ class Forked:
 
     def __init__(self, code: str, *arguments: object, env: Mapping[str, str] | None = None) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOADED)
+        context.set_forkserver_preload(PRELOADED)
         self._folder = TemporaryDirectory(prefix="qwen_vram_forked_")
         self._words = [str(one) for one in arguments]
         work = (code, self._words, self._folder.name, os.getcwd(), dict(os.environ if env is None else env))

@@ -1,4 +1,4 @@
-"""Merges that are killed: run as `python lora_killed.py FOLDER BASE ADAPTER SIGNAL=COUNT ...`, in a process of its own.
+"""Merges that are killed: code for `python -c CODE FOLDER BASE ADAPTER SIGNAL=COUNT ...`, in a process of its own.
 
 Every merge runs in a fork of this process, which has the libraries in memory and runs no threads, and is sent a signal
 after a random, seeded time. Prints what was found after each, as a JSON object with a list for each signal.

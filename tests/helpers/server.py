@@ -14,16 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from tests.helpers.command import _code, _command_line, _main
-
-_PRELOADED = [
-    "qwen_vram.cli",
-    "qwen_vram.runtime.loading.load",
-    "transformers.models.qwen2.modeling_qwen2",
-    "bitsandbytes",
-    "fastapi",
-    "uvicorn",
-]
+from tests.helpers.command import PRELOADED, _code, _command_line, _main
 
 
 class Server:
@@ -35,7 +26,7 @@ class Server:
 
     def __init__(self, *arguments: object, code: str = "", environment: dict[str, str] | None = None) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOADED)
+        context.set_forkserver_preload(PRELOADED)
         self._folder = TemporaryDirectory(prefix="qwen_vram_server_")
         (Path(self._folder.name) / "in").touch()
         words = [code] if code else ["serve", *map(str, arguments), "--port", "0"]

@@ -164,11 +164,14 @@ def bad_openings(docstring: str) -> Iterator[str]:
         yield first
 
 
-def module_openings(package: Path = PACKAGE) -> Iterator[tuple[str, str]]:
+@cache
+def module_openings(package: Path = PACKAGE) -> tuple[tuple[str, str], ...]:
     """Path and first docstring line of every module; the line is empty if there is no docstring."""
+    found = []
     for path in sorted(package.rglob("*.py")):
         docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
-        yield path.relative_to(package.parent).as_posix(), docstring.partition("\n")[0]
+        found.append((path.relative_to(package.parent).as_posix(), docstring.partition("\n")[0]))
+    return tuple(found)
 
 
 def folder_of(path: str) -> str:

@@ -1,14 +1,13 @@
 """Killed or interrupted at any instant, a merge leaves no partial output, and the next run completes."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("peft")
 
+from tests.helpers.forked import python
 from tests.helpers.lora_models import make_adapter, make_base
 from tests.helpers.shared import made_once
 
@@ -28,8 +27,8 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         adapter = make_adapter(base, root / "adapter", target_modules="all-linear")
         (root / "merged").mkdir()
         words = [f"{name}={count}" for name, count in counts.items()]
-        command = [sys.executable, SCRIPT, root / "merged", base, adapter, *words]
-        finished = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True, timeout=240)
+        finished = python(SCRIPT.read_text(encoding="utf-8"), root / "merged", base, adapter, *words)
+        finished.check_returncode()
         (root / "outcomes.json").write_text(finished.stdout.splitlines()[-1])
 
     made = made_once(tmp_path_factory, f"killed {request.param}", kill)

@@ -4,8 +4,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +20,7 @@ from qwen_vram.lora.codecs.registry import QUANTIZATIONS
 from qwen_vram.lora.merge import merge_lora_then_quantize
 from qwen_vram.runtime.quantize_on_load import LINEARS
 from tests.conftest import make_checkpoint
+from tests.helpers import command
 from tests.helpers.forked import python
 from tests.helpers.hub_server import serving
 from tests.helpers.lora_models import (
@@ -225,7 +224,7 @@ def test_by_hub_id(base, adapter, tmp_path):
     with serving({"someone/base": base, "someone/adapter": adapter}) as hub:
         environment = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
         environment["HF_HUB_CACHE"] = str(tmp_path / "cache" / "hub")
-        subprocess.run([sys.executable, "-c", code], env={**os.environ, **environment}, check=True, timeout=120)
+        command.python(code, environment={**os.environ, **environment}).check_returncode()
     merge(base, adapter, tmp_path / "local")
     assert_same(stored(tmp_path / "out"), stored(tmp_path / "local"))
 
@@ -256,6 +255,7 @@ def test_torchs_settings_come_back_and_do_not_count(base, adapter, tmp_path):
     assert_same(stored(tmp_path / "one"), stored(tmp_path / "other"))
 
 
+TABLE_ROWS = 24_000
 MEMORY = """
 import sys
 from pathlib import Path
@@ -276,18 +276,18 @@ print(peak() - before)
 
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory):
-    """A base of two tables of 131 MB in float32 each, with little else, and an adapter for both."""
+    """A base of two tables of 98 MB in float32 each, with little else, and an adapter for both."""
     root = tmp_path_factory.mktemp("tables")
-    shape = {"vocab_size": 32_000, "hidden_size": 1024, "num_hidden_layers": 1, "intermediate_size": 256}
+    shape = {"vocab_size": TABLE_ROWS, "hidden_size": 1024, "num_hidden_layers": 1, "intermediate_size": 256}
     base = make_base(root / "base", **shape)
     adapter = root / "adapter"
     adapter.mkdir()
     prefix = "base_model.model."
     tensors = {
-        f"{prefix}model.embed_tokens.lora_embedding_A": torch.randn(16, 32_000) * 0.01,
+        f"{prefix}model.embed_tokens.lora_embedding_A": torch.randn(16, TABLE_ROWS) * 0.01,
         f"{prefix}model.embed_tokens.lora_embedding_B": torch.randn(1024, 16) * 0.01,
         f"{prefix}lm_head.lora_A.weight": torch.randn(16, 1024) * 0.01,
-        f"{prefix}lm_head.lora_B.weight": torch.randn(32_000, 16) * 0.01,
+        f"{prefix}lm_head.lora_B.weight": torch.randn(TABLE_ROWS, 16) * 0.01,
     }
     save_file(tensors, adapter / "adapter_model.safetensors")
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 16, "lora_alpha": 32}))
@@ -301,7 +301,7 @@ def test_no_table_is_ever_in_memory_as_a_whole(tables, tmp_path, quantize):
     finished = python(MEMORY, *tables, tmp_path / "out", quantize)
     finished.check_returncode()
     print(finished.stdout)
-    assert int(finished.stdout.splitlines()[-1]) < 32_000 * 1024 * 4
+    assert int(finished.stdout.splitlines()[-1]) < TABLE_ROWS * 1024 * 4
 
 
 def test_pieces_tile_the_rows(monkeypatch):

@@ -30,6 +30,7 @@ from tests.helpers.lora_models import (
     stored,
     untied_twin,
 )
+from tests.helpers.tiers import thinned
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 OPTIONS = {
@@ -65,8 +66,7 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Pa
     return made
 
 
-@pytest.mark.parametrize("kind", ["untied", "tied", "qwen3"])
-@pytest.mark.parametrize("quantize", OPTIONS)
+@pytest.mark.parametrize(*thinned(1, quantize=list(OPTIONS), kind=["untied", "tied", "qwen3"]))
 def test_the_same_as_merging_in_memory_and_quantizing_on_load(merged, tmp_path, monkeypatch, quantize, kind):
     """The same files as transformers saves, and, loaded by plain transformers, the same logits."""
     base, adapter, in_memory = merged[kind]
@@ -110,8 +110,7 @@ def answering(untied, tied, qwen3, tmp_path_factory: pytest.TempPathFactory) -> 
     return made
 
 
-@pytest.mark.parametrize("kind", ["untied", "tied", "tied, an update of the head", "qwen3"])
-@pytest.mark.parametrize("quantize", OWN)
+@pytest.mark.parametrize(*thinned(1, quantize=OWN, kind=["untied", "tied", "tied, an update of the head", "qwen3"]))
 def test_the_same_as_merging_in_memory_loading_and_saving(answering, tmp_path, monkeypatch, quantize, kind):
     """Byte for byte; it loads with no knob, to the same logits."""
     base, adapter, in_memory = answering[kind]

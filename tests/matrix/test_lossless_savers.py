@@ -16,7 +16,7 @@ LOSSLESS = [
     {"attention": "fused"},
     {"dequantization": "tiled"},
 ]
-NEW = 12  # tokens on the CPU
+NEW = 8  # tokens on the CPU
 ALL = {knob: value for knobs in LOSSLESS for knob, value in knobs.items()}
 
 
@@ -25,7 +25,7 @@ def test_lossless_savers_give_the_tokens_of_plain_transformers(demo, weights):
     texts = chats(demo)
     tokenizer = AutoTokenizer.from_pretrained(demo)
     plain = AutoModelForCausalLM.from_pretrained(demo, dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[weights])
-    batches, expected = [texts[:1], texts[1:], texts], []
+    batches, expected = [texts[:1], texts], []  # in chunks without a mask, and padded
     for batch in batches:
         inputs = tokenizer(batch, return_tensors="pt", padding=True, padding_side="left")
         output = plain.generate(**inputs, max_new_tokens=NEW, do_sample=False)

@@ -93,7 +93,7 @@ class _Step(NamedTuple):
     cached: int
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=2048)
 def moments(architecture: Architecture, profile: Profile, workload: Workload) -> tuple[Moment, ...]:
     """Return the moments that can have the peak, for the steps that can have it.
 

@@ -1,6 +1,7 @@
 """Models that compute NaN or infinities: every kind of generation says so, and names the dtype and the module."""
 
 import shutil
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -56,19 +57,24 @@ CALLS = {
 }
 
 
+@pytest.fixture(scope="module")
+def by_weights(loud):
+    """The loud model in each dtype, loaded once for all calls."""
+    with ExitStack() as stack:
+        yield {weights: stack.enter_context(load(loud, weights=weights)) for weights in ("fp16", "bf16", "fp32")}
+
+
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_every_generation_notices(loud, call):
-    with load(loud, weights="fp16") as llm:
-        for _ in range(2):  # the second is not another matter
-            with pytest.raises(
-                qv.NotFiniteError, match="in fp16; the first output that is not finite is that of"
-            ) as caught:
-                call(llm)
-            assert (caught.value.dtype, caught.value.module) == ("fp16", LATE)
-            assert "do not fit fp16: load with weights='bf16', or weights='fp32'" in str(caught.value)
+def test_every_generation_notices(by_weights, call):
+    for _ in range(2):  # the second is not another matter
+        with pytest.raises(
+            qv.NotFiniteError, match="in fp16; the first output that is not finite is that of"
+        ) as caught:
+            call(by_weights["fp16"])
+        assert (caught.value.dtype, caught.value.module) == ("fp16", LATE)
+        assert "do not fit fp16: load with weights='bf16', or weights='fp32'" in str(caught.value)
     for weights in ("bf16", "fp32"):  # what the error says to do
-        with load(loud, weights=weights) as llm:
-            call(llm)
+        call(by_weights[weights])
 
 
 KNOBS = [

@@ -459,8 +459,12 @@ def test_what_was_there_stays_when_it_fails(untied, gptqmodel, tmp_path, monkeyp
 
 @pytest.mark.parametrize(
     ("how", "written"),
-    [(signal.SIGINT, 0), (signal.SIGKILL, 5000), pytest.param(signal.SIGINT, 5000, marks=pytest.mark.full)],
-    ids=["interrupted", "killed", "interrupted later"],
+    [
+        (signal.SIGINT, 0),
+        (signal.SIGKILL, 0),
+        *(pytest.param(how, 5000, marks=pytest.mark.full) for how in (signal.SIGINT, signal.SIGKILL)),
+    ],
+    ids=["interrupted", "killed", "interrupted later", "killed later"],
 )
 def test_stopped_on_the_way_it_leaves_no_process_and_no_output(demo, gptqmodel, calibration, tmp_path, how, written):
     """As the process of GPTQModel starts, and behind its imports, after some bytes of its log."""

@@ -13,6 +13,7 @@ from qwen_vram.runtime.kernels import fused_ops as elementwise
 from qwen_vram.runtime.kernels.fused_layers import FusedAttention, FusedLayer, FusedMlp, FusedNorm, fuse_layers
 from qwen_vram.spec.catalog import catalog_row
 from tests.helpers.exact_replay import exact_replay
+from tests.helpers.tiers import thinned
 
 PLAIN = {"profile": "default", "attention": "sdpa", "device": "cpu", "progress": False}
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -33,20 +34,18 @@ def run(folder, **knobs):
         return logits, tokens
 
 
-@pytest.mark.parametrize(
-    "knobs",
-    [
-        {},
-        {"weights": "fp32"},
-        {"attention": "fused", "cache": "preallocated", "prefill_chunk_size": 16},
-        {"attention": "eager", "cache": "static"},
-        {"cache": "preallocated", "kv_cache": "int8"},
-        {"weights": "nf4"},
-        {"streamed_layers": 2, "host_layers": 1},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("kind", ["demo", "qwen3"])
+KNOBS = [
+    {},
+    {"weights": "fp32"},
+    {"attention": "fused", "cache": "preallocated", "prefill_chunk_size": 16},
+    {"attention": "eager", "cache": "static"},
+    {"cache": "preallocated", "kv_cache": "int8"},
+    {"weights": "nf4"},
+    {"streamed_layers": 2, "host_layers": 1},
+]
+
+
+@pytest.mark.parametrize(*thinned(1, kind=["demo", "qwen3"], knobs=KNOBS), ids=str)
 def test_on_the_cpu_nothing_changes_bit_for_bit(request, kind, knobs):
     folder = request.getfixturevalue(kind)
     logits, tokens = run(folder, **knobs)
