@@ -85,9 +85,26 @@ class Submissions:
 
     def __init__(self, model: Callable[[], Any], prompts: Prompts, generations: Generations) -> None:
         self._model, self._prompts, self._generations = model, prompts, generations
-        self.most = 1000
+        self._most = 1000
         self._open = 0
         self._lock = Lock()
+
+    @property
+    def most(self) -> int:
+        """The number, as the class says.
+
+        Raises:
+            WorkloadError: it is set to another value than a positive whole number.
+        """
+        return self._most
+
+    @most.setter
+    def most(self, most: int) -> None:
+        if isinstance(most, bool) or not isinstance(most, int) or most < 1:
+            raise WorkloadError(
+                f"max_waiting must be a positive whole number of requests, got {most!r}", name="max_waiting", got=most
+            )
+        self._most = most
 
     def submit(
         self,
@@ -102,7 +119,9 @@ class Submissions:
         """Return a future as `LoadedModel.submit`."""
         if (message is None) == (prompt is None):
             raise WorkloadError("pass either a message or a prompt", name="prompt", got=prompt)
-        if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or timeout <= 0):
+        if timeout is not None and (
+            isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0
+        ):
             raise WorkloadError(
                 f"timeout must be None or a number of seconds above 0, got {timeout!r}", name="timeout", got=timeout
             )
@@ -122,30 +141,43 @@ class Submissions:
         ahead: int,
         options: dict[str, Any],
     ) -> Iterator[Result]:
-        """Yield results as `LoadedModel.generate_many`.
+        """Return an iterator over results as `LoadedModel.generate_many`.
 
         Args:
             ahead: Requests that run at once.
+
+        Raises:
+            WorkloadError: `prompts` is one text.
         """
+        if isinstance(prompts, str):
+            raise WorkloadError(
+                "prompts must be an iterable of texts or conversations, got one text; pass [text]",
+                name="prompts",
+                got=prompts,
+            )
+        asked = {"max_new_tokens": max_new_tokens, "timeout": timeout, **options}
+        return self._results(enumerate(prompts), max(1, _AHEAD * ahead), asked)
+
+    def _results(self, prompts: Iterator[tuple[int, Any]], ahead: int, asked: dict[str, Any]) -> Iterator[Result]:
+        """Yield results; `ahead` is the most requests that are submitted and not yielded yet."""
         finished: SimpleQueue[tuple[int, Pending]] = SimpleQueue()
         running: dict[int, Pending] = {}
-        most = min(max(1, _AHEAD * ahead), self.most)
-        numbered: Iterator[tuple[int, str | Sequence[Message]]] = iter(enumerate(prompts))
+        refused: list[tuple[int, Any]] = []  # a prompt that found the queue full
         exhausted = False
         try:
-            while not exhausted or running:
-                while not exhausted and len(running) < most:
-                    index, prompt = next(numbered, (-1, ""))
-                    exhausted = index < 0
-                    if exhausted:
+            while not exhausted or refused or running:
+                while len(running) < min(ahead, self.most) and (refused or not exhausted):
+                    index, prompt = refused.pop() if refused else next(prompts, (-1, ""))
+                    if index < 0:
+                        exhausted = True
                         break
-                    asked: dict[str, Any] = {"prompt": prompt} if isinstance(prompt, str) else {"message": prompt}
+                    what: dict[str, Any] = {"prompt": prompt} if isinstance(prompt, str) else {"message": prompt}
                     try:
-                        one = self.submit(**asked, max_new_tokens=max_new_tokens, timeout=timeout, **options)
+                        one = self.submit(**what, **asked)
                     except QueueFullError:
                         if not running:
                             raise
-                        numbered = _again(index, prompt, numbered)
+                        refused.append((index, prompt))
                         break
                     except Exception as error:
                         yield Result(index, None, error)
@@ -173,9 +205,15 @@ class Submissions:
         future = Pending()
         jobs: list[Job[Any]] = []
 
-        def ended() -> None:
+        counted = [True]
+
+        def leave() -> None:
             with self._lock:
-                self._open -= 1
+                self._open -= counted[0]
+                counted[0] = False
+
+        def ended() -> None:
+            leave()
             future.settle(lambda: self._read(made, jobs.pop()))
 
         try:
@@ -184,8 +222,7 @@ class Submissions:
             jobs.append(job)
             job.start()
         except BaseException:
-            with self._lock:
-                self._open -= 1
+            leave()  # an interrupted job may end later
             raise
         future.follow(job)
         return future
@@ -207,9 +244,3 @@ def _result(index: int, one: Pending) -> Result:
         return Result(index, one.result(), None)
     except (Exception, CancelledError) as error:
         return Result(index, None, error if isinstance(error, Exception) else None)
-
-
-def _again(index: int, prompt: Any, rest: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
-    """Yield a prompt that found no place, and then the others."""
-    yield index, prompt
-    yield from rest

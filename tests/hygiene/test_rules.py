@@ -22,6 +22,10 @@ LORA = Weight("model.layers.0.self_attn.q_proj.lora_A.weight", (8, 128), "adapte
 FIXED = {"attention": "fused", "cache": "preallocated"}
 # Knobs that exclude each other, and the knob that is named.
 EXCLUDED = [
+    ({"cache": "paged", "kv_cache": "int8"}, "kv_cache"),
+    ({"cache": "paged", "kv_device": "host"}, "kv_device"),
+    ({"cache": "paged", "streamed_layers": 1}, "streamed_layers"),
+    ({"cache": "paged", "attention": "fused", "compiled": True}, "compiled"),
     ({"disk_layers": 1}, "disk_layers"),
     ({"streamed_layers": 2, "disk_layers": 1, "host_layers": 2}, "host_layers"),
     ({"kv_cache": "int4", "cache": "static"}, "kv_cache"),
@@ -86,11 +90,16 @@ def test_each_rule_of_what_runs_nowhere_is_broken_by_an_example():
         assert not_loadable(MODEL, qv.Profile()) is None
 
 
-@pytest.mark.parametrize("knobs", [{"streamed_layers": 2}, {**FIXED, "captured": True}, {**FIXED, "compiled": True}])
+@pytest.mark.parametrize(
+    "knobs",
+    [{"streamed_layers": 2}, {**FIXED, "captured": True}, {**FIXED, "compiled": True}, {"cache": "paged"}],
+    ids=lambda knobs: list(knobs)[-1],
+)
 def test_each_rule_of_several_gpus_is_broken_by_an_example(knobs):
     named = list(knobs)[-1]
-    assert len(table.SEVERAL_GPU_RULES) == 3
-    with pytest.raises(qv.NotSupportedError, match=f"^{named}={knobs[named]} over 2 GPUs cannot be loaded yet"):
+    assert len(table.SEVERAL_GPU_RULES) == 4
+    begins = r"concurrent requests \(cache='paged'\)" if named == "cache" else f"{named}={knobs[named]}"
+    with pytest.raises(qv.NotSupportedError, match=f"^{begins} over 2 GPUs cannot be loaded yet"):
         table.check_split(qv.Profile(**knobs), 2)
     table.check_split(qv.Profile(), 2)
 
@@ -104,6 +113,7 @@ def test_each_rule_of_this_machine_is_broken_by_an_example(monkeypatch):
     examples = [
         ({**FIXED, "compiled": True}, "cpu", "compiled"),
         ({**FIXED, "captured": True}, "cpu", "captured"),
+        ({"attention": "fused", "cache": "paged"}, "cuda", "captured"),
         ({**layers, "weights": "int8-wo"}, "cpu", "streamed_layers"),
         ({**layers, "weights": "int8-wo"}, "cpu", "host_layers"),
         ({"attention": "fused"}, "cuda", "attention"),
@@ -116,7 +126,8 @@ def test_each_rule_of_this_machine_is_broken_by_an_example(monkeypatch):
         here = preflight.Here(profile, MODEL, backends.get_backend(profile.weights), torch.device(device))
         assert rule.when(here)
         assert rule.knob == named
-        assert rule.message(here).startswith(f"{named}=")
+        begins = "concurrent requests (cache='paged') on a GPU need " if profile.cache == "paged" else ""
+        assert rule.message(here).startswith(f"{begins}{named}=")
         assert not rule.when(here._replace(profile=qv.Profile()))
 
 

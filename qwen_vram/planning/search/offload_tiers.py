@@ -109,7 +109,7 @@ class Tiers:
     def may_read_layers(self, profile: Profile) -> bool:
         """Tell if layers of `profile` may stay on the disk: the caller left it open, and the files have its format."""
         as_stored = self.architecture.stored_format is not None or profile.dtype == self.architecture.dtype
-        return self.may_read and as_stored and may_be_on_disk(self.architecture, profile)
+        return profile.cache != "paged" and self.may_read and as_stored and may_be_on_disk(self.architecture, profile)
 
 
 def most(limit: int, holds: Callable[[int], bool]) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import Cache
 
-from qwen_vram.arithmetic.batching import packed_tokens
+from qwen_vram.arithmetic.batching import DRAWN_TOGETHER, packed_tokens
 from qwen_vram.errors import NotSupportedError, WorkloadError
 from qwen_vram.planning.planner import Plan
 from qwen_vram.runtime.batching.batch_job import BatchJob
@@ -91,10 +91,10 @@ class BatchedGenerations(Generations):
         prompts = [row[mask].tolist() for row, mask in zip(inputs["input_ids"], masks, strict=True)]
         for prompt in prompts:
             self._check(Workload(prompt_len=len(prompt), max_new_tokens=new))
+        sequences = [prompt for prompt in prompts for _ in range(asked.sequences())]
         requests = [
-            Request(loaded, self._tokenizer, prompt, new, options, deadline=deadline)
-            for prompt in prompts
-            for _ in range(asked.sequences())
+            Request(loaded, self._tokenizer, ids, new, options, deadline=deadline, place=_place(number, len(sequences)))
+            for number, ids in enumerate(sequences)
         ]
 
         def answered(made: Sequence[Request]) -> None:
@@ -140,6 +140,12 @@ class BatchedGenerations(Generations):
                 meter.start()
             run()
             self._keep(self.plan.workload, meters, lambda device: self.batcher.pool.nbytes)
+
+
+def _place(number: int, sequences: int) -> tuple[int, int]:
+    """Return the place of a sequence among those whose seeded draws are made together, which need memory for each."""
+    start = number - number % DRAWN_TOGETHER
+    return number - start, min(sequences - start, DRAWN_TOGETHER)
 
 
 def batcher_for(model: Any, plan: Plan, progress: Callable[..., Iterable[int]]) -> tuple[Batcher, float]:

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from qwen_vram.arithmetic.batching import DRAWN_TOGETHER
+from qwen_vram.runtime.generation.watched import REFUSED, in_generate, refusal
 
 # Processors of `transformers` that treat each row alone and do not read its tokens.
 _OF_ROWS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
@@ -28,12 +29,22 @@ class Choice:
         processors: Processors of `transformers` and of the caller, in order.
         sample: Draw a token; otherwise take the likeliest.
         seed: The seed of its draws; `None` for torch's own generator.
+        place: The number of its sequence in its call, and the number of these sequences. With a seed each sequence has
+            the draws that it would have in a batch of them.
     """
 
-    def __init__(self, processors: LogitsProcessorList, *, sample: bool, seed: int | None) -> None:
+    def __init__(
+        self,
+        processors: LogitsProcessorList,
+        *,
+        sample: bool,
+        seed: int | None,
+        place: tuple[int, int] = (0, 1),
+    ) -> None:
         self._processors = processors
         self._sample = sample
         self._seed = seed
+        self._place = place
         self._generator: torch.Generator | None = None
 
     @property
@@ -65,7 +76,10 @@ class Choice:
             return scores.argmax(dim=-1)
         if self._seed is not None and self._generator is None:
             self._generator = torch.Generator(scores.device).manual_seed(self._seed)
-        return torch.multinomial(scores.softmax(dim=-1), 1, generator=self._generator)[:, 0]
+        shares, (number, sequences) = scores.softmax(dim=-1), self._place
+        if self._generator is None or sequences == 1:
+            return torch.multinomial(shares, 1, generator=self._generator)[:, 0]
+        return torch.multinomial(shares.repeat(sequences, 1), 1, generator=self._generator)[number]
 
     @property
     def has_seed(self) -> bool:
@@ -107,7 +121,8 @@ def draw(asked: Sequence[Asked], logits: Tensor) -> Drawn:
             except Exception as error:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
-                drawn.errors.update(dict.fromkeys(rows, error))
+                refused = isinstance(error, REFUSED) and in_generate(error)
+                drawn.errors.update(dict.fromkeys(rows, refusal(error, ()) if refused else error))
     if found:
         numbers = torch.cat([tokens for _, tokens in found]).tolist()
         every = [row for rows, _ in found for row in rows]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from time import monotonic
+from time import monotonic, time
 from typing import Any
 
 import torch
@@ -12,11 +12,13 @@ from transformers import (
     EosTokenCriteria,
     LogitsProcessorList,
     MaxLengthCriteria,
+    MaxTimeCriteria,
     StoppingCriteriaList,
 )
 
-from qwen_vram.errors import GenerationStoppedError, NotSupportedError
+from qwen_vram.errors import GenerationStoppedError, NotSupportedError, QwenVramError
 from qwen_vram.runtime.batching.choice import Choice
+from qwen_vram.runtime.generation.watched import REFUSED, refusal
 from qwen_vram.runtime.kv_cache.paged import PagedCache
 from qwen_vram.runtime.scheduling.turns import OVERDUE
 
@@ -32,9 +34,8 @@ class Request:
     Args:
         ids: Tokens of the prompt.
         options: Checked options of `generate`.
-        streamer: Takes the tokens; a request of several sequences has none.
-
         deadline: The value of `time.monotonic()` from which it is stopped.
+        place: As for `Choice`.
 
     Attributes:
         stopped: The reason why the request must end, as the words after "the generation"; empty if it may continue.
@@ -47,6 +48,7 @@ class Request:
 
     Raises:
         NotSupportedError: an option that a batch of requests does not run.
+        WorkloadError: `transformers` refuses the options.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Request:
         options: Mapping[str, Any],
         *,
         deadline: float | None = None,
+        place: tuple[int, int] = (0, 1),
     ) -> None:
         self.prompt_len, self.max_new_tokens = len(ids), max_new_tokens
         self.deadline = deadline
@@ -76,20 +79,25 @@ class Request:
         self._tokens = torch.empty(len(ids) + max_new_tokens, dtype=torch.long)
         self._tokens[: len(ids)] = torch.tensor(ids)
         self.count = len(ids)
-        config = _config(model, passed, self.prompt_len, max_new_tokens)
+        try:
+            config = _config(model, passed, self.prompt_len, max_new_tokens)
+            made = model._get_logits_processor(
+                generation_config=config,
+                input_ids_seq_length=len(ids),
+                encoder_input_ids=self.tokens[None],
+                logits_processor=LogitsProcessorList(processors or ()),
+                device=model.device,
+                model_kwargs={},
+            )
+            own = StoppingCriteriaList(criteria or ())
+            every = model._get_stopping_criteria(generation_config=config, stopping_criteria=own, tokenizer=tokenizer)
+        except QwenVramError:
+            raise
+        except REFUSED as error:
+            raise refusal(error, options) from error
         eos = config._eos_token_tensor
         self._ends = frozenset([] if eos is None else eos.tolist())
-        made = model._get_logits_processor(
-            generation_config=config,
-            input_ids_seq_length=len(ids),
-            encoder_input_ids=self.tokens[None],
-            logits_processor=LogitsProcessorList(processors or ()),
-            device=model.device,
-            model_kwargs={},
-        )
-        self.choice = Choice(made, sample=bool(config.do_sample), seed=seed)
-        own = StoppingCriteriaList(criteria or ())
-        every = model._get_stopping_criteria(generation_config=config, stopping_criteria=own, tokenizer=tokenizer)
+        self.choice = Choice(made, sample=bool(config.do_sample), seed=seed, place=place)
         counted = (MaxLengthCriteria, EosTokenCriteria)  # by `take` itself
         self._criteria = [one for one in every if not isinstance(one, counted) or one in own]
         self.stopped = ""
@@ -116,7 +124,10 @@ class Request:
         return self.count - self.prompt_len
 
     def begin(self) -> None:
-        """Give the prompt to the streamer."""
+        """Give the prompt to the streamer, and start the time of `max_time`."""
+        for one in self._criteria:
+            if isinstance(one, MaxTimeCriteria):
+                one.initial_timestamp = time()
         if self._streamer is not None:
             self._streamer.put(self.tokens[None])
 
@@ -159,6 +170,8 @@ def _config(model: Any, options: dict[str, Any], prompt_len: int, max_new_tokens
     config.max_length = prompt_len + max_new_tokens
     if config.min_new_tokens is not None:
         config.min_length = prompt_len + config.min_new_tokens
+    if config.token_healing:
+        rest["token_healing"] = True
     rest = {name: value for name, value in rest.items() if value is not None and name not in _KNOWN}
     mode = str(getattr(config.get_generation_mode(), "value", config.get_generation_mode()))
     if rest or mode not in _MODES:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,9 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from qwen_vram.errors import QwenVramError, WorkloadError
 from qwen_vram.runtime.generation.finite import FiniteLogits, NotFinite, explained
 from qwen_vram.runtime.requests.seeded import Seeded
+
+# Errors of `transformers`' generate() about its arguments.
+REFUSED = (ValueError, TypeError, AttributeError, NotImplementedError, ImportError)
 
 
 @contextmanager
@@ -38,21 +41,30 @@ def watched(model: Any, settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]
         raise explained(model, finite.context) from None
     except QwenVramError:
         raise
-    except (ValueError, TypeError, AttributeError, NotImplementedError, ImportError) as error:
-        if finite.context is not None and not _in_generate(error):
+    except REFUSED as error:
+        if finite.context is not None and not in_generate(error):
             raise
-        said = " ".join(str(error).split())
-        raise WorkloadError(
-            f"transformers' generate() refuses these options: {said}", name="options", got=sorted(settings)
-        ) from error
+        raise refusal(error, settings) from error
     finally:
         if seeded is not None:
             seeded.end()
 
 
-def _in_generate(error: BaseException) -> bool:
+def in_generate(error: BaseException) -> bool:
     """Tell if `transformers`' code around the model raised the error, such as a logits processor."""
     place = error.__traceback__
     while place is not None and place.tb_next is not None:
         place = place.tb_next
     return place is not None and place.tb_frame.f_globals.get("__name__", "").startswith("transformers.generation.")
+
+
+def refusal(error: Exception, settings: Iterable[str]) -> WorkloadError:
+    """Return the refusal of options by `transformers`' code, from its error.
+
+    Args:
+        settings: The names of the options.
+    """
+    said = " ".join(str(error).split())
+    return WorkloadError(
+        f"transformers' generate() refuses these options: {said}", name="options", got=sorted(settings)
+    )

@@ -4,20 +4,14 @@ import dataclasses
 import functools
 import json
 import logging
-import shutil
-from pathlib import Path
 
 import pytest
 
 import qwen_vram as qv
 from qwen_vram.arithmetic.weights import stored_weights
-from tests.conftest import CHECKPOINT
+from tests.helpers.llama import LLAMA3, make_llama
 from tests.helpers.lora_models import make_adapter, peft_model
 
-LLAMA3 = {
-    "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}  # fmt: skip
 # Source: https://huggingface.co/meta-llama/Llama-3.2-1B/blob/main/config.json
 LLAMA_3_2_1B = {
     "vocab_size": 128_256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
@@ -42,12 +36,6 @@ SIZES = {
     "Llama-2-7b": (LLAMA_2_7B, 6_738_415_616),
     "biased": (BIASED, None),
 }
-# A tiny one: its own head sizes, stretched positions, and matrices that every format takes.
-SHAPE = {
-    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 1024, "rms_norm_eps": 1e-5,
-}  # fmt: skip
-ROPE = {**LLAMA3, "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 10_000.0}
 PROMPT, NEW = 40, 12
 ASKED = {"profile": "default", "prompt_len": PROMPT, "max_new_tokens": NEW, "progress": False}
 
@@ -145,25 +133,8 @@ def test_layers_that_differ_are_counted_one_by_one():
 
 @pytest.fixture(scope="module", params=["plain", "biased"])
 def folder(request, tmp_path_factory):
-    """A checkpoint of random weights, large enough that logits differ, with the bundled tokenizer."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
     biased = {"attention_bias": True, "mlp_bias": True} if request.param == "biased" else {}
-    config = LlamaConfig(
-        **SHAPE, **biased, vocab_size=1024, rope_parameters=ROPE, bos_token_id=None, eos_token_id=None, pad_token_id=0
-    )
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
-    for name, parameter in model.named_parameters():
-        if "norm" not in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    made: Path = tmp_path_factory.mktemp(request.param)
-    model.save_pretrained(made)
-    for file in CHECKPOINT.iterdir():
-        if "token" in file.name or file.suffix == ".jinja":
-            shutil.copy(file, made)
-    return made
+    return make_llama(tmp_path_factory.mktemp(request.param), **biased)
 
 
 def prompt():
