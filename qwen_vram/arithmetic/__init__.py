@@ -4,7 +4,7 @@ The modules open no file and do not import torch.
 
 Modules:
     attention        Lengths and alignments that attention kernels require, for estimator and runtime.
-    batching         Memory of batched requests: the pages of their cache, and the tensors of their decode steps.
+    batching         Memory of batched requests: tensors of their decode steps and prompts.
     continued        Prefill after a filled cache: the largest piece of tokens that a plan covers.
     decode_graph     Memory of captured decode steps beside the KV cache.
     device_estimate  The estimate of one device, from weights, KV cache, activations and process memory.

@@ -1,4 +1,4 @@
-"""Memory of batched requests: the pages of their cache, and the tensors of their decode steps."""
+"""Memory of batched requests: tensors of their decode steps and prompts."""
 
 from __future__ import annotations
 

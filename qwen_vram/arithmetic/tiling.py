@@ -16,8 +16,8 @@ _TILE_ELEMENTS = 2**24
 # depends on the GPU and the matrix, and the dequantizing kernel is counted.
 # Source: bitsandbytes 0.50.2, backends/cuda/ops.py, _GEMM_4BIT_CUSTOM_FLOOR_M.
 FUSED_ROWS = 4
-# The least and the most rows that `runtime.linear.many_rows` multiplies by a matrix in 4 bits without making it in 16
-# bits, and the columns of its steps, which must divide a row. Fewer rows are faster by `few_rows`.
+# The least and the most rows for which `runtime.linear.many_rows` does not make a 4-bit matrix in 16 bits, and the
+# columns of its steps, which divide a row. Fewer rows are faster by `few_rows`.
 MANY_ROWS = (4, 64)
 _MANY_COLUMNS = 128
 # Elements that are quantized at once: 16 MiB in float32.

@@ -9,8 +9,8 @@ from qwen_vram.arithmetic.batching import DRAWN_TOGETHER, batch_step_sizes, pack
 from qwen_vram.arithmetic.device_estimate import estimate
 from qwen_vram.arithmetic.kv_cache import kv_cache_bytes
 from qwen_vram.checkpoints.resolve import resolve_model
+from qwen_vram.spec.batching.pages import PAGE, pages_of, pool_pages, pool_tokens
 from qwen_vram.spec.machine import DEFAULT
-from qwen_vram.spec.pages import PAGE, pages_of, pool_pages, pool_tokens
 from qwen_vram.spec.profile import resolve_profile
 from qwen_vram.spec.workload import Workload
 from tests.arithmetic.test_session import smaller

@@ -6,7 +6,7 @@ import threading
 from typing import Any
 
 import qwen_vram as qv
-from qwen_vram.spec.pages import pool_pages
+from qwen_vram.spec.batching.pages import pool_pages
 
 FUSED = {"attention": "fused", "kernels": "fused"}
 WORK = {"prompt_len": 160, "max_new_tokens": 24}

@@ -63,7 +63,14 @@ def test_torch_stays_on_its_floors():
 def test_the_ways_through_the_code_exist():
     """Each step of a way in docs/architecture.md is defined, and imported by a step before it."""
     ways = layout.ways()
-    assert [name for name, _ in ways] == ["estimate_vram", "plan", "load", "generate", "merge_lora_then_quantize"]
+    assert [name for name, _ in ways] == [
+        "estimate_vram",
+        "plan",
+        "load",
+        "generate",
+        "to_vllm",
+        "merge_lora_then_quantize",
+    ]
     for name, steps in ways:
         assert len(steps) >= 4
         for number, (module, function) in enumerate(steps):

@@ -3,7 +3,6 @@
 import asyncio
 import threading
 import time
-from functools import partial
 from itertools import count
 
 import pytest

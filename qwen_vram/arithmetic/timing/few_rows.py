@@ -27,7 +27,7 @@ _INT4 = {1: Kernel(7.2e-6, 3.48e12), 4: Kernel(8.4e-6, 3.24e12), MOST_ROWS: Kern
 _DENSE = {1: Kernel(4.2e-6, _MEMORY)}
 # Matrices in 4 bits with more rows, of one launch each, with that of x in the kernel's order. By rows, from two
 # equations: gate_proj and k_proj of Qwen2.5-7B.
-# measured: NVIDIA H200, torch 2.11.0+cu130, Triton 3.6.0, 2026-12-01; gate_proj takes 30 us for 4 to 16 rows, 50 for 32
+# measured: NVIDIA H200, torch 2.11.0+cu130, Triton 3.6.0, 2026-12-01. gate_proj takes 30 us for 4 to 16 rows, 50 for 32
 # and 61 for 64; k_proj takes 8, 10, 13 and 18.
 _MANY = {
     MANY_ROWS[0]: Kernel(8.4e-6, 1.58e12),

@@ -88,7 +88,7 @@ def _with_block(
 
 @triton.jit
 def _origin(table, place, kv_head, kv_heads, width, PAGE: tl.constexpr):
-    """Return the element from which key `place` is `place` rows away, in the page that holds the key."""
+    """Return the element that is `place` rows before key `place`, by the page that holds the key."""
     number = place // PAGE
     page = tl.load(table + number).to(tl.int64)
     return ((page - number) * PAGE * kv_heads + kv_head) * width

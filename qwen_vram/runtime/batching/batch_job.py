@@ -1,4 +1,4 @@
-"""One call of a caller in a batch: its sequences as requests, with the interface of a `Job`."""
+"""One caller's call in a batch: a `Job` of one or several requests."""
 
 from __future__ import annotations
 

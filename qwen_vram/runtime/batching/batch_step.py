@@ -1,4 +1,4 @@
-"""Decode step of a batch of requests over pages: one token of each, captured as CUDA graphs for some batch sizes."""
+"""Decode step of a batch: one token of each request, captured for some batch sizes."""
 
 from __future__ import annotations
 

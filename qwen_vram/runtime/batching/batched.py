@@ -1,4 +1,4 @@
-"""Generations of a plan with pages: every call's sequences run together with those of other calls."""
+"""Generations of a plan with pages: sequences of all calls run together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Choice of the next tokens of a batch: the settings of each request, and joint draws for equal settings."""
+"""Choice of the next tokens of a batch, by the settings of each request."""
 
 from __future__ import annotations
 

@@ -71,10 +71,10 @@ class Limits:
         workload.check(self._plan.estimate.architecture)
 
     def check_concurrent(self, workload: Workload) -> None:
-        """Refuse a request if the budget has no room for the planned number of such requests.
+        """Refuse a request if the planned number of such requests does not fit the budget.
 
         Raises:
-            DoesNotFitError: it has none.
+            DoesNotFitError: it does not fit.
         """
         self._check_room(replace(workload, batch_size=self._plan.workload.batch_size))
 

@@ -10,7 +10,7 @@ Modules:
     int4_levels        Choice of scales and zeros for int4, with a small squared error.
     int4_packing       Packing and unpacking of int4 codes in the orders of torch's kernels.
     int8_fp8           int8-wo and fp8 linear layers: one byte per weight, and one scale per row.
-    many_rows          Products of up to 64 rows with matrices in 4 bits, if the kernel of `many_rows_kernels` applies.
+    many_rows          Products of up to 64 rows with matrices in 4 bits, if `many_rows_kernels` applies.
     many_rows_kernels  Triton kernel for products of up to 64 rows with matrices in 4 bits, on tensor cores.
     step_products      Products of a decode step's rows, by the fastest kernel that applies.
     tiled              A product with a matrix that is dequantized one tile after the other.

@@ -1,4 +1,4 @@
-"""Products of up to 64 rows with matrices in 4 bits, if the kernel of `many_rows_kernels` applies.
+"""Products of up to 64 rows with matrices in 4 bits, if `many_rows_kernels` applies.
 
 Its functions return `None` if it does not apply. They never wait for the GPU, and allocate only x in the kernel's order
 and the results, so a CUDA graph can capture them.
