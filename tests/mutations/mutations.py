@@ -374,4 +374,28 @@ MUTATIONS = (
         "tests/serving/test_limits.py::test_every_path_but_health_needs_the_key",
         "",
     ),
+    Mutation(
+        "pages of a request",
+        "spec/pages.py",
+        "return -(-tokens // PAGE)",
+        "return tokens // PAGE + 1",
+        "tests/arithmetic/test_batching.py::test_a_request_has_whole_pages_and_the_pool_one_more",
+        "",
+    ),
+    Mutation(
+        "seeded draws of several answers",
+        "runtime/batching/choice.py",
+        "generator=self._generator)[number]",
+        "generator=self._generator)[0]",
+        "tests/runtime/batching/test_options.py::test_requests_with_different_options_run_together",
+        "",
+    ),
+    Mutation(
+        "prompts that are read ahead",
+        "runtime/submissions.py",
+        "while len(running) < min(ahead, self.most)",
+        "while len(running) < self.most",
+        "tests/runtime/test_submissions.py::test_prompts_are_read_as_places_become_free",
+        "",
+    ),
 )

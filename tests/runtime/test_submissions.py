@@ -8,6 +8,7 @@ from itertools import count
 import pytest
 
 import qwen_vram as qv
+from qwen_vram.runtime.submissions import Result
 from tests.helpers.batches import ASKED, ENDLESS, GREEDY, check_whole, load_alone, load_batched
 from tests.runtime.scheduling.test_callers import Gate, at, in_thread
 
@@ -186,7 +187,7 @@ def test_results_of_many_prompts_come_as_they_finish(llm, expected):
     assert all(one.error is None for one in results)
     assert list(llm.generate_many([])) == []
     raw = list(llm.generate_many(["The code of"], **GREEDY))
-    assert raw == [qv.runtime.submissions.Result(0, llm.generate("The code of", **GREEDY), None)]
+    assert raw == [Result(0, llm.generate("The code of", **GREEDY), None)]
 
 
 def test_an_error_of_one_prompt_spoils_no_other(llm, expected):
@@ -280,12 +281,10 @@ def test_an_error_of_the_iterable_reaches_the_caller_and_cancels_the_others(llm,
 
 
 def test_eight_threads_submit(llm, expected):
-    threads = [
-        in_thread(
-            lambda number=number: [llm.submit(ASKED[(number + more) % 5], **GREEDY).result() for more in range(2)]
-        )
-        for number in range(8)
-    ]
+    def two(number):
+        return [llm.submit(ASKED[(number + more) % 5], **GREEDY).result() for more in range(2)]
+
+    threads = [in_thread(partial(two, number)) for number in range(8)]
     for thread in threads:
         thread.join()
     assert [thread.results for thread in threads] == [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from qwen_vram.arithmetic.estimate import Estimate
@@ -18,8 +19,8 @@ class Times(NamedTuple):
     """Predicted times of a generation.
 
     Attributes:
-        ms_per_token: Milliseconds of a decode step in the middle of the answer.
-        first_token_ms: Milliseconds from the prompt to the first token.
+        ms_per_token: Milliseconds of a decode step in the middle of the answer; with pages, of all requests.
+        first_token_ms: Milliseconds from the prompt to the first token; with pages, of a request that comes alone.
         machine: The machine that they are for: its GPU, or its CPU if everything runs there.
         measured: That machine was measured (`qwen-vram calibrate`); otherwise the rates are stated defaults.
     """
@@ -53,8 +54,11 @@ def predict_times(
     on_cpu: bool = False,
 ) -> Times:
     """Predict the times of a generation; arguments are as for `decode_ms`."""
-    what = (architecture, profile, workload, machine)
-    times = decode_ms(*what, on_cpu=on_cpu), first_token_ms(*what, on_cpu=on_cpu)
+    first = replace(workload, batch_size=1) if profile.cache == "paged" else workload
+    times = (
+        decode_ms(architecture, profile, workload, machine, on_cpu=on_cpu),
+        first_token_ms(architecture, profile, first, machine, on_cpu=on_cpu),
+    )
     if not on_cpu:
         return Times(*times, machine.device, machine.is_measured("layer_launch_time"))
     measured = machine.is_measured("host_product_rate")
