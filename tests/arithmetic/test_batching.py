@@ -86,11 +86,11 @@ def test_a_step_keeps_its_state_logits_and_choices():
     [
         (None, (500, 12, 1), 500),
         (None, (500, 12, 4), 2_000),
-        (None, (500, 12, 40), 2_048),
-        (None, (3_000, 12, 4), 3_000),
+        (None, (500, 12, 40), 4_096),
+        (None, (5_000, 12, 4), 5_000),
         (512, (3_000, 12, 4), 512),
         (512, (100, 12, 2), 200),
-        (512, (10, 12, 40), 80),
+        (512, (10, 12, 40), 160),
     ],
 )
 def test_tokens_of_a_prefill_have_a_limit(chunk, work, tokens):

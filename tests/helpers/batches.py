@@ -17,7 +17,7 @@ ASKED = [
     "Write a Python function transform_score(total, b) that returns the smaller of total and b, minus 4.",
     "What is 12 + 30?",
 ]
-GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 10}
+GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 7}
 ENDLESS: dict[str, Any] = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": None}
 
 

@@ -19,14 +19,20 @@ SHAPE = {
 ROPE = {**LLAMA3, "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 10_000.0}
 
 
-def make_llama(folder: Path, **more: bool) -> Path:
+def make_llama(folder: Path, *, vocab_size: int = 1024, **more: bool) -> Path:
     """A checkpoint of random weights, large enough that logits differ, with the bundled tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        **SHAPE, **more, vocab_size=1024, rope_parameters=ROPE, bos_token_id=None, eos_token_id=None, pad_token_id=0
+        **SHAPE,
+        **more,
+        vocab_size=vocab_size,
+        rope_parameters=ROPE,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
     )
     model = LlamaForCausalLM(config).to(torch.bfloat16)
     for name, parameter in model.named_parameters():

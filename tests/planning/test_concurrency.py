@@ -41,7 +41,7 @@ def test_a_plan_has_its_concurrency_and_comes_back_from_json():
     [
         ("24GiB", {"profile": "default"}),
         ("8GiB", {"profile": "compact"}),
-        ("8GiB", {}),
+        pytest.param("8GiB", {}, marks=pytest.mark.full),
         ("24GiB", {"weights": "int8-wo", "prefill_chunk_size": 512, "profile": "default"}),
     ],
     ids=str,

@@ -30,9 +30,19 @@ def batched(demo):
         yield llm
 
 
-@pytest.fixture(params=["batched", "alone"])
+@pytest.fixture(params=["batched", pytest.param("alone", marks=pytest.mark.full)])
 def llm(request):
-    """A model whose requests run together, and one whose requests run one after the other."""
+    """A model whose requests run together; in `make test-all` also one whose requests run one after the other."""
+    yield from checked(request)
+
+
+@pytest.fixture(params=["batched", "alone"])
+def either(request):
+    """Both models."""
+    yield from checked(request)
+
+
+def checked(request):
     found = request.getfixturevalue(request.param)
     yield found
     if request.param == "batched":
@@ -63,14 +73,14 @@ def chat(text):
     return [{"role": "user", "content": text}]
 
 
-def test_futures_have_the_answers_of_calls(llm, alone, expected):
-    futures = [llm.submit(text, **GREEDY) for text in ASKED]
+def test_futures_have_the_answers_of_calls(either, alone, expected):
+    futures = [either.submit(text, **GREEDY) for text in ASKED]
     assert [one.result(60) for one in futures] == expected
     assert all(one.done() and not one.cancelled() and one.exception() is None for one in futures)
     several = {"seed": 3, "temperature": 4.0, "num_return_sequences": 2, "max_new_tokens": 4}
-    assert llm.submit(ASKED[0], **several).result() == alone.chat(ASKED[0], **several)
+    assert either.submit(ASKED[0], **several).result() == alone.chat(ASKED[0], **several)
     called = []
-    future = llm.submit(prompt="The code of", **GREEDY)
+    future = either.submit(prompt="The code of", **GREEDY)
     future.add_done_callback(called.append)
     assert future.result() == alone.generate("The code of", **GREEDY)
     assert called == [future] or called == []
@@ -134,26 +144,26 @@ def test_the_length_of_the_queue_is_a_positive_number(batched, most):
     assert (caught.value.name, batched.max_waiting) == ("max_waiting", 1000)
 
 
-def test_a_deadline_ends_a_request(llm):
+def test_a_deadline_ends_a_request(either):
     def wait(ids, scores):
         time.sleep(0.05)
         return scores
 
     with pytest.raises(qv.GenerationStoppedError, match=r"was stopped by its deadline after \d+ new tokens"):
-        llm.submit(ASKED[0], timeout=0.2, logits_processor=[wait], **ENDLESS).result()
+        either.submit(ASKED[0], timeout=0.2, logits_processor=[wait], **ENDLESS).result()
 
 
-def test_a_cancelled_request_ends_at_its_next_token(llm, expected):
+def test_a_cancelled_request_ends_at_its_next_token(either, expected):
     seen = at(3, None)
     seen[0].call = lambda: future.cancel()
     started = threading.Event()
     seen.insert(0, lambda ids, scores: started.wait(30) and scores)
-    future = llm.submit(ASKED[0], logits_processor=seen, **ENDLESS)
+    future = either.submit(ASKED[0], logits_processor=seen, **ENDLESS)
     started.set()
     with pytest.raises(BaseException) as caught:
         future.result()
     assert type(caught.value).__name__ == "CancelledError"
-    assert llm.submit(ASKED[1], **GREEDY).result() == expected[1]
+    assert either.submit(ASKED[1], **GREEDY).result() == expected[1]
     assert seen[1].steps == 3
 
 
@@ -190,9 +200,9 @@ def test_results_of_many_prompts_come_as_they_finish(llm, expected):
     assert raw == [Result(0, llm.generate("The code of", **GREEDY), None)]
 
 
-def test_an_error_of_one_prompt_spoils_no_other(llm, expected):
+def test_an_error_of_one_prompt_spoils_no_other(either, expected):
     prompts = [chat(ASKED[0]), "", chat(ASKED[1]), 5, chat("hi " * 5_000), chat(ASKED[2])]
-    results = {one.index: one for one in llm.generate_many(prompts, **GREEDY)}
+    results = {one.index: one for one in either.generate_many(prompts, **GREEDY)}
     assert [results[number].text for number in (0, 2, 5)] == expected[:3]
     for number in (1, 3, 4):
         assert results[number].text is None
@@ -280,6 +290,7 @@ def test_an_error_of_the_iterable_reaches_the_caller_and_cancels_the_others(llm,
     assert llm.submit(ASKED[1], **GREEDY).result() == expected[1]
 
 
+@pytest.mark.full
 def test_eight_threads_submit(llm, expected):
     def two(number):
         return [llm.submit(ASKED[(number + more) % 5], **GREEDY).result() for more in range(2)]

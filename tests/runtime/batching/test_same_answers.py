@@ -12,12 +12,12 @@ from tests.helpers.llama import make_llama
 QUICK = {
     "bf16 chunks": {"prefill_chunk_size": 32},
     "nf4 head, table on the host": {"weights": "nf4", "lm_head": "nf4", "embeddings": "host"},
-    "int8-wo": {"weights": "int8-wo"},
     "sdpa chunks, plain": {"attention": "sdpa", "kernels": "plain", "prefill_chunk_size": 32},
     "adapter": {"adapter": ADAPTER},
 }
 SLOW = {
     "bf16": {},
+    "int8-wo": {"weights": "int8-wo"},
     "fp32": {"weights": "fp32"},
     "fp16": {"weights": "fp16"},
     "nf4": {"weights": "nf4"},
@@ -66,7 +66,7 @@ class Recorded(LogitsProcessor):
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    return make_llama(tmp_path_factory.mktemp("llama"))
+    return make_llama(tmp_path_factory.mktemp("llama"), vocab_size=3072)
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "llama", pytest.param("untied", marks=pytest.mark.full)])

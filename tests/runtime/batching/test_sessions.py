@@ -85,7 +85,7 @@ class Looks(StoppingCriteria):
 
 def test_more_requests_than_places_with_mixed_lengths(llm, expected):
     looks = Looks(llm)
-    asked = [(ASKED[number % 5], 1 + number % 10) for number in range(12)]
+    asked = [(ASKED[number % 5], 1 + number % 7) for number in range(12)]
     futures = [
         llm.submit(text, do_sample=False, max_new_tokens=count, stopping_criteria=[looks]) for text, count in asked
     ]
