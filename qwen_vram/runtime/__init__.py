@@ -5,6 +5,7 @@ It is the first floor that imports torch.
 Modules:
     attention/        Attention kernels without masks, for prefill, long contexts and decode steps.
     backends/         Backends by storage format, imported when a format is first used.
+    batching/         Requests that run together over pages of the KV cache.
     conversations     Conversations that keep their KV cache, so that a turn feeds only new tokens.
     decoding/         Decode steps that are captured as CUDA graphs, and generation that replays them.
     generation/       Generations by a plan: cache, options that change memory, and streamed answers.

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+from functools import partial
 from itertools import count
 
 import pytest
