@@ -24,6 +24,7 @@ TRITON = (
     "qwen_vram.runtime.kernels.triton_kernels",
     "qwen_vram.runtime.linear.few_rows_kernels",
     "qwen_vram.runtime.linear.int4_kernels",
+    "qwen_vram.runtime.linear.many_rows_kernels",
 )
 MODULES = sorted(
     module.name
