@@ -121,7 +121,7 @@ def plan(
         budget: dict[str, Any] = {"vram": result.budget.given, "ram": result.budget.ram}
         asked = {**parsed_knobs(knobs), "profile": profile, "max_new_tokens": max_new_tokens, "adapter": adapter}
         batch: dict[str, Any] = {"batch_size": batch_size, "padded": padded, "concurrency": concurrency}
-        limits = {
+        limits: dict[str, Any] = {
             "max_context": qv.max_context(model, **budget, **asked, **batch),
             "max_batch": qv.max_batch(model, **budget, **asked, prompt_len=prompt_len, padded=padded),
             "max_concurrency": _max_concurrency(model, **budget, **asked, prompt_len=prompt_len),
