@@ -47,7 +47,7 @@ def serve(
     prompt_len: PromptLen = 2048,
     max_new_tokens: NewTokens = 512,
     concurrency: Annotated[
-        str, typer.Option(help="Requests at once: a number, or auto, as many up to 16 as lose no precision of weights.")
+        str, typer.Option(help="Requests at once: a number, or auto, the most up to 16 that cost no precision.")
     ] = "auto",
     adapter: Adapter = None,
     knobs: Knobs = None,

@@ -1,4 +1,4 @@
-"""The engine: it loads the model, and runs requests in order, together if the plan has pages for several."""
+"""The engine: it loads the model, and runs the requests that the plan allows at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preparation of a request: its answers as streams, which are checked completely and have not started."""
+"""Preparation of a request: its answers as streams that are checked and have not started."""
 
 from __future__ import annotations
 

@@ -81,8 +81,9 @@ class Metrics:
             "requests_waiting_limit", "gauge", "The most requests in the queue.", [({}, engine.queue.most)]
         )
         yield from metric_lines("requests_running", "gauge", "Requests that run now.", [({}, engine.running())])
-        places = [({}, engine.queue.places)]
-        yield from metric_lines("requests_running_limit", "gauge", "The most answers that run at once.", places)
+        yield from metric_lines(
+            "requests_running_limit", "gauge", "The most answers that run at once.", [({}, engine.queue.places)]
+        )
         yield from state_lines(engine.state()[0])
         yield from metric_lines(
             "process_resident_bytes",
