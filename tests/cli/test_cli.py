@@ -103,6 +103,7 @@ def test_wrong_numbers_of_requests_at_once_are_refused():
         (("estimate", "Qwen2.5-7B", "--concurrency", "2", "--batch-size", "3"), "are both given; each request is one"),
         (("plan", "Qwen2.5-7B", "--vram", "24GiB", "--concurrency", "2", "--set", "cache=static"), "leave cache out"),
         (("serve", "Qwen2.5-7B", "--vram", "24GiB", "--concurrency", "many"), "must be auto or a positive whole"),
+        (("serve", "Qwen2.5-7B", "--engine", "vllm", "--concurrency", "4"), "--concurrency 4 is for --engine own"),
     ):
         refused = qwen_vram(*arguments)
         assert refused.returncode == 2, arguments
