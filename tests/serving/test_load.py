@@ -122,8 +122,8 @@ def together(demo):
 def served(request):
     """Each kind of server, and the same model in this process.
 
-    In a batch, bf16 rounds otherwise than alone, and the likeliest two tokens can be one rounding apart: the requests
-    that run together have fp32.
+    In a batch, bf16 rounds otherwise than alone, which can change the likeliest token: the requests that run together
+    have fp32.
     """
     if request.param == "one by one":
         return request.getfixturevalue("server"), request.getfixturevalue("alone")
