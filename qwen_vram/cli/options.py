@@ -14,6 +14,9 @@ from qwen_vram.spec.profile import KNOBS
 Model = Annotated[str, typer.Argument(help="Catalog name, checkpoint folder or hub id.")]
 PromptLen = Annotated[int, typer.Option(help="Prompt tokens of one sequence.")]
 NewTokens = Annotated[int, typer.Option(help="Tokens generated after it.")]
+Concurrency = Annotated[
+    int | None, typer.Option(help="Requests at once, which come and go independently; instead of --batch-size.")
+]
 BatchSize = Annotated[int, typer.Option(help="Sequences at once.")]
 Padded = Annotated[bool, typer.Option("--padded", help="Prompts of a batch differ in length: count the mask.")]
 Adapter = Annotated[str | None, typer.Option(help="Folder or hub id of a LoRA adapter that runs beside the model.")]

@@ -13,6 +13,7 @@ from qwen_vram.cli.options import (
     Adapter,
     AsJson,
     BatchSize,
+    Concurrency,
     Knobs,
     Model,
     NewTokens,
@@ -37,6 +38,7 @@ def estimate(
     max_new_tokens: NewTokens = 512,
     batch_size: BatchSize = 1,
     padded: Padded = False,
+    concurrency: Concurrency = None,
     adapter: Adapter = None,
     params: Annotated[float | None, typer.Option(help="Instead of a model: parameters, for the rule of thumb.")] = None,
     knobs: Knobs = None,
@@ -51,6 +53,7 @@ def estimate(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         padded=padded,
+        concurrency=concurrency,
         adapter=adapter,
         **parsed_knobs(knobs),
     )
@@ -58,6 +61,8 @@ def estimate(
         print(json.dumps(result.to_dict()))
     else:
         show_estimate(result)
+        if concurrency is not None:
+            print(_at_once(concurrency))
 
 
 def plan(
@@ -71,6 +76,7 @@ def plan(
     max_new_tokens: NewTokens = 512,
     batch_size: BatchSize = 1,
     padded: Padded = False,
+    concurrency: Concurrency = None,
     adapter: Adapter = None,
     knobs: Knobs = None,
     vllm: Annotated[bool, typer.Option("--vllm", help="Print the command of vLLM for the plan, with notes.")] = False,
@@ -107,17 +113,19 @@ def plan(
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             padded=padded,
+            concurrency=concurrency,
             adapter=adapter,
             **parsed_knobs(knobs),
         )
         served = result.to_vllm(**options) if vllm else None
         budget: dict[str, Any] = {"vram": result.budget.given, "ram": result.budget.ram}
-        asked = {**parsed_knobs(knobs), "profile": profile, "max_new_tokens": max_new_tokens, "padded": padded}
-        asked["adapter"] = adapter
-        limits = {
-            "max_context": qv.max_context(model, **budget, **asked, batch_size=batch_size),
-            "max_batch": qv.max_batch(model, **budget, **asked, prompt_len=prompt_len),
-            "min_vram": qv.min_vram(model, **asked, prompt_len=prompt_len, batch_size=batch_size),
+        asked = {**parsed_knobs(knobs), "profile": profile, "max_new_tokens": max_new_tokens, "adapter": adapter}
+        batch: dict[str, Any] = {"batch_size": batch_size, "padded": padded, "concurrency": concurrency}
+        limits: dict[str, Any] = {
+            "max_context": qv.max_context(model, **budget, **asked, **batch),
+            "max_batch": qv.max_batch(model, **budget, **asked, prompt_len=prompt_len, padded=padded),
+            "max_concurrency": _max_concurrency(model, **budget, **asked, prompt_len=prompt_len),
+            "min_vram": qv.min_vram(model, **asked, **batch, prompt_len=prompt_len),
         }
     if as_json:
         more = {} if served is None else {"vllm": served.to_dict()}
@@ -126,11 +134,26 @@ def plan(
     show_steps(result)
     show_estimate(result.estimate)
     print("\n".join(result.notes))
+    batch_text = f"at batch {batch_size}" if concurrency is None else f"with {_at_once(concurrency)}"
+    together = limits["max_concurrency"]
+    requests = f", or {_at_once(together)}" if together else ""
     print(
-        f"within {result.budget_text}: at most {limits['max_context']:,} tokens a sequence at batch {batch_size}, or "
-        f"batch {limits['max_batch']:,} at {result.workload.context_len:,} tokens\n"
+        f"within {result.budget_text}: at most {limits['max_context']:,} tokens a sequence {batch_text}, or "
+        f"batch {limits['max_batch']:,}{requests} at {result.workload.context_len:,} tokens\n"
         f"smallest card for this workload, if the host holds the rest: {format_gib(limits['min_vram'])}"
     )
     print(result.call)
     if served is not None:
         print(f"\nin vLLM:\n{served}")
+
+
+def _at_once(number: int) -> str:
+    return f"{number:,} request{'s' * (number > 1)} at once"
+
+
+def _max_concurrency(model: str, **asked: Any) -> int | None:
+    """Return `qv.max_concurrency`, or `None` if these settings do not allow requests at once."""
+    try:
+        return qv.max_concurrency(model, **asked)
+    except (qv.NotSupportedError, qv.WorkloadError):
+        return None

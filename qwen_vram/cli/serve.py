@@ -31,6 +31,7 @@ from qwen_vram.cli.vllm import (
     serve_with_vllm,
     set_up_vllm,
 )
+from qwen_vram.serving.concurrency import AUTO, plan_to_serve, wanted
 from qwen_vram.units import parse_bytes
 
 _KEY = "QWEN_VRAM_API_KEY"
@@ -45,6 +46,9 @@ def serve(
     prefer: Prefer = "quality",
     prompt_len: PromptLen = 2048,
     max_new_tokens: NewTokens = 512,
+    concurrency: Annotated[
+        str, typer.Option(help="Requests at once: a number, or auto, the most up to 16 that cost no precision.")
+    ] = "auto",
     adapter: Adapter = None,
     knobs: Knobs = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
@@ -57,14 +61,14 @@ def serve(
     max_wait: Annotated[float, typer.Option(help="Most seconds in the queue; then a request gets 503.")] = 600.0,
     max_body: Annotated[str, typer.Option(help="Most bytes of a request.")] = "4MiB",
     heartbeat: Annotated[float, typer.Option(help="Seconds of silence after which a stream gets a comment.")] = 15.0,
-    grace: Annotated[float, typer.Option(help="Seconds for the running request after SIGTERM or Ctrl-C.")] = 30.0,
+    grace: Annotated[float, typer.Option(help="Seconds for running requests after SIGTERM or Ctrl-C.")] = 30.0,
     cors: Annotated[
         list[str] | None, typer.Option(metavar="ORIGIN", help="Let web pages of this origin read answers; * is all.")
     ] = None,
     allowed_host: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Name in the Host header; default: those of this machine.")
     ] = None,
-    engine: Annotated[str, typer.Option(help="own, one request at a time, or vllm, many at once.")] = "own",
+    engine: Annotated[str, typer.Option(help="own, or vllm.")] = "own",
     vllm: VllmPath = None,
     vllm_checkpoint: VllmCheckpoint = None,
     batch_size: Annotated[int, typer.Option(help="With --engine vllm: sequences at once.")] = 1,
@@ -88,6 +92,14 @@ def serve(
         "--pipeline-parallel": pipeline_parallel,
     }
     check_engine(engine, given)
+    at_once = wanted(concurrency)
+    if engine == "vllm" and at_once != AUTO:
+        raise qv.WorkloadError(
+            f"--concurrency {at_once} is for --engine own; with --engine vllm, --batch-size is the number of sequences "
+            "at once",
+            name="concurrency",
+            got=at_once,
+        )
     from qwen_vram.serving.web.server import check_installed
     from qwen_vram.serving.web.server import serve as run_server
     from qwen_vram.serving.web.settings import Settings
@@ -119,10 +131,8 @@ def serve(
         **parsed_knobs(knobs),
     }
     if engine == "vllm":
-        arguments["batch_size"] = batch_size
-    plan = qv.plan(model, **arguments)  # type: ignore[arg-type]
-    show_steps(plan)
-    if engine == "vllm":
+        plan = qv.plan(model, **arguments, batch_size=batch_size)  # type: ignore[arg-type]
+        show_steps(plan)
         serve_with_vllm(
             plan,
             settings,
@@ -132,10 +142,13 @@ def serve(
             pipeline_parallel=pipeline_parallel,
         )
         return
-    show_estimate(plan.estimate)
+    served = plan_to_serve(model, at_once, arguments)
+    show_steps(served.plan)
+    show_estimate(served.plan.estimate)
+    print("\n".join([*served.plan.notes, *served.lines]))
     hidden = {model, str(folder.absolute()), str(folder.resolve()), os.path.expanduser("~")}
     run_server(
-        lambda: qv.load(model, progress=False, **arguments),  # type: ignore[arg-type]
+        lambda: qv.load(model, progress=False, concurrency=served.concurrency, **arguments),  # type: ignore[arg-type]
         settings,
         hidden=hidden if folder.is_dir() else {os.path.expanduser("~")},
         listening=lambda address: print(f"listening on {address}", flush=True),

@@ -116,9 +116,11 @@ class Plan:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """The predicted times in words, and what an old GPU changes, or what the CPU does slowly, if any."""
+        """Requests at once, the predicted times, and what an old GPU changes or the CPU does slowly, if any."""
+        paged = self.profile.cache == "paged"
+        at_once = f"{self.concurrency:,} request{'s' * (self.concurrency > 1)} at once" if paged else ""
         limited = slower_on_the_cpu(self.estimate) if self.on_cpu else limits_of(self.budget, self.profile)
-        return (*self.predicted_lines, *([limited] if limited else []))
+        return tuple(line for line in (at_once, *self.predicted_lines, limited) if line)
 
     @property
     def call(self) -> str:
@@ -126,14 +128,17 @@ class Plan:
         model = "config" if self.model is None else repr(self.model)
         where = ", device='cpu'" if self.budget.vram is None else f", vram={self.budget.given}"
         plain, work = PROFILES["default"], self.workload
+        paged = self.profile.cache == "paged"
+        if paged:  # what `concurrency` alone gives
+            plain = plain.replace(**paged_knobs("default", {"cache": "paged"}, on_gpu=self.budget.vram is not None))
+        batch = f"{'concurrency' if paged else 'batch_size'}={work.batch_size // self.sequences}"
         padded = ", padded=True" if work.padded else ""
         adapter = f", adapter={self.adapter!r}" if self.adapter is not None else ""
         chosen = {knob: getattr(self.profile, knob) for knob in KNOBS}
         knobs = "".join(f", {knob}={value!r}" for knob, value in chosen.items() if value != getattr(plain, knob))
         return (
             f"qv.load({model}, profile='default'{where}, prompt_len={work.prompt_len}, "
-            f"max_new_tokens={work.max_new_tokens}, batch_size={work.batch_size // self.sequences}"
-            f"{padded}{adapter}{knobs})"
+            f"max_new_tokens={work.max_new_tokens}, {batch}{padded}{adapter}{knobs})"
         )
 
     @property

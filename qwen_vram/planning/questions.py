@@ -200,6 +200,7 @@ def max_context(
     max_new_tokens: int = 512,
     batch_size: int = 1,
     padded: bool = False,
+    concurrency: int | None = None,
     adapter: AdapterChoice = None,
     **knobs: object,
 ) -> int:
@@ -209,7 +210,7 @@ def max_context(
     does not need. Each answer takes about twenty estimates, a few seconds.
 
     Args:
-        model, vram, ram, profile, padded, adapter, **knobs: As for `plan`.
+        model, vram, ram, profile, padded, concurrency, adapter, **knobs: As for `plan`.
 
     Raises:
         UnknownNameError, WorkloadError, ConfigError, UnitError, NotSupportedError, HubError: as for `plan`.
@@ -218,9 +219,12 @@ def max_context(
         >>> max_context("Qwen2.5-7B-Instruct", "80GiB", ram="64GiB")
         32768
     """
+    batch_size, knobs = concurrent(concurrency, batch_size, knobs)
     label, architecture = resolve_model(model, adapter)
+    budget = Budget.of(vram, ram)
+    knobs = paged_knobs(profile, knobs, on_gpu=budget.vram is not None)
     longest = _workload(architecture, max_new_tokens, batch_size, padded)
-    search = Search(label, architecture, longest, Budget.of(vram, ram), profile, knobs, machine=current())
+    search = Search(label, architecture, longest, budget, profile, knobs, machine=current())
     prompt = longest_prompt(search, max_new_tokens, batch_size)
     return prompt + max_new_tokens if prompt else 0
 
@@ -283,6 +287,7 @@ def min_vram(
     max_new_tokens: int = 512,
     batch_size: int = 1,
     padded: bool = False,
+    concurrency: int | None = None,
     adapter: AdapterChoice = None,
     **knobs: object,
 ) -> int:
@@ -294,6 +299,8 @@ def min_vram(
         >>> min_vram("Qwen2.5-7B-Instruct", profile="default") / 2**30 > 15
         True
     """
+    batch_size, knobs = concurrent(concurrency, batch_size, knobs)
+    knobs = paged_knobs(profile, knobs, on_gpu=True)
     label, architecture = resolve_model(model, adapter)
     workload = Workload(prompt_len=prompt_len, max_new_tokens=max_new_tokens, batch_size=batch_size, padded=padded)
     budget = Budget(vram=0, ram=_ANY_HOST, capability=oldest_capability([]))

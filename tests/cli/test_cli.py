@@ -74,6 +74,42 @@ def test_padding_is_counted():
     assert padded["peak_allocated"] > even["peak_allocated"]
 
 
+def test_requests_at_once_are_counted_and_asked_for():
+    asked = ["plan", "Qwen2.5-7B-Instruct", "--vram", "24GiB", "--ram", "32GiB", "--prompt-len", "1000"]
+    data = json.loads(qwen_vram(*asked, "--concurrency", "16", "--json").stdout)
+    most = data["limits"]["max_concurrency"]
+    assert (data["concurrency"], data["profile"]["cache"]) == (16, "paged")
+    assert most == qv.max_concurrency("Qwen2.5-7B-Instruct", "24GiB", ram="32GiB", prompt_len=1000)
+    text = " ".join(qwen_vram(*asked, "--concurrency", "16").stdout.split())
+    assert "16 requests at once predicted:" in text
+    assert f"{data['limits']['max_context']:,} tokens a sequence with 16 requests at once, or batch" in text
+    assert f", or {most:,} requests at once at 1,512 tokens" in text
+    alone = json.loads(qwen_vram(*asked, "--json").stdout)
+    assert alone["concurrency"] == 1
+    assert alone["limits"]["max_concurrency"] == most
+    assert alone["limits"]["min_vram"] < data["limits"]["min_vram"]
+    without = qwen_vram(*asked, "--set", "kv_cache=int8")
+    assert without.returncode == 0
+    assert "at once" not in without.stdout
+    estimate = ["estimate", "Qwen2.5-7B-Instruct", "--prompt-len", "1000", "--concurrency", "16"]
+    counted = qv.estimate_vram("Qwen2.5-7B-Instruct", prompt_len=1000, concurrency=16)
+    assert json.loads(qwen_vram(*estimate, "--json").stdout)["process_total"] == counted.process_total
+    assert qwen_vram(*estimate).stdout.endswith("16 requests at once\n")
+
+
+def test_wrong_numbers_of_requests_at_once_are_refused():
+    for arguments, words in (
+        (("plan", "Qwen2.5-7B", "--vram", "24GiB", "--concurrency", "0"), "must be None or a positive whole number"),
+        (("estimate", "Qwen2.5-7B", "--concurrency", "2", "--batch-size", "3"), "are both given; each request is one"),
+        (("plan", "Qwen2.5-7B", "--vram", "24GiB", "--concurrency", "2", "--set", "cache=static"), "leave cache out"),
+        (("serve", "Qwen2.5-7B", "--vram", "24GiB", "--concurrency", "many"), "must be auto or a positive whole"),
+        (("serve", "Qwen2.5-7B", "--engine", "vllm", "--concurrency", "4"), "--concurrency 4 is for --engine own"),
+    ):
+        refused = qwen_vram(*arguments)
+        assert refused.returncode == 2, arguments
+        assert words in " ".join(refused.stderr.split())
+
+
 def test_plan_prints_its_steps():
     result = run("plan", "Qwen2.5-7B-Instruct", "--vram", "8GiB", "--ram", "32GiB", "--prompt-len", "32000")
     assert result.returncode == 0

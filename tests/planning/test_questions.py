@@ -69,6 +69,42 @@ def test_the_smallest_card_holds_the_plan_and_one_byte_less_does_not(prompt_len)
     assert caught.value.needed_bytes == smallest
 
 
+def test_the_most_requests_at_once_fit_and_one_more_does_not():
+    work = {"prompt_len": 2_000, "max_new_tokens": 500, "profile": "compact"}
+    most_requests = qv.max_concurrency(SEVEN, "8GiB", **RAM, **work)
+    assert most_requests > 1
+    chosen = qv.plan(SEVEN, vram="8GiB", **RAM, **work, concurrency=most_requests)
+    assert chosen.concurrency == chosen.to_dict()["concurrency"] == most_requests
+    with pytest.raises(qv.DoesNotFitError):
+        qv.plan(SEVEN, vram="8GiB", **RAM, **work, concurrency=most_requests + 1)
+    longest = qv.max_context(SEVEN, "8GiB", **RAM, max_new_tokens=500, profile="compact", concurrency=most_requests)
+    assert 2_500 <= longest < qv.max_context(SEVEN, "8GiB", **RAM, max_new_tokens=500, profile="compact")
+    smallest = qv.min_vram(SEVEN, **work, concurrency=most_requests)
+    assert smallest == chosen.estimate.needed_bytes
+    with pytest.raises(qv.DoesNotFitError):
+        qv.plan(SEVEN, vram=smallest - 1, **RAM, **work, concurrency=most_requests)
+    with pytest.raises(qv.WorkloadError, match="concurrency 2 and batch_size 3 are both given"):
+        qv.max_context(SEVEN, "8GiB", **RAM, batch_size=3, concurrency=2)
+
+
+@pytest.mark.parametrize("knobs", [{}, {"weights": "int8-wo"}, {"profile": "compact"}], ids=str)
+@pytest.mark.parametrize("vram", ["16GiB", None])
+def test_the_call_of_a_plan_for_requests_at_once_plans_the_same(knobs, vram):
+    where = {"vram": {} if vram is None else vram, **RAM}
+    chosen = qv.plan(SEVEN, **where, **knobs, prompt_len=1_000, concurrency=4)
+    assert ", concurrency=4" in chosen.call
+    assert "batch_size" not in chosen.call
+    assert chosen.notes[0] == "4 requests at once"
+    assert "\n  4 requests at once\n" in str(chosen)
+
+    def load(model, device=None, **arguments):
+        return qv.plan(model, **{**arguments, **where})
+
+    again = eval(chosen.call, {"qv": type("qv", (), {"load": staticmethod(load)})})
+    assert {**vars_of(again.profile), "name": ""} == {**vars_of(chosen.profile), "name": ""}
+    assert again.workload == chosen.workload
+
+
 def test_nothing_fits_on_a_card_that_is_too_small():
     assert qv.max_context(SEVEN, "1.2GiB", **RAM) == 0
     assert qv.max_batch(SEVEN, "1.2GiB", **RAM) == 0

@@ -152,7 +152,7 @@ def test_the_grace_time_ends_by_itself_and_by_a_second_signal(demo, tmp_path, gr
         running = Stream(server, {**LONG, "stream": True}).read_until("data: ")
         began = time.monotonic()
         server.terminate()
-        server.wait_for(lambda: "stopping: the running request has" in server.err)
+        server.wait_for(lambda: "stopping: running requests have" in server.err)
         if signals > 1:
             server.terminate()
         running.read_until('"code": "server_stopping"').close()

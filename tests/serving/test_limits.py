@@ -25,7 +25,18 @@ LONG = {"prompt": "\n\n\n\n", "temperature": 0, "max_tokens": 3000}
 
 @pytest.fixture(scope="module")
 def guarded(demo):
-    options = ("--max-waiting", 2, "--max-body", "2KiB", "--heartbeat", 0.02, "--cors", "https://a.example")
+    options = (
+        "--concurrency",
+        1,
+        "--max-waiting",
+        2,
+        "--max-body",
+        "2KiB",
+        "--heartbeat",
+        0.02,
+        "--cors",
+        "https://a.example",
+    )
     more = ("--served-model-name", "tiny", "--max-wait", 3, "--max-new-tokens", 200)
     with Server(demo, *options, *more, environment={"QWEN_VRAM_API_KEY": KEY}) as started:
         yield started.ready()

@@ -61,6 +61,10 @@ class JobStream(Iterator[Piece], Generic[Piece]):
                 return piece
         raise StopIteration
 
+    def start(self) -> None:
+        """Start the generation without reading, so that streams of one thread run together if the plan allows it."""
+        self._started()
+
     def stop(self) -> None:
         """Stop the generation at its next token, without waiting, from any thread; nothing more can be read."""
         self._stop()

@@ -1,4 +1,4 @@
-"""The engine: one thread loads the model, and runs requests in order."""
+"""The engine: it loads the model, and runs the requests that the plan allows at once."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from threading import Event as Flag
-from threading import Thread
-from typing import Any, Protocol
+from threading import Lock, Thread
+from typing import Any
 
 import qwen_vram as qv
-from qwen_vram.serving.engine.answer import Answer
-from qwen_vram.serving.engine.answer_text import AnswerText
+from qwen_vram.serving.engine.interface import Prepared
+from qwen_vram.serving.engine.preparation import prepared_on
 from qwen_vram.serving.engine.token_bytes import TokenBytes
-from qwen_vram.serving.engine.tool_calls import ToolCalls
 from qwen_vram.serving.engine.work_queue import Handle, WorkQueue
 from qwen_vram.serving.wire.events import Began, Done, Event
 from qwen_vram.serving.wire.problem import ApiError
@@ -28,44 +26,17 @@ _FATAL = ("AcceleratorError", "CUDA error")
 _LOADING_SECONDS = 5
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A checked request with its answers, which have not started."""
+class ModelEngine:
+    """An engine on one loaded model, with a thread for each request that runs at once.
 
-    answers: tuple[Answer, ...]
-    prompt_tokens: int
-
-
-class Engine(Protocol):
-    """Runner of requests. The web server uses these names alone, so another engine can replace this one."""
-
-    queue: WorkQueue
-
-    def prepare(self, wanted: Wanted) -> Prepared:
-        """Check a request completely, and raise an `ApiError` if it cannot run. It allocates nothing on the device."""
-
-    def submit(self, prepared: Prepared, deliver: Callable[[Event], None]) -> Handle:
-        """Put a request into the queue, or raise an `ApiError`; its events are delivered from any thread."""
-
-    def state(self) -> tuple[str, str]:
-        """Return `loading`, `ready`, `stopping` or `failed`, with a reason."""
-
-    def running(self) -> int:
-        """Return the number of requests that run now."""
-
-    def report(self) -> dict[str, Any]:
-        """Return predicted and measured memory as `qv.LoadedModel.report().to_dict()`; empty before the load."""
-
-
-class OneByOne:
-    """An engine that runs one request at a time.
+    The threads only wait for tokens: the model computes in a thread of its own.
 
     Args:
-        load: Returns the loaded model; called in the engine's thread.
+        load: Returns the loaded model; called in the engine's first thread.
         most_waiting: The most requests in the queue.
         refusals: The translator of errors.
         log: Takes a line for the log.
-        ended: Called when the thread ends.
+        ended: Called when the first thread ends, which is the last one.
         took: Takes the numbers of tokens of the prompts and of the answers of a request that ran.
 
     Attributes:
@@ -89,12 +60,14 @@ class OneByOne:
         self._llm: qv.LoadedModel | None = None
         self._tokens: TokenBytes | None = None
         self._state = ("loading", "the model is being loaded")
-        self._handle: Handle | None = None
+        self._handles: set[Handle] = set()
+        self._end: ApiError | None = None  # of running requests
+        self._lock = Lock()
         self._over = Flag()
         self._thread = Thread(target=self._work, name="qwen-vram engine", daemon=True)
 
     def start(self) -> None:
-        """Start the thread, which loads the model first."""
+        """Start the first thread, which loads the model."""
         self._thread.start()
 
     def state(self) -> tuple[str, str]:
@@ -104,8 +77,8 @@ class OneByOne:
         return self._state
 
     def running(self) -> int:
-        """Return 1 if a request runs."""
-        return int(self._handle is not None)
+        """Return the number of requests as `Engine.running`."""
+        return len(self._handles)
 
     def report(self) -> dict[str, Any]:
         """Return the report as `Engine.report`."""
@@ -127,72 +100,53 @@ class OneByOne:
         """Check a request as `Engine.prepare`."""
         self.refuse_unless_ready()
         assert self._llm is not None
-        llm, tokenizer = self._llm, self._llm.tokenizer
-        names = frozenset(tool["function"]["name"] for tool in wanted.tools)
-        decode = partial(tokenizer.decode, skip_special_tokens=True)
-        options: dict[str, Any] = {**wanted.sampling, "max_new_tokens": wanted.max_tokens, "logprobs": wanted.logprobs}
-        if wanted.chat:
-            options |= {"chat_template_kwargs": wanted.template} if wanted.template else {}
-            options |= {"tools": wanted.tools} if wanted.tools else {}
-        answers, prompt_tokens = [], 0
+        assert self._tokens is not None
         try:
-            for place, prompt in enumerate(wanted.prompts or ("",)):
-                asked: dict[str, Any] = {"message": wanted.messages} if wanted.chat else {"prompt": prompt}
-                for number in range(wanted.answers):
-                    answer = Answer(
-                        place * wanted.answers + number,
-                        AnswerText(decode, wanted.stops),
-                        ToolCalls(names) if names else None,
-                        None if wanted.logprobs is None else self._tokens,
-                    )
-                    seed: dict[str, Any] = {} if wanted.seed is None else {"seed": (wanted.seed + answer.index) % 2**64}
-                    answer.stream = llm.tokens(**asked, **options, **seed, until=answer.take)
-                    answers.append(answer)
-                prompt_tokens += answers[-1].stream.prompt_tokens
+            return prepared_on(self._llm, self._tokens, wanted)
         except Exception as error:
             self._check_open()
             self._note(error)
             raise self._refusals.of(error, chat=wanted.chat) from None
-        return Prepared(tuple(answers), prompt_tokens)
 
     def submit(self, prepared: Prepared, deliver: Callable[[Event], None]) -> Handle:
         """Put a request into the queue as `Engine.submit`."""
-        handle = Handle(partial(self._run, prepared), deliver)
+        handle = Handle(partial(self._run, prepared), deliver, places=len(prepared.answers))
         self.queue.put(handle)
         return handle
 
     def drain(self) -> None:
-        """Take no more requests, end the waiting ones, and let the running one finish. It does not wait."""
+        """Take no more requests, end the waiting ones, and let the running ones finish. It does not wait."""
         if self._state[0] in ("loading", "ready"):
             self._state = ("stopping", "the server is stopping")
         self.queue.close(ApiError(503, "the server is stopping; ask another one", code="server_stopping"))
 
     def stop_running(self) -> None:
-        """End the running request with an error, at its next token. It does not wait."""
-        handle = self._handle
-        if handle is not None:
-            handle.fail(ApiError(503, "the server stopped before the answer was complete", code="server_stopping"))
+        """End the running requests with an error, at their next token. It does not wait."""
+        self._end_running(ApiError(503, "the server stopped before the answer was complete", code="server_stopping"))
 
     def loaded(self) -> bool:
         """Tell if the load is over."""
         return self._llm is not None or self.load_error is not None
 
     def join(self, timeout: float) -> bool:
-        """Wait for the end of the thread, and tell if it ended."""
+        """Wait for the end of the threads, and tell if they ended."""
         return self._thread.ident is None or self._over.wait(timeout)
 
     def _work(self) -> None:
-        """Run the thread."""
+        """Run the first thread."""
+        others: list[Thread] = []
         try:
             self._llm = self._load()
             self._tokens = TokenBytes(self._llm.tokenizer)
             self._refusals.hide(str(self._llm.tokenizer.name_or_path))
+            self.queue.open(self._llm.plan.concurrency)
+            others += [Thread(target=self._help, daemon=True) for _ in range(self._llm.plan.concurrency - 1)]
+            for one in others:
+                one.start()
             if self._state[0] == "loading":
                 self._state = ("ready", "")
                 self._log("ready")
-            while (handle := self.queue.take()) is not None:
-                self._serve(handle)
-                del handle
+            self._serve_all()
         except BaseException as error:
             if self._llm is None:
                 self.load_error = error
@@ -203,16 +157,37 @@ class OneByOne:
         finally:
             if self._state[0] != "stopping":
                 self._fail("the engine's thread ended")
+            for one in others:
+                one.join()
             if self._llm is not None:
                 with suppress(Exception):  # a broken device frees nothing
                     self._llm.close()
             self._over.set()
             self._ended()
 
+    def _help(self) -> None:
+        """Run another thread."""
+        try:
+            self._serve_all()
+        except BaseException as error:
+            self._fail(_named(error))
+            self._note(error)
+
+    def _serve_all(self) -> None:
+        """Run requests until the queue is closed."""
+        while (handle := self.queue.take()) is not None:
+            self._serve(handle)
+            del handle
+
     def _serve(self, handle: Handle) -> None:
         began = time.monotonic()
-        handle.begun, self._handle = True, handle
+        handle.begun = True
+        with self._lock:
+            self._handles.add(handle)
+            end = self._end
         try:
+            if end is not None:
+                handle.fail(end)
             handle.deliver(Began())
             handle.run(handle)
         except Exception as error:
@@ -225,28 +200,31 @@ class OneByOne:
             handle.fail(ApiError(503, f"the server cannot answer: {_named(error)}", code="server_failed"))
             raise
         finally:
-            self._handle = None
+            with self._lock:
+                self._handles.discard(handle)
             handle.run = _nothing
-            self.queue.took(time.monotonic() - began)
+            self.queue.over(handle, time.monotonic() - began)
 
     def _run(self, prepared: Prepared, handle: Handle) -> None:
-        """Run the answers of one request, one after the other."""
+        """Run the answers of one request, together if the plan has pages for several."""
+        streams = [answer.stream for answer in prepared.answers]
         try:
+            handle.runs(*streams)
             for answer in prepared.answers:
-                if handle.cancelled:
-                    break
                 answer.begin(handle.deliver)
-                handle.runs(answer.stream)
+                answer.stream.start()
+            for answer in prepared.answers:
                 for _ in answer.stream:
                     pass
-                if not handle.cancelled:
-                    answer.finish()
-                handle.runs(None)
-            if not handle.cancelled:
-                handle.deliver(Done())
+                if handle.cancelled:
+                    return
+                answer.finish()
+            handle.deliver(Done())
         finally:
             self._took(prepared.prompt_tokens, sum(answer.made for answer in prepared.answers))
-            handle.runs(None)
+            handle.runs()
+            for stream in streams:
+                stream.stop()
             for answer in prepared.answers:
                 answer.stream.close()
                 answer.drop()
@@ -265,9 +243,18 @@ class OneByOne:
             self.refuse_unless_ready()
 
     def _fail(self, reason: str) -> None:
+        """Take no more requests, and end the waiting and the running ones."""
         if self._state[0] != "failed":
             self._state = ("failed", reason)
-        self.queue.close(ApiError(503, f"the server cannot answer: {reason}", code="server_failed"))
+        error = ApiError(503, f"the server cannot answer: {reason}", code="server_failed")
+        self.queue.close(error)
+        self._end_running(error)
+
+    def _end_running(self, error: ApiError) -> None:
+        with self._lock:
+            self._end, running = error, tuple(self._handles)
+        for handle in running:
+            handle.fail(error)
 
     def _note(self, error: BaseException) -> None:
         """Log an unexpected error by its kind and place; its text may contain parts of a request."""

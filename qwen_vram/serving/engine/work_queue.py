@@ -30,19 +30,21 @@ class Handle:
     Args:
         run: The work, which the engine's thread calls with this handle.
         deliver: Takes an event; any thread may call it.
+        places: The number of its answers, which run together if there are places for all.
 
     Attributes:
         cancelled: Nobody reads further events.
         begun: The request left the queue.
     """
 
-    def __init__(self, run: Callable[[Handle], None], deliver: Callable[[Event], None]) -> None:
+    def __init__(self, run: Callable[[Handle], None], deliver: Callable[[Event], None], places: int = 1) -> None:
         self.run = run
         self.deliver = deliver
+        self.places = places
         self.cancelled = False
         self.begun = False
         self._queue: WorkQueue | None = None
-        self._running: Stoppable | None = None
+        self._running: tuple[Stoppable, ...] = ()
         self._failed = False
         self._lock = Lock()
 
@@ -67,9 +69,9 @@ class Handle:
         self.deliver(Failed(error))
         self.cancel()
 
-    def runs(self, generation: Stoppable | None) -> None:
-        """Note the generation that runs now, and stop it if the request was cancelled."""
-        self._running = generation
+    def runs(self, *generations: Stoppable) -> None:
+        """Note the generations that run now, and stop them if the request was cancelled."""
+        self._running = generations
         if self.cancelled:
             self._stop()
 
@@ -78,16 +80,20 @@ class Handle:
         self._queue = queue
 
     def _stop(self) -> None:
-        running = self._running
-        if running is not None:
-            running.stop()
+        for generation in self._running:
+            generation.stop()
 
 
 class WorkQueue:
-    """A first-in, first-out queue with at most `most` waiting requests."""
+    """A first-in, first-out queue with at most `most` waiting requests.
+
+    Attributes:
+        places: The answers that run at once. A request with more answers takes all places.
+    """
 
     def __init__(self, most: int) -> None:
         self.most = most
+        self.places = self._free = 1
         self._waiting: deque[Handle] = deque()
         self._changed = Condition()
         self._closed: ApiError | None = None
@@ -95,6 +101,10 @@ class WorkQueue:
 
     def __len__(self) -> int:
         return len(self._waiting)
+
+    def open(self, places: int) -> None:
+        """Set the number of places, before the first request."""
+        self.places = self._free = places
 
     def put(self, handle: Handle) -> None:
         """Add a request.
@@ -105,24 +115,28 @@ class WorkQueue:
         with self._changed:
             if self._closed is not None:
                 raise self._closed
-            if len(self._waiting) >= self.most:
+            if len(self._waiting) >= self.most + self._free:  # a free place takes one at once
                 raise self.full()
             handle.queued_in(self)
             self._waiting.append(handle)
-            self._changed.notify()
+            self._changed.notify_all()
 
     def take(self) -> Handle | None:
-        """Wait for the next request, and remove it; `None` if the queue is closed and empty."""
+        """Wait for the next request and its places, and remove it; `None` if the queue is closed and empty."""
         with self._changed:
-            while not self._waiting and self._closed is None:
+            while not self._may_begin() and self._closed is None:
                 self._changed.wait()
-            return self._waiting.popleft() if self._waiting else None
+            if not self._waiting:
+                return None
+            self._free -= self._needed(self._waiting[0])
+            return self._waiting.popleft()
 
     def remove(self, handle: Handle) -> None:
         """Remove a waiting request; others change nothing."""
         with self._changed:
             if handle in self._waiting:
                 self._waiting.remove(handle)
+                self._changed.notify_all()
 
     def position(self, handle: Handle) -> int:
         """Return the number of requests before a waiting one; 0 for others."""
@@ -139,13 +153,22 @@ class WorkQueue:
         for handle in waiting:
             handle.fail(error)
 
-    def took(self, seconds: float) -> None:
-        """Note the time of a request, for `retry_after`."""
-        self._mean_seconds += _NEWEST * (seconds - self._mean_seconds)
+    def over(self, handle: Handle, seconds: float) -> None:
+        """Take back the places of a request, and note its time for `retry_after`."""
+        with self._changed:
+            self._free += self._needed(handle)
+            self._mean_seconds += _NEWEST * (seconds - self._mean_seconds)
+            self._changed.notify_all()
 
     def retry_after(self) -> int:
         """Return the seconds after which a place may be free, by the mean time of recent requests."""
-        return max(_SOONEST, min(_LATEST, math.ceil(self._mean_seconds)))
+        return max(_SOONEST, min(_LATEST, math.ceil(self._mean_seconds / self.places)))
+
+    def _may_begin(self) -> bool:
+        return bool(self._waiting) and self._needed(self._waiting[0]) <= self._free
+
+    def _needed(self, handle: Handle) -> int:
+        return min(handle.places, self.places)
 
     def full(self) -> ApiError:
         """Return the error of a full queue."""

@@ -7,6 +7,6 @@ Modules:
     asgi        Types of ASGI, and answers of JSON in it.
     gates       Gates before the routes: name of the host, API key, type and size of a body.
     metrics     Metrics for Prometheus: requests, tokens, queue, and memory predicted beside measured.
-    server      Server that listens while the model loads, and lets the running request end.
+    server      Server that listens while the model loads, and lets the running requests end.
     settings    Settings of a server, checked.
 """

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from qwen_vram.serving.engine.engine import Engine, Prepared
+from qwen_vram.serving.engine.interface import Engine, Prepared
 from qwen_vram.serving.engine.work_queue import Handle
 from qwen_vram.serving.web.asgi import Receive, Scope, Send, answer_json, refuse
 from qwen_vram.serving.wire.body import parsed_object
@@ -163,11 +163,11 @@ class Checks:
     """Checks of requests in one thread, so that a large one does not block streams of others.
 
     Args:
-        most: The most requests that wait for their check.
+        most: Returns the most requests that wait for their check.
         full: Returns the error of a further one.
     """
 
-    def __init__(self, most: int, full: Callable[[], ApiError]) -> None:
+    def __init__(self, most: Callable[[], int], full: Callable[[], ApiError]) -> None:
         self._most, self._full = most, full
         self._count = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="qwen-vram checks")
@@ -178,7 +178,7 @@ class Checks:
         Raises:
             ApiError: its error, or too many requests wait.
         """
-        if self._count >= self._most:
+        if self._count >= self._most():
             raise self._full()
         self._count += 1
         try:

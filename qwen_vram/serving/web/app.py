@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from typing import Any
 
-from qwen_vram.serving.engine.engine import Engine
+from qwen_vram.serving.engine.interface import Engine
 from qwen_vram.serving.web.access_log import AccessLog
 from qwen_vram.serving.web.answering import Checks, Endpoint, unknown_model
 from qwen_vram.serving.web.asgi import App
@@ -77,7 +77,7 @@ def make_app(
             return JSONResponse(problem.body(), problem.status)
         return JSONResponse(entry)
 
-    checks = Checks(settings.max_waiting + 1, engine.queue.full)
+    checks = Checks(lambda: settings.max_waiting + engine.queue.places, engine.queue.full)
     for path, read in ((_CHAT, chat_request), (_COMPLETIONS, completion_request)):
         endpoint = Endpoint(
             engine,

@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from qwen_vram.serving.engine.engine import Engine
+from qwen_vram.serving.engine.interface import Engine
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # Upper bounds of the classes of request times, in seconds.
@@ -81,6 +81,9 @@ class Metrics:
             "requests_waiting_limit", "gauge", "The most requests in the queue.", [({}, engine.queue.most)]
         )
         yield from metric_lines("requests_running", "gauge", "Requests that run now.", [({}, engine.running())])
+        yield from metric_lines(
+            "requests_running_limit", "gauge", "The most answers that run at once.", [({}, engine.queue.places)]
+        )
         yield from state_lines(engine.state()[0])
         yield from metric_lines(
             "process_resident_bytes",

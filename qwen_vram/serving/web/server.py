@@ -1,4 +1,4 @@
-"""Server that listens while the model loads, and lets the running request end."""
+"""Server that listens while the model loads, and lets the running requests end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from threading import Timer
 from typing import TYPE_CHECKING
 
 import qwen_vram as qv
-from qwen_vram.serving.engine.engine import OneByOne
+from qwen_vram.serving.engine.engine import ModelEngine
 from qwen_vram.serving.web.access_log import write_line
 from qwen_vram.serving.web.app import make_app
 from qwen_vram.serving.web.asgi import App
@@ -132,7 +132,7 @@ def serve(
         if server is not None and engine.load_error is not None:
             server.should_exit = True
 
-    engine = OneByOne(
+    engine = ModelEngine(
         load,
         most_waiting=settings.max_waiting,
         refusals=refusals,
@@ -148,7 +148,7 @@ def serve(
         if server.should_exit:
             engine.stop_running()  # a second signal ends the grace time
             return
-        write_line(f"stopping: the running request has {settings.grace:g} s")
+        write_line(f"stopping: running requests have {settings.grace:g} s")
         engine.drain()
         timer.start()
         server.should_exit = True

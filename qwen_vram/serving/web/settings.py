@@ -21,7 +21,7 @@ class Settings:
         max_body: The most bytes of a body.
         body_seconds: The most seconds until a body is complete.
         heartbeat: Seconds of silence after which a stream gets a comment.
-        grace: Seconds that a stopped server gives the running request.
+        grace: Seconds that a stopped server gives the running requests.
         origins: Origins of web pages that may read answers; `*` is all.
         allowed_hosts: Names in the `Host` header; empty allows the names of this machine on a loopback address, and all
             on another address.

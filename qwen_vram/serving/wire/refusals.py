@@ -49,7 +49,7 @@ class Refusals:
             exact = f"{message} ({error.needed_bytes:,} bytes are needed, {error.budget_bytes:,} are allowed)"
             return ApiError(400, exact, param=_field("context_len", chat), code="does_not_fit", facts=facts)
         if isinstance(error, qv.WorkloadError):
-            code = "context_length_exceeded" if error.name == "context_len" else "invalid_value"
+            code = "context_length_exceeded" if error.name in ("context_len", "prompt_len") else "invalid_value"
             return ApiError(400, message, param=_field(error.name, chat), code=code)
         if isinstance(error, qv.UnknownNameError):
             return ApiError(400, message, param=str(error.got), code="unsupported_parameter")
