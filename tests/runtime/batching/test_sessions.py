@@ -255,7 +255,7 @@ def ends_in_error(input_ids, scores, **others):
         {"streamer": "end"},
         {"logits_processor": "at 2", "num_return_sequences": 3, "do_sample": True, "seed": 1},
     ],
-    ids=str,
+    ids=lambda options: ", ".join(options),
 )
 def test_an_error_of_one_request_spoils_no_other(llm, expected, options):
     given = {**ENDLESS, **options}
