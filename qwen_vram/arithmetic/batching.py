@@ -71,5 +71,5 @@ def sampling_sizes(architecture: Architecture, workload: Workload) -> tuple[int,
     two masks.
     Source: transformers 5.17 and 5.23, generation/logits_process.py, `TopPLogitsWarper`.
     """
-    scores = min(workload.batch_size, DRAWN_TOGETHER) * architecture.vocab_size
+    scores = DRAWN_TOGETHER * architecture.vocab_size
     return (*(scores * _FP32,) * 5, scores * _INT64, scores, scores)

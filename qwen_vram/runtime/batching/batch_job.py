@@ -8,7 +8,7 @@ from threading import Event, Lock
 import torch
 from torch import Tensor
 
-from qwen_vram.runtime.batching.batcher import Batcher
+from qwen_vram.runtime.batching.batcher import Batcher, Within
 from qwen_vram.runtime.batching.request import Request
 from qwen_vram.runtime.memory.release import forget_frames
 from qwen_vram.runtime.scheduling.job import Job
@@ -37,7 +37,7 @@ class BatchJob(Job[Tensor]):
         inputs: Mapping[str, Tensor],
         pad: int,
         turns: Turns,
-        within: Callable[[Callable[[], None]], None],
+        within: Within,
         *,
         answered: Callable[[Sequence[Request]], object] | None = None,
         ended: Callable[[], object] | None = None,

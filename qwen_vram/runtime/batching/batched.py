@@ -132,14 +132,18 @@ class BatchedGenerations(Generations):
             got=workload.prompt_len,
         )
 
-    def _within(self, run: Callable[[], None]) -> None:
+    def _within(self, run: Callable[[Callable[[], None]], None]) -> None:
         """Run a turn of the batch within the promised memory, and keep what it measured."""
         with self._segments.within("batch", promised=True, always=True):
             meters = [PeakMeter(device) for device in self.devices]
             for meter in meters:
                 meter.start()
-            run()
-            self._keep(self.plan.workload, meters, lambda device: self.batcher.pool.nbytes)
+
+            def keep() -> None:
+                self._keep(self.plan.workload, meters, lambda device: self.batcher.pool.nbytes)
+
+            run(keep)
+            keep()
 
 
 def _place(number: int, sequences: int) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from threading import Lock
+from time import monotonic
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +26,10 @@ from qwen_vram.runtime.generation.finite import explained
 from qwen_vram.runtime.kv_cache.paged import PagedCache, PagePool, rows_of
 from qwen_vram.runtime.scheduling.job import Job
 from qwen_vram.runtime.scheduling.turns import Turn, Turns
+
+# Seconds between two notes of the measured memory while requests run without a pause.
+_KEPT_EVERY = 5.0
+Within = Callable[[Callable[[Callable[[], None]], None]], None]
 
 
 class Waiter(Protocol):
@@ -54,6 +59,7 @@ class Batcher:
         self, model: Any, *, most: int, pool: PagePool, chunk: int | None, tokens: int, captured: bool
     ) -> None:
         self.model, self.pool, self._chunk, self._tokens, self.most = model, pool, chunk, tokens, most
+        self._device = model.device
         self._packs = model.config._attn_implementation == NAME
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._step = BatchStep(base, most, pool, captured=captured)
@@ -80,19 +86,20 @@ class Batcher:
         requests: Sequence[Request],
         waiter: Waiter,
         turns: Turns,
-        within: Callable[[Callable[[], None]], None],
+        within: Within,
     ) -> None:
         """Add requests, and start the turn that runs them if none runs. It does not wait.
 
         Args:
-            within: Calls its argument with the limits and meters of a turn.
+            within: Calls its argument with the limits and meters of a turn, and with a function that keeps what they
+                measured so far.
 
         Raises:
             QwenVramError: the model is closed, or this thread runs its generations.
         """
         with self._lock:
             if self._loop is None:
-                job: Job[None] = Job(turns, partial(self._run, within), self.model.device, lambda: self._over(job))
+                job: Job[None] = Job(turns, partial(self._run, within), self._device, lambda: self._over(job))
                 job.start()
                 self._loop = job
             self._new.extend((request, waiter) for request in requests)
@@ -109,25 +116,34 @@ class Batcher:
                 return
             self._loop = None
             self._take_new()
+            # A callback may ask again, and so start a turn that must not find these.
+            left = self._all()
+            self._waiting.clear()
+            self._prefilling.clear()
+            self._decoding.clear()
         error: BaseException = QwenVramError("the batch of requests ended; ask again")
         try:
             job.check()
         except BaseException as found:
             error = found
-        for request in self._all():
+        for request in left:
             self._finish(request, error)
 
-    def _run(self, within: Callable[[Callable[[], None]], None], turn: Turn) -> None:
+    def _run(self, within: Within, turn: Turn) -> None:
         """Run rounds until no request is left."""
-        within(lambda: self._rounds(turn))
+        within(lambda keep: self._rounds(turn, keep))
 
     @torch.inference_mode()
-    def _rounds(self, turn: Turn) -> None:
+    def _rounds(self, turn: Turn, keep: Callable[[], None]) -> None:
+        kept = monotonic()
         while self._goes_on(turn):
             self._sweep()
             self._admit()
             self._prefill()
             self._decode()
+            if monotonic() - kept > _KEPT_EVERY:
+                keep()
+                kept = monotonic()
 
     def _goes_on(self, turn: Turn) -> bool:
         """Take the new requests, and tell if any is left. A stopped turn ends them; later ones start another turn."""
@@ -169,9 +185,9 @@ class Batcher:
             request.pages = pages
             self._prefilling.append(request)
             try:
-                request.rows = rows_of(pages, self.model.device)
-                request.begin()
-            except Exception as error:  # the caller's streamer
+                request.rows = rows_of(pages, self._device)
+                request.begin(self.model)
+            except BaseException as error:  # the caller's streamer
                 self._finish(request, error)
 
     def _prefill(self) -> None:
@@ -263,7 +279,7 @@ class Batcher:
         try:
             if request.take(token):
                 self._finish(request)
-        except Exception as error:  # the caller's streamer or criterion
+        except BaseException as error:  # the caller's streamer or criterion
             self._finish(request, error)
 
     def _finish(self, request: Request, error: BaseException | None = None) -> None:

@@ -79,17 +79,12 @@ class Request:
         self._tokens = torch.empty(len(ids) + max_new_tokens, dtype=torch.long)
         self._tokens[: len(ids)] = torch.tensor(ids)
         self.count = len(ids)
+        self._options, self._processors = passed, LogitsProcessorList(processors or ())
+        self._seed, self._place = seed, place
+        own = StoppingCriteriaList(criteria or ())
         try:
-            config = _config(model, passed, self.prompt_len, max_new_tokens)
-            made = model._get_logits_processor(
-                generation_config=config,
-                input_ids_seq_length=len(ids),
-                encoder_input_ids=self.tokens[None],
-                logits_processor=LogitsProcessorList(processors or ()),
-                device=model.device,
-                model_kwargs={},
-            )
-            own = StoppingCriteriaList(criteria or ())
+            # On the host, because a request that waits has no memory of the device.
+            self.choice, config = self._choice_on(torch.device("cpu"), model)
             every = model._get_stopping_criteria(generation_config=config, stopping_criteria=own, tokenizer=tokenizer)
         except QwenVramError:
             raise
@@ -97,7 +92,6 @@ class Request:
             raise refusal(error, options) from error
         eos = config._eos_token_tensor
         self._ends = frozenset([] if eos is None else eos.tolist())
-        self.choice = Choice(made, sample=bool(config.do_sample), seed=seed, place=place)
         counted = (MaxLengthCriteria, EosTokenCriteria)  # by `take` itself
         self._criteria = [one for one in every if not isinstance(one, counted) or one in own]
         self.stopped = ""
@@ -123,13 +117,28 @@ class Request:
         """The number of new tokens so far."""
         return self.count - self.prompt_len
 
-    def begin(self) -> None:
-        """Give the prompt to the streamer, and start the time of `max_time`."""
+    def begin(self, model: Any) -> None:
+        """Make the choice on the device, give the prompt to the streamer, and start the time of `max_time`."""
+        if model.device.type != "cpu":
+            self.choice, _ = self._choice_on(model.device, model)
         for one in self._criteria:
             if isinstance(one, MaxTimeCriteria):
                 one.initial_timestamp = time()
         if self._streamer is not None:
             self._streamer.put(self.tokens[None])
+
+    def _choice_on(self, device: torch.device, model: Any) -> tuple[Choice, Any]:
+        """Return the choice, with its tensors on a device, and the settings that `generate` would use."""
+        config = _config(model, dict(self._options), self.prompt_len, self.max_new_tokens, device)
+        made = model._get_logits_processor(
+            generation_config=config,
+            input_ids_seq_length=self.prompt_len,
+            encoder_input_ids=self._tokens[None, : self.prompt_len].to(device),
+            logits_processor=self._processors,
+            device=device,
+            model_kwargs={},
+        )
+        return Choice(made, sample=bool(config.do_sample), seed=self._seed, place=self._place), config
 
     def take(self, token: int) -> bool:
         """Take the next token, and tell if it is the last one."""
@@ -163,8 +172,8 @@ class Request:
         return GenerationStoppedError(f"the generation {self.stopped} after {made:,} new tokens", tokens=made)
 
 
-def _config(model: Any, options: dict[str, Any], prompt_len: int, max_new_tokens: int) -> Any:
-    """Return the settings that `generate` would use."""
+def _config(model: Any, options: dict[str, Any], prompt_len: int, max_new_tokens: int, device: torch.device) -> Any:
+    """Return the settings that `generate` would use, with special tokens on a device."""
     given = options.pop("generation_config", None)
     config, rest = model._prepare_generation_config(given, **options, max_new_tokens=max_new_tokens)
     config.max_length = prompt_len + max_new_tokens
@@ -182,7 +191,7 @@ def _config(model: Any, options: dict[str, Any], prompt_len: int, max_new_tokens
             knob=next(iter(rest)) if rest else "num_beams",
             value=next(iter(rest.values())) if rest else mode,
         )
-    model._prepare_special_tokens(config, True, device=model.device, batch_size=1)
+    model._prepare_special_tokens(config, True, device=device, batch_size=1)
     return config
 
 

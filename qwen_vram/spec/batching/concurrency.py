@@ -47,7 +47,16 @@ def paged_knobs(profile: object, knobs: Mapping[str, object], *, on_gpu: bool) -
 
     Args:
         profile: The name of a profile, or a `Profile`, whose own knobs stay as they are.
+
+    Raises:
+        WorkloadError: `captured` is false.
     """
     if knobs.get("cache") != "paged" or not on_gpu or not isinstance(profile, str):
         return dict(knobs)
+    if knobs.get("captured") is False:
+        raise WorkloadError(
+            "concurrent requests (cache='paged') on a GPU need captured=True; set it, or leave it out",
+            name="captured",
+            got=False,
+        )
     return {**_ON_GPU, **knobs}

@@ -321,13 +321,13 @@ def _one_gpu(knob: str, off: object) -> Rule[Split]:
 
 
 SEVERAL_GPU_RULES = (
-    *(_one_gpu(knob, off) for knob, off in ONE_GPU.items()),
     Rule[Split](
         lambda split: split.profile.cache == "paged",
         "cache",
         lambda split: f"concurrent requests (cache='paged') over {split.gpus} GPUs cannot be loaded yet; use one GPU",
         "several GPUs",
     ),
+    *(_one_gpu(knob, off) for knob, off in ONE_GPU.items()),
 )
 
 RULES: tuple[Rule[Any], ...] = (*PROFILE_RULES, *ANYWHERE_RULES, *SEVERAL_GPU_RULES)

@@ -225,7 +225,7 @@ def test_the_time_of_max_time_begins_with_the_request_and_not_with_its_wait(llm)
     (request,) = llm._generations.job(lambda: llm.model, made.inputs, 3, made.options)._requests
     (criterion,) = (one for one in request._criteria if isinstance(one, MaxTimeCriteria))
     criterion.initial_timestamp = 0.0
-    request.begin()
+    request.begin(llm.model)
     assert time.time() - criterion.initial_timestamp < 50
     assert llm.chat(ASKED[0], max_time=50.0, **GREEDY) == llm.chat(ASKED[0], **GREEDY)
     ended = llm.chat(ASKED[0], max_time=1e-6, **GREEDY)

@@ -290,7 +290,6 @@ def test_an_error_of_the_model_ends_the_running_requests_and_a_later_batch_works
     check_whole(llm)
 
 
-@pytest.mark.xfail(reason="requests of a failed batch run in the batch that a callback starts", strict=True)
 def test_a_callback_of_a_failed_request_asks_again_and_the_other_requests_have_the_error(llm, expected):
     again, left = [], [1]
 
