@@ -146,7 +146,7 @@ def _outer_bytes(part: Architecture, served: ServedWeights, workers: Workers) ->
     A tied head is the embedding's tensor, which the last group has a copy of.
     """
     plain = FORMATS[served.dtype]
-    rows = -(-part.vocab_size // (_VOCAB_ROWS * workers.tensor)) * _VOCAB_ROWS
+    rows = -(-part.vocab_size // _VOCAB_ROWS) * _VOCAB_ROWS // workers.tensor
     table = (rows, part.hidden_size)
     if part.starts or (part.ends and part.tie_word_embeddings):
         yield plain.nbytes(table)
