@@ -49,9 +49,9 @@ class LoadedModel:
     in pipelines, with PEFT and with its own `generate`. `generate`, `chat` and `stream` of this class also use the
     plan's cache and chunk size. They refuse a workload that does not fit the plan's budget, before they allocate.
 
-    Threads may share it: one generation runs at a time, and the others wait in the order of their calls. Each runs in a
-    separate thread. It uses the caller's current CUDA stream, but not autocast and other settings that PyTorch keeps
-    for each thread.
+    Threads may share it: one generation runs at a time, and the others wait in the order of their calls. With a plan
+    for `concurrency`, their generations run together. Each runs in a separate thread. It uses the caller's current CUDA
+    stream, but not autocast and other settings that PyTorch keeps for each thread.
 
     Attributes:
         model: The `transformers` model.

@@ -6,6 +6,7 @@ from bisect import bisect_left
 from typing import Any, NamedTuple
 
 import qwen_vram as qv
+from qwen_vram.planning.capacity.compiler import missing_compiler
 
 AUTO = "auto"
 # The most requests that `auto` chooses. Each has memory for a whole context, also while fewer requests run.
@@ -68,6 +69,9 @@ def plan_to_serve(model: str, concurrency: int | str, arguments: dict[str, Any])
     if concurrency != AUTO:
         return Served(qv.plan(model, concurrency=int(concurrency), **arguments), int(concurrency))
     alone = qv.plan(model, **arguments)
+    missing = "" if alone.on_cpu else missing_compiler()
+    if missing:
+        return Served(alone, None, f"several at once: they need Triton and a C compiler, and {missing} is missing")
     tried: dict[int, qv.Plan] = {}
     reasons: dict[int, str] = {}
 

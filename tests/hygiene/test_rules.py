@@ -109,11 +109,13 @@ def test_each_rule_of_this_machine_is_broken_by_an_example(monkeypatch):
     preflight = pytest.importorskip("qwen_vram.runtime.loading.preflight")
     backends = pytest.importorskip("qwen_vram.runtime.backends")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(preflight, "missing_compiler", lambda: "a C compiler")
     flash, layers = {"attention": "flash_attention_2"}, {"streamed_layers": 2, "host_layers": 1}
     examples = [
         ({**FIXED, "compiled": True}, "cpu", "compiled"),
         ({**FIXED, "captured": True}, "cpu", "captured"),
         ({"attention": "fused", "cache": "paged"}, "cuda", "captured"),
+        ({"attention": "fused", "cache": "paged", "captured": True}, "cuda", "cache"),
         ({**layers, "weights": "int8-wo"}, "cpu", "streamed_layers"),
         ({**layers, "weights": "int8-wo"}, "cpu", "host_layers"),
         ({"attention": "fused"}, "cuda", "attention"),
@@ -126,7 +128,8 @@ def test_each_rule_of_this_machine_is_broken_by_an_example(monkeypatch):
         here = preflight.Here(profile, MODEL, backends.get_backend(profile.weights), torch.device(device))
         assert rule.when(here)
         assert rule.knob == named
-        begins = "concurrent requests (cache='paged') on a GPU need " if profile.cache == "paged" else ""
+        begins = {"captured": "concurrent requests (cache='paged') on a GPU need ", "cache": "concurrent requests ("}
+        begins = begins[named] if profile.cache == "paged" else ""
         assert rule.message(here).startswith(f"{begins}{named}=")
         assert not rule.when(here._replace(profile=qv.Profile()))
 

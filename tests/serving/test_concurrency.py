@@ -3,9 +3,26 @@
 import pytest
 
 import qwen_vram as qv
+from qwen_vram.serving import concurrency
 from qwen_vram.serving.concurrency import plan_to_serve, wanted
 
 MODEL = "Qwen2.5-7B-Instruct"
+
+
+@pytest.fixture(autouse=True)
+def compiler(monkeypatch):
+    monkeypatch.setattr(concurrency, "missing_compiler", lambda: "")
+
+
+def test_without_a_compiler_requests_on_a_gpu_run_one_by_one(demo, monkeypatch):
+    monkeypatch.setattr(concurrency, "missing_compiler", lambda: "a C compiler")
+    served = plan_to_serve(MODEL, "auto", {"vram": "24GiB", **HOST})
+    assert (served.concurrency, served.plan.concurrency) == (None, 1)
+    assert served.lines[1] == "not several at once: they need Triton and a C compiler, and a C compiler is missing"
+    on_host = plan_to_serve(str(demo), "auto", {"prompt_len": 64, "max_new_tokens": 16})
+    assert on_host.concurrency == 16 or not on_host.plan.on_cpu
+
+
 HOST = {"ram": "32GiB", "prompt_len": 2048, "max_new_tokens": 512}
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qwen_vram.arithmetic.batching import step_rows
+from qwen_vram.errors import BackendUnavailableError
 from qwen_vram.runtime.attention.decode_step import scratch_elements
 from qwen_vram.runtime.decoding.capture_stream import give_stream, on_stream, take_stream
 from qwen_vram.runtime.decoding.layer import (
@@ -55,7 +56,7 @@ class BatchStep:
         sizes: The batch sizes that run; a smaller batch has unused rows.
 
     Raises:
-        RuntimeError: steps cannot be captured here.
+        BackendUnavailableError: the kernels that captured steps need do not run here.
     """
 
     def __init__(self, model: Any, most: int, pool: PagePool, *, captured: bool) -> None:
@@ -81,7 +82,11 @@ class BatchStep:
         elements = [scratch_elements(model, size, pages_of(pool.context_len) * PAGE) for size in self.sizes]
         self._scratch = state(max(elements), dtype=torch.float32) if min(elements) else None
         if captured and self._scratch is None:
-            raise RuntimeError("decode steps of a batch need kernels='fused' and this library's Triton kernels")
+            raise BackendUnavailableError(
+                "Triton cannot compile this library's kernels here, which concurrent requests on a GPU need, or "
+                "kernels='fused' is not set; load without concurrency",
+                backend="triton",
+            )
         self._unused = torch.zeros(1, dtype=torch.int32, device=model.device)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._stream: torch.cuda.Stream | None = None

@@ -160,7 +160,7 @@ def batcher_for(model: Any, plan: Plan, progress: Callable[..., Iterable[int]]) 
         progress: Wraps a range in a progress bar, as `tqdm` does.
 
     Raises:
-        RuntimeError: steps cannot be captured here.
+        BackendUnavailableError: as for `BatchStep`.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     workload, profile = plan.workload, plan.profile

@@ -16,13 +16,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from qwen_vram.planning.capacity.compiler import missing_compiler
 from qwen_vram.runtime.decoding.capture_stream import give_stream, on_stream, take_stream
 from qwen_vram.runtime.decoding.generate_loop import decode_by_steps
 from qwen_vram.runtime.decoding.graph_cache import BufferLease, GraphBuffers
 from qwen_vram.runtime.decoding.graph_step import Functions, Step
 from qwen_vram.runtime.decoding.layer import decode_end, decode_layer, fused_decode_end, fused_decode_layer
 from qwen_vram.runtime.kernels.fused_layers import FusedLayer
-from qwen_vram.runtime.kernels.fused_ops import missing_compiler
 from qwen_vram.runtime.memory.workspaces import take_workspace
 from qwen_vram.runtime.offload.streamer import Streamer
 from qwen_vram.runtime.scheduling.job import Job

@@ -7,16 +7,15 @@ prefill. The caller must own the arguments, and there is no gradient.
 from __future__ import annotations
 
 import logging
-import os
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from importlib.util import find_spec
-from shutil import which
 from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from qwen_vram.planning.capacity.compiler import missing_compiler
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -91,14 +90,6 @@ def kernels_on(device: torch.device) -> ModuleType | None:
             return triton_kernels
     _LOGGER.warning("kernels='fused' without %s: torch's own operators are used, and prefill is slower", missing)
     return None
-
-
-def missing_compiler() -> str:
-    """Return the part that is missing to compile kernels; empty if nothing is missing."""
-    compilers = (os.environ.get("CC", ""), "cc", "gcc", "clang")
-    if not any(which(name) for name in compilers if name):
-        return "a C compiler"
-    return "Triton" if find_spec("triton") is None else ""
 
 
 def _device_of(tensor: Tensor) -> AbstractContextManager[object]:

@@ -15,6 +15,7 @@ import torch
 from qwen_vram.arithmetic.weights import SMALLEST_READ
 from qwen_vram.dtypes import BF16, FP16
 from qwen_vram.errors import BackendUnavailableError, NotSupportedError
+from qwen_vram.planning.capacity.compiler import missing_compiler
 from qwen_vram.planning.capacity.hardware import AMPERE
 from qwen_vram.planning.planner import Plan
 from qwen_vram.runtime.attention import fused as attention
@@ -76,6 +77,16 @@ MACHINE_RULES: tuple[Rule[Here], ...] = (
         "captured",
         lambda here: "concurrent requests (cache='paged') on a GPU need captured=True; set it, or leave it out",
         "this machine",
+    ),
+    Rule(
+        lambda here: here.profile.cache == "paged" and here.device.type == "cuda" and bool(missing_compiler()),
+        "cache",
+        lambda here: (
+            "concurrent requests (cache='paged') on a GPU need Triton and a C compiler, and here is no "
+            f"{missing_compiler().removeprefix('a ')}; install it, or load without concurrency"
+        ),
+        "this machine",
+        package="triton",
     ),
     Rule(
         lambda here: here.profile.streamed_layers > 0 and not isinstance(here.backend, StreamingBackend),
