@@ -9,7 +9,6 @@ from qwen_vram.arithmetic.estimate import Estimate
 from qwen_vram.checkpoints.machine_file import current
 from qwen_vram.checkpoints.resolve import ModelLike, resolve_model, stored_knobs
 from qwen_vram.errors import WorkloadError
-from qwen_vram.spec.batching.concurrency import concurrent, paged_knobs
 from qwen_vram.spec.formats import FORMATS
 from qwen_vram.spec.profile import Profile, resolve_profile
 from qwen_vram.spec.workload import Logits, Workload
@@ -61,8 +60,11 @@ def estimate_vram(
         >>> estimate_vram(None, params=7.62e9).weights
         15240000000
     """
-    batch_size, knobs = concurrent(concurrency, batch_size, knobs)
-    knobs = paged_knobs(profile, knobs, on_gpu=True)
+    if concurrency is not None or "cache" in knobs:
+        from qwen_vram.spec.batching.concurrency import concurrent, paged_knobs  # a first estimate starts sooner
+
+        batch_size, knobs = concurrent(concurrency, batch_size, knobs)
+        knobs = paged_knobs(profile, knobs, on_gpu=True)
     workload = Workload(
         prompt_len=prompt_len, max_new_tokens=max_new_tokens, batch_size=batch_size, logits=logits, padded=padded
     )

@@ -64,7 +64,7 @@ def batch_step_sizes(architecture: Architecture, profile: Profile, workload: Wor
     return (*state, *rows, scratch * _FP32, _INT32, *CUBLAS_WORKSPACE)
 
 
-def sampling_sizes(architecture: Architecture, workload: Workload) -> tuple[int, ...]:
+def sampling_sizes(architecture: Architecture) -> tuple[int, ...]:
     """Bytes of the tensors that sampling with `top_k` and `top_p` has at once, for the requests drawn together.
 
     Scores in float32 before and after a processor, sorted scores with their places, their shares and running sum, and

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from qwen_vram.spec.architecture import Architecture
-from qwen_vram.spec.batching.pages import pool_tokens
 from qwen_vram.spec.layers import LayerSpec
 from qwen_vram.spec.profile import Profile
 
@@ -61,6 +60,8 @@ def kv_cache_bytes(
     pages for that of every sequence.
     """
     if profile.cache == "paged":
+        from qwen_vram.spec.batching.pages import pool_tokens  # a first estimate without pages starts sooner
+
         return all_kv_bytes(architecture, profile, tokens=pool_tokens(batch_size, context_len), batch_size=1)
     held = tokens if profile.cache == "dynamic" else context_len
     if profile.kv_device == "host":

@@ -1,7 +1,5 @@
 """Pages and decode steps of batched requests, by arithmetic, and against the tensors that are allocated."""
 
-from dataclasses import replace
-
 import pytest
 
 import qwen_vram as qv
@@ -76,9 +74,7 @@ def test_a_step_keeps_its_state_logits_and_choices():
     captured = batch_step_sizes(architecture, profile.replace(captured=True), work)
     assert captured[:3] == (10 * (2 + pages) * 4, 10 * vocabulary * 4, 10 * 2 * 8)
     assert len(captured) > 4
-    most = sampling_sizes(architecture, replace(work, batch_size=DRAWN_TOGETHER))
-    assert sampling_sizes(architecture, replace(work, batch_size=100)) == most
-    assert sum(sampling_sizes(architecture, replace(work, batch_size=1))) * DRAWN_TOGETHER == sum(most)
+    assert sum(sampling_sizes(architecture)) == DRAWN_TOGETHER * vocabulary * (5 * 4 + 8 + 2)  # also of one request
 
 
 @pytest.mark.parametrize(
@@ -98,7 +94,7 @@ def test_tokens_of_a_prefill_have_a_limit(chunk, work, tokens):
     assert packed_tokens(profile, Workload(**dict(zip(("prompt_len", "max_new_tokens", "batch_size"), work)))) == tokens
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
+@pytest.mark.parametrize("row", ROWS[:-1], ids=lambda row: row[0])  # the last one is of a CPU
 def test_more_requests_and_longer_ones_need_more(row):
     model, name, knobs, (prompt, new, most) = row
     asked = {"profile": name, **PAGED, **knobs}

@@ -23,8 +23,8 @@ def test_a_plan_has_its_concurrency_and_comes_back_from_json():
     said = json.loads(json.dumps(plan.to_dict()))
     assert said["concurrency"] == 16
     assert qv.Plan.from_dict(said) == plan
-    assert "cache='paged'" in plan.call
-    assert "batch_size=16" in plan.call
+    assert "concurrency=16" in plan.call
+    assert "batch_size" not in plan.call
     again = qv.plan(SEVEN, vram="24GiB", **RAM, **WORK, profile=plan.profile, batch_size=16)  # the call's arguments
     assert again.estimate.needed_bytes == plan.estimate.needed_bytes
     assert again.concurrency == 16

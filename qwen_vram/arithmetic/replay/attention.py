@@ -11,7 +11,6 @@ from qwen_vram.arithmetic.kv_cache import HOST_CACHE_LAYERS, all_kv_bytes, large
 from qwen_vram.arithmetic.replay.linear import Products
 from qwen_vram.arithmetic.replay.trace import Consumer
 from qwen_vram.spec.architecture import Architecture
-from qwen_vram.spec.batching.pages import PAGE, pages_of, pool_tokens
 from qwen_vram.spec.layers import Attention as AttentionSpec
 from qwen_vram.spec.layers import LayerSpec
 from qwen_vram.spec.profile import Profile
@@ -158,6 +157,8 @@ class Attention(Products):
 
     def take_pages(self) -> None:
         """Allocate the pages of all layers, which are made at load and stay."""
+        from qwen_vram.spec.batching.pages import pool_tokens  # only for pages
+
         tokens = pool_tokens(self.workload.batch_size, self.workload.context_len)
         for layer, held in zip(self.architecture.layers, self.cache, strict=True):
             whole = layer_kv_bytes(layer, self.profile, tokens=tokens, batch_size=1)
@@ -175,6 +176,8 @@ class Attention(Products):
             return [key, value]
         tokens = self.batch * (past + queries)
         if self.decoding:
+            from qwen_vram.spec.batching.pages import PAGE, pages_of  # only for pages
+
             tokens = self.batch * pages_of(self.workload.context_len) * PAGE
             self.give(self.take(tokens * _INT64))  # the rows of all pages
         every = [self.take(tokens * layer.attention.key_value_width * self.element) for _ in range(2)]

@@ -133,7 +133,7 @@ class Generation(Attention):
         if self.paged:
             from qwen_vram.arithmetic.batching import sampling_sizes
 
-            self.give(*(self.take(size) for size in sampling_sizes(self.architecture, self.workload)))
+            self.give(*(self.take(size) for size in sampling_sizes(self.architecture)))
         if self.profile.streamed_layers:
             result = self.layer(0, 1, past)  # every other one leaves the same state
             self.give(result)

@@ -96,7 +96,7 @@ def test_unknown_knob():
         ("embeddings", "cpu", "device, host"),
         ("kv_cache", "fp8", "bf16, int8, int4"),
         ("kv_device", "cpu", "device, host"),
-        ("cache", "paged", "preallocated, dynamic, static"),
+        ("cache", "sliding", "preallocated, dynamic, static, paged"),
         ("attention", "flash", "fused, sdpa, flash_attention_2, eager"),
         ("compiled", "yes", "True, False"),
         ("captured", "on", "True, False"),
