@@ -12,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: .venv/runtime
 	$(BIN)/qwen-vram demo
 
-# What each change must pass: 13 minutes on two idle cores without AVX-512 (2026-12-01); 8 are the aim.
+# What each change must pass: 14 minutes on two idle cores without AVX-512 (2026-12-01); 8 are the aim.
 test: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .

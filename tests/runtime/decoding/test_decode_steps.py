@@ -393,13 +393,13 @@ def test_inductor_compiles_a_step(demo, monkeypatch):
 
 
 def test_a_missing_compiler_is_said(monkeypatch, caplog):
-    monkeypatch.setattr("qwen_vram.runtime.kernels.fused_ops.find_spec", lambda name: None)
-    monkeypatch.setattr("qwen_vram.runtime.kernels.fused_ops.which", lambda name: "/usr/bin/cc")
+    monkeypatch.setattr("qwen_vram.planning.capacity.compiler.find_spec", lambda name: None)
+    monkeypatch.setattr("qwen_vram.planning.capacity.compiler.which", lambda name: "/usr/bin/cc")
     assert compiler_for(torch.device("cuda")) is None
     assert "compiled=True without Triton: decode steps are captured as a CUDA graph, but not compiled" in caplog.text
-    monkeypatch.setattr("qwen_vram.runtime.kernels.fused_ops.find_spec", lambda name: object())
+    monkeypatch.setattr("qwen_vram.planning.capacity.compiler.find_spec", lambda name: object())
     assert compiler_for(torch.device("cuda")) == "inductor"
-    monkeypatch.setattr("qwen_vram.runtime.kernels.fused_ops.which", lambda name: None)
+    monkeypatch.setattr("qwen_vram.planning.capacity.compiler.which", lambda name: None)
     assert compiler_for(torch.device("cuda")) is None
     assert "compiled=True without a C compiler" in caplog.text
 
