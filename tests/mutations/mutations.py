@@ -361,8 +361,8 @@ MUTATIONS = (
     Mutation(
         "the place of a client that leaves",
         "serving/engine/work_queue.py",
-        "        if running is not None:\n            running.stop()",
-        "        del running",
+        "        for generation in self._running:\n            generation.stop()",
+        "        del self",
         "tests/serving/test_limits.py::test_a_client_without_a_stream_frees_its_place_too",
         "",
     ),
@@ -376,7 +376,7 @@ MUTATIONS = (
     ),
     Mutation(
         "pages of a request",
-        "spec/pages.py",
+        "spec/batching/pages.py",
         "return -(-tokens // PAGE)",
         "return tokens // PAGE + 1",
         "tests/arithmetic/test_batching.py::test_a_request_has_whole_pages_and_the_pool_one_more",
