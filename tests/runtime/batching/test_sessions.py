@@ -59,7 +59,7 @@ def several(llm):
 
 @pytest.fixture(scope="module")
 def whole(demo):
-    """What `several` return alone."""
+    """The answers of `several` alone."""
     with load_alone(demo, weights="fp32") as llm:
         return [call() for call in several(llm)]
 
