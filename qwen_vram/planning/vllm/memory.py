@@ -191,8 +191,8 @@ def _rotary(served: ServedWeights, architecture: Architecture) -> int:
 def _activations(served: ServedWeights, workers: Workers, limits: Limits) -> int:
     """Bytes of the larger of a layer's peak and the sampler's.
 
-    A layer has the residual and the normed input, and then either both halves of the MLP with their product, or
-    queries, keys and values with the result of attention. With online fp8, the input of a product is there in one byte
+    A layer has the residual and the normed input. It then has both halves of the MLP with their product, or queries,
+    keys and values with the result of attention. With online fp8, the input of a product is there in one byte
     too.
     """
     architecture, element = served.architecture, served.element_bytes
